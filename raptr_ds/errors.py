@@ -1,0 +1,48 @@
+"""The errors that users meet: each says what is wrong, the values, the rule and the mend."""
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of a run; part of the contract with users."""
+
+    DONE = 0
+    FAULT = 1
+    USER_ERROR = 2
+    CONTINUE_LATER = 75
+
+
+class RaptrError(Exception):
+    """Base of all errors that carry a message for a person."""
+
+    exit_code = Exit.FAULT
+
+
+class ConfigError(RaptrError):
+    """The run file, an override or the launch does not make a valid run."""
+
+    exit_code = Exit.USER_ERROR
+
+
+class DataError(RaptrError):
+    """A corpus, a tokenizer or an indexed dataset cannot be used."""
+
+    exit_code = Exit.USER_ERROR
+
+
+class CheckpointError(RaptrError):
+    """A checkpoint cannot be written, read or belongs to another model."""
+
+    exit_code = Exit.USER_ERROR
+
+
+class AgreementError(RaptrError):
+    """Ranks do not hold the same path for a step; training on would corrupt gradients."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'X'?` for the known name closest to `name`, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
