@@ -1,0 +1,1 @@
+"""The models: pre-norm transformers that execute a path of their layers."""

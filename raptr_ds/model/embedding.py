@@ -1,0 +1,29 @@
+"""From token ids to the residual stream."""
+
+import torch
+from torch import nn
+
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.parallel.dropout import DropoutStreams, dropout
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.layers import vocab_embedding
+
+EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before layer 0
+
+
+class Embedding(nn.Module):
+    """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them."""
+
+    def __init__(self, model: ModelSection, vocab_size: int, groups: ProcessGroups) -> None:
+        super().__init__()
+        self.dropout_rate = model.hidden_dropout
+        self.word = vocab_embedding(vocab_size, model.hidden_size, groups)
+        learned = model.position_embedding == "learned"
+        self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
+
+    def forward(self, tokens: torch.Tensor, streams: DropoutStreams | None) -> torch.Tensor:
+        """Map (b, T) ids to (b, T, H)."""
+        x = self.word(tokens)
+        if self.position is not None:
+            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        return dropout(x, self.dropout_rate, streams, EMBEDDING_LAYER, "embedding")

@@ -1,0 +1,32 @@
+"""Initial weights, drawn by name: the same model from the same seed in every layout."""
+
+import math
+
+import torch
+from torch import nn
+
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.parallel.layers import shard_of
+from raptr_ds.rng import stream_key
+
+
+def initialize(module: nn.Module, model: ModelSection, seed: int) -> None:
+    """Fill every parameter in place.
+
+    Weights are normal with init_method_std; the projections that end a residual branch have it divided by
+    sqrt(2 * num_layers) (Radford et al. 2019); norms are one, biases zero. Each full tensor is drawn on the CPU from
+    its own stream and this rank's shard is cut out of it.
+    """
+    for name, parameter in module.named_parameters():
+        shard = shard_of(parameter)
+        with torch.no_grad():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                ends_a_branch = name.endswith(("attention.output.weight", "mlp.contract.weight"))
+                std = model.init_method_std / (math.sqrt(2 * model.num_layers) if ends_a_branch else 1.0)
+                generator = torch.Generator().manual_seed(stream_key(seed, "init", name))
+                full = torch.empty(shard.full_shape).normal_(0.0, std, generator=generator)
+                parameter.copy_(shard.of_full(full, parameter.shape))

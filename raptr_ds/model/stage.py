@@ -1,0 +1,74 @@
+"""The part of the model that one rank holds: the embedding, some layers, the head; everything where there is one stage."""
+
+import torch
+from torch import nn
+
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.data.batch import MicroBatch
+from raptr_ds.model import bert, ul2
+from raptr_ds.model.embedding import Embedding
+from raptr_ds.model.initialization import initialize
+from raptr_ds.model.rotary import rotary_table
+from raptr_ds.model.stack import Stack
+from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths.path import Path
+
+_ARCHITECTURES = {"bert": bert, "ul2": ul2}
+
+
+class Stage(nn.Module):
+    """One pipeline stage of the model.
+
+    Parameter names are canonical: the same in every layout, with global layer indices. Where the embedding is tied,
+    the last of several stages holds a copy of it (`embedding.word.weight`, marked `tied_copy`).
+    """
+
+    def __init__(
+        self, model: ModelSection, vocab_size: int, groups: ProcessGroups, layers: range, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.architecture = _ARCHITECTURES[model.architecture]
+        self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
+        self.embedding = None
+        if self.is_first or (self.is_last and model.tie_word_embeddings):
+            self.embedding = Embedding(model, vocab_size, groups)
+        self.layers = Stack(model, groups, layers, recompute)
+        self.head = self.architecture.build_head(model, vocab_size, groups) if self.is_last else None
+        if self.embedding is not None and not self.is_first:
+            self.embedding.position = None
+            self.embedding.word.weight.tied_copy = True  # type: ignore[attr-defined]
+            # DeepSpeed's name for the same thing (runtime/zero/stage_1_and_2.py, get_grad_norm_direct).
+            self.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
+
+    def forward(
+        self, x: torch.Tensor, batch: MicroBatch, path: Path, streams: DropoutStreams | None
+    ) -> torch.Tensor:
+        """Run this stage on a micro batch.
+
+        Shapes: x is (b, T) token ids on the first stage and the (b, T, H) stream elsewhere; returns the stream, or on
+        the last stage the losses of the predicted positions, (N,) fp32.
+        """
+        if self.is_first:
+            assert self.embedding is not None
+            x = self.embedding(x, streams)
+        mask = self.architecture.attention_mask(batch)
+        rotary = None
+        if self.model.position_embedding == "rotary":
+            head_dim = self.model.hidden_size // self.model.num_attention_heads
+            rotary = rotary_table(x.shape[1], head_dim, self.model.rotary_base, x.device)
+        x = self.layers(x, path, mask, rotary, streams)
+        if self.head is None:
+            return x
+        tied = self.embedding.word.weight if self.embedding is not None and self.model.tie_word_embeddings else None
+        return self.head(x, batch.positions, batch.targets, tied)
+
+
+def build_stage(
+    model: ModelSection, vocab_size: int, groups: ProcessGroups, layers: range, recompute: bool, seed: int
+) -> Stage:
+    """Return this rank's stage with its initial weights, a pure function of (seed, parameter name)."""
+    stage = Stage(model, vocab_size, groups, layers, recompute)
+    initialize(stage, model, seed)
+    return stage

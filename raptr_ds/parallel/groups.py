@@ -1,0 +1,100 @@
+"""The process groups of a run, made once, as one value that is handed to whoever communicates."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Groups this rank belongs to and its place in each.
+
+    `tensor`, `data` and `pipeline` are the mesh's axes; `model` is tensor x pipeline (one whole model); `embedding`
+    joins the first and the last pipeline stage where the tied embedding has a copy on each, and is None elsewhere;
+    `control` is a gloo group of all ranks for small host-side messages.
+    """
+
+    topology: Topology
+    rank: int
+    pipeline_rank: int
+    data_rank: int
+    tensor_rank: int
+    device: torch.device
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    model: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
+    control: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pipeline_rank == self.topology.pipeline - 1
+
+
+def local_device(launch: Launch) -> torch.device:
+    """Return this rank's accelerator, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+def initialize_process_groups(
+    launch: Launch, tensor: int, pipeline: int, timeout: timedelta = timedelta(minutes=30)
+) -> ProcessGroups:
+    """Start torch.distributed and megatron-core's groups for this launch.
+
+    Raises: ConfigError if the world size does not fit the mesh.
+    """
+    topology = Topology.of(launch.world_size, tensor, pipeline)
+    device = local_device(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    return make_process_groups(topology, launch.rank, device)
+
+
+def make_process_groups(topology: Topology, rank: int, device: torch.device) -> ProcessGroups:
+    """Make the groups of `topology` in an initialized torch.distributed; every rank must call it, alike."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor,
+        pipeline_model_parallel_size=topology.pipeline,
+        create_gloo_process_groups=False,
+    )
+    pipeline_rank, data_rank, tensor_rank = topology.coordinates(rank)
+    tied_across_stages = topology.pipeline > 1 and pipeline_rank in (0, topology.pipeline - 1)
+    return ProcessGroups(
+        topology=topology,
+        rank=rank,
+        pipeline_rank=pipeline_rank,
+        data_rank=data_rank,
+        tensor_rank=tensor_rank,
+        device=device,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
+        control=dist.new_group(backend="gloo"),
+    )

@@ -1,0 +1,111 @@
+"""How this process was started: its rank as deepspeed, torchrun, srun or mpirun say it. The one reader of os.environ."""
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+
+from raptr_ds.errors import ConfigError
+
+_DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank and rendezvous of one process of a run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+    restart_count: int = 0
+
+
+def detect_launch() -> Launch:
+    """Return this process's launch, from the variables that its launcher set; a lone process is a run of one.
+
+    Raises: ConfigError if a launcher gave some but not all of what is needed.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun, and anything that imitates them
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
+        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+        found = Launch(rank, local, world, _address(), _port(), launcher)
+    elif "OMPI_COMM_WORLD_RANK" in env or "PMI_SIZE" in env:
+        found = _mpirun_launch()
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        found = _slurm_launch()
+    else:
+        found = Launch(0, 0, 1, "127.0.0.1", _free_port(), "none")
+    # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
+    env.update(
+        RANK=str(found.rank),
+        WORLD_SIZE=str(found.world_size),
+        LOCAL_RANK=str(found.local_rank),
+        MASTER_ADDR=found.master_addr,
+        MASTER_PORT=str(found.master_port),
+    )
+    return found
+
+
+def _slurm_launch() -> Launch:
+    env = os.environ
+    address = env.get("MASTER_ADDR") or _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    port = int(env.get("MASTER_PORT") or _DEFAULT_PORT + 1 + int(env.get("SLURM_JOB_ID", 0)) % 10_000)
+    return Launch(
+        rank=int(env["SLURM_PROCID"]),
+        local_rank=int(env.get("SLURM_LOCALID", 0)),
+        world_size=int(env["SLURM_NTASKS"]),
+        master_addr=address,
+        master_port=port,
+        launcher="srun",
+        restart_count=int(env.get("SLURM_RESTART_COUNT", 0)),
+    )
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"srun started this process but the first host of {nodelist!r} cannot be found ({error}). "
+            "Set MASTER_ADDR (and MASTER_PORT) in the job script."
+        ) from error
+    return listed.stdout.split()[0]
+
+
+def _mpirun_launch() -> Launch:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            f"mpirun started this process, but mpi4py cannot be loaded ({error}). Install mpi4py and an MPI library "
+            "(Debian: openmpi-bin), or start with deepspeed, torchrun or srun."
+        ) from error
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = os.environ.get("MASTER_ADDR") or (socket.gethostbyname(socket.gethostname()) if world.rank == 0 else None)
+    port = os.environ.get("MASTER_PORT") or (_free_port() if world.rank == 0 else None)
+    address, port = world.bcast((address, port), root=0)
+    return Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
+
+
+def _address() -> str:
+    address = os.environ.get("MASTER_ADDR")
+    if address is None and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ConfigError("RANK and WORLD_SIZE are set but MASTER_ADDR is not. Start with deepspeed, torchrun or srun.")
+    return address or "127.0.0.1"
+
+
+def _port() -> int:
+    return int(os.environ.get("MASTER_PORT") or _DEFAULT_PORT)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,180 @@
+"""Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import nn
+from torch.nn import functional
+
+from raptr_ds.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """The slice `start:start + size` along `dim` of a parameter of shape `full_shape` that this rank holds.
+
+    The local tensor may be longer than `size` along `dim`: the rest is padding (a vocabulary that the tensor ranks
+    do not divide). A replicated parameter has dim None.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None = None
+    start: int = 0
+    size: int = 0
+
+    def of_full(self, full: torch.Tensor, local_shape: torch.Size) -> torch.Tensor:
+        """Return this shard of a full tensor, zero-padded to `local_shape`."""
+        if self.dim is None:
+            return full
+        part = full.narrow(self.dim, self.start, self.size)
+        missing = local_shape[self.dim] - self.size
+        if not missing:
+            return part
+        padding = list(part.shape)
+        padding[self.dim] = missing
+        return torch.cat([part, part.new_zeros(padding)], dim=self.dim)
+
+
+def shard_of(parameter: nn.Parameter) -> TensorShard:
+    """Return which part of the full parameter this rank holds."""
+    return getattr(parameter, "shard", None) or TensorShard(tuple(parameter.shape))
+
+
+def is_owner(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
+    """Whether this rank's copy counts in sums over the model: each element has one owner on the tensor x pipeline mesh.
+
+    Sharded parameters count on every tensor rank, replicated ones on the first, a tied copy (the last pipeline
+    stage's embedding) on none.
+    """
+    if getattr(parameter, "tied_copy", False):
+        return False
+    return shard_of(parameter).dim is not None or groups.tensor_rank == 0
+
+
+def _parallel_config(groups: ProcessGroups) -> ModelParallelConfig:
+    # Weights are drawn by name later (model/initialization.py), so that no layout changes them.
+    return ModelParallelConfig(
+        tensor_model_parallel_size=groups.topology.tensor,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _no_initialization(_: torch.Tensor) -> None:
+    return None
+
+
+def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -> None:
+    shape = list(parameter.shape)
+    local = shape[dim]
+    shape[dim] = full
+    start = min(groups.tensor_rank * local, full)
+    if groups.topology.tensor > 1:
+        shard = TensorShard(tuple(shape), dim, start, min(local, full - start))
+    else:
+        shard = TensorShard(tuple(shape))
+    parameter.shard = shard  # type: ignore[attr-defined]
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """A linear whose outputs are split over the tensor ranks; forward: (..., in) -> (..., out / tensor)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_parallel_config(groups),
+            init_method=_no_initialization,
+            bias=bias,
+            gather_output=False,
+            tp_group=groups.tensor,
+        )
+        _mark(self.weight, 0, out_features, groups)
+        if bias:
+            _mark(self.bias, 0, out_features, groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """A linear whose inputs are split over the tensor ranks; forward: (..., in / tensor) -> (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_parallel_config(groups),
+            init_method=_no_initialization,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=groups.tensor,
+        )
+        _mark(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the summed outputs, the same on every tensor rank."""
+        return super().forward(x)[0]
+
+
+def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
+    """Return the vocabulary rows including the padding that makes the tensor ranks' shares equal."""
+    tensor = groups.topology.tensor
+    return -(-vocab_size // tensor) * tensor
+
+
+def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> VocabParallelEmbedding:
+    """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden)."""
+    layer = VocabParallelEmbedding(
+        padded_vocab_size(vocab_size, groups),
+        hidden_size,
+        init_method=_no_initialization,
+        config=_parallel_config(groups),
+        tp_group=groups.tensor,
+    )
+    layer.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    _mark(layer.weight, 0, vocab_size, groups)
+    return layer
+
+
+def vocab_bias(vocab_size: int, groups: ProcessGroups) -> nn.Parameter:
+    """Return an output bias split over the tensor ranks by vocabulary."""
+    bias = nn.Parameter(torch.zeros(padded_vocab_size(vocab_size, groups) // groups.topology.tensor))
+    bias.tensor_model_parallel = True  # type: ignore[attr-defined]
+    _mark(bias, 0, vocab_size, groups)
+    return bias
+
+
+def vocab_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    vocab_size: int,
+    groups: ProcessGroups,
+) -> torch.Tensor:
+    """Return each position's cross-entropy in fp32 over the whole vocabulary.
+
+    Shapes: hidden (N, H); weight (V / tensor, H), this rank's rows; bias (V / tensor,); targets (N,) global token
+    ids; returns (N,). Rows of padding take no part.
+    """
+    if groups.topology.tensor == 1:
+        return functional.cross_entropy(functional.linear(hidden, weight, bias).float(), targets, reduction="none")
+    logits = functional.linear(copy_to_tensor_model_parallel_region(hidden, groups.tensor), weight, bias).float()
+    rows = weight.shape[0]
+    real_rows = max(0, min(rows, vocab_size - groups.tensor_rank * rows))
+    if real_rows < rows:
+        padding = torch.arange(rows, device=logits.device) >= real_rows
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+    return vocab_parallel_cross_entropy(logits, targets)

@@ -1,0 +1,52 @@
+"""Where a rank stands: pure arithmetic on sizes, no process group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raptr_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of the mesh; ranks count tensor fastest, then data, then pipeline (DeepSpeed's and Megatron's order)."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @classmethod
+    def of(cls, world_size: int, tensor: int, pipeline: int) -> "Topology":
+        """Return the mesh of `world_size` ranks. Raises: ConfigError if the sizes do not divide it."""
+        if world_size % (tensor * pipeline):
+            raise ConfigError(
+                f"{world_size} processes cannot be split into tensor_model_parallel_size={tensor} x "
+                f"pipeline_model_parallel_size={pipeline}: the product must divide the number of processes. "
+                f"Start a multiple of {tensor * pipeline} processes, or change the sizes."
+            )
+        return cls(tensor, pipeline, world_size // (tensor * pipeline))
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """Return (pipeline, data, tensor) coordinates of `rank`."""
+        tensor = rank % self.tensor
+        data = rank // self.tensor % self.data
+        return rank // (self.tensor * self.data), data, tensor
+
+
+def stage_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:
+    """Return each pipeline stage's contiguous layers, as even as possible unless the counts are given.
+
+    Where the depth does not divide, the middle stages take the remainder: the first and last also hold the
+    embedding and the head.
+    """
+    if layers_per_stage is None:
+        base, extra = divmod(num_layers, num_stages)
+        from_the_middle = sorted(range(num_stages), key=lambda s: (abs(2 * s - num_stages + 1), s))
+        more = set(from_the_middle[:extra])
+        layers_per_stage = [base + (s in more) for s in range(num_stages)]
+    starts = [sum(layers_per_stage[:s]) for s in range(num_stages)]
+    return [range(start, start + count) for start, count in zip(starts, layers_per_stage, strict=True)]
