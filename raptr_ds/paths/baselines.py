@@ -1,0 +1,86 @@
+"""Baselines on the same terms as RaPTr: the full model at each step, and progressive layer dropping."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptr_ds.paths.path import Path
+from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, residual_scale_of
+from raptr_ds.paths.schedule import Phase, Phases
+from raptr_ds.rng import stream
+
+
+@dataclass(frozen=True)
+class FullPaths:
+    """Standard training: every layer at each step."""
+
+    phases: Phases
+    num_layers: int
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the run."""
+        return self.phases.num_steps
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of a 0-based step."""
+        return self.phases.at(step)
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the number of layers, whatever the 0-based step."""
+        self.phase_at(step)
+        return float(self.num_layers)
+
+    def path_at(self, step: int) -> Path:
+        """Return the full path."""
+        return Path.full(self.num_layers, self.phase_at(step).index)
+
+
+@dataclass(frozen=True)
+class ProgressiveLayerDropping:
+    """Progressive layer dropping: deeper layers are dropped more often, and all more often as time goes on.
+
+    Layer i (0-based, so layer 0 is always kept and no path is empty) is kept at step t with probability
+    1 - i/L (1 - theta(t)), where theta(t) = (1 - theta) exp(-gamma t) + theta. The paper's further scaling of each
+    branch by its own keep probability is not applied; residual_scale is this repository's one rule for all methods.
+    Source: Zhang and He 2020, arXiv 2010.13369.
+    """
+
+    phases: Phases
+    num_layers: int
+    seed: int
+    gamma: float = 0.001
+    theta: float = 0.5
+    residual_scale: str = "none"
+
+    def __post_init__(self) -> None:
+        assert 0.0 <= self.theta <= 1.0, f"theta={self.theta}"
+        assert self.gamma >= 0.0, f"gamma={self.gamma}"
+        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the run."""
+        return self.phases.num_steps
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the single phase; its path length is None, as it falls with every step."""
+        return self.phases.at(step)
+
+    def keep_probabilities(self, step: int) -> np.ndarray:
+        """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""
+        theta = (1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta
+        return 1.0 - np.arange(self.num_layers) / self.num_layers * (1.0 - theta)
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the expected number of active layers at a 0-based step."""
+        return float(self.keep_probabilities(step).sum())
+
+    def path_at(self, step: int) -> Path:
+        """Return the path of a 0-based step, a pure function of (seed, step)."""
+        phase = self.phase_at(step)
+        uniforms = stream(self.seed, "path", step).random(self.num_layers)
+        layers = tuple(np.flatnonzero(uniforms < self.keep_probabilities(step)).tolist())
+        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
+        return Path(layers, self.num_layers, phase.index, scale)

@@ -1,0 +1,124 @@
+"""Cost: parameters of a model, and the floating-point operations that a path executes, as exact formulas.
+
+Counted are matrix products, 2 m n k for (m, k) by (k, n): projections, attention scores and values over the whole
+T x T matrix (a mask removes no work), MLP, head. Not counted: norms, activations, softmax, embedding look-up, the
+optimizer; together a few percent at most.
+"""
+
+from dataclasses import dataclass
+
+from raptr_ds.paths.methods import PathMethod
+
+_PASSES = 3  # one forward; the backward forms two products for each forward one: by input and by weight
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that decide a model's size and cost; names and values are those of the run file's model section."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    seq_length: int
+    vocab_size: int
+    ffn_hidden_size: int
+    activation: str = "gelu"
+    normalization: str = "layernorm"
+    position_embedding: str = "learned"
+    add_bias_linear: bool = True
+    tie_word_embeddings: bool = True
+
+    @property
+    def has_head_transform(self) -> bool:
+        """Whether dense, activation and norm come before the vocabulary projection, and a bias after it (BERT)."""
+        return self.architecture == "bert"
+
+
+def layer_forward_flops(shape: ModelShape) -> int:
+    """Return the FLOPs of one layer's forward pass over one sequence of seq_length tokens.
+
+    8 T h^2 for query, key, value and output projections, 4 T^2 h for scores and weighted values, 4 T h f for a gelu
+    MLP or 6 T h f for a gated one (swiglu has three matrices).
+    """
+    tokens, hidden = shape.seq_length, shape.hidden_size
+    attention = 8 * tokens * hidden**2 + 4 * tokens**2 * hidden
+    mlp_matrices = 3 if shape.activation == "swiglu" else 2
+    return attention + 2 * mlp_matrices * tokens * hidden * shape.ffn_hidden_size
+
+
+def head_forward_flops(shape: ModelShape, num_predicted: int) -> int:
+    """Return the FLOPs of the head's forward pass over num_predicted positions, the only ones it runs on."""
+    transform = 2 * shape.hidden_size**2 if shape.has_head_transform else 0
+    return num_predicted * (transform + 2 * shape.hidden_size * shape.vocab_size)
+
+
+def step_flops(
+    shape: ModelShape,
+    path_length: int,
+    num_sequences: int,
+    num_predicted: int,
+    activation_checkpointing: bool = False,
+) -> int:
+    """Return the FLOPs executed in one training step, forward and backward, by the whole job.
+
+    num_sequences: sequences of the global batch; num_predicted: predicted positions in all of them.
+    Layers count three forward passes, four with activation checkpointing, which runs them forward once more (torch's
+    non-reentrant form leaves out a layer's last product, as nothing needs it). The head counts three. A skipped layer
+    counts nothing.
+    """
+    layer_passes = _PASSES + (1 if activation_checkpointing else 0)
+    layers = layer_passes * path_length * num_sequences * layer_forward_flops(shape)
+    return layers + _PASSES * head_forward_flops(shape, num_predicted)
+
+
+def evaluation_flops(shape: ModelShape, path_length: int, num_sequences: int, num_predicted: int) -> int:
+    """Return the FLOPs of one forward pass over num_sequences sequences."""
+    return path_length * num_sequences * layer_forward_flops(shape) + head_forward_flops(shape, num_predicted)
+
+
+def expected_flops_left(
+    shape: ModelShape,
+    method: PathMethod,
+    step: int,
+    num_sequences: int,
+    num_predicted: int,
+    *,
+    activation_checkpointing: bool = False,
+) -> float:
+    """Return the FLOPs expected in steps step..num_steps-1 (0-based), from the method's expected path lengths.
+
+    num_predicted: expected predicted positions of a global batch. Cost: one term for each phase, or one for each step
+    where a method's path length is not constant in its phases.
+    """
+    expected_layers = 0.0
+    for phase in method.phases.phases:
+        first_step = max(phase.first_step, step)
+        if phase.path_length is not None:
+            expected_layers += phase.path_length * max(0, phase.end_step - first_step)
+        else:
+            expected_layers += sum(method.expected_length_at(later) for later in range(first_step, phase.end_step))
+    counts = (num_sequences, num_predicted, activation_checkpointing)
+    head = step_flops(shape, 0, *counts)
+    layer = step_flops(shape, 1, *counts) - head
+    return expected_layers * layer + head * max(0, method.num_steps - step)
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Return the number of parameters of the unsplit model, tied weights counted once.
+
+    BERT as Megatron's pre-layer-norm encoder without token types: a final norm after the last layer, and a head of
+    dense, gelu, layer norm, tied projection and output bias. UL2: rotary positions hold no parameters, no biases.
+    """
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    norm = 2 * hidden if shape.normalization == "layernorm" else hidden
+    mlp_inputs = 2 if shape.activation == "swiglu" else 1
+    layer = 4 * hidden**2 + (mlp_inputs + 1) * hidden * ffn + 2 * norm
+    if shape.add_bias_linear:
+        layer += 4 * hidden + mlp_inputs * ffn + hidden
+    positions = shape.seq_length * hidden if shape.position_embedding == "learned" else 0
+    total = shape.vocab_size * hidden + positions + shape.num_layers * layer + norm
+    if not shape.tie_word_embeddings:
+        total += shape.vocab_size * hidden
+    if shape.has_head_transform:
+        total += hidden**2 + hidden + norm + shape.vocab_size
+    return total

@@ -1,0 +1,102 @@
+"""Path methods by name: plain values of the run file's `path` section make a pure function from step to path."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.paths.baselines import FullPaths, ProgressiveLayerDropping
+from raptr_ds.paths.path import Path
+from raptr_ds.paths.raptr import RandomPaths
+from raptr_ds.paths.schedule import (
+    Phase,
+    Phases,
+    check_lengths,
+    one_phase,
+    parse_schedule,
+    resolve_fixed_layers,
+    split_phases,
+)
+
+METHODS = ("full", "raptr", "pld", "constant")
+
+
+class PathMethod(Protocol):
+    """What a run asks of a method; steps are 0-based, and every answer is a pure function of (seed, step)."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        ...
+
+    @property
+    def phases(self) -> Phases:
+        """The run's phases."""
+        ...
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of a step."""
+        ...
+
+    def path_at(self, step: int) -> Path:
+        """Return the path of a step."""
+        ...
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the expected number of active layers of a step."""
+        ...
+
+
+def build_path_method(
+    *,
+    method: str,
+    num_layers: int,
+    num_steps: int,
+    seed: int,
+    schedule: str | None = None,
+    split: str = "uniform",
+    full_warmup_steps: int = 0,
+    fixed_layers: Sequence[int] = (0, -1),
+    sampling: str = "uniform",
+    residual_scale: str = "none",
+    pld_gamma: float = 0.001,
+    pld_theta: float = 0.5,
+    constant_length: int | None = None,
+) -> PathMethod:
+    """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
+
+    raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
+    and constant_length; pld residual_scale, pld_gamma and pld_theta; full none.
+    Raises: ConfigError if the values do not make a method for this depth and number of steps.
+    """
+    if method == "full":
+        return FullPaths(one_phase(num_layers, num_steps), num_layers)
+    if method == "pld":
+        if not (0.0 <= pld_theta <= 1.0 and pld_gamma >= 0.0):
+            raise ConfigError(
+                f"raptr_ds.path.pld_theta={pld_theta}, pld_gamma={pld_gamma}: theta is a probability, 0..1, and gamma "
+                "a rate per step, 0 or more. The paper uses 0.5 and 0.001."
+            )
+        phases = one_phase(None, num_steps)
+        return ProgressiveLayerDropping(phases, num_layers, seed, pld_gamma, pld_theta, residual_scale)
+    fixed = resolve_fixed_layers(fixed_layers, num_layers)
+    if method == "raptr":
+        if schedule is None:
+            raise ConfigError("raptr_ds.path.method='raptr' needs raptr_ds.path.schedule, for example '6-8-10-12'.")
+        lengths = parse_schedule(schedule)
+        check_lengths(lengths, num_layers, len(fixed))
+        phases = split_phases(lengths, num_layers, num_steps, split, full_warmup_steps)
+        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale)
+    if method == "constant":
+        if constant_length is None or not max(1, len(fixed)) <= constant_length <= num_layers:
+            raise ConfigError(
+                f"raptr_ds.path.constant_length={constant_length} must be {max(1, len(fixed))}..{num_layers} for "
+                f"method 'constant' (fixed layers .. num_layers)."
+            )
+        phases = one_phase(constant_length, num_steps)
+        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale)
+    raise ConfigError(f"raptr_ds.path.method={method!r} must be one of {', '.join(METHODS)}{nearest(method, METHODS)}.")

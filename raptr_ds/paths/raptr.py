@@ -1,0 +1,107 @@
+"""RaPTr: at each step a random path whose length follows the schedule's phases."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.paths.path import Path
+from raptr_ds.paths.schedule import Phase, Phases
+from raptr_ds.rng import stream
+
+SAMPLINGS = ("uniform", "bernoulli")
+RESIDUAL_SCALES = ("none", "sqrt")
+
+
+@dataclass(frozen=True)
+class RandomPaths:
+    """Random paths by phases: RaPTr with a schedule's phases, constant-rate depth with a single phase.
+
+    path_at is a pure function of (seed, step): every rank computes the same path, and resuming needs the step alone.
+    fixed_layers: 0-based, sorted, in every path. Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
+    """
+
+    phases: Phases
+    num_layers: int
+    seed: int
+    fixed_layers: tuple[int, ...]
+    sampling: str = "uniform"
+    residual_scale: str = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("sampling", self.sampling, SAMPLINGS)
+        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that the phases cover."""
+        return self.phases.num_steps
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of a 0-based step."""
+        return self.phases.at(step)
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the expected number of active layers at a 0-based step."""
+        return _scheduled_length(self.phase_at(step))
+
+    def path_at(self, step: int) -> Path:
+        """Return the path of a 0-based step, a pure function of (seed, step)."""
+        phase = self.phase_at(step)
+        length = _scheduled_length(phase)
+        if length == self.num_layers:
+            return Path.full(self.num_layers, phase.index)
+        generator = stream(self.seed, "path", step)
+        draw = draw_uniform if self.sampling == "uniform" else draw_bernoulli
+        layers = draw(generator, self.num_layers, length, self.fixed_layers)
+        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
+        return Path(layers, self.num_layers, phase.index, scale)
+
+
+def _scheduled_length(phase: Phase) -> int:
+    assert phase.path_length is not None, "random paths need a path length in every phase"
+    return phase.path_length
+
+
+def draw_uniform(
+    generator: np.random.Generator, num_layers: int, path_length: int, fixed_layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return exactly path_length layers: the fixed ones, and free ones drawn uniformly without replacement."""
+    free = _free_layers(num_layers, fixed_layers)
+    # The order of uniform keys is a uniform permutation. Generator.choice could change between NumPy versions
+    # (NEP 19), and with it the paths of a resumed run; plain uniform numbers are the stable part of its stream.
+    order = np.argsort(generator.random(free.size), kind="stable")
+    return tuple(sorted((*fixed_layers, *free[order[: path_length - len(fixed_layers)]].tolist())))
+
+
+def draw_bernoulli(
+    generator: np.random.Generator, num_layers: int, path_length: int, fixed_layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the fixed layers and each free layer with the probability p that makes path_length the expected length.
+
+    p solves p (L - |I|) + |I| = path_length, where I are the fixed layers. Without fixed layers a path can be empty.
+    """
+    free = _free_layers(num_layers, fixed_layers)
+    keep_probability = (path_length - len(fixed_layers)) / max(free.size, 1)
+    return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
+
+
+def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:
+    """Return the factor on each active residual branch: 1 for none, sqrt(L / k) for sqrt.
+
+    k is the path's actual length, which under Bernoulli sampling differs from the scheduled one. Reason: in a
+    pre-layer-norm network at initialization the residual stream's norm grows like the square root of its depth.
+    An empty path has no branch to scale and gets 1.
+    """
+    return math.sqrt(num_layers / path_length) if rule == "sqrt" and path_length else 1.0
+
+
+def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` of raptr_ds.path.<key> is one of `known`."""
+    if value not in known:
+        raise ConfigError(f"raptr_ds.path.{key}={value!r} must be one of {', '.join(known)}{nearest(value, known)}.")
+
+
+def _free_layers(num_layers: int, fixed_layers: tuple[int, ...]) -> np.ndarray:
+    return np.setdiff1d(np.arange(num_layers), np.array(fixed_layers, dtype=np.int64))

@@ -1,0 +1,66 @@
+"""The path value: queries, encoding, digest."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from raptr_ds.paths import Path, encoded_size
+
+
+def test_full_path_holds_every_layer():
+    path = Path.full(5, phase=2)
+    assert path.layers == (0, 1, 2, 3, 4)
+    assert (path.length, path.phase, path.residual_scale, path.is_full) == (5, 2, 1.0, True)
+
+
+def test_queries_of_a_partial_path():
+    path = Path((0, 2, 5), num_layers=6)
+    assert path.length == 3
+    assert not path.is_full
+    assert [path.is_active(layer) for layer in range(6)] == [True, False, True, False, False, True]
+    assert path.active_in(range(2, 6)) == (2, 5)
+    assert path.active_in(range(3, 5)) == ()
+
+
+@pytest.mark.parametrize("num_layers", [1, 12, 70])
+def test_encoding_has_one_size_and_returns_the_same_path(num_layers):
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        layers = tuple(np.flatnonzero(generator.random(num_layers) < 0.5).tolist())
+        path = Path(layers, num_layers, phase=3, residual_scale=math.sqrt(num_layers / max(1, len(layers))))
+        words = path.encode()
+        assert words.dtype == np.int64
+        assert words.shape == (encoded_size(num_layers),)
+        assert Path.decode(words) == path
+        assert all(type(layer) is int for layer in Path.decode(words).layers)
+
+
+def test_digest_separates_all_paths_of_a_small_model():
+    paths = [
+        Path(layers, 6, phase, scale)
+        for size in range(7)
+        for layers in itertools.combinations(range(6), size)
+        for phase in (0, 1)
+        for scale in (1.0, math.sqrt(2))
+    ]
+    digests = {path.digest() for path in paths}
+    assert len(digests) == len(paths)
+    assert all(0 <= digest < 2**63 for digest in digests)
+    # The same layers in a deeper model are another path.
+    assert Path((0, 1), 6).digest() != Path((0, 1), 7).digest()
+
+
+@pytest.mark.parametrize(("position", "value"), [(1, 4), (2, 0), (2, -1), (3, 2), (3, 0)])
+def test_damaged_words_are_refused(position, value):
+    words = Path((0, 2, 5), 6).encode()
+    words[position] = value
+    with pytest.raises(ValueError, match="encoded path"):
+        Path.decode(words)
+
+
+@pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1, 2), (0, 6)])
+def test_a_path_of_wrong_layers_cannot_be_made(layers):
+    with pytest.raises(AssertionError):
+        Path(layers, 6)

@@ -1,0 +1,103 @@
+"""Phases: boundaries, rounding, and schedules that are refused."""
+
+from fractions import Fraction
+
+import pytest
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.paths.schedule import check_lengths, parse_schedule, resolve_fixed_layers, split_phases
+
+
+def test_schedule_text():
+    assert parse_schedule("6-8-10-12") == (6, 8, 10, 12)
+    assert parse_schedule("5") == (5,)
+    assert parse_schedule(" 2 - 4 ") == (2, 4)
+
+
+@pytest.mark.parametrize("text", ["", "6-", "-6", "6--8", "6,8", "six", "6-0-12", "6.5-12", "06-12"])
+def test_malformed_schedules_are_refused(text):
+    with pytest.raises(ConfigError, match="is not a schedule"):
+        parse_schedule(text)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_layers", "num_fixed", "says"),
+    [
+        ((6, 8, 13), 12, 2, "paths of 13 layers"),
+        ((6, 8, 10), 12, 2, "ends at 10"),
+        ((1, 8, 12), 12, 2, "2 layers are"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_model_are_refused(lengths, num_layers, num_fixed, says):
+    with pytest.raises(ConfigError, match=says):
+        check_lengths(lengths, num_layers, num_fixed)
+
+
+@pytest.mark.parametrize("split", ["uniform", "proportional"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_phase_at_the_start_around_each_boundary_at_the_last_step_and_beyond(split, warmup):
+    phases = split_phases((6, 8, 10, 12), 12, 103, split, warmup)
+    assert phases.at(0) is phases.phases[0]
+    for before, after in zip(phases.phases, phases.phases[1:], strict=False):
+        assert phases.at(after.first_step - 1) is before
+        assert phases.at(after.first_step) is after
+    assert phases.at(102) is phases.phases[-1]
+    assert phases.at(103) is phases.phases[-1]
+    assert phases.at(10**9) is phases.phases[-1]
+    with pytest.raises(ValueError, match="negative"):
+        phases.at(-1)
+
+
+def test_uniform_split_in_numbers():
+    phases = split_phases((6, 8, 10, 12), 12, 400)
+    assert [(p.index, p.path_length, p.first_step, p.end_step) for p in phases.phases] == [
+        (0, 6, 0, 100), (1, 8, 100, 200), (2, 10, 200, 300), (3, 12, 300, 400),
+    ]  # fmt: skip
+
+
+def test_proportional_split_in_numbers():
+    phases = split_phases((6, 8, 10, 12), 12, 360, "proportional")
+    assert [p.num_steps for p in phases.phases] == [60, 80, 100, 120]
+
+
+def test_warm_up_is_a_full_phase_before_the_schedule():
+    phases = split_phases((2, 4), 4, 30, full_warmup_steps=10)
+    assert [(p.path_length, p.first_step, p.end_step) for p in phases.phases] == [(4, 0, 10), (2, 10, 20), (4, 20, 30)]
+    assert phases.boundaries == (10, 20)
+
+
+def test_warm_up_longer_than_the_run_takes_all_of_it():
+    phases = split_phases((2, 4), 4, 5, full_warmup_steps=30000)
+    assert phases.num_steps == 5
+    assert {phases.at(step).path_length for step in range(7)} == {4}
+
+
+@pytest.mark.parametrize("split", ["uniform", "proportional"])
+@pytest.mark.parametrize("lengths", [(3,), (1, 3), (2, 3, 3, 1, 3), (6, 8, 10, 12)])
+def test_steps_are_covered_once_and_each_end_is_within_half_a_step_of_its_fraction(split, lengths):
+    weights = lengths if split == "proportional" else (1,) * len(lengths)
+    for num_steps in range(1, 60):
+        for warmup in (0, 1, 13):
+            phases = split_phases(lengths, max(lengths), num_steps, split, warmup)
+            covered = [step for phase in phases.phases for step in range(phase.first_step, phase.end_step)]
+            assert covered == list(range(num_steps))
+            assert [phases.at(step).index for step in covered] == sorted(phases.at(step).index for step in covered)
+            done = min(warmup, num_steps)
+            for i, phase in enumerate(phases.phases[-len(lengths) :]):
+                exact = done + Fraction(sum(weights[: i + 1]), sum(weights)) * (num_steps - done)
+                assert abs(phase.end_step - exact) <= Fraction(1, 2)
+
+
+def test_unknown_split_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'proportional'"):
+        split_phases((2, 4), 4, 10, "proportionate")
+
+
+def test_fixed_layers_count_from_the_end_and_meet():
+    assert resolve_fixed_layers([0, -1], 12) == (0, 11)
+    assert resolve_fixed_layers([0, -1], 1) == (0,)
+    assert resolve_fixed_layers([], 4) == ()
+    with pytest.raises(ConfigError, match="fixed_layers has 4"):
+        resolve_fixed_layers([4], 4)
+    with pytest.raises(ConfigError, match="fixed_layers has -5"):
+        resolve_fixed_layers([-5], 4)
