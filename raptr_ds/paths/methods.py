@@ -69,7 +69,7 @@ def build_path_method(
 ) -> PathMethod:
     """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
 
-    raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
+    raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last four
     and constant_length; pld residual_scale, pld_gamma and pld_theta; full none.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """
@@ -97,6 +97,6 @@ def build_path_method(
                 f"raptr_ds.path.constant_length={constant_length} must be {max(1, len(fixed))}..{num_layers} for "
                 f"method 'constant' (fixed layers .. num_layers)."
             )
-        phases = one_phase(constant_length, num_steps)
+        phases = split_phases((constant_length,), num_layers, num_steps, full_warmup_steps=full_warmup_steps)
         return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale)
     raise ConfigError(f"raptr_ds.path.method={method!r} must be one of {', '.join(METHODS)}{nearest(method, METHODS)}.")

@@ -116,7 +116,10 @@ def test_bernoulli_without_fixed_layers_may_draw_an_empty_path():
 
 
 def test_constant_depth_keeps_its_length_to_the_end():
-    method = build_path_method(method="constant", num_layers=12, num_steps=50, seed=1, constant_length=9)
+    values = {"method": "constant", "num_layers": 12, "num_steps": 50, "seed": 1, "constant_length": 9}
+    warmed_up = build_path_method(**values, full_warmup_steps=3)
+    assert [warmed_up.path_at(step).length for step in range(6)] == [12, 12, 12, 9, 9, 9]
+    method = build_path_method(**values)
     assert [method.path_at(step).length for step in range(52)] == [9] * 52
     assert len({method.path_at(step).layers for step in range(50)}) > 20
 
