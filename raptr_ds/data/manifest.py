@@ -1,0 +1,69 @@
+"""The manifest of a data folder: what it was made of, and with which tokenizer."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.errors import DataError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Size of one split."""
+
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What tools/prepare_data.py wrote into a folder; fingerprint digests text and settings."""
+
+    format: int
+    fingerprint: str
+    sources: list[str]
+    settings: dict[str, Any]
+    vocab_size: int
+    tokenizer_digest: str
+    dtype: str
+    documents: int
+    text_bytes: int
+    seconds: float
+    skipped: dict[str, int]
+    splits: dict[str, SplitCounts]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a data folder.
+
+        Raises: DataError if the folder or the manifest is missing or damaged.
+        """
+        path = folder / MANIFEST
+        mend = f"Prepare it: python tools/prepare_data.py --input TEXT --output {folder}"
+        if not folder.is_dir():
+            raise DataError(f"the data folder {folder} does not exist. {mend}")
+        try:
+            content = json.loads(path.read_text())
+            content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
+        except FileNotFoundError as error:
+            raise DataError(f"the folder {folder} has no {MANIFEST}: it is no finished data folder. {mend}") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {mend} --overwrite") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest aside and rename it, so that it is whole or absent."""
+        aside = folder / (MANIFEST + ".new")
+        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        aside.replace(folder / MANIFEST)
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        tokens = sum(split.tokens for split in self.splits.values())
+        return f"{self.documents:,} documents, {tokens:,} tokens, vocabulary {self.vocab_size:,}, from {', '.join(self.sources[:3])}"

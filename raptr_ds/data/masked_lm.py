@@ -1,0 +1,79 @@
+"""BERT's objective: hide some tokens of a text and ask for them."""
+
+import numpy as np
+
+from raptr_ds.data.sample import Sample
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.errors import ConfigError
+
+MASKED_SHARE = 0.8
+RANDOM_SHARE = 0.1
+
+
+class MaskedLM:
+    """Makes samples [CLS] text [SEP] of which exactly round(mask_rate * n) of the n text tokens are predicted.
+
+    Of the predicted ones 80% become [MASK], 10% a random text token and 10% stay. Special tokens, the ends of documents
+    among them, are never predicted, and never the random token. whole_word takes whole words, in random order, as long as
+    they fit into the same number, so it may predict a few tokens less; at least one token or word is always predicted.
+    Source: Devlin et al. 2019, section 3.1 and appendix A.1.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seq_length: int, mask_rate: float, whole_word: bool) -> None:
+        """Keep the tables of the tokenizer; seq_length in tokens, special ones included.
+
+        Raises: ConfigError if seq_length has no room for text or the rate is not a share.
+        """
+        if seq_length < 4:
+            raise ConfigError(f"raptr_ds.model.seq_length={seq_length} has no room for [CLS], text and [SEP]. Use 4 or more.")
+        if not 0 < mask_rate < 1:
+            raise ConfigError(f"raptr_ds.objective.mask_rate={mask_rate} must lie between 0 and 1. The usual rate is 0.15.")
+        self.window = seq_length - 2
+        self.mask_rate = mask_rate
+        self.whole_word = whole_word
+        self._ends = tokenizer.cls_id, tokenizer.sep_id
+        self._mask_id = tokenizer.mask_id
+        self._is_special = tokenizer.is_special
+        self._starts_word = tokenizer.starts_word
+        self._text_ids = tokenizer.text_ids
+
+    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample:
+        """Corrupt `text` (at most `window` tokens, int64)."""
+        tokens = np.concatenate([[self._ends[0]], text, [self._ends[1]]]).astype(np.int64)
+        candidates = np.flatnonzero(~self._is_special[tokens])
+        if len(candidates) == 0:
+            positions = candidates
+        elif self.whole_word:
+            positions = self._choose_words(tokens, candidates, rng)
+        else:
+            positions = np.sort(rng.permutation(candidates)[: self._budget(len(candidates))])
+        targets = tokens[positions]
+        fate = rng.random(len(positions))
+        tokens[positions[fate < MASKED_SHARE]] = self._mask_id
+        replaced = positions[(fate >= MASKED_SHARE) & (fate < MASKED_SHARE + RANDOM_SHARE)]
+        tokens[replaced] = rng.choice(self._text_ids, len(replaced))
+        return Sample(tokens, positions, targets, prefix_length=len(tokens))
+
+    def _budget(self, num_candidates: int) -> int:
+        return max(1, int(num_candidates * self.mask_rate + 0.5))
+
+    def _choose_words(self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the positions of random whole words that fit the budget, or of the shortest one if none does."""
+        # A special token lies between words; candidates that are not neighbours are then never one word.
+        begins = self._starts_word[tokens[candidates]]
+        begins[0] = True
+        begins[1:] |= np.diff(candidates) > 1
+        starts = np.flatnonzero(begins)
+        sizes = np.diff(np.append(starts, len(candidates)))
+        budget = self._budget(len(candidates))
+        chosen: list[int] = []
+        for word in rng.permutation(len(starts)).tolist():
+            if sizes[word] <= budget:
+                chosen.append(word)
+                budget -= sizes[word]
+                if budget == 0:
+                    break
+        if not chosen:
+            chosen = [int(sizes.argmin())]
+        places = np.concatenate([np.arange(starts[word], starts[word] + sizes[word]) for word in sorted(chosen)])
+        return candidates[places]

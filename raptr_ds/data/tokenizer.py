@@ -1,0 +1,200 @@
+"""The tokenizer: a sentencepiece model with the special tokens that BERT and UL2 need."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from raptr_ds.errors import DataError
+
+PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
+CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"
+MODES = ("[NLU]", "[S2S]", "[NLG]")
+NAMED_SPECIALS = (PAD, UNK, BOS, EOS, CLS, SEP, MASK, *MODES)
+NEWLINE = "<0x0A>"
+WORD_BOUNDARY = "\u2581"
+
+TRAIN_ONE = "Train one that has them: python tools/train_tokenizer.py --input TEXT --output FILE --vocab-size N."
+
+
+def sentinel_name(index: int) -> str:
+    """Return the piece of sentinel `index`, which stands for the span of that number in inputs and targets."""
+    return f"<extra_id_{index}>"
+
+
+class Tokenizer:
+    """Text to token ids and back; special ids are control pieces, which no text can produce.
+
+    Lines are encoded one by one and joined by the newline byte, so that a word at the start of a line is the same
+    token as inside it. Nothing is normalized or dropped: decode(encode(text)) == text (U+2581 apart, sentencepiece's
+    own sign for a space).
+    """
+
+    def __init__(self, model: bytes, origin: str = "memory") -> None:
+        """Wrap a serialized sentencepiece model; `origin` names it in errors.
+
+        Raises: DataError if it is no sentencepiece model or lacks a special token.
+        """
+        self.model = model
+        self.origin = origin
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(model)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{origin} is not a sentencepiece model ({error}). {TRAIN_ONE}") from error
+        self._ids = {name: self._special_id(name) for name in NAMED_SPECIALS}
+        missing = [name for name, token in self._ids.items() if token < 0]
+        if self._processor.piece_to_id(NEWLINE) == self._processor.unk_id():
+            missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
+        if missing:
+            raise DataError(
+                f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. {TRAIN_ONE}"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a sentencepiece model from a file.
+
+        Raises: DataError if the file is missing, unreadable, no model, or lacks a special token.
+        """
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"cannot read the tokenizer {path}: {error.strerror or error}. Name a sentencepiece .model file, or leave "
+                "the tokenizer out to use the one in the data folder (tools/prepare_data.py writes it)."
+            ) from error
+        return cls(model, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a file."""
+        Path(path).write_bytes(self.model)
+
+    def _special_id(self, name: str) -> int:
+        """Return the id of a control piece, or -1 where the model has no such piece or it is an ordinary one."""
+        token = self._processor.piece_to_id(name)
+        if self._processor.id_to_piece(token) != name:
+            return -1
+        return token if name == UNK or self._processor.is_control(token) else -1
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included; ids run from 0."""
+        return self._processor.get_piece_size()
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills positions beyond a sample's length."""
+        return self._ids[PAD]
+
+    @property
+    def unk_id(self) -> int:
+        """Id of unknown text; byte fallback leaves it unused."""
+        return self._ids[UNK]
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the beginning of a text; unused in pretraining, there for downstream use."""
+        return self._ids[BOS]
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document and the targets of span corruption."""
+        return self._ids[EOS]
+
+    @property
+    def cls_id(self) -> int:
+        """Id that begins a BERT sample."""
+        return self._ids[CLS]
+
+    @property
+    def sep_id(self) -> int:
+        """Id that ends a BERT sample."""
+        return self._ids[SEP]
+
+    @property
+    def mask_id(self) -> int:
+        """Id that hides a token from BERT."""
+        return self._ids[MASK]
+
+    @property
+    def mode_ids(self) -> dict[str, int]:
+        """Ids of UL2's mode tokens, by name."""
+        return {name: self._ids[name] for name in MODES}
+
+    @cached_property
+    def sentinel_ids(self) -> np.ndarray:
+        """Ids (num_sentinels,) int64 of <extra_id_0>, <extra_id_1>, ..., as many as there are without a gap."""
+        ids: list[int] = []
+        while (token := self._special_id(sentinel_name(len(ids)))) >= 0:
+            ids.append(token)
+        return np.array(ids, np.int64)
+
+    @cached_property
+    def is_special(self) -> np.ndarray:
+        """Table (vocab_size,) bool: the ids that no text produces (control pieces and unknown)."""
+        processor = self._processor
+        return np.array([processor.is_control(i) or processor.is_unknown(i) for i in range(self.vocab_size)])
+
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """Ids (n,) int64 that text can produce, in order: what a random replacement is drawn from."""
+        return np.flatnonzero(~self.is_special)
+
+    @cached_property
+    def starts_word(self) -> np.ndarray:
+        """Table (vocab_size,) bool: the ids that begin a word, a new line or are special."""
+        processor = self._processor
+        begins = [processor.id_to_piece(i).startswith(WORD_BOUNDARY) for i in range(self.vocab_size)]
+        table = np.array(begins) | self.is_special
+        table[processor.piece_to_id(NEWLINE)] = True
+        return table
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal digest of the model: two tokenizers agree on every id if and only if it is the same."""
+        return hashlib.blake2b(self.model, digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids (n,) int32 of `text`, without special tokens."""
+        newline = self._processor.piece_to_id(NEWLINE)
+        ids: list[int] = []
+        for line in self._processor.encode(text.split("\n")):
+            ids.extend(line)
+            ids.append(newline)
+        return np.array(ids[:-1], np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of `tokens`, leaving special tokens out."""
+        newline = self._processor.piece_to_id(NEWLINE)
+        lines: list[list[int]] = [[]]
+        for token in map(int, tokens):
+            if token == newline:
+                lines.append([])
+            else:
+                lines[-1].append(token)
+        return "\n".join(self._processor.decode(line) for line in lines)
+
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """Return the pieces of `tokens`, special ones by name: for people to read."""
+        return [self._processor.id_to_piece(int(token)) for token in tokens]
+
+    def require_sentinels(self, needed: int, purpose: str) -> None:
+        """Check the sentinel budget.
+
+        Raises: DataError naming both numbers if there are fewer than `needed`.
+        """
+        have = len(self.sentinel_ids)
+        if have < needed:
+            raise DataError(
+                f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. Prepare "
+                f"the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter seq_length."
+            )
+
+
+def special_pieces(num_sentinels: int) -> Sequence[str]:
+    """Return the control pieces besides the four that sentencepiece itself knows (pad, unk, bos, eos), in id order."""
+    return [CLS, SEP, MASK, *MODES, *(sentinel_name(i) for i in range(num_sentinels))]

@@ -1,0 +1,175 @@
+"""Turn text into a data folder: python tools/prepare_data.py --input PATH [PATH ...] --output FOLDER.
+
+Reads text, Markdown, JSONL and Parquet files (.gz too), folders of them, a Hugging Face dataset (--dataset NAME) or the
+documentation inside the installed Python packages (--embedded). Running it again reuses what is there.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import get_args
+
+import _command_line
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from raptr_ds.data.corpus import DatasetSource, ReadingOptions, Source, file_sources
+from raptr_ds.data.embedded import EmbeddedSource
+from raptr_ds.data.indexing import PreparationSettings, prepare
+from raptr_ds.data.manifest import Manifest
+from raptr_ds.data.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
+from raptr_ds.errors import ConfigError
+
+
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what to read."""
+    corpus = parser.add_argument_group("what to read (at least one)")
+    corpus.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files or folders")
+    corpus.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder it can load")
+    corpus.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset")
+    corpus.add_argument("--dataset-split", default="train", metavar="NAME", help="default: train")
+    corpus.add_argument(
+        "--embedded",
+        nargs="?",
+        const="stdlib",
+        choices=("stdlib", "installed"),
+        help="documentation inside Python's standard library (about 2 MB), or in all installed packages",
+    )
+    reading = parser.add_argument_group("how to read it")
+    reading.add_argument(
+        "--document",
+        choices=get_args(ReadingOptions.__annotations__["document"]),
+        default="file",
+        help="what one document of a text file is (default: file)",
+    )
+    reading.add_argument(
+        "--text-key",
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="JSON key, or Parquet or dataset column, that holds the text (default: text)",
+    )
+    reading.add_argument(
+        "--on-bad-text",
+        choices=get_args(ReadingOptions.__annotations__["on_bad_text"]),
+        default="refuse",
+        help="documents that are not UTF-8 text or JSON stop the command, or are skipped and counted (default: refuse)",
+    )
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tokenizer training."""
+    training = parser.add_argument_group("tokenizer training")
+    training.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"ids in all (default: {DEFAULT_VOCAB_SIZE}, or what a small corpus supports)",
+    )
+    training.add_argument(
+        "--sentinels",
+        type=int,
+        default=TokenizerSettings.num_sentinels,
+        metavar="N",
+        help="sentinels for span corruption (default: %(default)s, enough for UL2 up to 1,900 tokens)",
+    )
+    training.add_argument("--model-type", choices=("unigram", "bpe"), default=TokenizerSettings.model_type)
+    training.add_argument(
+        "--tokenizer-sample-bytes",
+        type=int,
+        default=TokenizerSettings.sample_bytes,
+        metavar="N",
+        help="text to train the tokenizer on, from the beginning of the input (default: %(default)s)",
+    )
+
+
+def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console) -> list[Source]:
+    """Return what the options say to read.
+
+    Raises: ConfigError if they name nothing, DataError for paths that do not exist.
+    """
+    options = ReadingOptions(arguments.document, arguments.text_key, arguments.on_bad_text)
+    files, num_ignored = file_sources(arguments.input, options)
+    if num_ignored:
+        console.print(f"{num_ignored:,} files of other kinds in the folders are left out.")
+    sources: list[Source] = list(files)
+    if arguments.dataset:
+        sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))
+    if arguments.embedded:
+        sources.append(EmbeddedSource(arguments.embedded, workers))
+    if not sources:
+        raise ConfigError("nothing to read. Give --input PATH, --dataset NAME or --embedded.")
+    return sources
+
+
+def tokenizer_settings(arguments: argparse.Namespace) -> TokenizerSettings:
+    """Return the settings that the options of tokenizer training say."""
+    return TokenizerSettings(
+        arguments.vocab_size, arguments.sentinels, arguments.model_type, arguments.tokenizer_sample_bytes
+    )
+
+
+def print_counts(manifest: Manifest, output: Path, console: Console) -> None:
+    """Print what the folder holds."""
+    rate = sum(split.tokens for split in manifest.splits.values()) / max(manifest.seconds, 1e-9)
+    console.print(
+        f"{manifest.documents:,} documents, {manifest.text_bytes:,} bytes of text, vocabulary {manifest.vocab_size:,}, "
+        f"encoded in {manifest.seconds:.1f} s ({rate:,.0f} tokens/s)"
+    )
+    for name, split in manifest.splits.items():
+        console.print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    for reason, count in manifest.skipped.items():
+        console.print(f"  skipped: {count:,} {reason}")
+    console.print(f"train on it with --set raptr_ds.data.path={output}")
+
+
+def main() -> None:
+    """Parse the options, prepare the folder and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_corpus_arguments(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the data folder to write")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="use this sentencepiece model instead of training one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
+    parser.add_argument("--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F")
+    parser.add_argument("--overwrite", action="store_true", help="replace data prepared with other settings")
+    add_tokenizer_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.tokenizer and arguments.vocab_size:
+        parser.error("--vocab-size is for training a tokenizer; with --tokenizer its own size counts. Give one of them.")
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers} must be at least 1")
+    console = Console(soft_wrap=True, highlight=False)
+    sources = corpus_sources(arguments, arguments.workers, console)
+    settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
+    sizes = [source.size_bytes() for source in sources]
+    total = sum(size for size in sizes if size is not None) if None not in sizes else None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.completed:,.0f} bytes, {task.fields[rate]:,.0f} bytes/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("preparing", total=total, documents=0, rate=0.0)
+        begin = time.monotonic()
+
+        def progress(documents: int, text_bytes: int) -> None:
+            rate = text_bytes / max(time.monotonic() - begin, 1e-9)
+            bar.update(task, completed=text_bytes, documents=documents, rate=rate)
+
+        manifest = prepare(
+            sources,
+            arguments.output,
+            settings,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            report=console.print,
+            progress=progress,
+        )
+        bar.update(task, total=manifest.text_bytes, completed=manifest.text_bytes, documents=manifest.documents)
+    print_counts(manifest, arguments.output, console)
+
+
+if __name__ == "__main__":
+    _command_line.run(main)
