@@ -1,0 +1,1 @@
+"""The run file: sections, derived values, rules, loading with overrides."""

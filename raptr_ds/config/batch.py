@@ -1,0 +1,60 @@
+"""The batch triangle: global batch = micro batch x accumulation steps x data parallel size."""
+
+from dataclasses import dataclass
+
+from raptr_ds.errors import ConfigError
+
+GLOBAL, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True)
+class BatchGeometry:
+    """How one step's sequences are cut up; all counts are sequences but `accumulation` and `data_parallel`."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    data_parallel: int
+
+
+def solve_batch(
+    global_batch: int | None, micro_batch: int | None, accumulation: int | None, data_parallel: int
+) -> BatchGeometry:
+    """Complete the triangle from what is given.
+
+    One of `global_batch` and `micro_batch` must be given; accumulation defaults to 1 where two are free.
+    Raises: ConfigError, with the values and numbers that would fit, if nothing whole solves it.
+    Source: DeepSpeed 0.19.8, runtime/config.py, _set_batch_related_parameters, without its silent rounding.
+    """
+    if global_batch is None and micro_batch is None:
+        raise ConfigError(f"{GLOBAL} is missing: set {GLOBAL}, or {MICRO}, to a number of sequences.")
+    if global_batch is None:
+        assert micro_batch is not None
+        accumulation = accumulation or 1
+        return BatchGeometry(micro_batch * accumulation * data_parallel, micro_batch, accumulation, data_parallel)
+    if micro_batch is None:
+        accumulation = accumulation or 1
+        micro_batch = _quotient(global_batch, data_parallel, ACCUMULATION, accumulation)
+    elif accumulation is None:
+        accumulation = _quotient(global_batch, data_parallel, MICRO, micro_batch)
+    elif global_batch != micro_batch * accumulation * data_parallel:
+        product = micro_batch * accumulation * data_parallel
+        raise ConfigError(
+            f"{GLOBAL}={global_batch} is not {MICRO}={micro_batch} x {ACCUMULATION}={accumulation} x "
+            f"{data_parallel} data-parallel ranks = {product}. Remove {ACCUMULATION} (it is derived), "
+            f"or set {GLOBAL} to {product}."
+        )
+    return BatchGeometry(global_batch, micro_batch, accumulation, data_parallel)
+
+
+def _quotient(global_batch: int, data_parallel: int, given_key: str, given: int) -> int:
+    """Divide the global batch by the ranks and one given factor; it must come out whole."""
+    unit = given * data_parallel
+    if global_batch % unit == 0:
+        return global_batch // unit
+    below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
+    fits = f"{below} or {above}" if below else f"{above}"
+    raise ConfigError(
+        f"{GLOBAL}={global_batch} must be a multiple of {given_key}={given} x {data_parallel} data-parallel ranks "
+        f"= {unit}. Set {GLOBAL} to {fits}, or change {given_key} or the number of processes."
+    )

@@ -1,0 +1,89 @@
+"""What follows from other values: derived once, here, so that a run file holds only what differs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection
+
+_FFN_MULTIPLE = 64
+
+_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "bert": {
+        "activation": "gelu",
+        "normalization": "layernorm",
+        "position_embedding": "learned",
+        "add_bias_linear": True,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    },
+    "ul2": {
+        "activation": "swiglu",
+        "normalization": "rmsnorm",
+        "position_embedding": "rotary",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+}
+
+
+def derive_model(model: ModelSection) -> ModelSection:
+    """Return the model with all that its architecture and width decide; only vocab_size may stay None."""
+    update = {key: value for key, value in _BY_ARCHITECTURE[model.architecture].items() if getattr(model, key) is None}
+    if model.ffn_hidden_size is None:
+        activation = update.get("activation", model.activation)
+        update["ffn_hidden_size"] = derive_ffn_hidden_size(model.hidden_size, activation)
+    return model.model_copy(update=update)
+
+
+def derive_ffn_hidden_size(hidden_size: int, activation: str) -> int:
+    """Return 4 x hidden_size for gelu; 8/3 x hidden_size, up to a multiple of 64, for swiglu's three matrices."""
+    if activation == "gelu":
+        return 4 * hidden_size
+    return -(-8 * hidden_size // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+
+
+def derive_pipeline_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Return the layers of each stage, as even as possible.
+
+    Where the depth does not divide, the middle stages take the remainder: the first and last also hold the embedding
+    and the head.
+    """
+    base, extra = divmod(num_layers, num_stages)
+    from_the_middle = sorted(range(num_stages), key=lambda stage: (abs(2 * stage - num_stages + 1), stage))
+    return tuple(base + (stage in from_the_middle[:extra]) for stage in range(num_stages))
+
+
+def derive_parallel(parallel: ParallelSection, num_layers: int) -> ParallelSection:
+    """Return the layout with the layers of each pipeline stage."""
+    if parallel.pipeline_layers is not None:
+        return parallel
+    layers = derive_pipeline_layers(num_layers, parallel.pipeline_model_parallel_size)
+    return parallel.model_copy(update={"pipeline_layers": layers})
+
+
+def count_fixed(fixed_layers: Sequence[int], num_layers: int) -> int:
+    """Return how many different layers are fixed; those outside the model count too, as a rule refuses them."""
+    return len({layer % num_layers if -num_layers <= layer < num_layers else layer for layer in fixed_layers})
+
+
+def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
+    """Return four phases at 1/2, 2/3, 5/6 and all of the depth, rounded half up, with room for the fixed layers.
+
+    12 layers give 6-8-10-12, 24 give 12-16-20-24.
+    """
+    return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
+
+
+def derive_path(path: PathSection, num_layers: int, num_steps: int) -> PathSection:
+    """Return the path section with its schedule, constant length and warm-up in steps, where the method uses them."""
+    update: dict[str, Any] = {}
+    lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
+    if path.method == "raptr" and path.schedule is None:
+        update["schedule"] = "-".join(map(str, lengths))
+    if path.method == "constant" and path.constant_length is None:
+        update["constant_length"] = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
+    if path.full_warmup_ratio is not None and not path.full_warmup_steps:
+        update["full_warmup_steps"] = int(path.full_warmup_ratio * num_steps)
+        update["full_warmup_ratio"] = None
+    return path.model_copy(update=update)

@@ -1,0 +1,176 @@
+"""Optimizers and learning-rate schedules that a run file may ask for, and their parameters, checked and completed."""
+
+from collections.abc import Callable
+from typing import Any
+
+from raptr_ds.config.deepspeed_keys import REFUSED, Check, choice, flag, number, whole
+from raptr_ds.config.deepspeed_part import unknown_key
+from raptr_ds.errors import nearest
+
+Place = Callable[[str], str]
+
+
+def _betas(value: Any) -> str | None:
+    fits = isinstance(value, list) and len(value) == 2 and not any(number(0)(beta) or beta >= 1 for beta in value)
+    return None if fits else "must be a list of two numbers, 0 or more and less than 1"
+
+
+_RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
+_ADAM: dict[str, Check] = {**_RATE, "betas": _betas, "eps": number(0, above=True)}
+_TORCH_ONLY = ("foreach", "fused", "maximize")
+_DEEPSPEED_ONLY = ("bias_correction", "set_grad_none", "fp32_optimizer_states")
+_ADAM_ALL: dict[str, Check] = {
+    **_ADAM,
+    "amsgrad": flag,
+    "torch_adam": flag,
+    **dict.fromkeys((*_TORCH_ONLY, *_DEEPSPEED_ONLY), flag),
+}
+
+OPTIMIZERS: dict[str, dict[str, Check]] = {
+    "AdamW": {**_ADAM_ALL, "adam_w_mode": flag},
+    "Adam": {**_ADAM_ALL, "adam_w_mode": flag},
+    "Adagrad": {**_RATE, "eps": number(0, above=True)},
+    "Lion": {**_RATE, "betas": _betas},
+    "SGD": {**_RATE, "momentum": number(0, 1), "dampening": number(0), "nesterov": flag},
+}
+"""Names that DeepSpeed 0.19.8 builds (runtime/engine.py, _configure_basic_optimizer) and that step layer by layer."""
+
+NOT_OFFERED = {
+    "lamb": "scales by norms of whole matrices, which tensor parallelism and ZeRO cut",
+    "muon": "orthogonalizes whole matrices, which tensor parallelism and ZeRO cut",
+    "muadam": "needs the mup package and its own initialization",
+    "muadamw": "needs the mup package and its own initialization",
+    "musgd": "needs the mup package and its own initialization",
+    "onebitadam": "was removed from DeepSpeed",
+    "onebitlamb": "was removed from DeepSpeed",
+    "zerooneadam": "was removed from DeepSpeed",
+}
+
+_WARMUP: dict[str, Check] = {
+    "warmup_num_steps": whole(0),
+    "warmup_ratio": number(0, 1),
+    "warmup_type": choice("log", "linear"),
+}
+_WARMUP_LR: dict[str, Check] = {**_WARMUP, "warmup_min_lr": number(0), "warmup_max_lr": number(0, above=True)}
+_TOTAL: dict[str, Check] = {"total_num_steps": whole(1)}
+
+SCHEDULERS: dict[str, dict[str, Check]] = {
+    "WarmupLR": _WARMUP_LR,
+    "WarmupDecayLR": {**_WARMUP_LR, **_TOTAL},
+    "WarmupCosineLR": {**_WARMUP, **_TOTAL, "warmup_min_ratio": number(0, 1), "cos_min_ratio": number(0, 1)},
+    "WarmupInverseSqrtLR": _WARMUP_LR,
+    "WarmupStableDecayLR": {
+        **_WARMUP_LR,
+        **_TOTAL,
+        "decay_num_steps": whole(0),
+        "decay_ratio": number(0, 1),
+        "decay_type": choice("linear", "cosine", "sqrt"),
+        "decay_min_lr": number(0),
+    },
+}
+"""DeepSpeed's own three first (runtime/lr_schedules.py), then ours in the same style."""
+
+DEFAULT_LR = 1e-3
+_DEFAULT_WARMUP_STEPS = 1000
+
+
+def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
+    """Return one message for each thing that is wrong with the `optimizer` object."""
+    name = canonical(optimizer.get("type"), OPTIMIZERS)
+    if name is None:
+        return [_wrong_type("optimizer", optimizer, list(OPTIMIZERS), place)]
+    params = optimizer.get("params", {})
+    errors = _check_params("optimizer", name, params, OPTIMIZERS[name], place)
+    unusable = _DEEPSPEED_ONLY if params.get("torch_adam") else _TORCH_ONLY
+    for key in unusable if name in {"Adam", "AdamW"} else ():
+        if key in params:
+            state = "true" if params.get("torch_adam") else "not set"
+            errors.append(
+                f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: "
+                f"another implementation takes it. Remove {key}, or change optimizer.params.torch_adam."
+            )
+    return errors
+
+
+def check_scheduler(scheduler: dict[str, Any], place: Place) -> list[str]:
+    """Return one message for each thing that is wrong with the `scheduler` object."""
+    name = canonical(scheduler.get("type"), SCHEDULERS)
+    if name is None:
+        return [_wrong_type("scheduler", scheduler, list(SCHEDULERS), place)]
+    params = scheduler.get("params", {})
+    errors = _check_params("scheduler", name, params, SCHEDULERS[name], place)
+    for ratio, steps in (("warmup_ratio", "warmup_num_steps"), ("decay_ratio", "decay_num_steps")):
+        if ratio in params and steps in params:
+            errors.append(
+                f"scheduler.params.{ratio}={params[ratio]} and scheduler.params.{steps}={params[steps]} say the same "
+                "thing twice. Keep one."
+            )
+    return errors
+
+
+def canonical(name: Any, known: dict[str, Any]) -> str | None:
+    """Return the spelling in `known` of a name given in any case, None if there is none."""
+    return {key.lower(): key for key in known}.get(name.lower()) if isinstance(name, str) else None
+
+
+def complete_optimizer(optimizer: dict[str, Any] | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the optimizer with its canonical type and a learning rate; AdamW if the file has none."""
+    if optimizer is None:
+        optimizer = {"type": "AdamW", "params": {"weight_decay": 0.01, "torch_adam": True}}
+    params = dict(optimizer.get("params", {}))
+    params.setdefault("lr", (scheduler or {}).get("params", {}).get("warmup_max_lr", DEFAULT_LR))
+    return {"type": canonical(optimizer["type"], OPTIMIZERS), "params": params}
+
+
+def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: int) -> dict[str, Any] | None:
+    """Return the schedule with every parameter a number of steps or a rate, ratios resolved; None stays None.
+
+    Units: lr is the optimizer's, num_steps the run's. Defaults are DeepSpeed's, but total_num_steps, warmup_max_lr
+    and a warm-up that fits a short run.
+    """
+    if scheduler is None:
+        return None
+    name = canonical(scheduler["type"], SCHEDULERS)
+    assert name is not None
+    params = dict(scheduler.get("params", {}))
+    known = SCHEDULERS[name]
+    total = int(params.get("total_num_steps", num_steps))
+    ratio = params.pop("warmup_ratio", None)
+    default = min(_DEFAULT_WARMUP_STEPS, num_steps // 10) if ratio is None else int(ratio * num_steps)
+    values: dict[str, Any] = {"warmup_num_steps": default, "warmup_type": "log"}
+    if "warmup_max_lr" in known:
+        values |= {"warmup_min_lr": 0.0, "warmup_max_lr": lr}
+    if "total_num_steps" in known:
+        values["total_num_steps"] = total
+    if name == "WarmupCosineLR":
+        values |= {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001}
+    if name == "WarmupStableDecayLR":
+        decay_ratio = params.pop("decay_ratio", 0.1)
+        values |= {"decay_num_steps": int(decay_ratio * total), "decay_type": "linear", "decay_min_lr": 0.0}
+    values |= params
+    for key in ("warmup_num_steps", "total_num_steps", "decay_num_steps"):
+        if key in values:
+            values[key] = int(values[key])
+    return {"type": name, "params": values}
+
+
+def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place) -> str:
+    name = given.get("type")
+    if name is None:
+        return f"{part}.type is missing: it must be one of {', '.join(known)}."
+    why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
+    said = f" is not offered: it {why}" if why else " is unknown" + nearest(str(name), known)
+    return f"{part}.type={name!r}{place(f'{part}.type')}{said}. It must be one of {', '.join(known)}."
+
+
+def _check_params(part: str, name: str, params: dict[str, Any], known: dict[str, Check], place: Place) -> list[str]:
+    errors = []
+    for key, value in params.items():
+        dotted = f"{part}.params.{key}"
+        if dotted in REFUSED:
+            errors.append(f"{dotted}{place(dotted)} {REFUSED[dotted]}.")
+        elif key not in known:
+            errors.append(f"{part}.type={name}: " + unknown_key(dotted, list(known), place))
+        elif must := known[key](value):
+            errors.append(f"{dotted}={value!r}{place(dotted)} {must}.")
+    return errors

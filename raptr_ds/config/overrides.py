@@ -1,0 +1,74 @@
+"""`--set KEY=VALUE`: dotted keys of the run file, changed from the command line."""
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import hjson
+
+from raptr_ds.errors import ConfigError
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Return a copy of `tree` with the overrides in it, and the dotted keys of every value that they set.
+
+    Later overrides win over earlier ones. Whether a key exists at all is checked with the rest of the file.
+    Raises: ConfigError if an override is not KEY=VALUE or goes through something that is no section.
+    """
+    tree = copy.deepcopy(tree)
+    touched: set[str] = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(
+                f"--set {override!r} is not KEY=VALUE with a dotted key of the run file. "
+                "Write it as: --set raptr_ds.train.steps=100 zero_optimization.stage=1"
+            )
+        value = parse_value(text.strip(), key)
+        _assign(tree, parts, value)
+        touched.update(_leaves(key.strip(), value))
+    return tree, touched
+
+
+def parse_value(text: str, key: str = "value") -> Any:
+    """Return the JSON scalar, HJSON list or object, or else the plain string that `text` writes.
+
+    `6-8-10-12` stays a string, `1e-3` is a number, `null` takes a key away. Raises: ConfigError.
+    """
+    if text[:1] in {"[", "{"}:
+        try:
+            return hjson.loads(text, object_pairs_hook=dict)
+        except hjson.HjsonDecodeError as error:
+            raise ConfigError(
+                f"--set {key}: cannot read {text!r} (column {error.colno}: {error.msg}). Quote it for the shell "
+                f"as one word, and strings inside it with double quotes: --set '{key}=[1, 2]'"
+            ) from error
+    try:
+        value = json.loads(text, parse_constant=str)
+    except json.JSONDecodeError:
+        return text
+    return value
+
+
+def _assign(tree: dict[str, Any], parts: list[str], value: Any) -> None:
+    node = tree
+    for depth, part in enumerate(parts[:-1], 1):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            outer = ".".join(parts[:depth])
+            raise ConfigError(
+                f"--set {'.'.join(parts)}: {outer} is the value {node!r}, not a section, so there is nothing "
+                f"below it to set. Set {outer} itself."
+            )
+    node[parts[-1]] = value
+
+
+def _leaves(key: str, value: Any) -> Iterable[str]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    yield key

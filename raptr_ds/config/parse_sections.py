@@ -1,0 +1,78 @@
+"""From the `raptr_ds` object to sections: all that is wrong with single keys, each in one clear message."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
+from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section
+from raptr_ds.errors import nearest
+
+Place = Callable[[str], str]
+
+NOT_BUILT = {"stacking", "balanced"}
+"""Values of the design that this version does not have."""
+
+
+def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[str]]:
+    """Return the sections by name and one message for each key that is unknown, missing or not what it must be.
+
+    Sections that are wrong are left out of the result; it is complete where there are no messages.
+    """
+    if not isinstance(block, dict):
+        what = "is missing" if block is None else f"={block!r} is not an object"
+        return {}, [
+            f"{BLOCK} {what}: beside DeepSpeed's keys a run file holds one object {BLOCK} with the sections "
+            f"{', '.join(SECTIONS)}. Start from a file in deepspeed_configs/."
+        ]
+    errors = [unknown_key(f"{BLOCK}.{name}", list(SECTIONS), place) for name in block if name not in SECTIONS]
+    sections: dict[str, Section] = {}
+    for name, model in SECTIONS.items():
+        content = block.get(name, {})
+        if not isinstance(content, dict):
+            errors.append(f"{BLOCK}.{name}={content!r}{place(f'{BLOCK}.{name}')} must be an object {{key: value}}.")
+            continue
+        try:
+            sections[name] = model.model_validate(content)
+        except ValidationError as error:
+            errors += [_message(f"{BLOCK}.{name}", model, detail, place) for detail in error.errors()]
+    return sections, errors
+
+
+def _message(section: str, model: type[Section], detail: ErrorDetails, place: Place) -> str:
+    parts = [str(part) for part in detail["loc"] if str(part) not in UNION_TAGS]
+    dotted, field = ".".join([section, *parts]), parts[0]
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return unknown_key(dotted, list((Denoiser if len(parts) > 1 else model).model_fields), place)
+    if kind == "missing":
+        about = (model.model_fields[field].description or "") if len(parts) == 1 else ""
+        return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
+    shown = f"{dotted}={value!r}{place(dotted)}"
+    if kind == "literal_error":
+        choices = _choices(model if len(parts) == 1 else Denoiser, parts[-1])
+        if value in NOT_BUILT:
+            return f"{shown} is not built yet. Set one of {', '.join(choices)}."
+        guess = nearest(str(value), choices).rstrip("?")
+        return f"{shown} must be one of {', '.join(choices)}{guess}.{_unquoted(value)}"
+    return f"{shown} {detail['msg'].replace('Input should', 'must').replace('should', 'must')}.{_unquoted(value)}"
+
+
+def _choices(model: type[Section], field: str) -> list[str]:
+    """Return the strings that a field may be, found inside its unions and annotations."""
+
+    def strings(annotation: Any) -> list[str]:
+        if isinstance(annotation, str):
+            return [annotation]
+        return [name for part in get_args(annotation) for name in strings(part)]
+
+    return strings(model.model_fields[field].annotation)
+
+
+def _unquoted(value: Any) -> str:
+    """Explain the usual slip of HJSON: a string without quotes takes the rest of its line with it."""
+    if isinstance(value, str) and (value.endswith(",") or " #" in value or " //" in value):
+        return " (In HJSON a string without quotes runs to the end of its line: put it in double quotes.)"
+    return ""

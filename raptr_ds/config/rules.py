@@ -1,0 +1,259 @@
+"""Cross-section rules of model, layout, path and objective, as a table: each returns its error text or None."""
+
+import re
+from collections.abc import Callable
+
+from raptr_ds.config.derive import count_fixed
+from raptr_ds.config.draft import Draft
+from raptr_ds.config.rules_training import TRAINING_RULES
+
+Rule = Callable[[Draft], str | None]
+
+
+def check_rules(draft: Draft) -> list[str]:
+    """Return the message of every rule that the draft breaks."""
+    return [message for rule in RULES if (message := rule(draft)) is not None]
+
+
+def heads_divide_hidden(draft: Draft) -> str | None:
+    """hidden_size % num_attention_heads == 0."""
+    hidden, heads = draft.model.hidden_size, draft.model.num_attention_heads
+    if hidden % heads == 0:
+        return None
+    return (
+        f"raptr_ds.model.hidden_size={hidden} must be a multiple of num_attention_heads={heads}. "
+        f"Set hidden_size to {-(-hidden // heads) * heads}, or num_attention_heads to {_divisor_near(hidden, heads)}."
+    )
+
+
+def rotary_needs_even_head(draft: Draft) -> str | None:
+    """Rotary embedding turns pairs of channels."""
+    size = draft.model.hidden_size // draft.model.num_attention_heads
+    if draft.model.position_embedding != "rotary" or size % 2 == 0:
+        return None
+    return (
+        f"raptr_ds.model.hidden_size / num_attention_heads = {size} must be even for position_embedding 'rotary'. "
+        "Change one of the two, or set raptr_ds.model.position_embedding to 'learned'."
+    )
+
+
+def tensor_divides_heads(draft: Draft) -> str | None:
+    """num_attention_heads % tensor_model_parallel_size == 0."""
+    heads, tensor = draft.model.num_attention_heads, draft.parallel.tensor_model_parallel_size
+    if heads % tensor == 0:
+        return None
+    return (
+        f"raptr_ds.model.num_attention_heads={heads} must be a multiple of "
+        f"raptr_ds.parallel.tensor_model_parallel_size={tensor}: each process takes whole heads. "
+        f"Set tensor_model_parallel_size to {_divisor_near(heads, tensor)}, or change num_attention_heads."
+    )
+
+
+def tensor_divides_ffn(draft: Draft) -> str | None:
+    """ffn_hidden_size % tensor_model_parallel_size == 0."""
+    ffn, tensor = draft.model.ffn_hidden_size, draft.parallel.tensor_model_parallel_size
+    if ffn is None or ffn % tensor == 0:
+        return None
+    return (
+        f"raptr_ds.model.ffn_hidden_size={ffn} must be a multiple of "
+        f"raptr_ds.parallel.tensor_model_parallel_size={tensor}. Set ffn_hidden_size to {-(-ffn // tensor) * tensor}, "
+        f"or tensor_model_parallel_size to {_divisor_near(ffn, tensor)}."
+    )
+
+
+def world_fits_layout(draft: Draft) -> str | None:
+    """world_size % (tensor * pipeline) == 0."""
+    world, size = draft.world_size, draft.model_parallel_size
+    if world % size == 0:
+        return None
+    tensor, pipeline = draft.parallel.tensor_model_parallel_size, draft.parallel.pipeline_model_parallel_size
+    return (
+        f"{world} processes cannot be divided into raptr_ds.parallel.tensor_model_parallel_size={tensor} x "
+        f"pipeline_model_parallel_size={pipeline} = {size}. Start a multiple of {size} processes, or lower the sizes."
+    )
+
+
+def stages_have_layers(draft: Draft) -> str | None:
+    """Every pipeline stage holds a layer."""
+    layers, stages = draft.model.num_layers, draft.parallel.pipeline_model_parallel_size
+    if layers >= stages:
+        return None
+    return (
+        f"raptr_ds.parallel.pipeline_model_parallel_size={stages} needs at least {stages} layers, one for each stage; "
+        f"raptr_ds.model.num_layers={layers}. Set pipeline_model_parallel_size to {layers} or less, or add layers."
+    )
+
+
+def pipeline_layers_fit(draft: Draft) -> str | None:
+    """pipeline_layers names every stage and adds up to num_layers."""
+    counts, stages = draft.parallel.pipeline_layers, draft.parallel.pipeline_model_parallel_size
+    if counts is None or (len(counts) == stages and sum(counts) == draft.model.num_layers):
+        return None
+    return (
+        f"raptr_ds.parallel.pipeline_layers={list(counts)} has {len(counts)} stages and {sum(counts)} layers; it must "
+        f"have pipeline_model_parallel_size={stages} entries that add up to raptr_ds.model.num_layers="
+        f"{draft.model.num_layers}. Correct it, or remove it: it is derived."
+    )
+
+
+def fixed_layers_exist(draft: Draft) -> str | None:
+    """Every fixed layer is a layer of the model."""
+    layers = draft.model.num_layers
+    outside = [layer for layer in draft.path.fixed_layers if not -layers <= layer < layers]
+    if draft.path.method not in {"raptr", "constant"} or not outside:
+        return None
+    return (
+        f"raptr_ds.path.fixed_layers={list(draft.path.fixed_layers)} has {outside[0]}; with raptr_ds.model.num_layers="
+        f"{layers} a layer is {-layers}..{layers - 1}, negative ones counting from the end. Correct or remove it."
+    )
+
+
+def schedule_is_written_well(draft: Draft) -> str | None:
+    """A schedule is whole numbers joined by '-'."""
+    schedule = draft.path.schedule
+    if schedule is None or _lengths(schedule):
+        return None
+    return (
+        f"raptr_ds.path.schedule={schedule!r} must be path lengths, whole numbers from 1, joined by '-', one for each "
+        f"phase. Write it as '6-8-10-12', or remove it: one for the depth is derived."
+    )
+
+
+def schedule_fits_depth(draft: Draft) -> str | None:
+    """No phase is longer than the model, the last is the whole model."""
+    lengths, layers = _lengths(draft.path.schedule), draft.model.num_layers
+    if not lengths or (max(lengths) <= layers and lengths[-1] == layers):
+        return None
+    if max(lengths) > layers:
+        wrong = f"is longer than the model: a path of {max(lengths)} layers"
+    else:
+        wrong = f"must end at full depth, not at {lengths[-1]} layers"
+    return (
+        f"raptr_ds.path.schedule={draft.path.schedule!r} {wrong}; raptr_ds.model.num_layers={layers}. "
+        f"End it with {layers} and keep the other phases at most that, or remove it: one for the depth is derived."
+    )
+
+
+def schedule_never_shrinks(draft: Draft) -> str | None:
+    """Path length grows from phase to phase, or stays."""
+    lengths = _lengths(draft.path.schedule)
+    if list(lengths) == sorted(lengths):
+        return None
+    return (
+        f"raptr_ds.path.schedule={draft.path.schedule!r} shrinks from one phase to the next; path lengths must grow or "
+        f"stay. Write {'-'.join(map(str, sorted(lengths)))!r}, or use raptr_ds.path.method 'pld' to drop more with time."
+    )
+
+
+def schedule_holds_fixed(draft: Draft) -> str | None:
+    """Every phase has room for the fixed layers."""
+    lengths = _lengths(draft.path.schedule)
+    fixed = count_fixed(draft.path.fixed_layers, draft.model.num_layers)
+    if not lengths or min(lengths) >= fixed:
+        return None
+    return (
+        f"raptr_ds.path.schedule={draft.path.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} of "
+        f"raptr_ds.path.fixed_layers={list(draft.path.fixed_layers)}, which are in every path. "
+        f"Raise the schedule to at least {fixed}, or fix fewer layers."
+    )
+
+
+def constant_length_fits(draft: Draft) -> str | None:
+    """A constant path holds the fixed layers and fits the model."""
+    length, layers = draft.path.constant_length, draft.model.num_layers
+    least = max(1, count_fixed(draft.path.fixed_layers, layers))
+    if draft.path.method != "constant" or length is None or least <= length <= layers:
+        return None
+    return (
+        f"raptr_ds.path.constant_length={length} must be {least}..{layers}: at least the fixed layers, at most "
+        f"raptr_ds.model.num_layers. Change it, or remove it: one is derived."
+    )
+
+
+def full_warmup_said_once(draft: Draft) -> str | None:
+    """Steps or ratio, not both."""
+    if draft.path.full_warmup_ratio is None or not draft.path.full_warmup_steps:
+        return None
+    return (
+        f"raptr_ds.path.full_warmup_steps={draft.path.full_warmup_steps} and full_warmup_ratio="
+        f"{draft.path.full_warmup_ratio} say the same thing twice. Keep one."
+    )
+
+
+def full_warmup_ends(draft: Draft) -> str | None:
+    """The full-model warm-up leaves steps for the schedule."""
+    warmup, steps = draft.path.full_warmup_steps, draft.train.steps
+    if draft.path.method != "raptr" or warmup < steps:
+        return None
+    return (
+        f"raptr_ds.path.full_warmup_steps={warmup} must be less than raptr_ds.train.steps={steps}, or no random path is "
+        "ever trained. Lower it, or write raptr_ds.path.full_warmup_ratio, a fraction of the steps."
+    )
+
+
+def denoisers_are_complete(draft: Draft) -> str | None:
+    """Each denoiser has what its kind needs and nothing else, and a name of its own."""
+    denoisers = draft.objective.denoisers
+    if draft.model.architecture != "ul2" or isinstance(denoisers, str):
+        return None
+    names = [denoiser.name for denoiser in denoisers]
+    needs = {"span": {"mean_span", "rate"}, "prefix": {"rate"}, "causal": set[str]()}
+    for index, denoiser in enumerate(denoisers):
+        where = f"raptr_ds.objective.denoisers[{index}] ({denoiser.name!r}, kind {denoiser.kind!r})"
+        given = {key for key in ("mean_span", "rate") if getattr(denoiser, key) is not None}
+        if missing := sorted(needs[denoiser.kind] - given):
+            return f"{where} needs {' and '.join(missing)}. Set it."
+        if extra := sorted(given - needs[denoiser.kind]):
+            return f"{where} has no use for {' and '.join(extra)}. Remove it."
+        if denoiser.mean_span is not None and denoiser.mean_span >= draft.model.seq_length:
+            return f"{where}: mean_span={denoiser.mean_span:g} must be less than raptr_ds.model.seq_length=" + (
+                f"{draft.model.seq_length}. Lower it, or use kind 'prefix'."
+            )
+        if names.count(denoiser.name) > 1:
+            return f"{where}: the name is used {names.count(denoiser.name)} times. Give each denoiser its own."
+    return None
+
+
+def mask_predicts_something(draft: Draft) -> str | None:
+    """At least one position of a sequence is predicted."""
+    rate, length = draft.objective.mask_rate, draft.model.seq_length
+    if draft.model.architecture != "bert" or rate * length >= 1:
+        return None
+    return (
+        f"raptr_ds.objective.mask_rate={rate} of raptr_ds.model.seq_length={length} is less than one position. "
+        f"Set mask_rate to {1 / length:.3g} or more, or lengthen the sequence."
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    heads_divide_hidden,
+    rotary_needs_even_head,
+    tensor_divides_heads,
+    tensor_divides_ffn,
+    world_fits_layout,
+    stages_have_layers,
+    pipeline_layers_fit,
+    fixed_layers_exist,
+    schedule_is_written_well,
+    schedule_fits_depth,
+    schedule_never_shrinks,
+    schedule_holds_fixed,
+    constant_length_fits,
+    full_warmup_said_once,
+    full_warmup_ends,
+    denoisers_are_complete,
+    mask_predicts_something,
+    *TRAINING_RULES,
+)
+
+
+def _lengths(schedule: str | None) -> tuple[int, ...]:
+    """Return a schedule's path lengths; empty if there is none or it cannot be read."""
+    if schedule is None or not re.fullmatch(r"0*[1-9]\d*(-0*[1-9]\d*)*", schedule):
+        return ()
+    return tuple(int(part) for part in schedule.split("-"))
+
+
+def _divisor_near(whole: int, wanted: int) -> int:
+    """Return the largest divisor of `whole` that is not above `wanted`."""
+    return max(divisor for divisor in range(1, min(whole, wanted) + 1) if whole % divisor == 0)

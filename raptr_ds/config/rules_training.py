@@ -1,0 +1,177 @@
+"""Cross-section rules of ZeRO, precision, optimizer and schedule, as a table: each returns its error text or None."""
+
+from collections.abc import Callable
+
+from raptr_ds.config.draft import Draft
+
+
+def pipeline_allows_zero_stage(draft: Draft) -> str | None:
+    """DeepSpeed's pipeline engine takes ZeRO 0 and 1."""
+    stages = draft.parallel.pipeline_model_parallel_size
+    if stages == 1 or draft.zero_stage <= 1:
+        return None
+    return (
+        f"raptr_ds.parallel.pipeline_model_parallel_size={stages} needs zero_optimization.stage <= 1 (DeepSpeed's "
+        f"pipeline engine); got {draft.zero_stage}. Set zero_optimization.stage to 1, or pipeline_model_parallel_size "
+        "to 1."
+    )
+
+
+def offload_has_a_stage(draft: Draft) -> str | None:
+    """The optimizer is offloaded by ZeRO 1-3."""
+    device = draft.zero.get("offload_optimizer", {}).get("device", "none")
+    if device == "none" or draft.zero_stage >= 1:
+        return None
+    return (
+        f"zero_optimization.offload_optimizer.device={device!r} needs zero_optimization.stage >= 1; got "
+        f"{draft.zero_stage}. Set zero_optimization.stage to 1, or remove offload_optimizer."
+    )
+
+
+def nvme_has_a_path(draft: Draft) -> str | None:
+    """Offloading to NVMe needs a folder there, and ZeRO 3."""
+    for part in ("offload_optimizer", "offload_param"):
+        offload = draft.zero.get(part, {})
+        if str(offload.get("device", "none")).lower() != "nvme":
+            continue
+        if "nvme_path" not in offload:
+            return f"zero_optimization.{part}.device='nvme' needs a folder. Set zero_optimization.{part}.nvme_path."
+        if draft.zero_stage != 3:
+            return (
+                f"zero_optimization.{part}.device='nvme' needs zero_optimization.stage=3; got {draft.zero_stage}. "
+                "Set device to 'cpu', or stage to 3."
+            )
+    return None
+
+
+def partial_offload_needs_stage_3(draft: Draft) -> str | None:
+    """offload_optimizer.ratio below 1 is ZeRO 3's."""
+    ratio = draft.zero.get("offload_optimizer", {}).get("ratio", 1.0)
+    if ratio == 1 or draft.zero_stage == 3:
+        return None
+    return (
+        f"zero_optimization.offload_optimizer.ratio={ratio} needs zero_optimization.stage=3; got {draft.zero_stage}. "
+        "Remove ratio, or set stage to 3."
+    )
+
+
+def one_precision(draft: Draft) -> str | None:
+    """bf16 or fp16, not both."""
+    both = all(draft.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
+    return "bf16.enabled and fp16.enabled are both true. Set one of them to false." if both else None
+
+
+def low_precision_masters_need_zero(draft: Draft) -> str | None:
+    """Master weights in 16 bits are ZeRO 1-3's."""
+    for name in ("bf16", "fp16"):
+        key = f"{name}_master_weights_and_grads"
+        if draft.precision == name and draft.deepspeed[name].get(key) and draft.zero_stage == 0:
+            return f"{name}.{key}=true needs zero_optimization.stage >= 1; got 0. Set stage to 1, or remove {key}."
+    bf16 = draft.deepspeed.get("bf16", {})
+    if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
+        return (
+            "bf16.bf16_optimizer_states=true needs bf16.bf16_master_weights_and_grads=true. "
+            "Set that too, or remove bf16_optimizer_states."
+        )
+    return None
+
+
+def accumulation_dtype_fits(draft: Draft) -> str | None:
+    """Without ZeRO gradients are accumulated in the model's own type."""
+    dtype = str(draft.deepspeed.get("data_types", {}).get("grad_accum_dtype", draft.precision)).lower()
+    if draft.zero_stage >= 1 or dtype == draft.precision:
+        return None
+    return (
+        f"data_types.grad_accum_dtype={dtype!r} with {draft.precision} training needs zero_optimization.stage >= 1; "
+        f"got 0. Set stage to 1, or remove grad_accum_dtype."
+    )
+
+
+def adamw_is_adamw(draft: Draft) -> str | None:
+    """DeepSpeed's AdamW decouples weight decay whatever adam_w_mode says."""
+    if draft.optimizer["type"] != "AdamW" or draft.optimizer["params"].get("adam_w_mode", True):
+        return None
+    return (
+        "optimizer.params.adam_w_mode=false has no effect on optimizer.type='AdamW'. "
+        "Set optimizer.type to 'Adam', or remove adam_w_mode."
+    )
+
+
+def nesterov_has_momentum(draft: Draft) -> str | None:
+    """torch's SGD takes nesterov with momentum and without dampening only."""
+    params = draft.optimizer["params"]
+    if not params.get("nesterov") or (params.get("momentum", 0) > 0 and not params.get("dampening", 0)):
+        return None
+    return (
+        f"optimizer.params.nesterov=true needs momentum > 0 and dampening 0; got momentum={params.get('momentum', 0)}, "
+        f"dampening={params.get('dampening', 0)}. Correct them, or remove nesterov."
+    )
+
+
+def one_peak_learning_rate(draft: Draft) -> str | None:
+    """The schedule's peak is the optimizer's learning rate."""
+    params = draft.scheduler["params"] if draft.scheduler else {}
+    peak, rate = params.get("warmup_max_lr"), draft.optimizer["params"]["lr"]
+    if peak is None or peak == rate:
+        return None
+    return (
+        f"scheduler.params.warmup_max_lr={peak} and optimizer.params.lr={rate} both say the peak learning rate. "
+        "Remove warmup_max_lr: it is optimizer.params.lr."
+    )
+
+
+def warmup_starts_below_peak(draft: Draft) -> str | None:
+    """The warm-up rises."""
+    params = draft.scheduler["params"] if draft.scheduler else {}
+    low, peak = params.get("warmup_min_lr", 0), params.get("warmup_max_lr", float("inf"))
+    if low <= peak:
+        return None
+    return (
+        f"scheduler.params.warmup_min_lr={low} must be at most the peak learning rate, optimizer.params.lr={peak}. "
+        "Lower warmup_min_lr."
+    )
+
+
+def warmup_ends(draft: Draft) -> str | None:
+    """The learning rate's warm-up, and its decay, fit into the run."""
+    params = draft.scheduler["params"] if draft.scheduler else {}
+    warmup, decay, steps = params.get("warmup_num_steps", 0), params.get("decay_num_steps", 0), draft.train.steps
+    total = params.get("total_num_steps", steps)
+    if warmup >= steps:
+        return (
+            f"scheduler.params.warmup_num_steps={warmup} must be less than raptr_ds.train.steps={steps}. "
+            "Lower it, or write scheduler.params.warmup_ratio, a fraction of the steps."
+        )
+    if warmup + decay > total:
+        return (
+            f"scheduler.params: warmup_num_steps={warmup} + decay_num_steps={decay} must be at most total_num_steps="
+            f"{total}. Shorten one, or write warmup_ratio and decay_ratio, fractions of the steps."
+        )
+    return None
+
+
+def evaluation_has_batches(draft: Draft) -> str | None:
+    """An evaluation that is asked for evaluates something."""
+    if draft.eval.batches or not draft.eval.interval:
+        return None
+    return (
+        f"raptr_ds.eval.interval={draft.eval.interval} with raptr_ds.eval.batches=0 would evaluate nothing. "
+        "Set batches to 1 or more, or interval to 0."
+    )
+
+
+TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
+    pipeline_allows_zero_stage,
+    offload_has_a_stage,
+    nvme_has_a_path,
+    partial_offload_needs_stage_3,
+    one_precision,
+    low_precision_masters_need_zero,
+    accumulation_dtype_fits,
+    adamw_is_adamw,
+    nesterov_has_momentum,
+    one_peak_learning_rate,
+    warmup_starts_below_peak,
+    warmup_ends,
+    evaluation_has_batches,
+)

@@ -1,0 +1,238 @@
+"""The sections of the `raptr_ds` block: what a run file may say beyond DeepSpeed's own keys, and the defaults."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+
+def _whole(value: Any) -> Any:
+    """Let 1e6 stand for 1000000, as people write steps; anything else goes on to the strict check."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _schedule_text(value: Any) -> Any:
+    """Let a single phase be written as a bare number: `--set raptr_ds.path.schedule=12`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no conversions but whole floats to integers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """`raptr_ds.model`: the shape of the network. What is left out follows from the architecture."""
+
+    architecture: Literal["bert", "ul2"]
+    """bert: pre-layer-norm encoder, masked language modelling. ul2: prefix language model, mixture of denoisers."""
+    num_layers: Count
+    """Depth L of the full model."""
+    hidden_size: Count
+    """Width of the residual stream; a multiple of num_attention_heads."""
+    num_attention_heads: Count
+    """Attention heads of a layer; a multiple of raptr_ds.parallel.tensor_model_parallel_size."""
+    seq_length: Count
+    """Tokens of a sequence, special tokens included."""
+    vocab_size: Count | None = None
+    """Entries of the vocabulary. Left out: the tokenizer's. Said: must be the tokenizer's."""
+    ffn_hidden_size: Count | None = None
+    """Width inside the MLP. Derived: 4 x hidden_size for gelu; 8/3 x hidden_size, up to a multiple of 64, for swiglu."""
+    activation: Literal["gelu", "swiglu"] | None = None
+    """Derived: gelu for bert, swiglu for ul2."""
+    normalization: Literal["layernorm", "rmsnorm"] | None = None
+    """Derived: layernorm for bert, rmsnorm for ul2."""
+    position_embedding: Literal["learned", "rotary"] | None = None
+    """Derived: learned for bert, rotary for ul2."""
+    rotary_base: Positive = 10000.0
+    """Base of the rotary frequencies; used by position_embedding rotary only."""
+    add_bias_linear: bool | None = None
+    """Biases in the linear layers. Derived: true for bert, false for ul2."""
+    tie_word_embeddings: bool = True
+    """Whether the output projection is the input embedding."""
+    hidden_dropout: Probability | None = None
+    """Dropout after attention, MLP and embedding. Derived: 0.1 for bert, 0.0 for ul2."""
+    attention_dropout: Probability | None = None
+    """Dropout of attention probabilities. Derived: 0.1 for bert, 0.0 for ul2."""
+    init_method_std: Positive = 0.02
+    """Standard deviation of initial weights; output projections get it divided by sqrt(2 L)."""
+    norm_epsilon: Positive = 1e-5
+    """Added to the variance in the normalization."""
+
+
+class ParallelSection(Section):
+    """`raptr_ds.parallel`: how the model is laid over the processes; what remains is data parallel."""
+
+    tensor_model_parallel_size: Count = 1
+    """Processes that share each layer's matrices."""
+    pipeline_model_parallel_size: Count = 1
+    """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
+    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
+    """Layers of each pipeline stage. Derived: as even as possible, larger stages first."""
+    activation_checkpointing: bool = False
+    """Recompute a layer's activations in the backward pass instead of keeping them."""
+
+
+class PathSection(Section):
+    """`raptr_ds.path`: which layers run at each step. A key that the method does not use is an error."""
+
+    method: Literal["full", "raptr", "pld", "constant"] = "full"
+    """full: all layers, always. raptr: random paths that grow by phases. pld: progressive layer dropping.
+    constant: random paths of one length (stochastic depth at a constant rate)."""
+    schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
+    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L."""
+    split: Literal["uniform", "proportional"] = "uniform"
+    """raptr: phases of equal length in steps, or in proportion to their path length."""
+    full_warmup_steps: CountOrZero = 0
+    """raptr, constant: steps on the full model before the first path is drawn."""
+    full_warmup_ratio: Probability | None = None
+    """The same as a fraction of raptr_ds.train.steps; say one of the two."""
+    fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
+    """raptr, constant: layers that are in every path; 0-based, negative ones count from the end."""
+    sampling: Literal["uniform", "bernoulli"] = "uniform"
+    """raptr, constant: all subsets of the phase's length alike, or each layer kept by an independent draw."""
+    residual_scale: Literal["none", "sqrt"] = "none"
+    """sqrt multiplies each active residual branch by sqrt(L / path length)."""
+    skipped_update: Literal["freeze", "zero_grad"] = "freeze"
+    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients."""
+    pld_gamma: Positive = 0.001
+    """pld: decay rate of the keep probability, per step."""
+    pld_theta: OpenFraction = 0.5
+    """pld: the keep probability's limit."""
+    constant_length: Count | None = None
+    """constant: layers of every path. Derived: the mean of RaPTr's default schedule, so at RaPTr's compute."""
+
+    @property
+    def phase_lengths(self) -> tuple[int, ...]:
+        """Path length of each phase of a checked `schedule`; empty where the method has none."""
+        return tuple(int(part) for part in self.schedule.split("-")) if self.schedule else ()
+
+
+class Denoiser(Section):
+    """One entry of a custom `raptr_ds.objective.denoisers`."""
+
+    name: Text
+    """Shown in metrics; unique."""
+    kind: Literal["span", "prefix", "causal"]
+    """span: random spans become sentinels. prefix: the end of the sequence is the target. causal: all of it is."""
+    mean_span: Positive | None = None
+    """span: mean length of a corrupted span, in tokens."""
+    rate: OpenFraction | None = None
+    """span: fraction of tokens corrupted. prefix: fraction of the sequence that is the target."""
+    mode: Literal["[NLU]", "[NLG]", "[S2S]"] | None = None
+    """Token in front of the sequence that tells the model which task it is; null: none."""
+    weight: Positive = 1.0
+    """Share of this denoiser in the mixture, relative to the others."""
+
+
+def _denoisers_form(value: Any) -> str:
+    return "preset" if isinstance(value, str) else "list"
+
+
+def _corpus_form(value: Any) -> str:
+    return "folder" if isinstance(value, str) else "blend"
+
+
+UNION_TAGS = frozenset({"preset", "list", "folder", "blend"})
+
+Denoisers = Annotated[
+    Annotated[Literal["ul2", "causal_prefix_span"], Tag("preset")]
+    | Annotated[tuple[Denoiser, ...], Field(strict=False, min_length=1), Tag("list")],
+    Discriminator(_denoisers_form),
+]
+Corpus = Annotated[
+    Annotated[Text, Tag("folder")] | Annotated[dict[Text, Positive], Field(min_length=1), Tag("blend")],
+    Discriminator(_corpus_form),
+]
+
+
+class ObjectiveSection(Section):
+    """`raptr_ds.objective`: what is predicted."""
+
+    mask_rate: OpenFraction = 0.15
+    """bert: fraction of positions that are predicted (of these 80% masked, 10% random, 10% kept)."""
+    whole_word: bool = False
+    """bert: mask whole words instead of single tokens."""
+    denoisers: Denoisers = "ul2"
+    """ul2: `ul2` (the seven, alike), `causal_prefix_span` (60/20/20), or a list of denoisers of your own."""
+
+
+class DataSection(Section):
+    """`raptr_ds.data`: where tokens come from; folders are made by tools/prepare_data.py."""
+
+    path: Corpus
+    """One prepared folder, or {folder: weight} to blend several."""
+    tokenizer: Text | None = None
+    """Tokenizer model file. Left out: tokenizer.model of the first folder."""
+    num_workers: CountOrZero = 1
+    """Threads that prepare batches ahead of training; 0: none."""
+    prefetch: Count = 2
+    """Steps prepared ahead."""
+
+
+class TrainSection(Section):
+    """`raptr_ds.train`: how long, from which seed, into which folder."""
+
+    steps: Count
+    """Optimizer steps of the whole run."""
+    seed: CountOrZero = 1234
+    """Decides initial weights, data order, paths and dropout, on every layout alike."""
+    save: Text | None = None
+    """The run's folder. Derived: runs/ and the run file's name."""
+
+
+class EvalSection(Section):
+    """`raptr_ds.eval`: the full model on held-out data."""
+
+    interval: CountOrZero = 0
+    """Steps between evaluations; 0: only at the end."""
+    batches: CountOrZero = 8
+    """Global batches of an evaluation; 0: never evaluate."""
+
+
+class CheckpointSection(Section):
+    """`raptr_ds.checkpoint`: what is kept on disk to continue from."""
+
+    interval: CountOrZero = 0
+    """Steps between checkpoints; 0: only at the end and on a signal."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    load: Text = "auto"
+    """auto: the newest in the run's folder if there is one. none: start afresh. Else a folder to continue from."""
+    save_on_exit: bool = True
+    """Save when the run ends or is stopped by a signal."""
+
+
+class LogSection(Section):
+    """`raptr_ds.log`: what is written and shown."""
+
+    interval: Count = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    """Live line on a terminal, plain lines elsewhere, or as said."""
+    peak_tflops: Positive | None = None
+    """Peak of one device in TFLOP/s, for model FLOPs utilization; left out: looked up, or mfu is null."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "parallel": ParallelSection,
+    "path": PathSection,
+    "objective": ObjectiveSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "eval": EvalSection,
+    "checkpoint": CheckpointSection,
+    "log": LogSection,
+}

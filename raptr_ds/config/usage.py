@@ -1,0 +1,106 @@
+"""Which keys only some methods, architectures or ZeRO stages use: no key of a run file is ignored silently."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
+
+METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
+POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A key is used only where `selector` has one of `values`."""
+
+    selector: str
+    values: tuple[str | int, ...]
+
+
+_RANDOM = Use(METHOD, ("raptr", "constant"))
+_SKIPPING = Use(METHOD, ("raptr", "pld", "constant"))
+
+USED_ONLY: dict[str, Use] = {
+    "raptr_ds.path.schedule": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.split": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.full_warmup_steps": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.full_warmup_ratio": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.fixed_layers": _RANDOM,
+    "raptr_ds.path.sampling": _RANDOM,
+    "raptr_ds.path.residual_scale": _SKIPPING,
+    "raptr_ds.path.skipped_update": _SKIPPING,
+    "raptr_ds.path.pld_gamma": Use(METHOD, ("pld",)),
+    "raptr_ds.path.pld_theta": Use(METHOD, ("pld",)),
+    "raptr_ds.path.constant_length": Use(METHOD, ("constant",)),
+    "raptr_ds.model.rotary_base": Use(POSITION, ("rotary",)),
+    "raptr_ds.objective.mask_rate": Use(ARCHITECTURE, ("bert",)),
+    "raptr_ds.objective.whole_word": Use(ARCHITECTURE, ("bert",)),
+    "raptr_ds.objective.denoisers": Use(ARCHITECTURE, ("ul2",)),
+    **{f"zero_optimization.{key}": Use(STAGE, (3,)) for key in STAGE_3_ONLY},
+}
+
+
+def selector_values(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return what each selector is in a run file's tree, defaults filled in; None where it cannot be told."""
+    architecture = look_up(tree, ARCHITECTURE)
+    position = look_up(tree, POSITION) or {"bert": "learned", "ul2": "rotary"}.get(str(architecture))
+    return {
+        METHOD: look_up(tree, METHOD) or "full",
+        ARCHITECTURE: architecture,
+        POSITION: position,
+        STAGE: look_up(tree, STAGE) or 0,
+    }
+
+
+def settle_unused(
+    tree: dict[str, Any], touched: set[str], place: Callable[[str], str]
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return the tree without keys that lost their use, the errors for keys that never had one, and lines to print.
+
+    A key of the file that loses its use because --set changed its selector (another method on the same file) is
+    dropped and said so. A key without use in any other case is an error. `touched` holds the keys set by --set.
+    """
+    selected, errors, notes = selector_values(tree), [], []
+    for key, use in USED_ONLY.items():
+        value = selected[use.selector]
+        if look_up(tree, key) is None or value is None or value in use.values:
+            continue
+        changed = use.selector in touched or (use.selector == POSITION and ARCHITECTURE in touched)
+        if changed and key not in touched:
+            tree = without(tree, key)
+            notes.append(f"{key}: left out, as {use.selector}={value!r} (from --set) does not use it")
+        else:
+            wanted = " or ".join(repr(name) for name in use.values)
+            errors.append(
+                f"{key}={look_up(tree, key)!r}{place(key)} has no use with {use.selector}={value!r}: "
+                f"it is for {wanted}. Remove it, or set {use.selector} to {wanted}."
+            )
+    return tree, errors, notes
+
+
+def keep_used(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a complete tree without the keys that its selectors do not use."""
+    selected = selector_values(tree)
+    for key, use in USED_ONLY.items():
+        if selected[use.selector] not in use.values:
+            tree = without(tree, key)
+    return tree
+
+
+def look_up(tree: dict[str, Any], dotted: str) -> Any:
+    """Return the value at a dotted key, None if there is none."""
+    node: Any = tree
+    for part in dotted.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def without(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """Return a copy of `tree` without the value at a dotted key."""
+    head, _, rest = dotted.partition(".")
+    if head not in tree:
+        return tree
+    if not rest:
+        return {key: value for key, value in tree.items() if key != head}
+    return {**tree, head: without(tree[head], rest)}
