@@ -1,18 +1,21 @@
-"""What a rank trains on in one step, as values: micro batches and the step's batch."""
+"""What a training step receives: micro batches of tensors."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from raptr_ds.data.sample import Sample
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that go through the model together.
+    """Sequences that go through the model together; all tensors are int64, on the CPU.
 
-    Shapes: tokens (b, T) int64; positions (N,) int64, flat indices into b * T of the predicted positions; targets
-    (N,) int64, the token to predict at each; prefix_lengths (b,) int64, leading positions seen in both directions;
-    lengths (b,) int64, real positions, padding behind them; sample_ids (b,) int64, places in the step's global batch.
-    is_full says that no position is padding; it is known on the host, so that asking it costs no synchronization.
+    Shapes: tokens (b, T), padded at the end; positions (N,) places in the flattened b*T that are predicted, increasing;
+    targets (N,) what they predict; prefix_lengths (b,) leading positions seen in both directions (bert: all real ones);
+    lengths (b,) real positions; sample_ids (b,) number of the sample in the run, which keys its dropout.
     """
 
     tokens: torch.Tensor
@@ -21,34 +24,22 @@ class MicroBatch:
     prefix_lengths: torch.Tensor
     lengths: torch.Tensor
     sample_ids: torch.Tensor
-    is_full: bool
-
-    @property
-    def num_predictions(self) -> int:
-        """Number of predicted positions N."""
-        return self.targets.shape[0]
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro batch on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
-        return MicroBatch(**moved)
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """One data-parallel rank's share of a step: its micro batches, in order."""
+StepBatch = tuple[MicroBatch, ...]
+"""The micro batches of one step on one data-parallel rank, in the order of accumulation."""
 
-    micro_batches: tuple[MicroBatch, ...]
 
-    @property
-    def num_predictions(self) -> int:
-        """Predicted positions of this rank's share."""
-        return sum(micro.num_predictions for micro in self.micro_batches)
-
-    def to(self, device: torch.device) -> "StepBatch":
-        """Return the batch on `device`."""
-        return StepBatch(tuple(micro.to(device) for micro in self.micro_batches))
+def collate(samples: Sequence[Sample], sample_ids: Sequence[int], seq_length: int, pad_id: int) -> MicroBatch:
+    """Put samples into a micro batch."""
+    tokens = np.full((len(samples), seq_length), pad_id, np.int64)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(np.concatenate([row * seq_length + s.positions for row, s in enumerate(samples)])),
+        targets=torch.from_numpy(np.concatenate([s.targets for s in samples])),
+        prefix_lengths=torch.tensor([s.prefix_length for s in samples], dtype=torch.int64),
+        lengths=torch.tensor([len(s.tokens) for s in samples], dtype=torch.int64),
+        sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+    )

@@ -1,0 +1,258 @@
+"""The loader: the batch of a step is a pure function of (seed, step, data-parallel rank), made ahead of time in threads."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from raptr_ds.data.batch import MicroBatch, StepBatch, collate
+from raptr_ds.data.denoisers import MixtureOfDenoisers, resolve_denoisers
+from raptr_ds.data.indexed import open_indexed
+from raptr_ds.data.manifest import TOKENIZER, Manifest
+from raptr_ds.data.masked_lm import MaskedLM
+from raptr_ds.data.mixture import Mixture
+from raptr_ds.data.sample import Sample
+from raptr_ds.data.token_stream import TokenStream
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.errors import DataError
+from raptr_ds.rng import stream
+
+# Validation does not depend on the run's seed, so that evaluation losses of different seeds compare.
+VALIDATION_SEED = 20240213
+
+
+class Objective(Protocol):
+    """Makes a sample from a window of text, all chance taken from the generator."""
+
+    window: int
+
+    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample:
+        """Corrupt at most `window` tokens."""
+        ...
+
+
+class DataSection(Protocol):
+    """`raptr_ds.data` of a run file."""
+
+    @property
+    def path(self) -> str | Mapping[str, float]: ...
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def prefetch(self) -> int: ...
+
+
+class ObjectiveSection(Protocol):
+    """`raptr_ds.objective` of a run file."""
+
+    @property
+    def mask_rate(self) -> float: ...
+    @property
+    def whole_word(self) -> bool: ...
+    @property
+    def denoisers(self) -> object: ...
+
+
+class ModelSection(Protocol):
+    """What the data need of `raptr_ds.model`."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def seq_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+
+
+class BatchGeometry(Protocol):
+    """How a global batch is cut: global_batch = micro_batch * data_parallel * accumulation."""
+
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def data_parallel(self) -> int: ...
+
+
+class Samples:
+    """Sample number s of a split, for s = 0, 1, ... without end: a pure function of (seed, s)."""
+
+    def __init__(
+        self, folders: Mapping[str, float], split: str, objective: Objective, tokenizer: Tokenizer, seed: int
+    ) -> None:
+        """Open and check the split in every folder.
+
+        Raises: DataError if a folder's files cannot be used.
+        """
+        self._objective = objective
+        self._split = split
+        self._seed = seed
+        self._mixture = Mixture(folders)
+        self._streams = [
+            TokenStream(
+                open_indexed(Path(folder) / split, tokenizer.vocab_size),
+                objective.window,
+                seed,
+                f"{split} {number}",
+                tokenizer.vocab_size,
+            )
+            for number, folder in enumerate(folders)
+        ]
+
+    def __getitem__(self, number: int) -> Sample:
+        corpus, index = self._mixture.locate(number)
+        return self._objective.sample(self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number))
+
+
+class Loader:
+    """Gives the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
+
+    Sample g of step n (0 <= g < global_batch) is sample n * global_batch + g of the run. It belongs to micro batch m, rank
+    r and row i with g = (m * data_parallel + r) * micro_batch + i, so its content does not depend on the layout.
+    """
+
+    def __init__(
+        self,
+        train: Samples,
+        validation: Samples,
+        geometry: BatchGeometry,
+        dp_rank: int,
+        seq_length: int,
+        pad_id: int,
+        num_workers: int,
+        prefetch: int,
+    ) -> None:
+        """Start `num_workers` threads that keep the next `prefetch` steps ready; none if it is 0."""
+        assert 0 <= dp_rank < geometry.data_parallel, (dp_rank, geometry.data_parallel)
+        self._train = train
+        self._validation = validation
+        self._geometry = geometry
+        self._dp_rank = dp_rank
+        self._seq_length = seq_length
+        self._pad_id = pad_id
+        self._prefetch = prefetch
+        self._threads = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
+        self._ahead: dict[int, Future[StepBatch]] = {}
+
+    def at(self, step: int) -> StepBatch:
+        """Return the micro batches of step `step` (0-based).
+
+        Raises: what making this batch raised, also if it was made ahead in a thread; DataError for damaged tokens.
+        """
+        if self._threads is None:
+            return self._make(self._train, step)
+        ready = self._ahead.pop(step, None)
+        wanted = range(step + 1, step + 1 + self._prefetch)
+        for other in [n for n in self._ahead if n not in wanted]:
+            self._ahead.pop(other).cancel()
+        for other in wanted:
+            if other not in self._ahead:
+                self._ahead[other] = self._threads.submit(self._make, self._train, other)
+        return ready.result() if ready is not None else self._make(self._train, step)
+
+    def validation(self, index: int) -> StepBatch:
+        """Return validation batch `index`: held-out text, the same at every step and for every seed."""
+        return self._make(self._validation, index)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make(self, samples: Samples, step: int) -> StepBatch:
+        return tuple(self._micro_batch(samples, step, number) for number in range(self._geometry.accumulation))
+
+    def _micro_batch(self, samples: Samples, step: int, number: int) -> MicroBatch:
+        geometry = self._geometry
+        first = step * geometry.global_batch + (number * geometry.data_parallel + self._dp_rank) * geometry.micro_batch
+        ids = range(first, first + geometry.micro_batch)
+        return collate([samples[i] for i in ids], ids, self._seq_length, self._pad_id)
+
+
+def folders_of(path: str | Mapping[str, float]) -> dict[str, float]:
+    """Return the data folders and their weights."""
+    return {path: 1.0} if isinstance(path, str) else dict(path)
+
+
+def load_tokenizer(data: DataSection) -> Tokenizer:
+    """Load the tokenizer of a run and check that every data folder was prepared with it.
+
+    Raises: DataError if a folder is not a prepared one, or was prepared with another tokenizer.
+    """
+    folders = folders_of(data.path)
+    manifests = {folder: Manifest.load(Path(folder)) for folder in folders}
+    first = next(iter(folders))
+    tokenizer = Tokenizer.load(data.tokenizer or Path(first) / TOKENIZER)
+    for folder, manifest in manifests.items():
+        if manifest.tokenizer_digest != tokenizer.digest:
+            raise DataError(
+                f"{folder} was prepared with another tokenizer (vocabulary {manifest.vocab_size}) than {tokenizer.origin} "
+                f"(vocabulary {tokenizer.vocab_size}). Prepare it again: python tools/prepare_data.py --tokenizer "
+                f"{tokenizer.origin} --output {folder} --overwrite --input TEXT"
+            )
+    return tokenizer
+
+
+def check_vocabulary(vocab_size: int | None, tokenizer: Tokenizer) -> None:
+    """Check that the model's vocabulary is the tokenizer's.
+
+    Raises: DataError if it is another size; None is any.
+    """
+    if vocab_size is not None and vocab_size != tokenizer.vocab_size:
+        raise DataError(
+            f"raptr_ds.model.vocab_size={vocab_size}, but the tokenizer {tokenizer.origin} has {tokenizer.vocab_size} ids. "
+            "Leave vocab_size out to take the tokenizer's, or choose data prepared with another tokenizer."
+        )
+
+
+def build_objective(objective: ObjectiveSection, model: ModelSection, tokenizer: Tokenizer) -> Objective:
+    """Return BERT's or UL2's way of making samples.
+
+    Raises: ConfigError or DataError if seq_length or the sentinels do not suffice.
+    """
+    if model.architecture == "bert":
+        return MaskedLM(tokenizer, model.seq_length, objective.mask_rate, objective.whole_word)
+    return MixtureOfDenoisers(tokenizer, model.seq_length, resolve_denoisers(objective.denoisers))  # type: ignore[arg-type]
+
+
+def build_loader(
+    data: DataSection,
+    objective: ObjectiveSection,
+    model: ModelSection,
+    batch: BatchGeometry,
+    seed: int,
+    dp_rank: int,
+    tokenizer: Tokenizer | None = None,
+) -> Loader:
+    """Open the data of a run for one data-parallel rank; everything is checked here, before the first step.
+
+    Raises: DataError or ConfigError, with the mend, for all that is wrong with folders, tokenizer or objective.
+    """
+    tokenizer = tokenizer or load_tokenizer(data)
+    check_vocabulary(model.vocab_size, tokenizer)
+    maker = build_objective(objective, model, tokenizer)
+    folders = folders_of(data.path)
+    return Loader(
+        Samples(folders, "train", maker, tokenizer, seed),
+        Samples(folders, "validation", maker, tokenizer, VALIDATION_SEED),
+        batch,
+        dp_rank,
+        model.seq_length,
+        tokenizer.pad_id,
+        data.num_workers,
+        data.prefetch,
+    )
