@@ -54,10 +54,10 @@ def number(least: float, most: float = float("inf"), *, above: bool = False) -> 
 
 
 def choice(*values: str) -> Check:
-    """Make a check for one of some strings, in any case."""
+    """Make a check for one of some strings."""
 
     def check(value: Any) -> str | None:
-        return None if isinstance(value, str) and value.lower() in values else f"must be one of {', '.join(values)}"
+        return None if isinstance(value, str) and value in values else f"must be one of {', '.join(values)}"
 
     return check
 

@@ -84,6 +84,6 @@ def derive_path(path: PathSection, num_layers: int, num_steps: int) -> PathSecti
     if path.method == "constant" and path.constant_length is None:
         update["constant_length"] = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
     if path.full_warmup_ratio is not None and not path.full_warmup_steps:
-        update["full_warmup_steps"] = int(path.full_warmup_ratio * num_steps)
+        update["full_warmup_steps"] = round(path.full_warmup_ratio * num_steps)
         update["full_warmup_ratio"] = None
     return path.model_copy(update=update)

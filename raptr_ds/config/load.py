@@ -164,7 +164,7 @@ def _finish(draft: Draft, batch: BatchGeometry, derived: list[str], tree: dict[s
         gradient_clipping=float(draft.deepspeed["gradient_clipping"]),
         optimizer=draft.optimizer,
         scheduler=draft.scheduler,
-        deepspeed={**draft.deepspeed, **sizes},
+        deepspeed=cast(dict[str, Any], _plain({**draft.deepspeed, **sizes})),
         derived=[*derived, *lines, f"data parallel size {batch.data_parallel}"],
     )
 
@@ -182,7 +182,7 @@ def _derived_lines(before: dict[str, Any], after: dict[str, Any], prefix: str = 
         old = before.get(key) if isinstance(before, dict) else None
         if isinstance(value, dict):
             lines += _derived_lines(old or {}, value, f"{prefix}{key}.")
-        elif old is None and value is not None and _is_derived(f"{prefix}{key}"):
+        elif old is None and value not in (None, 0) and _is_derived(f"{prefix}{key}"):
             lines.append(f"{prefix}{key}={value}")
     return lines
 

@@ -136,7 +136,7 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
     known = SCHEDULERS[name]
     total = int(params.get("total_num_steps", num_steps))
     ratio = params.pop("warmup_ratio", None)
-    default = min(_DEFAULT_WARMUP_STEPS, num_steps // 10) if ratio is None else int(ratio * num_steps)
+    default = min(_DEFAULT_WARMUP_STEPS, num_steps // 10) if ratio is None else round(ratio * num_steps)
     values: dict[str, Any] = {"warmup_num_steps": default, "warmup_type": "log"}
     if "warmup_max_lr" in known:
         values |= {"warmup_min_lr": 0.0, "warmup_max_lr": lr}
@@ -146,7 +146,7 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
         values |= {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001}
     if name == "WarmupStableDecayLR":
         decay_ratio = params.pop("decay_ratio", 0.1)
-        values |= {"decay_num_steps": int(decay_ratio * total), "decay_type": "linear", "decay_min_lr": 0.0}
+        values |= {"decay_num_steps": round(decay_ratio * total), "decay_type": "linear", "decay_min_lr": 0.0}
     values |= params
     for key in ("warmup_num_steps", "total_num_steps", "decay_num_steps"):
         if key in values:
@@ -159,8 +159,8 @@ def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place
     if name is None:
         return f"{part}.type is missing: it must be one of {', '.join(known)}."
     why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
-    said = f" is not offered: it {why}" if why else " is unknown" + nearest(str(name), known)
-    return f"{part}.type={name!r}{place(f'{part}.type')}{said}. It must be one of {', '.join(known)}."
+    said = f" is not offered: it {why}." if why else " is unknown" + (nearest(str(name), known) or ".")
+    return f"{part}.type={name!r}{place(f'{part}.type')}{said} It must be one of {', '.join(known)}."
 
 
 def _check_params(part: str, name: str, params: dict[str, Any], known: dict[str, Check], place: Place) -> list[str]:

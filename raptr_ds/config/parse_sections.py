@@ -55,8 +55,10 @@ def _message(section: str, model: type[Section], detail: ErrorDetails, place: Pl
         choices = _choices(model if len(parts) == 1 else Denoiser, parts[-1])
         if value in NOT_BUILT:
             return f"{shown} is not built yet. Set one of {', '.join(choices)}."
-        guess = nearest(str(value), choices).rstrip("?")
-        return f"{shown} must be one of {', '.join(choices)}{guess}.{_unquoted(value)}"
+        guess = nearest(str(value), choices) or "."
+        return f"{shown} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
+    if kind == "string_type":
+        return f"{shown} must be a string. Put it in double quotes."
     return f"{shown} {detail['msg'].replace('Input should', 'must').replace('should', 'must')}.{_unquoted(value)}"
 
 

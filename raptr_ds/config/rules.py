@@ -141,7 +141,7 @@ def schedule_never_shrinks(draft: Draft) -> str | None:
         return None
     return (
         f"raptr_ds.path.schedule={draft.path.schedule!r} shrinks from one phase to the next; path lengths must grow or "
-        f"stay. Write {'-'.join(map(str, sorted(lengths)))!r}, or use raptr_ds.path.method 'pld' to drop more with time."
+        f"stay. Write {'-'.join(map(str, sorted(lengths)))!r}, or use method 'pld' to drop more with time."
     )
 
 
@@ -186,8 +186,8 @@ def full_warmup_ends(draft: Draft) -> str | None:
     if draft.path.method != "raptr" or warmup < steps:
         return None
     return (
-        f"raptr_ds.path.full_warmup_steps={warmup} must be less than raptr_ds.train.steps={steps}, or no random path is "
-        "ever trained. Lower it, or write raptr_ds.path.full_warmup_ratio, a fraction of the steps."
+        f"raptr_ds.path.full_warmup_steps={warmup} must be less than raptr_ds.train.steps={steps}, or no random path "
+        "is ever trained. Lower it, or write raptr_ds.path.full_warmup_ratio, a fraction of the steps."
     )
 
 

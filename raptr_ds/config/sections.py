@@ -30,6 +30,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+def _due(interval: int, step: int) -> bool:
+    return interval > 0 and step > 0 and step % interval == 0
+
+
 class ModelSection(Section):
     """`raptr_ds.model`: the shape of the network. What is left out follows from the architecture."""
 
@@ -46,7 +50,7 @@ class ModelSection(Section):
     vocab_size: Count | None = None
     """Entries of the vocabulary. Left out: the tokenizer's. Said: must be the tokenizer's."""
     ffn_hidden_size: Count | None = None
-    """Width inside the MLP. Derived: 4 x hidden_size for gelu; 8/3 x hidden_size, up to a multiple of 64, for swiglu."""
+    """Width inside the MLP. Derived: gelu 4 x hidden_size; swiglu 8/3 x hidden_size, up to a multiple of 64."""
     activation: Literal["gelu", "swiglu"] | None = None
     """Derived: gelu for bert, swiglu for ul2."""
     normalization: Literal["layernorm", "rmsnorm"] | None = None
@@ -198,6 +202,10 @@ class EvalSection(Section):
     batches: CountOrZero = 8
     """Global batches of an evaluation; 0: never evaluate."""
 
+    def due(self, step: int) -> bool:
+        """Tell whether to evaluate after `step` steps; the end of the run is not counted in."""
+        return self.batches > 0 and _due(self.interval, step)
+
 
 class CheckpointSection(Section):
     """`raptr_ds.checkpoint`: what is kept on disk to continue from."""
@@ -210,6 +218,10 @@ class CheckpointSection(Section):
     """auto: the newest in the run's folder if there is one. none: start afresh. Else a folder to continue from."""
     save_on_exit: bool = True
     """Save when the run ends or is stopped by a signal."""
+
+    def due(self, step: int) -> bool:
+        """Tell whether to save after `step` steps; the end of the run is not counted in."""
+        return _due(self.interval, step)
 
 
 class LogSection(Section):
