@@ -1,0 +1,1 @@
+"""What surrounds training: metrics and their sinks, throughput, signals, state and checkpoints."""
