@@ -174,7 +174,8 @@ class Loader:
         self.close()
 
     def _make(self, samples: Samples, step: int) -> StepBatch:
-        return tuple(self._micro_batch(samples, step, number) for number in range(self._geometry.accumulation))
+        micro_batches = (self._micro_batch(samples, step, number) for number in range(self._geometry.accumulation))
+        return StepBatch(tuple(micro_batches))
 
     def _micro_batch(self, samples: Samples, step: int, number: int) -> MicroBatch:
         geometry = self._geometry

@@ -16,6 +16,6 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
     return (torch.arange(length, device=batch.tokens.device) < batch.lengths[:, None])[:, None, None, :]
 
 
-def build_head(model: ModelSection, vocab_size: int, groups: ProcessGroups) -> Head:
+def build_head(model: ModelSection, groups: ProcessGroups) -> Head:
     """Return BERT's masked-language-model head: transform, norm, tied projection with a bias."""
-    return Head(model, vocab_size, groups, transform=True, output_bias=True)
+    return Head(model, groups, transform=True, output_bias=True)

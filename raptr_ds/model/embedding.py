@@ -14,10 +14,10 @@ EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before l
 class Embedding(nn.Module):
     """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them."""
 
-    def __init__(self, model: ModelSection, vocab_size: int, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
         self.dropout_rate = model.hidden_dropout
-        self.word = vocab_embedding(vocab_size, model.hidden_size, groups)
+        self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
         learned = model.position_embedding == "learned"
         self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
 

@@ -16,11 +16,9 @@ class Head(nn.Module):
     The projection's weight is the word embedding's where they are tied, `self.output` where not.
     """
 
-    def __init__(
-        self, model: ModelSection, vocab_size: int, groups: ProcessGroups, transform: bool, output_bias: bool
-    ) -> None:
+    def __init__(self, model: ModelSection, groups: ProcessGroups, transform: bool, output_bias: bool) -> None:
         super().__init__()
-        hidden = model.hidden_size
+        hidden, vocab_size = model.hidden_size, model.vocab_size
         self.vocab_size, self.groups = vocab_size, groups
         self.norm = build_norm(model.normalization, hidden, model.norm_epsilon)
         self.transform = nn.Linear(hidden, hidden) if transform else None

@@ -25,7 +25,7 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, model: ModelSection, vocab_size: int, groups: ProcessGroups, layers: range, recompute: bool = False
+        self, model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool = False
     ) -> None:
         super().__init__()
         self.model = model
@@ -33,9 +33,9 @@ class Stage(nn.Module):
         self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
-            self.embedding = Embedding(model, vocab_size, groups)
+            self.embedding = Embedding(model, groups)
         self.layers = Stack(model, groups, layers, recompute)
-        self.head = self.architecture.build_head(model, vocab_size, groups) if self.is_last else None
+        self.head = self.architecture.build_head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
             self.embedding.word.weight.tied_copy = True  # type: ignore[attr-defined]
@@ -66,9 +66,9 @@ class Stage(nn.Module):
 
 
 def build_stage(
-    model: ModelSection, vocab_size: int, groups: ProcessGroups, layers: range, recompute: bool, seed: int
+    model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int
 ) -> Stage:
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name)."""
-    stage = Stage(model, vocab_size, groups, layers, recompute)
+    stage = Stage(model, groups, layers, recompute)
     initialize(stage, model, seed)
     return stage

@@ -20,6 +20,6 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor:
     return (causal[None] | prefix[:, None, :])[:, None]
 
 
-def build_head(model: ModelSection, vocab_size: int, groups: ProcessGroups) -> Head:
+def build_head(model: ModelSection, groups: ProcessGroups) -> Head:
     """Return UL2's language-model head: final norm and projection."""
-    return Head(model, vocab_size, groups, transform=False, output_bias=False)
+    return Head(model, groups, transform=False, output_bias=False)

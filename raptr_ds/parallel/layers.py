@@ -44,8 +44,15 @@ class TensorShard:
 
 
 def shard_of(parameter: nn.Parameter) -> TensorShard:
-    """Return which part of the full parameter this rank holds."""
-    return getattr(parameter, "shard", None) or TensorShard(tuple(parameter.shape))
+    """Return which part of the full parameter this rank holds; a parameter that nobody marked is replicated.
+
+    The answer is kept on the parameter: ZeRO 3 later empties it, and its shape with it.
+    """
+    shard = getattr(parameter, "shard", None)
+    if shard is None:
+        shard = TensorShard(tuple(parameter.shape))
+        parameter.shard = shard  # type: ignore[attr-defined]
+    return shard
 
 
 def is_owner(parameter: nn.Parameter, groups: ProcessGroups) -> bool:

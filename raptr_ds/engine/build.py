@@ -1,0 +1,40 @@
+"""From a run's configuration to its engine."""
+
+import logging
+from typing import Any
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.engine.pipeline import PipelineEngine
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.engine.zero import ZeroEngine
+from raptr_ds.model.stage import build_stage
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.topology import stage_layers
+
+
+def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
+    """Return the engine of this rank, with its initial weights; all ranks call it alike.
+
+    config: with the vocabulary's size known.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    layers = stage_layers(config.model.num_layers, groups.topology.pipeline, config.parallel.pipeline_layers)
+    stage = build_stage(
+        config.model,
+        groups,
+        layers[groups.pipeline_rank],
+        recompute=config.parallel.activation_checkpointing,
+        seed=config.train.seed,
+    )
+    engine_class = PipelineEngine if groups.topology.pipeline > 1 else ZeroEngine
+    return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)
+
+
+def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Return DeepSpeed's part of the run, with what our engines need of it."""
+    filled = dict(config.deepspeed)
+    filled.setdefault("steps_per_print", 1 << 60)  # progress is ours to print
+    if config.precision == "bf16":
+        # Without it DeepSpeed applies non-finite bf16 gradients (runtime/zero/stage_1_and_2.py, step).
+        filled["bf16"] = {**filled["bf16"], "check_grad_overflow": True}
+    return filled

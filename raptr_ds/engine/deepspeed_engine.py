@@ -1,0 +1,224 @@
+"""DeepSpeed's engines, made to follow a path. What we override in them, and why, stands here and nowhere else.
+
+Written against deepspeed 0.19.8; tests/upstream says when an override can go.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+from raptr_ds.engine.gradient_norm import global_norm
+from raptr_ds.engine.parameter_groups import LayerwiseStep, layer_of, parameter_groups
+from raptr_ds.engine.replicated import ReplicatedOptimizer
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.layers import is_owner
+from raptr_ds.paths.path import Path
+
+
+class TensorParallelUnit:
+    """What DeepSpeed asks of a model-parallel unit; megatron-core's own module lacks the first three names."""
+
+    def __init__(self, groups: ProcessGroups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        """Return the tensor rank."""
+        return self._groups.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return the number of tensor ranks."""
+        return self._groups.topology.tensor
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Return the tensor group."""
+        return self._groups.tensor
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Return the data-parallel rank."""
+        return self._groups.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return the number of data-parallel ranks."""
+        return self._groups.topology.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Return the data-parallel group."""
+        return self._groups.data
+
+
+class PathAware:
+    """What both of DeepSpeed's engines need to train one path a step; a mixin before them.
+
+    `stage` is this rank's part of the model, whose parameter names are canonical.
+    """
+
+    stage: Stage
+    process_groups: ProcessGroups
+    skipped_update: str
+    path: Path
+    layerwise: LayerwiseStep
+
+    def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        """Let DeepSpeed build the inner optimizer by name, on one group per layer, and choose its wrapper.
+
+        DeepSpeed would take BF16_Optimizer for bf16 at stage 1 and other classes at stage 0, none of which can leave
+        a layer out; here stage 0 is ReplicatedOptimizer and every other stage its ZeRO optimizer.
+        """
+        decay = (self.optimizer_params() or {}).get("weight_decay")
+        named = list(self.stage.named_parameters())
+        self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(named, decay))
+        self.layerwise = LayerwiseStep(self.basic_optimizer)
+        if self.zero_optimization_stage() == 0:
+            model_dtype, accumulation_dtype = self.get_data_types()
+            self.optimizer = ReplicatedOptimizer(
+                self.basic_optimizer,
+                self.process_groups,
+                self.gradient_clipping(),
+                CreateLossScaler(
+                    dtype=model_dtype,
+                    static_loss_scale=self.loss_scale() if model_dtype == torch.float16 else 1.0,
+                    dynamic_scaling=self.dynamic_loss_scale() and model_dtype == torch.float16,
+                    dynamic_loss_args=self.dynamic_loss_scale_args(),
+                ),
+                accumulate_in_fp32=accumulation_dtype == torch.float32 and model_dtype != torch.float32,
+            )
+            return
+        self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
+        if self.zero_optimization_stage() == 3:
+            self.optimizer._get_norm_groups = self._norm_groups_zero3
+        else:
+            self.optimizer.scaled_global_norm = self._norm_zero12
+
+    def follow(self: Any, path: Path) -> None:
+        """Train the next step along `path`."""
+        self.path = path
+        if self.skipped_update == "freeze":
+            self.layerwise.moves = lambda layer: layer < 0 or path.is_active(layer)
+
+    def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
+        """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
+        if self.zero_optimization_stage() > 0:
+            super().allreduce_gradients(**({"bucket_size": bucket_size} if bucket_size else {}))  # type: ignore[misc]
+        elif self.is_gradient_accumulation_boundary():
+            self.optimizer.reduce_gradients()
+
+    def clip_fp32_gradients(self) -> None:
+        """Leave clipping to ReplicatedOptimizer: DeepSpeed's norm counts tied and replicated parameters otherwise."""
+
+    def _norm_zero12(self: Any, norm_type: int = 2) -> torch.Tensor:
+        """Return the norm of the gradient partitions, with one collective for all groups instead of one for each."""
+        optimizer = self.optimizer
+        owned = []
+        for group, parameters in enumerate(optimizer.params_in_partition):
+            real = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+            owned += [g for g, p in zip(real, parameters, strict=False) if is_owner(p, self.process_groups)]
+        return _norm_or_sentinel(global_norm(owned, self.device, dist.group.WORLD))
+
+    def _norm_groups_zero3(self: Any) -> list[torch.Tensor]:
+        """Return the norm of the gradient partitions, after the stale ones of skipped layers have been cleared.
+
+        ZeRO 3 keeps the gradient partition of a parameter that got no gradient in this step (runtime/zero/stage3.py,
+        partition_grads): it would count in the norm and be applied again.
+        """
+        optimizer, owned = self.optimizer, []
+        for group, parameters in enumerate(optimizer.fp16_groups):
+            for gradient, parameter in zip(optimizer.averaged_gradients[group], parameters, strict=True):
+                layer = layer_of(self.param_names_of_stage[parameter])
+                if layer >= 0 and not self.path.is_active(layer):
+                    gradient.zero_()
+                elif is_owner(parameter, self.process_groups):
+                    owned.append(gradient)
+        return [_norm_or_sentinel(global_norm(owned, self.device, dist.group.WORLD))]
+
+
+def _norm_or_sentinel(norm: torch.Tensor) -> torch.Tensor:
+    # DeepSpeed's ZeRO optimizers take a negative norm for one that is not finite, and skip the step.
+    return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
+
+
+class PathAwareEngine(PathAware, DeepSpeedEngine):
+    """DeepSpeed's engine without pipeline stages."""
+
+
+class PathAwarePipelineEngine(PathAware, PipelineEngine):
+    """DeepSpeed's pipeline engine."""
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """Sum the tied embedding's gradient over the first and the last stage, wherever it accumulates.
+
+        DeepSpeed looks at `.grad` only, and there is none with separate fp32 accumulation.
+        """
+        groups = self.process_groups
+        if groups.embedding is None or self.stage.embedding is None or not self.stage.model.tie_word_embeddings:
+            return
+        weight: Any = self.stage.embedding.word.weight
+        for attribute in ("grad_accum", "fp32_grad", "grad"):
+            gradient = getattr(weight, attribute, None)
+            if gradient is not None:
+                dist.all_reduce(gradient, group=groups.embedding)
+                return
+
+    _INSTRUCTION_MAP = {  # noqa: RUF012 - DeepSpeed's class attribute binds instructions to functions, not names
+        instruction: _exec_reduce_tied_grads if function is PipelineEngine._exec_reduce_tied_grads else function
+        for instruction, function in PipelineEngine._INSTRUCTION_MAP.items()
+    }
+
+
+def build_deepspeed_engine(
+    config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups, skipped_update: str
+) -> PathAwareEngine | PathAwarePipelineEngine:
+    """Return the DeepSpeed engine for `module`, which runs `stage`; a PipelineModule gets the pipeline engine."""
+    pipelined = isinstance(module, PipelineModule)
+    unit: Any = module.mpu() if isinstance(module, PipelineModule) else TensorParallelUnit(groups)
+    engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
+    engine = engine_class.__new__(engine_class)
+    # DeepSpeed configures the optimizer inside its constructor, which needs these.
+    engine.__dict__.update(
+        process_groups=groups,
+        skipped_update=skipped_update,
+        param_names_of_stage={parameter: name for name, parameter in stage.named_parameters()},
+        path=Path.full(stage.model.num_layers),
+    )
+    engine.__dict__["stage"] = stage
+    parsed = DeepSpeedConfig(config, unit)
+    engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)
+    return engine
+
+
+class PipelineStages(PipelineModule):
+    """A PipelineModule of one layer for each pipeline stage: the stage itself, which runs what is active in it."""
+
+    def __init__(self, body: nn.Module, groups: ProcessGroups) -> None:
+        topology = groups.topology
+        super().__init__(
+            layers=[LayerSpec(_Given, body) for _ in range(topology.pipeline)],
+            topology=PipeModelDataParallelTopology(
+                num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
+            ),
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+        )
+
+
+class _Given(nn.Module):
+    """DeepSpeed builds a stage's layers itself; this hands it the one that is built already."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)

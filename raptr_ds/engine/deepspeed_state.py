@@ -1,0 +1,107 @@
+"""What both DeepSpeed engines share around a step: the loss's weight and scale, the result, the state by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.data.batch import StepBatch
+from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.engine.replicated import ReplicatedOptimizer
+from raptr_ds.engine.state_layout import replicated_holders, zero3_holders, zero12_holders
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.layers import is_owner
+
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class DeepSpeedState:
+    """State and bookkeeping of a DeepSpeed engine."""
+
+    def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups) -> None:
+        self.engine, self.stage, self.groups = engine, stage, groups
+        self.names = {parameter: name for name, parameter in stage.named_parameters()}
+        self.parameters = {name: parameter for parameter, name in self.names.items()}
+
+    def loss_weight(self, batch: StepBatch) -> torch.Tensor:
+        """Return what a micro batch's summed loss is multiplied by.
+
+        DeepSpeed averages over micro batches and data-parallel ranks; with this weight that average is the mean over
+        the predicted positions of the global batch, however it is split.
+        """
+        count = torch.tensor(float(batch.num_predictions), dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(count, group=self.groups.data)
+        return (len(batch.micro_batches) * self.groups.topology.data / count).float()
+
+    def scale_gradient(self, loss: torch.Tensor) -> None:
+        """Apply fp16's loss scale at ZeRO stage 0, which DeepSpeed leaves to its own stage-0 optimizers."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, ReplicatedOptimizer) and optimizer.loss_scale != 1.0:
+            scale = optimizer.loss_scale
+            loss.register_hook(lambda gradient: gradient * scale)
+
+    def result(self, loss: float) -> StepResult:
+        """Return the step's result, after DeepSpeed has stepped."""
+        optimizer = self.engine.optimizer
+        norm = float(optimizer._global_grad_norm)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm if norm >= 0 else float("nan"),
+            skipped=bool(optimizer.overflow),
+            loss_scale=float(optimizer.loss_scaler.loss_scale),
+        )
+
+    def _holders(self) -> list[Holder]:
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, ReplicatedOptimizer):
+            return replicated_holders(optimizer, self.names)
+        if self.engine.zero_optimization_stage() == 3:
+            return zero3_holders(optimizer, self.names, self.groups.data_rank)
+        return zero12_holders(optimizer, self.names)
+
+    def fragments(self) -> list[Fragment]:
+        """Return all fp32 weights and optimizer states that this rank holds, live."""
+        return fragments_of(self._holders(), self.engine.basic_optimizer)
+
+    def owns(self, fragment: Fragment) -> bool:
+        """Whether this rank writes the fragment: ZeRO's partitions have one owner each, replicas the first rank."""
+        if isinstance(self.engine.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
+            return False
+        return is_owner(self.parameters[fragment.name], self.groups)
+
+    def step_counts(self) -> dict[str, float]:
+        """Return the optimizer's steps on each parameter of this rank."""
+        return step_counts(self._holders(), self.engine.basic_optimizer)
+
+    def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
+        """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
+        create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
+
+    def refresh_weights(self) -> None:
+        """Make the working weights follow from the fp32 ones."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, ReplicatedOptimizer):
+            optimizer.refresh_working_weights()
+        elif self.engine.zero_optimization_stage() == 3:
+            optimizer._partition_all_parameters()
+            for sub_group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        else:
+            optimizer.update_lp_params()
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return fp16's loss scale and its counters."""
+        scaler = self.engine.optimizer.loss_scaler
+        return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS if hasattr(scaler, key)}
+
+    def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
+        """Restore what `loss_scaler_state` gave."""
+        scaler = self.engine.optimizer.loss_scaler
+        for key, value in values.items():
+            if hasattr(scaler, key):
+                setattr(scaler, key, type(getattr(scaler, key))(value))

@@ -1,0 +1,70 @@
+"""One optimizer parameter group for each layer (and weight-decay class), so that an optimizer can step layer by layer."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+NO_LAYER = -1
+
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+def layer_of(name: str) -> int:
+    """Return the global layer index in a canonical parameter name, NO_LAYER for embedding and head."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else NO_LAYER
+
+
+def is_decayed(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to biases and norms (as Megatron)."""
+    return parameter.ndim > 1
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float | None) -> list[dict[str, Any]]:
+    """Return torch optimizer groups of canonical (name, parameter) pairs, each with its `layer` and `names`.
+
+    weight_decay None leaves the optimizer's own default to matrices.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        key = (layer_of(name), is_decayed(parameter))
+        if key not in groups:
+            groups[key] = {"params": [], "layer": key[0], "names": []}
+            if not key[1]:
+                groups[key]["weight_decay"] = 0.0
+            elif weight_decay is not None:
+                groups[key]["weight_decay"] = weight_decay
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
+    return list(groups.values())
+
+
+class LayerwiseStep:
+    """Narrows an optimizer's `step` to the groups of layers for which `moves` is true.
+
+    A group that is left out keeps weights, moments and step count: `skipped_update: freeze`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.moves: Callable[[int], bool] = lambda _layer: True
+        self._optimizer = optimizer
+        self._step = optimizer.step
+        optimizer.step = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, closure: Any = None) -> Any:
+        """Step the chosen groups."""
+        optimizer, every = self._optimizer, self._optimizer.param_groups
+        optimizer.param_groups = [group for group in every if self.moves(group["layer"])]
+        try:
+            return self._step(closure) if optimizer.param_groups else None
+        finally:
+            optimizer.param_groups = every
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,98 @@
+"""Pipeline-parallel training (with tensor and data parallel, ZeRO 0 and 1), on DeepSpeed's pipeline engine."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raptr_ds.data.batch import MicroBatch, StepBatch
+from raptr_ds.engine.deepspeed_engine import PipelineStages, build_deepspeed_engine
+from raptr_ds.engine.deepspeed_state import DeepSpeedState
+from raptr_ds.engine.parameter_groups import set_learning_rate
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths.path import Path
+
+
+class _StepBody(nn.Module):
+    """Runs the stage on the step's micro batches, in order.
+
+    Between stages only the residual stream travels: batches are pure functions of (seed, step, data-parallel rank),
+    so every stage has the masks and sample ids of its own.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+        self.seed, self.step = 0, 0
+        self.path = Path.full(stage.model.num_layers)
+        self.weight = torch.ones(())
+        self.with_dropout = True
+        self.waiting: Iterator[MicroBatch] = iter(())
+        self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        micro = next(self.waiting)
+        streams = DropoutStreams(self.seed, self.step, micro.sample_ids) if self.with_dropout else None
+        x = self.stage(x, micro, self.path, streams)
+        if not self.stage.is_last:
+            return x
+        loss = x.sum() * self.weight
+        if loss.requires_grad:
+            self.scale_gradient(loss)
+        return loss
+
+
+class PipelineEngine(DeepSpeedState):
+    """Trains a model whose layers are spread over pipeline stages."""
+
+    def __init__(
+        self, config: dict[str, Any], stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str
+    ) -> None:
+        self.body = _StepBody(stage)
+        self.body.seed = seed
+        module = PipelineStages(self.body, groups)
+        super().__init__(build_deepspeed_engine(config, stage, module, groups, skipped_update), stage, groups)
+        self.body.scale_gradient = self.scale_gradient
+
+    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+        """Train step `step` along `path`."""
+        engine: Any = self.engine
+        engine.follow(path)
+        set_learning_rate(engine.basic_optimizer, learning_rate)
+        batch = batch.to(self.groups.device)
+        self._prepare(batch, path, self.loss_weight(batch), step)
+        # DeepSpeed averages the losses over micro batches and data-parallel ranks, which makes the weighted ones the
+        # mean over the global batch's predicted positions, and tells every stage.
+        loss = engine.train_batch(self._inputs(batch))
+        return self.result(float(loss))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+        """Return the mean loss over all predicted positions of `batches` along `path`."""
+        total, count = 0.0, 0.0
+        for given in batches:
+            batch = given.to(self.groups.device)
+            positions = torch.tensor(float(batch.num_predictions), device=self.groups.device)
+            dist.all_reduce(positions, group=self.groups.data)
+            self._prepare(batch, path, torch.ones((), device=self.groups.device), step=None)
+            micro_batches = len(batch.micro_batches)
+            mean = self.engine.eval_batch(self._inputs(batch), num_micro_batches=micro_batches)
+            total += float(mean) * micro_batches * self.groups.topology.data
+            count += float(positions)
+        return total / count
+
+    def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, step: int | None) -> None:
+        self.body.path, self.body.weight = path, weight
+        self.body.with_dropout = step is not None
+        self.body.step = step or 0
+        self.body.waiting = iter(batch.micro_batches)
+
+    @staticmethod
+    def _inputs(batch: StepBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (inputs, labels) as DeepSpeed's first and last stage load them; labels are not used."""
+        return ((micro.tokens, micro.tokens) for micro in batch.micro_batches)

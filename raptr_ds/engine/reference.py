@@ -1,0 +1,106 @@
+"""The oracle: plain torch in one process, the whole global batch as one micro batch or several, no DeepSpeed.
+
+It is written to be read, and to be right: what the other engines do in many ways is here done in one.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from raptr_ds.data.batch import StepBatch
+from raptr_ds.engine.fragments import Fragment, Holder, Piece, create_state, fragments_of, step_counts
+from raptr_ds.engine.parameter_groups import is_decayed, layer_of
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.paths.path import Path
+
+
+class ReferenceEngine:
+    """AdamW on every parameter by itself, in fp32."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        seed: int,
+        skipped_update: str,
+        max_norm: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        self.stage, self.seed, self.skipped_update, self.max_norm = stage, seed, skipped_update, max_norm
+        self.parameters = dict(stage.named_parameters())
+        groups = [
+            {"params": [p], "name": name, "weight_decay": weight_decay if is_decayed(p) else 0.0}
+            for name, p in self.parameters.items()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+
+    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+        """Train step `step` along `path`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro in batch.micro_batches:
+            streams = DropoutStreams(self.seed, step, micro.sample_ids)
+            loss = self.stage(micro.tokens, micro, path, streams).sum() / batch.num_predictions
+            loss.backward()
+            total += loss.item()
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+        if not torch.isfinite(torch.tensor(norm)):
+            return StepResult(total, norm, skipped=True)
+        for name, parameter in self.parameters.items():
+            skipped = layer_of(name) >= 0 and not path.is_active(layer_of(name))
+            assert (parameter.grad is None) or not skipped
+            if skipped and self.skipped_update == "zero_grad":
+                parameter.grad = torch.zeros_like(parameter)
+        if self.max_norm > 0:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()  # torch leaves parameters without a gradient alone: freeze
+        return StepResult(total, norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+        """Return the mean loss over all predicted positions of `batches` along `path`."""
+        total, count = 0.0, 0
+        for batch in batches:
+            for micro in batch.micro_batches:
+                total += self.stage(micro.tokens, micro, path, None).double().sum().item()
+            count += batch.num_predictions
+        return total / count
+
+    def _holders(self) -> list[Holder]:
+        holders = []
+        for group, (name, parameter) in zip(self.optimizer.param_groups, self.parameters.items(), strict=True):
+            piece = Piece(name, parameter, tuple(parameter.shape), 0, 0, parameter.numel())
+            holders.append(Holder(parameter, group, (name,), (piece,)))
+        return holders
+
+    def fragments(self) -> list[Fragment]:
+        """Return all weights and optimizer states."""
+        return fragments_of(self._holders(), self.optimizer)
+
+    def owns(self, fragment: Fragment) -> bool:
+        """Return True: there is no other rank."""
+        return True
+
+    def step_counts(self) -> dict[str, float]:
+        """Return the optimizer's steps on each parameter."""
+        return step_counts(self._holders(), self.optimizer)
+
+    def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
+        """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
+        create_state(self._holders(), self.optimizer, kinds, counts)
+
+    def refresh_weights(self) -> None:
+        """Do nothing: the fp32 weights are the working ones."""
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return nothing: fp32 needs no loss scale."""
+        return {}
+
+    def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
+        """Do nothing."""

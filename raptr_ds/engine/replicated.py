@@ -1,0 +1,133 @@
+"""ZeRO stage 0: every data-parallel rank holds the whole optimizer state, in fp32 beside the working weights.
+
+DeepSpeed's own stage 0 creates and reduces zero gradients for skipped layers (runtime/engine.py,
+_get_gradients_for_reduction) and clips by another norm than its ZeRO stages (runtime/utils.py, clip_grad_norm_).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raptr_ds.engine.gradient_norm import clip_factor, global_norm
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.layers import is_owner
+
+_BUCKET_ELEMENTS = 1 << 26
+
+
+class ReplicatedOptimizer:
+    """Reduces, unscales, clips and applies gradients; steps the inner torch optimizer on fp32 weights.
+
+    It has the attributes that DeepSpeed's engine asks of an optimizer: step, zero_grad, overflow, _global_grad_norm,
+    param_groups, loss_scale.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        groups: ProcessGroups,
+        max_norm: float,
+        loss_scaler: Any,
+        accumulate_in_fp32: bool,
+    ) -> None:
+        self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
+        self.moves: Callable[[int], bool] = lambda _layer: True  # zero_grad: skipped layers move by zero gradients
+        self.overflow = False
+        self._global_grad_norm: torch.Tensor | float = 0.0
+        self.pairs: list[tuple[nn.Parameter, torch.Tensor, int]] = []
+        for group in inner.param_groups:
+            working = group["params"]
+            group["params"] = [self._master(parameter) for parameter in working]
+            self.pairs += [(w, m, group["layer"]) for w, m in zip(working, group["params"], strict=True)]
+        if accumulate_in_fp32:
+            for parameter, _, _ in self.pairs:
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to_fp32)
+
+    @staticmethod
+    def _master(parameter: nn.Parameter) -> torch.Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+        return parameter.detach().float().clone().requires_grad_()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups."""
+        return self.inner.param_groups
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass."""
+        return self.loss_scaler.loss_scale
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the data-parallel ranks; skipped layers have none and send nothing."""
+        if self.groups.topology.data == 1:
+            return
+        bucket: list[torch.Tensor] = []
+        for parameter, _, _ in self.pairs:
+            gradient = gradient_of(parameter)
+            if gradient is None:
+                continue
+            bucket.append(gradient)
+            if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+                self._reduce(bucket)
+                bucket = []
+        self._reduce(bucket)
+
+    def _reduce(self, bucket: list[torch.Tensor]) -> None:
+        if not bucket:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat, group=self.groups.data)
+        flat /= self.groups.topology.data
+        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def step(self) -> None:
+        """Apply the reduced gradients, or skip the step on all ranks alike if their norm is not finite."""
+        scale = self.loss_scale
+        gradients = [(w, m, gradient_of(w)) for w, m, layer in self.pairs if self.moves(layer)]
+        owned = [g for w, _, g in gradients if g is not None and is_owner(w, self.groups)]
+        norm = global_norm(owned, self.groups.device, self.groups.model) / scale
+        self.overflow = not bool(torch.isfinite(norm))
+        self._global_grad_norm = norm
+        self.loss_scaler.update_scale(self.overflow)
+        if self.overflow:
+            return
+        factor = clip_factor(norm, self.max_norm) / scale
+        for _, master, gradient in gradients:
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype) * factor
+        self.inner.step()
+        self.refresh_working_weights()
+
+    @torch.no_grad()
+    def refresh_working_weights(self) -> None:
+        """Copy the fp32 weights to the working ones, where those are others."""
+        for working, master, _ in self.pairs:
+            if working is not master:
+                working.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for working, master, _ in self.pairs:
+            working.grad = master.grad = None
+            working.fp32_grad = None  # type: ignore[attr-defined]
+
+
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor | None:
+    """Return the accumulated gradient, wherever it accumulates; None for a layer that was skipped."""
+    gradient = getattr(parameter, "fp32_grad", None)
+    return parameter.grad if gradient is None else gradient
+
+
+def _move_gradient_to_fp32(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    gathered = getattr(parameter, "fp32_grad", None)
+    if gathered is None:
+        parameter.fp32_grad = parameter.grad.float()  # type: ignore[attr-defined]
+    else:
+        gathered.add_(parameter.grad)
+    parameter.grad = None

@@ -1,0 +1,60 @@
+"""Data and tensor parallel training with ZeRO 0 to 3, on DeepSpeed's engine."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.data.batch import MicroBatch, StepBatch
+from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
+from raptr_ds.engine.deepspeed_state import DeepSpeedState
+from raptr_ds.engine.parameter_groups import set_learning_rate
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths.path import Path
+
+
+class ZeroEngine(DeepSpeedState):
+    """Trains a whole model (tensor-parallel or not) on each data-parallel rank."""
+
+    def __init__(
+        self, config: dict[str, Any], stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str
+    ) -> None:
+        self.groups, self.seed = groups, seed
+        super().__init__(build_deepspeed_engine(config, stage, stage, groups, skipped_update), stage, groups)
+
+    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+        """Train step `step` along `path`."""
+        engine: Any = self.engine
+        engine.follow(path)
+        set_learning_rate(engine.basic_optimizer, learning_rate)
+        batch = batch.to(self.groups.device)
+        weight = self.loss_weight(batch)
+        total = torch.zeros((), device=self.groups.device)
+        for micro in batch.micro_batches:
+            streams = DropoutStreams(self.seed, step, micro.sample_ids)
+            loss = engine(micro.tokens, micro, path, streams).sum() * weight
+            self.scale_gradient(loss)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        dist.all_reduce(total, group=self.groups.data)
+        share = len(batch.micro_batches) * self.groups.topology.data
+        return self.result(total.item() / share)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+        """Return the mean loss over all predicted positions of `batches` along `path`."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        for batch in batches:
+            for micro in batch.to(self.groups.device).micro_batches:
+                sums += self._evaluate_micro_batch(micro, path)
+        dist.all_reduce(sums, group=self.groups.data)
+        return (sums[0] / sums[1]).item()
+
+    def _evaluate_micro_batch(self, micro: MicroBatch, path: Path) -> torch.Tensor:
+        losses = self.engine.module(micro.tokens, micro, path, None)
+        return torch.stack([losses.double().sum(), torch.tensor(micro.num_predictions, device=losses.device).double()])
