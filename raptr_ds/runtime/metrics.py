@@ -1,0 +1,153 @@
+"""Metrics: the one place that records what training measures, and hands it to every sink.
+
+Lines of metrics.jsonl (docs and outside checks rely on the keys):
+training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, step_seconds, tokens_per_second, mfu;
+evaluation: step, eval_loss, path_length. Not-finite numbers: see metrics_file.to_line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raptr_ds import paths
+from raptr_ds.runtime.metrics_file import MetricsFile
+from raptr_ds.runtime.progress import NoProgress, Progress, ProgressState
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
+from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What is known after one training step of the whole job.
+
+    step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
+    clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    path: paths.Path
+    step_seconds: float
+    step_tokens: int
+    step_flops: int
+    tokens: int
+    flops: int
+    full_flops: int
+    """What the full model would have executed for the same batches."""
+
+
+class Metrics:
+    """Records training steps and evaluations of a run; on ranks other than 0 (`folder` None) it does nothing.
+
+    folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
+    run. interval: steps between training lines; the last step always has one. peak: FLOP/s of one device, None if not
+    known. flops_left(step): FLOPs expected after a 1-based step, for the time left.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        num_steps: int,
+        resume_step: int = 0,
+        interval: int = 1,
+        tensorboard: bool = True,
+        progress: Progress | None = None,
+        num_devices: int = 1,
+        peak: float | None = None,
+        flops_left: Callable[[int], float] | None = None,
+    ) -> None:
+        self._num_steps = num_steps
+        self._interval = interval
+        self._progress = progress if progress is not None and folder is not None else NoProgress()
+        self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
+        self._throughput = Throughput()
+        self._file = self._tensorboard = None
+        if folder is not None:
+            self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
+            self._tensorboard = TensorBoardSink(folder / "tensorboard", resume_step) if tensorboard else None
+
+    def record_step(self, step: TrainingStep) -> None:
+        """Record one training step."""
+        if self._file is None:
+            return
+        self._throughput.record(step.step_tokens, step.step_flops, step.step_seconds)
+        if step.step % self._interval == 0 or step.step == self._num_steps:
+            line = self._training_line(step)
+            self._file.append(line)
+            if self._tensorboard is not None:
+                self._tensorboard.record_training(line)
+        self._progress.show(self._progress_state(step))
+
+    def record_evaluation(self, step: int, eval_loss: float, path_length: int) -> None:
+        """Record a loss on held-out data after a 1-based step, of paths of this length."""
+        if self._file is None:
+            return
+        line = {"step": int(step), "eval_loss": float(eval_loss), "path_length": int(path_length)}
+        self._file.append(line)
+        if self._tensorboard is not None:
+            self._tensorboard.record_evaluation(line)
+        self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
+
+    def say(self, message: str) -> None:
+        """Show a message to whoever watches, without tearing the live line; on rank 0 only."""
+        self._progress.say(message)
+
+    def sync(self) -> None:
+        """Put all that was recorded on the disk; called before a checkpoint is."""
+        if self._file is not None:
+            self._file.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Finish all sinks."""
+        self._progress.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._tensorboard = None
+
+    def __enter__(self) -> "Metrics":
+        """Return the metrics, to be closed at the end of the block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close, whatever happened."""
+        self.close()
+
+    def _training_line(self, step: TrainingStep) -> dict[str, Any]:
+        # float() and int(): results may be scalars of torch or NumPy, which JSON cannot hold.
+        seconds = float(step.step_seconds)
+        return {
+            "step": int(step.step),
+            "loss": float(step.loss),
+            "lr": float(step.lr),
+            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+            "path": list(step.path.layers),
+            "path_length": step.path.length,
+            "phase": step.path.phase,
+            "tokens": int(step.tokens),
+            "flops": int(step.flops),
+            "step_seconds": seconds,
+            "tokens_per_second": step.step_tokens / seconds,
+            "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
+        }
+
+    def _progress_state(self, step: TrainingStep) -> ProgressState:
+        flops_left = None if self._flops_left is None else self._flops_left(step.step)
+        return ProgressState(
+            step=step.step,
+            num_steps=self._num_steps,
+            loss=float(step.loss),
+            phase=step.path.phase,
+            path_length=step.path.length,
+            num_layers=step.path.num_layers,
+            tokens_per_second=self._throughput.tokens_per_second,
+            flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,
+            seconds_left=self._throughput.seconds_left(self._num_steps - step.step, flops_left),
+        )

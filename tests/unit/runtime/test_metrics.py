@@ -1,0 +1,126 @@
+"""Metrics: the contract's keys, sinks, ranks and resume."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raptr_ds.paths import Path
+from raptr_ds.runtime.metrics import Metrics, TrainingStep
+from raptr_ds.runtime.progress import PlainProgress
+
+TRAINING_KEYS = [
+    "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops", "step_seconds",
+    "tokens_per_second", "mfu",
+]  # fmt: skip
+
+
+def training_step(step, **values):
+    defaults = {
+        "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": Path((0, 2, 5), 6, phase=1), "step_seconds": 0.5,
+        "step_tokens": 100, "step_flops": 3000, "tokens": 100 * step, "flops": 3000 * step, "full_flops": 4000 * step,
+    }  # fmt: skip
+    return TrainingStep(step=step, **{**defaults, **values})
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_have_exactly_the_contracts_keys(tmp_path):
+    with Metrics(tmp_path, num_steps=2, tensorboard=False, num_devices=2, peak=12e3) as metrics:
+        metrics.record_step(training_step(1))
+        metrics.record_evaluation(1, 0.25, 6)
+    training, evaluation = lines_of(tmp_path)
+    assert list(training) == TRAINING_KEYS
+    assert training == {
+        "step": 1, "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": [0, 2, 5], "path_length": 3, "phase": 1,
+        "tokens": 100, "flops": 3000, "step_seconds": 0.5, "tokens_per_second": 200.0, "mfu": 0.25,
+    }  # fmt: skip
+    assert evaluation == {"step": 1, "eval_loss": 0.25, "path_length": 6}
+
+
+def test_scalars_of_torch_and_numpy_are_written_with_the_digits_of_their_double(tmp_path):
+    loss = torch.tensor(1 / 3, dtype=torch.float32)
+    with Metrics(tmp_path, num_steps=1, tensorboard=False) as metrics:
+        metrics.record_step(training_step(1, loss=loss, grad_norm=np.float64(0.1), flops=np.int64(7)))
+    (line,) = lines_of(tmp_path)
+    assert (line["loss"], line["grad_norm"], line["flops"], line["mfu"]) == (loss.item(), 0.1, 7, None)
+
+
+def test_not_finite_and_missing_values(tmp_path):
+    with Metrics(tmp_path, num_steps=2, progress=PlainProgress(io.StringIO())) as metrics:
+        metrics.record_step(training_step(1, loss=math.nan, grad_norm=math.inf))
+        metrics.record_step(training_step(2, grad_norm=None))
+    first, second = lines_of(tmp_path)
+    assert (first["loss"], first["grad_norm"], first["non_finite"]) == (None, None, True)
+    assert second["grad_norm"] is None
+    assert "non_finite" not in second
+
+
+def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
+    with Metrics(tmp_path, num_steps=8, interval=3, tensorboard=False) as metrics:
+        for step in range(1, 9):
+            metrics.record_step(training_step(step))
+            if step == 4:
+                metrics.record_evaluation(step, 1.0, 6)
+    assert [line["step"] for line in lines_of(tmp_path)] == [3, 4, 6, 8]
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = io.StringIO()
+    with Metrics(None, num_steps=2, progress=PlainProgress(output)) as metrics:
+        metrics.record_step(training_step(1))
+        metrics.record_evaluation(1, 1.0, 6)
+        metrics.say("hello")
+        metrics.sync()
+    assert output.getvalue() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_path):
+    output = io.StringIO()
+    progress = PlainProgress(output)
+    flops_left = {1: 60000.0}.__getitem__
+    with Metrics(tmp_path, num_steps=5, tensorboard=False, progress=progress, flops_left=flops_left) as metrics:
+        metrics.record_step(training_step(1))
+        metrics.record_evaluation(1, 1.5, 6)
+    assert output.getvalue() == (
+        "step 1/5  loss 0.3333  phase 1  path 3/6  200 tok/s  saved 25.0%  left 0:10\n"
+        "step 1/5  eval loss 1.5000  path 6\n"
+    )
+
+
+@pytest.fixture
+def events():
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def read(folder):
+        found = accumulator.EventAccumulator(str(folder / "tensorboard"))
+        found.Reload()
+        return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+    return read
+
+
+def test_resume_continues_file_and_events_as_if_the_lost_steps_had_not_been(tmp_path, events):
+    with Metrics(tmp_path, num_steps=6) as metrics:
+        for step in range(1, 6):
+            metrics.record_step(training_step(step, loss=float(step)))
+        metrics.record_evaluation(5, 9.0, 6)
+        metrics.sync()
+    with Metrics(tmp_path, num_steps=6, resume_step=3) as metrics:
+        for step in range(4, 7):
+            metrics.record_step(training_step(step, loss=float(10 * step)))
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0),
+    ]  # fmt: skip
+    scalars = events(tmp_path)
+    assert scalars["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    assert scalars["path/length"] == [(step, 3.0) for step in range(1, 7)]
+    assert "speed/mfu" not in scalars
+    assert scalars.get("eval/loss_of_6_layers", []) == []

@@ -1,0 +1,95 @@
+"""metrics.jsonl: precision, values that JSON lacks, and what a resume keeps."""
+
+import json
+import math
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, to_line
+
+
+def test_floats_come_back_exactly():
+    generator = np.random.default_rng(5)
+    bits = generator.integers(0, 2**63 - 1, 2000)
+    values = [struct.unpack("<d", struct.pack("<q", int(number)))[0] for number in bits]
+    values = [value for value in values if math.isfinite(value)]
+    values += [0.1 + 0.2, 1e-320, math.nextafter(1.0, 2.0), 5.0, float(np.float32(0.1))]
+    line = to_line({f"v{i}": value for i, value in enumerate(values)})
+    assert list(json.loads(line).values()) == values
+    assert line.count("\n") == 1
+
+
+def test_not_finite_is_null_with_a_mark_and_unknown_is_null_without():
+    assert json.loads(to_line({"step": 1, "loss": math.nan})) == {"step": 1, "loss": None, "non_finite": True}
+    assert json.loads(to_line({"step": 1, "grad_norm": math.inf, "mfu": None})) == {
+        "step": 1, "grad_norm": None, "mfu": None, "non_finite": True,
+    }  # fmt: skip
+    assert json.loads(to_line({"step": 1, "mfu": None})) == {"step": 1, "mfu": None}
+
+
+def write(path, steps, tail=""):
+    path.write_text("".join(to_line({"step": step, "loss": step / 3}) for step in steps) + tail)
+
+
+def steps_of(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', '{"step": 4, "loss": 1.5}', '{"step": 6}\n{"st'])
+def test_resume_drops_later_and_torn_lines_and_appends_after_them(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 2, 3, 4, 5], tail)
+    metrics = MetricsFile(path, resume_step=3)
+    metrics.append({"step": 4, "loss": 0.5})
+    metrics.sync()
+    assert steps_of(path) == [1, 2, 2, 3, 4]
+    metrics.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_line_is_dropped_even_if_its_step_would_be_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2], '{"step": 3, "loss": 0.125}')  # whole but for its newline: the next line would join it
+    assert drop_lines_after(path, 10) == 1
+    assert steps_of(path) == [1, 2]
+
+
+def test_nothing_to_drop_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert drop_lines_after(path, 3) == 0
+    write(path, [1, 2, 3])
+    before = path.stat().st_ino
+    assert drop_lines_after(path, 3) == 0
+    assert path.stat().st_ino == before
+
+
+def test_a_new_run_sets_old_metrics_aside(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    for loss in (1.0, 2.0, 3.0):
+        metrics = MetricsFile(path)
+        metrics.append({"step": 1, "loss": loss})
+        metrics.close()
+    texts = {entry.name: json.loads(entry.read_text())["loss"] for entry in path.parent.iterdir()}
+    assert texts == {"metrics.1.jsonl": 1.0, "metrics.2.jsonl": 2.0, "metrics.jsonl": 3.0}
+
+
+def test_lines_reach_the_file_without_close(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    child = os.fork()
+    if child == 0:
+        metrics = MetricsFile(path)
+        for step in range(1, 4):
+            metrics.append({"step": step, "path": list(range(5000))})
+        os._exit(0)  # as a killed process: no buffers are flushed
+    os.waitpid(child, 0)
+    assert steps_of(path) == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"raptr_ds\.train\.save"):
+        MetricsFile(tmp_path / "file" / "metrics.jsonl")

@@ -1,0 +1,96 @@
+"""Progress lines: when plain ones are printed, what a terminal shows, and streams that go away."""
+
+import io
+import os
+import pty
+import re
+import threading
+
+from raptr_ds.runtime.progress import (
+    NoProgress,
+    PlainProgress,
+    ProgressState,
+    RichProgress,
+    build_progress,
+    short_number,
+    short_time,
+)
+
+
+def state(step, phase=0, **values):
+    defaults = {"loss": 5.25, "path_length": 9, "num_layers": 12, "tokens_per_second": 12345.0}
+    rest = {"flops_saved": 0.213, "seconds_left": 3725.0}
+    return ProgressState(step=step, num_steps=100, phase=phase, **{**defaults, **rest, **values})
+
+
+def test_plain_lines_come_at_the_first_step_every_ten_seconds_at_a_phase_and_at_the_end():
+    output, now = io.StringIO(), [0.0]
+    progress = PlainProgress(output, clock=lambda: now[0])
+    for step in range(1, 101):
+        now[0] += 1.0
+        progress.show(state(step, phase=step // 56))
+    shown = [int(number) for number in re.findall(r"step (\d+)/100", output.getvalue())]
+    assert shown == [1, 11, 21, 31, 41, 51, 56, 66, 76, 86, 96, 100]
+
+
+def test_a_line_shows_all_that_was_asked_for():
+    output = io.StringIO()
+    PlainProgress(output).show(state(7, phase=2))
+    assert output.getvalue() == (
+        "step 7/100  loss 5.2500  phase 2  path 9/12  12.3k tok/s  saved 21.3%  left 1:02:05\n"
+    )
+    output = io.StringIO()
+    PlainProgress(output).show(state(7, tokens_per_second=None, flops_saved=None, seconds_left=None))
+    assert output.getvalue() == "step 7/100  loss 5.2500  phase 0  path 9/12  - tok/s\n"
+
+
+def test_short_forms():
+    numbers = [0.5, 999, 999.7, 12345, 2.5e6, 3e9]
+    assert [short_number(number) for number in numbers] == ["0.5", "999", "1k", "12.3k", "2.5M", "3G"]
+    assert [short_time(s) for s in (0, 59.6, 61, 3725, 90061)] == ["0:00", "1:00", "1:01", "1:02:05", "1-01:01:01"]
+
+
+def test_a_reader_that_went_away_does_not_stop_training():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as stream:
+        progress = PlainProgress(stream)
+        progress.show(state(1))
+        progress.show(state(100))
+        progress.say("still here")
+
+
+def test_kinds():
+    assert isinstance(build_progress("none"), NoProgress)
+    assert isinstance(build_progress("auto", io.StringIO()), PlainProgress)
+    assert isinstance(build_progress("rich", io.StringIO()), RichProgress)
+
+
+def test_a_terminal_gets_a_live_line_and_messages_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    controller, terminal = pty.openpty()
+    received = bytearray()
+
+    def drain():
+        while True:
+            try:
+                received.extend(os.read(controller, 4096))
+            except OSError:
+                return
+
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
+    with os.fdopen(terminal, "w") as stream:
+        progress = build_progress("auto", stream)
+        assert isinstance(progress, RichProgress)
+        progress.show(state(1))
+        progress.say("step 1/100  eval loss 5.1 [full]")
+        progress.show(state(2, loss=4.75))
+        progress.close()
+    reader.join(timeout=5)
+    os.close(controller)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", received.decode())
+    assert "eval loss 5.1 [full]" in text
+    assert "2/100" in text
+    assert "loss 4.7500  phase 0  path 9/12  12.3k tok/s  saved 21.3%  left 1:02:05" in text
