@@ -32,6 +32,10 @@ class FullPaths:
         self.phase_at(step)
         return float(self.num_layers)
 
+    def expected_layers_from(self, step: int) -> float:
+        """Return the number of layers times the steps from this one on."""
+        return float(self.num_layers * max(0, self.num_steps - step))
+
     def path_at(self, step: int) -> Path:
         """Return the full path."""
         return Path.full(self.num_layers, self.phase_at(step).index)
@@ -76,6 +80,18 @@ class ProgressiveLayerDropping:
     def expected_length_at(self, step: int) -> float:
         """Return the expected number of active layers at a 0-based step."""
         return float(self.keep_probabilities(step).sum())
+
+    def expected_layers_from(self, step: int) -> float:
+        """Return the sum of the expected path lengths of this step and all later ones.
+
+        The mean of i/L over the layers is (L - 1) / 2L, and the exponentials of theta(t) form a geometric series.
+        """
+        steps_left = max(0, self.num_steps - step)
+        if steps_left == 0 or self.gamma == 0.0:
+            return float(self.num_layers * steps_left)
+        exponentials = math.exp(-self.gamma * step) * math.expm1(-self.gamma * steps_left) / math.expm1(-self.gamma)
+        dropped = (self.num_layers - 1) / 2 * (1.0 - self.theta) * (steps_left - exponentials)
+        return self.num_layers * steps_left - dropped
 
     def path_at(self, step: int) -> Path:
         """Return the path of a 0-based step, a pure function of (seed, step)."""

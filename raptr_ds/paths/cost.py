@@ -87,20 +87,12 @@ def expected_flops_left(
 ) -> float:
     """Return the FLOPs expected in steps step..num_steps-1 (0-based), from the method's expected path lengths.
 
-    num_predicted: expected predicted positions of a global batch. Cost: one term for each phase, or one for each step
-    where a method's path length is not constant in its phases.
+    num_predicted: expected predicted positions of a global batch.
     """
-    expected_layers = 0.0
-    for phase in method.phases.phases:
-        first_step = max(phase.first_step, step)
-        if phase.path_length is not None:
-            expected_layers += phase.path_length * max(0, phase.end_step - first_step)
-        else:
-            expected_layers += sum(method.expected_length_at(later) for later in range(first_step, phase.end_step))
     counts = (num_sequences, num_predicted, activation_checkpointing)
     head = step_flops(shape, 0, *counts)
     layer = step_flops(shape, 1, *counts) - head
-    return expected_layers * layer + head * max(0, method.num_steps - step)
+    return method.expected_layers_from(step) * layer + head * max(0, method.num_steps - step)
 
 
 def num_parameters(shape: ModelShape) -> int:

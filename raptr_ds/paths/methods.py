@@ -50,6 +50,10 @@ class PathMethod(Protocol):
         """Return the expected number of active layers of a step."""
         ...
 
+    def expected_layers_from(self, step: int) -> float:
+        """Return the sum of the expected path lengths of this step and all later ones; cheap, in closed form."""
+        ...
+
 
 def build_path_method(
     *,

@@ -46,6 +46,11 @@ class RandomPaths:
         """Return the expected number of active layers at a 0-based step."""
         return _scheduled_length(self.phase_at(step))
 
+    def expected_layers_from(self, step: int) -> float:
+        """Return the sum of the expected path lengths of this step and all later ones."""
+        phases = self.phases.phases
+        return float(sum(_scheduled_length(p) * max(0, p.end_step - max(p.first_step, step)) for p in phases))
+
     def path_at(self, step: int) -> Path:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)

@@ -98,7 +98,8 @@ def test_bert_base_has_the_size_that_everyone_knows():
         {"method": "raptr", "schedule": "2-3", "full_warmup_steps": 5, "split": "proportional"},
         {"method": "full"},
         {"method": "constant", "constant_length": 2},
-        {"method": "pld"},
+        {"method": "pld", "pld_gamma": 0.05},
+        {"method": "pld", "pld_gamma": 0.0},
     ],
 )
 def test_expected_flops_left_sum_the_steps(values):
