@@ -45,17 +45,17 @@ def unknown_key(dotted: str, known: list[str], place: Callable[[str], str]) -> s
     """Return the message for a key that does not exist: its section, the nearest name, and all names there."""
     section, _, name = dotted.rpartition(".")
     guess = nearest(name, known) or _elsewhere(name, section) + "."
-    listed = f" Keys of {section}: {', '.join(known)}." if section else ""
+    listed = f" Keys {f'of {section}' if section else 'there'}: {', '.join(known)}."
     return f"{dotted}{place(dotted)} is an unknown key{guess} Correct or remove it.{listed}"
 
 
 def _elsewhere(name: str, section: str) -> str:
     """Say where a name does exist, for a key that was put into the wrong section."""
+    if name in SECTIONS and section != BLOCK:
+        return f"; it belongs into {BLOCK}: {BLOCK}.{name}"
     for title, model in SECTIONS.items():
         if name in model.model_fields and f"{BLOCK}.{title}" != section:
             return f"; it belongs to {BLOCK}.{title}"
-    if name in SECTIONS:
-        return f"; it belongs into {BLOCK}: {BLOCK}.{name}"
     if name in KNOWN and section:
         return "; it belongs to the top level, beside raptr_ds"
     return ""

@@ -11,7 +11,7 @@ from raptr_ds.config.derive import derive_model, derive_parallel, derive_path
 from raptr_ds.config.draft import Draft
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import check_optimizer, check_scheduler, complete_optimizer, complete_scheduler
-from raptr_ds.config.overrides import apply_overrides
+from raptr_ds.config.overrides import apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
 from raptr_ds.config.rules import check_rules
 from raptr_ds.config.sections import (
@@ -93,8 +93,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
     tree, touched = apply_overrides(tree, overrides)
 
     def place(dotted: str) -> str:
-        line = line_of(text, dotted)
-        return " (from --set)" if dotted in touched else f" (line {line})" if line else ""
+        line = None if dotted in touched else line_of(text, dotted)
+        return f" (line {line})" if line else " (from --set)" if is_touched(dotted, touched) else ""
 
     tree = _without_nulls(tree)
     tree, errors, notes = settle_unused(tree, touched, place)

@@ -52,6 +52,11 @@ def parse_value(text: str, key: str = "value") -> Any:
     return value
 
 
+def is_touched(dotted: str, touched: Iterable[str]) -> bool:
+    """Tell whether overrides set the value at a dotted key or anything below it."""
+    return any(key == dotted or key.startswith(f"{dotted}.") for key in touched)
+
+
 def _assign(tree: dict[str, Any], parts: list[str], value: Any) -> None:
     node = tree
     for depth, part in enumerate(parts[:-1], 1):

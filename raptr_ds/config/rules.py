@@ -108,6 +108,17 @@ def fixed_layers_exist(draft: Draft) -> str | None:
     )
 
 
+def bernoulli_path_is_never_empty(draft: Draft) -> str | None:
+    """Independent draws need a fixed layer, or a path could have none."""
+    path = draft.path
+    if path.method not in {"raptr", "constant"} or path.sampling != "bernoulli" or path.fixed_layers:
+        return None
+    return (
+        "raptr_ds.path.sampling='bernoulli' with raptr_ds.path.fixed_layers=[] could draw a path without layers. "
+        "Fix a layer, or set sampling to 'uniform'."
+    )
+
+
 def schedule_is_written_well(draft: Draft) -> str | None:
     """A schedule is whole numbers joined by '-'."""
     schedule = draft.path.schedule
@@ -234,6 +245,7 @@ RULES: tuple[Rule, ...] = (
     stages_have_layers,
     pipeline_layers_fit,
     fixed_layers_exist,
+    bernoulli_path_is_never_empty,
     schedule_is_written_well,
     schedule_fits_depth,
     schedule_never_shrinks,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
+from raptr_ds.config.overrides import is_touched
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
 POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
@@ -67,7 +68,7 @@ def settle_unused(
         if look_up(tree, key) is None or value is None or value in use.values:
             continue
         changed = use.selector in touched or (use.selector == POSITION and ARCHITECTURE in touched)
-        if changed and key not in touched:
+        if changed and not is_touched(key, touched):
             tree = without(tree, key)
             notes.append(f"{key}: left out, as {use.selector}={value!r} (from --set) does not use it")
         else:

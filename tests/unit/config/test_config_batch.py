@@ -1,0 +1,41 @@
+"""The batch triangle: what can be derived is, what cannot names values that fit."""
+
+import itertools
+
+import pytest
+
+from raptr_ds.config.batch import BatchGeometry, solve_batch
+from raptr_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "ranks"), list(itertools.product((1, 2, 3), (1, 2, 5), (1, 2, 4))))
+def test_any_one_of_three_is_derived(micro, accumulation, ranks):
+    whole = BatchGeometry(micro * accumulation * ranks, micro, accumulation, ranks)
+    assert solve_batch(whole.global_batch, micro, accumulation, ranks) == whole
+    assert solve_batch(whole.global_batch, micro, None, ranks) == whole
+    assert solve_batch(whole.global_batch, None, accumulation, ranks) == whole
+    assert solve_batch(None, micro, accumulation, ranks) == whole
+
+
+def test_one_given_means_no_accumulation():
+    assert solve_batch(8, None, None, 2) == BatchGeometry(8, 4, 1, 2)
+    assert solve_batch(None, 4, None, 2) == BatchGeometry(8, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "says"),
+    [
+        ((None, None, None), 1, ["train_batch_size is missing"]),
+        ((None, None, 2), 1, ["train_batch_size is missing"]),
+        ((8, 3, None), 1, ["train_batch_size=8", "train_micro_batch_size_per_gpu=3", "= 3", "Set", "6 or 9"]),
+        ((8, None, None), 3, ["train_batch_size=8", "3 data-parallel ranks", "6 or 9"]),
+        ((8, None, 3), 2, ["gradient_accumulation_steps=3", "= 6", "6 or 12"]),
+        ((2, 4, None), 1, ["to 4"]),
+        ((8, 2, 3), 2, ["8 is not", "=2 x", "=3 x 2 data-parallel ranks = 12", "Remove gradient_accumulation_steps"]),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_a_mend(sizes, ranks, says):
+    with pytest.raises(ConfigError) as error:
+        solve_batch(*sizes, ranks)
+    for fragment in says:
+        assert fragment in str(error.value)

@@ -1,0 +1,135 @@
+"""The table of DeepSpeed's keys against the installed DeepSpeed's own sources, read as text: none is undecided."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.config.deepspeed_keys import KNOWN, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, REFUSED, ZERO
+from raptr_ds.config.optimization import NOT_OFFERED, OPTIMIZERS, SCHEDULERS
+from raptr_ds.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    found = importlib.util.find_spec("deepspeed")
+    if found is None or found.origin is None:
+        pytest.skip("deepspeed is not installed: its sources are the oracle of this test")
+    return Path(found.origin).parent
+
+
+def fields(file: Path, cls: str) -> set[str]:
+    """Return the names a pydantic class reads from a file: aliases where it has them."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
+    names = set()
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            alias = re.search(r"alias='(\w+)'", ast.unparse(node.value)) if node.value else None
+            names.add(alias.group(1) if alias else node.target.id)
+    assert names
+    return names
+
+
+def refused_below(prefix: str) -> set[str]:
+    return {key.removeprefix(prefix) for key in REFUSED if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("file", "cls", "table", "prefix"),
+    [
+        ("runtime/zero/config.py", "DeepSpeedZeroConfig", ZERO, "zero_optimization."),
+        ("runtime/precision_config.py", "DeepSpeedBF16Config", KNOWN["bf16"], "bf16."),
+        ("runtime/precision_config.py", "DeepSpeedFP16Config", KNOWN["fp16"], "fp16."),
+        ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig", OFFLOAD_PARAM, "-"),
+        (
+            "runtime/zero/offload_config.py",
+            "DeepSpeedZeroOffloadOptimizerConfig",
+            OFFLOAD_OPTIMIZER,
+            "zero_optimization.offload_optimizer.",
+        ),
+    ],
+)
+def test_every_key_of_a_deepspeed_block_is_accepted_or_refused(source, file, cls, table, prefix):
+    theirs = fields(source / file, cls)
+    assert theirs - set(table) - refused_below(prefix) == set()
+    assert set(table) - theirs == set()
+
+
+def test_every_top_level_key_is_accepted_or_refused(source):
+    text = (source / "runtime/config.py").read_text(encoding="utf-8")
+    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', (source / "runtime/constants.py").read_text(), re.M))
+    scalar = set(re.findall(r"get_scalar_param\(\s*param_dict,\s*([A-Z_]+),", text))
+    literal = set(re.findall(r"param_dict(?:\.get\(|\[)['\"](\w+)['\"]", text))
+    removed = set(re.findall(r'^    "(\w+)":$', text, re.M))
+    theirs = {constants[name] for name in scalar if name in constants} | literal
+    assert len(theirs) > 15
+    assert removed >= {"elasticity", "amp", "progressive_layer_drop"}
+    assert theirs - set(KNOWN) - set(REFUSED) == set()
+    assert {name for name in removed if name not in REFUSED and f"zero_optimization.{name}" not in REFUSED} == set()
+
+
+def test_every_optimizer_is_accepted_or_refused(source):
+    text = (source / "runtime/config.py").read_text(encoding="utf-8")
+    theirs = set(re.findall(r"^[A-Z]+_OPTIMIZER = '(\w+)'", text, re.M))
+    assert theirs >= {"adam", "muon"}
+    assert theirs - {name.lower() for name in OPTIMIZERS} - set(NOT_OFFERED) == set()
+
+
+def test_our_parameters_of_deepspeed_schedulers_are_theirs(source):
+    tree = ast.parse((source / "runtime/lr_schedules.py").read_text(encoding="utf-8"))
+    for name in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+        cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        init = next(node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+        theirs = {argument.arg for argument in init.args.args} - {"self", "optimizer", "last_batch_iteration"}
+        assert set(SCHEDULERS[name]) == theirs | {"warmup_ratio"}
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_refused_keys_name_the_mend(load, key):
+    with pytest.raises(ConfigError) as error:
+        load(f"{key}={{}}", "optimizer.type=AdamW")
+    assert f"{key} (from --set) {REFUSED[key]}." in str(error.value)
+    assert re.search(r"Write|Remove|set in", REFUSED[key])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("zero_optimization.stage=4", "zero_optimization.stage=4 (from --set) must be 0..3, whole"),
+        ("zero_optimization=true", "must be an object"),
+        ("train_batch_size=0", "train_batch_size=0 (from --set) must be a whole number, 1 or more"),
+        ("train_batch_size=8.5", "must be a whole number"),
+        ('train_batch_size="8"', "must be a whole number"),
+        ("gradient_clipping=-1", "must be a number, 0 or more"),
+        ("bf16.enabled=1", "must be true or false"),
+        ("bf16=yes", "must be an object"),
+        ("fp16.loss_scale_window=0", "must be a whole number, 1 or more"),
+        ("fp16.min_loss_scale=-1", "must be a whole number, 1 or more"),
+        ("communication_data_type=int8", "must be one of fp16, bf16, fp32"),
+        ("zero_optimization.offload_optimizer.device=CPU", "must be one of none, cpu, nvme"),
+        ("optimizer.type=AdmaW", "optimizer.type='AdmaW' (from --set) is unknown; did you mean 'AdamW'?"),
+        ("optimizer.type=Lamb", "is not offered: it scales by norms of whole matrices"),
+        ("optimizer.params.lr=0.1", "optimizer.type is missing"),
+        ('optimizer={"type": "AdamW", "params": {"betas": [1, 2]}}', "optimizer.params.betas=[1, 2]"),
+        ('optimizer={"type": "AdamW", "params": {"lr": 0}}', "must be a number, greater than 0"),
+        ('optimizer={"type": "SGD", "params": {"betas": [0, 0]}}', "optimizer.type=SGD: optimizer.params.betas"),
+        ('optimizer={"type": "AdamW", "params": {"foreach": true}}', "no use with torch_adam not set"),
+        (
+            'optimizer={"type": "Adam", "params": {"torch_adam": true, "bias_correction": true}}',
+            "no use with torch_adam true",
+        ),
+        ("optimizer=5", "optimizer=5 (from --set) must be an object"),
+        ('optimizer={"type": "AdamW", "params": 5}', "optimizer.params=5"),
+        ("scheduler.type=OneCycle", "It must be one of WarmupLR, "),
+        ('scheduler={"type": "WarmupLR", "params": {"warmup_ratio": 0.1, "warmup_num_steps": 3}}', "twice. Keep one"),
+        ('scheduler={"type": "WarmupLR", "params": {"total_num_steps": 5}}', "scheduler.params.total_num_steps"),
+        ('scheduler={"type": "WarmupLR", "params": {"warmup_type": "cubic"}}', "must be one of log, linear"),
+    ],
+)
+def test_values_out_of_range(load, override, says):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert says in str(error.value)

@@ -1,0 +1,302 @@
+"""Loading: what is derived, what is refused and where it stands, and that a resolved run is the same run."""
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pydantic
+import pytest
+
+from raptr_ds.config.derive import derive_pipeline_layers, derive_schedule
+from raptr_ds.config.load import load_run_config
+from raptr_ds.errors import ConfigError
+
+P, M = "raptr_ds.path.", "raptr_ds.model."
+
+
+@pytest.mark.parametrize(
+    ("depth", "schedule"),
+    [
+        (12, (6, 8, 10, 12)),
+        (24, (12, 16, 20, 24)),
+        (8, (4, 5, 7, 8)),
+        (5, (3, 3, 4, 5)),
+        (2, (2, 2, 2, 2)),
+        (1, (1,) * 4),
+    ],
+)
+def test_default_schedule(depth, schedule):
+    assert derive_schedule(depth, num_fixed=min(2, depth)) == schedule
+
+
+@pytest.mark.parametrize("depth", range(1, 40))
+def test_default_schedule_keeps_the_rules_at_every_depth(load, depth):
+    lengths = load(f"{M}num_layers={depth}").path.phase_lengths
+    assert lengths[-1] == depth
+    assert list(lengths) == sorted(lengths)
+
+
+def test_default_schedule_has_room_for_fixed_layers(load):
+    assert load(f"{P}fixed_layers=[0,1,2,3,4,5,6,-1]").path.schedule == "8-8-10-12"
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "expected"), [(5, 2, (3, 2)), (7, 4, (2, 2, 2, 1)), (10, 4, (2, 3, 3, 2))]
+)
+def test_stages_are_as_even_as_possible(layers, stages, expected):
+    assert derive_pipeline_layers(layers, stages) == expected
+
+
+def test_architecture_decides_the_rest(load):
+    bert, ul2 = load().model, load(f"{M}architecture=ul2").model
+    assert (bert.activation, bert.normalization, bert.position_embedding) == ("gelu", "layernorm", "learned")
+    assert (bert.add_bias_linear, bert.hidden_dropout, bert.ffn_hidden_size) == (True, 0.1, 192)
+    assert (ul2.activation, ul2.normalization, ul2.position_embedding) == ("swiglu", "rmsnorm", "rotary")
+    assert (ul2.add_bias_linear, ul2.hidden_dropout, ul2.ffn_hidden_size) == (False, 0.0, 128)
+    assert load(f"{M}architecture=ul2", f"{M}activation=gelu").model.ffn_hidden_size == 192
+
+
+def test_components_read_no_none(load):
+    config = load(world_size=2)
+    for section in (config.model, config.parallel, config.path, config.train):
+        left = {key for key, value in section if value is None}
+        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length"}
+    assert config.parallel.pipeline_layers == (12,)
+    assert config.train.save == "runs/run"
+    assert (config.precision, config.zero_stage, config.gradient_clipping) == ("fp32", 0, 1.0)
+    assert config.optimizer["type"] == "AdamW"
+    assert config.scheduler is None
+    assert config.batch.micro_batch == 4
+
+
+def test_deepspeed_gets_its_part_complete(load):
+    config = load("scheduler.type=warmuplr", "optimizer.type=sgd", "train_micro_batch_size_per_gpu=2")
+    assert config.deepspeed == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
+        "zero_allow_untested_optimizer": True,
+    }
+    assert config.scheduler == {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "log"},
+    }
+
+
+def test_ratios_follow_the_steps(load):
+    given = ["scheduler.type=WarmupStableDecayLR", "scheduler.params.warmup_ratio=0.29", f"{P}full_warmup_ratio=0.29"]
+    config = load(*given)
+    assert config.scheduler is not None
+    assert config.scheduler["params"]["warmup_num_steps"] == 29
+    assert config.scheduler["params"]["decay_num_steps"] == 10
+    assert (config.path.full_warmup_steps, config.path.full_warmup_ratio) == (29, None)
+    assert load(*given, "raptr_ds.train.steps=3").path.full_warmup_steps == 1
+
+
+def test_derived_values_are_said(load):
+    lines = load(world_size=2).derived
+    for line in ("raptr_ds.path.schedule=6-8-10-12", "gradient_accumulation_steps=1", "data parallel size 2"):
+        assert line in lines
+    assert not any(line.startswith("raptr_ds.train.seed") for line in lines)
+    assert "raptr_ds.path.constant_length=9" in load(f"{P}method=constant").derived
+
+
+def test_vocabulary_is_the_tokenizers(load):
+    config = load().with_vocab_size(100)
+    assert config.model.vocab_size == 100
+    assert config.with_vocab_size(100) == config
+    with pytest.raises(ConfigError, match=r"vocab_size=100 does not match the tokenizer, which has 90 .*Remove"):
+        config.with_vocab_size(90)
+
+
+def test_nothing_changes_a_configuration(load):
+    config = load()
+    with pytest.raises(FrozenInstanceError):
+        config.zero_stage = 3
+    with pytest.raises(pydantic.ValidationError):
+        config.model.num_layers = 3
+    config.deepspeed["optimizer"]["params"]["lr"] = 7.0
+    assert config.optimizer["params"]["lr"] == 1e-3
+
+
+RESOLVABLE = {
+    "plain": "",
+    "full": f"{P}method=full",
+    "pld": f"{P}method=pld {P}pld_gamma=0.01",
+    "constant": f"{P}method=constant {P}fixed_layers=[0]",
+    "ul2": f"{M}architecture=ul2 raptr_ds.objective.denoisers=causal_prefix_span",
+    "denoisers": f'{M}architecture=ul2 raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}}]',
+    "layout": "raptr_ds.parallel.pipeline_model_parallel_size=2 zero_optimization.stage=1 bf16.enabled=true",
+    "zero3": "zero_optimization.stage=3 zero_optimization.stage3_prefetch_bucket_size=5e8",
+    "schedule": "scheduler.type=WarmupCosineLR scheduler.params.warmup_ratio=0.1 fp16.enabled=true",
+    "stable": "scheduler.type=WarmupStableDecayLR scheduler.params.decay_ratio=0.2 optimizer.type=SGD",
+    "blend": 'raptr_ds.data.path={"data/a.b":1,"c":0.5} raptr_ds.log.peak_tflops=10 raptr_ds.data.tokenizer=t.model',
+    "warmup": f"{P}full_warmup_ratio=0.1 {P}schedule=3-12 {P}split=proportional",
+}
+
+
+@pytest.mark.parametrize("overrides", RESOLVABLE.values(), ids=RESOLVABLE.keys())
+def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
+    config = load(*overrides.split(), world_size=2).with_vocab_size(77)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.resolved()), encoding="utf-8")
+    again = load_run_config(file, [], 2)
+    assert again == config
+    assert again.resolved() == config.resolved()
+    assert again.derived == [f"data parallel size {config.batch.data_parallel}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (f"{P}schedul=6-12", ["raptr_ds.path.schedul (from --set) is an unknown key", "'schedule'?", "Keys of"]),
+        ("raptr_ds.modle.num_layers=3", ["raptr_ds.modle (from --set)", "did you mean 'model'?"]),
+        ("zero_optimisation.stage=3", ["zero_optimisation (from --set)", "did you mean 'zero_optimization'?"]),
+        ("zero_optimization.stag=3", ["zero_optimization.stag ", "did you mean 'stage'?"]),
+        ("raptr_ds.model.steps=3", ["raptr_ds.model.steps", "it belongs to raptr_ds.train"]),
+        ("raptr_ds.train.train_batch_size=3", ["it belongs to the top level"]),
+        ("path.method=full", ["it belongs into raptr_ds: raptr_ds.path"]),
+        (f"{P}method=stacking", ["'stacking'", "not built yet", "full, raptr, pld, constant"]),
+        (f"{P}sampling=balanced", ["not built yet", "uniform, bernoulli"]),
+        (f"{P}method=rapter", ["must be one of", "did you mean 'raptr'?"]),
+        (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "integer"]),
+        (f"{M}num_layers=0", ["raptr_ds.model.num_layers=0", "greater than 0"]),
+        (f"{M}num_layers=1.5", ["raptr_ds.model.num_layers=1.5", "integer"]),
+        (f"{M}num_layers=true", ["raptr_ds.model.num_layers=True"]),
+        (f"{M}num_layers=null", ["raptr_ds.model.num_layers is missing", "Depth L of the full model"]),
+        (f"{M}hidden_dropout=1.0", ["hidden_dropout=1.0", "less than 1"]),
+        ("raptr_ds.objective.mask_rate=0", ["mask_rate=0", "greater than 0"]),
+        ("raptr_ds.objective.mask_rate=1", ["mask_rate=1", "less than 1"]),
+        ("raptr_ds.data.path={a: -1}", ["raptr_ds.data.path.a=-1", "greater than 0"]),
+        ("raptr_ds.data.path={}", ["raptr_ds.data.path", "at least 1 item"]),
+        ("raptr_ds.data.path=5", ["raptr_ds.data.path=5"]),
+        ("raptr_ds.train.save=2024", ["raptr_ds.train.save=2024", "must be a string. Put it in double quotes"]),
+        ("raptr_ds.train.steps=-1", ["raptr_ds.train.steps=-1", "greater than 0"]),
+        ("raptr_ds.log.tensorboard=yes", ["raptr_ds.log.tensorboard='yes'", "boolean"]),
+        ("raptr_ds.train=5", ["raptr_ds.train=5 (from --set) must be an object"]),
+        ("raptr_ds=5", ["raptr_ds =5 is not an object"]),
+        ("raptr_ds=null", ["raptr_ds is missing", "deepspeed_configs/"]),
+    ],
+)
+def test_single_keys(load, override, says):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    for fragment in says:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("denoisers", "says"),
+    [
+        ("ul3", "must be one of ul2, causal_prefix_span"),
+        ("[]", "at least 1 item"),
+        ('[{"name": "a"}]', "raptr_ds.objective.denoisers.0.kind is missing"),
+        ('[{"name": "a", "kind": "spam"}]', "must be one of span, prefix, causal; did you mean 'span'?"),
+        (
+            '[{"name": "a", "kind": "causal", "wieght": 1}]',
+            "denoisers.0.wieght (from --set) is an unknown key; did you mean 'weight'?",
+        ),
+        ('[{"name": "a", "kind": "causal", "weight": 0}]', "raptr_ds.objective.denoisers.0.weight=0"),
+    ],
+)
+def test_denoisers(load, denoisers, says):
+    with pytest.raises(ConfigError) as error:
+        load(f"{M}architecture=ul2", f"raptr_ds.objective.denoisers={denoisers}")
+    assert says.replace(" (from --set)", "") in str(error.value).replace(" (from --set)", "")
+
+
+UNUSED = {
+    "full": [("schedule", "6-12"), ("split", "uniform"), ("full_warmup_steps", "3"), ("sampling", "uniform")],
+    "raptr": [("pld_gamma", "0.1"), ("pld_theta", "0.1"), ("constant_length", "9")],
+    "pld": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("constant_length", "9")],
+    "constant": [("schedule", "6-12"), ("full_warmup_steps", "3"), ("pld_theta", "0.1")],
+}
+
+
+@pytest.mark.parametrize(("method", "key", "value"), [(m, k, v) for m, keys in UNUSED.items() for k, v in keys])
+def test_a_key_without_use_is_an_error_with_its_mend(load, method, key, value):
+    with pytest.raises(ConfigError, match=rf"{P}{key}=.*has no use with {P}method='{method}'.*Remove it, or set"):
+        load(f"{P}method={method}", f"{P}{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["raptr_ds.objective.denoisers=ul2"],
+        [f"{M}architecture=ul2", "raptr_ds.objective.mask_rate=0.2"],
+        [f"{M}rotary_base=500"],
+        ["zero_optimization.stage=2", "zero_optimization.offload_param.device=cpu"],
+    ],
+)
+def test_a_key_of_another_architecture_or_stage_is_an_error(load, overrides):
+    with pytest.raises(ConfigError, match="has no use with"):
+        load(*overrides)
+
+
+def test_another_method_from_the_command_line_leaves_keys_of_the_file_out_and_says_so(load, small_run):
+    small_run["raptr_ds"]["path"] |= {"schedule": "6-12", "fixed_layers": [0]}
+    config = load(f"{P}method=full")
+    assert config.path.schedule is None
+    assert f"{P}schedule: left out, as {P}method='full' (from --set) does not use it" in config.derived
+    assert load(f"{P}method=constant").path.fixed_layers == (0,)
+    small_run["raptr_ds"]["path"]["method"] = "full"
+    with pytest.raises(ConfigError, match=r"schedule='6-12' \(line \d+\) has no use"):
+        load()
+
+
+def test_due():
+    from raptr_ds.config.sections import CheckpointSection, EvalSection
+
+    assert [step for step in range(12) if CheckpointSection(interval=5).due(step)] == [5, 10]
+    assert not any(CheckpointSection(interval=0).due(step) for step in range(12))
+    assert [step for step in range(12) if EvalSection(interval=5).due(step)] == [5, 10]
+    assert not any(EvalSection(interval=5, batches=0).due(step) for step in range(12))
+
+
+def test_a_null_is_a_default(load, small_run):
+    expected = load()
+    small_run["raptr_ds"]["path"]["schedule"] = None
+    small_run["scheduler"] = None
+    assert load() == expected
+
+
+def test_steps_may_be_written_as_1e6(load):
+    assert load("raptr_ds.train.steps=1e6").train.steps == 1_000_000
+
+
+def test_unknown_keys_name_their_line(load):
+    with pytest.raises(
+        ConfigError, match=r"run\.json: raptr_ds\.model\.num_layer \(line 3\) is an unknown key.*'num_layers'"
+    ):
+        load(
+            text='{"train_batch_size": 8, "raptr_ds": {\n "model": {architecture: bert\n "num_layer": 3\n num_layers: 3'
+            "\n"
+            "hidden_size: 4\n num_attention_heads: 2\n seq_length: 8}, data: {path: d\n}, train: {steps: 4}}}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a": 1,\n "a": 2}', r"the key 'a' is said twice in one object \(see lines 1, 2\)"),
+        ('{\n "a": [1, 2\n', r"run\.json, line \d column \d"),
+        ("[1]", r"must hold one object"),
+    ],
+)
+def test_files_that_cannot_be_read_say_where(load, text, says):
+    with pytest.raises(ConfigError, match=says):
+        load(text=text)
+
+
+def test_missing_file_and_other_encodings(tmp_path):
+    (tmp_path / "here.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match=r"gone\.json does not exist.*holds: here\.json"):
+        load_run_config(tmp_path / "gone.json", [], 1)
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run_config(tmp_path / "here.json", [], 1)
+
+
+def test_comma_after_a_string_without_quotes_is_explained(load):
+    with pytest.raises(ConfigError, match="runs to the end of its line"):
+        load(f"{P}method=full,")

@@ -1,0 +1,292 @@
+"""Every rule has a run that breaks it, with a message that names values and mend, and a neighbour that passes."""
+
+import pytest
+
+from raptr_ds.config.rules import RULES
+from raptr_ds.errors import ConfigError
+
+P, M, R = "raptr_ds.path.", "raptr_ds.model.", "raptr_ds.parallel."
+SPAN = '"name":"a","kind":"span"'
+DENOISERS = f"{M}architecture=ul2 raptr_ds.objective.denoisers="
+SCHEDULE_LR = "scheduler.type=WarmupLR scheduler.params."
+
+# rule name: [(world size, overrides that break it, what the message must say, overrides that pass)]
+CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
+    "heads_divide_hidden": [
+        (1, f"{M}hidden_size=50", ["hidden_size=50", "num_attention_heads=4", "Set hidden_size to 52", "to 2"], ""),
+    ],
+    "rotary_needs_even_head": [
+        (
+            1,
+            f"{M}hidden_size=12 {M}position_embedding=rotary",
+            ["= 3", "even", "'learned'"],
+            f"{M}hidden_size=12 {M}position_embedding=learned",
+        ),
+    ],
+    "tensor_divides_heads": [
+        (
+            3,
+            f"{R}tensor_model_parallel_size=3 train_batch_size=9",
+            ["num_attention_heads=4", "size=3", "to 2"],
+            f"{R}tensor_model_parallel_size=3 train_batch_size=9 {M}num_attention_heads=6",
+        ),
+    ],
+    "tensor_divides_ffn": [
+        (
+            2,
+            f"{R}tensor_model_parallel_size=2 {M}ffn_hidden_size=101",
+            ["ffn_hidden_size=101", "Set ffn_hidden_size to 102"],
+            f"{R}tensor_model_parallel_size=2 {M}ffn_hidden_size=102",
+        ),
+    ],
+    "world_fits_layout": [
+        (
+            3,
+            f"{R}tensor_model_parallel_size=2",
+            ["3 processes", "= 2", "Start a multiple of 2 processes"],
+            f"{R}tensor_model_parallel_size=1 train_batch_size=9",
+        ),
+        (6, f"{R}pipeline_model_parallel_size=4", ["6 processes", "= 4"], f"{R}pipeline_model_parallel_size=3"),
+    ],
+    "stages_have_layers": [
+        (
+            4,
+            f"{R}pipeline_model_parallel_size=4 {M}num_layers=3",
+            ["size=4", "num_layers=3", "to 3 or less"],
+            f"{R}pipeline_model_parallel_size=4 {M}num_layers=5",
+        ),
+    ],
+    "pipeline_layers_fit": [
+        (
+            2,
+            f"{R}pipeline_model_parallel_size=2 {R}pipeline_layers=[5,6]",
+            ["[5, 6]", "11 layers", "num_layers=12", "remove it"],
+            f"{R}pipeline_model_parallel_size=2 {R}pipeline_layers=[5,7]",
+        ),
+        (
+            2,
+            f"{R}pipeline_model_parallel_size=2 {R}pipeline_layers=[4,4,4]",
+            ["3 stages", "=2 entries"],
+            f"{R}pipeline_model_parallel_size=2 {R}pipeline_layers=[1,11]",
+        ),
+    ],
+    "fixed_layers_exist": [
+        (1, f"{P}fixed_layers=[0,12]", ["has 12", "-12..11"], f"{P}fixed_layers=[0,11]"),
+        (1, f"{P}fixed_layers=[-13]", ["has -13", "Correct or remove"], f"{P}fixed_layers=[-12]"),
+    ],
+    "bernoulli_path_is_never_empty": [
+        (1, f"{P}sampling=bernoulli {P}fixed_layers=[]", ["without layers", "Fix a layer"], f"{P}fixed_layers=[]"),
+    ],
+    "schedule_is_written_well": [
+        (1, f"{P}schedule=6,8,12", ["'6,8,12'", "joined by '-'", "'6-8-10-12'"], f"{P}schedule=6-8-12"),
+        (1, f"{P}schedule=0-12", ["'0-12'", "from 1"], f"{P}schedule=2-12"),
+        (1, f"{P}schedule=6-8-", ["'6-8-'"], f"{P}schedule=12"),
+    ],
+    "schedule_fits_depth": [
+        (
+            1,
+            f"{P}schedule=6-8-10-12 {M}num_layers=5",
+            ["longer than the model", "num_layers=5", "End it with 5"],
+            f"{P}schedule=3-4-5 {M}num_layers=5",
+        ),
+        (1, f"{P}schedule=6-8-10", ["must end at full depth, not at 10", "End it with 12"], f"{P}schedule=6-8-12"),
+    ],
+    "schedule_never_shrinks": [
+        (1, f"{P}schedule=8-6-12", ["'8-6-12'", "'6-8-12'"], f"{P}schedule=6-6-12"),
+    ],
+    "schedule_holds_fixed": [
+        (1, f"{P}schedule=1-12", ["paths of 1 layers", "the 2 of", "at least 2"], f"{P}schedule=2-12"),
+        (1, f"{P}schedule=1-12 {P}fixed_layers=[0,-1]", ["fewer than"], f"{P}schedule=1-12 {P}fixed_layers=[0,-12]"),
+    ],
+    "constant_length_fits": [
+        (
+            1,
+            f"{P}method=constant {P}constant_length=13",
+            ["constant_length=13", "2..12"],
+            f"{P}method=constant {P}constant_length=12",
+        ),
+        (
+            1,
+            f"{P}method=constant {P}constant_length=1",
+            ["remove it"],
+            f"{P}method=constant {P}constant_length=1 {P}fixed_layers=[]",
+        ),
+    ],
+    "full_warmup_said_once": [
+        (
+            1,
+            f"{P}full_warmup_steps=5 {P}full_warmup_ratio=0.5",
+            ["twice", "Keep one"],
+            f"{P}full_warmup_ratio=0.5",
+        ),
+    ],
+    "full_warmup_ends": [
+        (1, f"{P}full_warmup_steps=100", ["=100", "steps=100", "full_warmup_ratio"], f"{P}full_warmup_steps=99"),
+    ],
+    "denoisers_are_complete": [
+        (1, f'{DENOISERS}[{{{SPAN},"rate":0.1}}]', ["[0] ('a'", "needs mean_span"], f"{DENOISERS}ul2"),
+        (
+            1,
+            f'{DENOISERS}[{{"name":"c","kind":"causal","rate":0.5}}]',
+            ["no use for rate", "Remove"],
+            f'{DENOISERS}[{{"name":"c","kind":"causal"}}]',
+        ),
+        (
+            1,
+            f'{DENOISERS}[{{{SPAN},"rate":0.1,"mean_span":32}}]',
+            ["mean_span=32", "seq_length=32"],
+            f'{DENOISERS}[{{{SPAN},"rate":0.1,"mean_span":31}}]',
+        ),
+        (
+            1,
+            f'{DENOISERS}[{{"name":"c","kind":"causal"}},{{"name":"c","kind":"causal"}}]',
+            ["used 2 times", "its own"],
+            f'{DENOISERS}[{{"name":"c","kind":"causal"}},{{"name":"p","kind":"prefix","rate":0.25}}]',
+        ),
+    ],
+    "mask_predicts_something": [
+        (
+            1,
+            "raptr_ds.objective.mask_rate=0.01",
+            ["0.01", "seq_length=32", "0.0312"],
+            "raptr_ds.objective.mask_rate=0.1",
+        ),
+    ],
+    "pipeline_allows_zero_stage": [
+        (
+            2,
+            f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=2",
+            ["size=2 needs zero_optimization.stage <= 1", "got 2", "Set zero_optimization.stage to 1"],
+            f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=1",
+        ),
+        (2, f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=3", ["got 3"], "zero_optimization.stage=3"),
+    ],
+    "offload_has_a_stage": [
+        (
+            1,
+            "zero_optimization.offload_optimizer.device=cpu",
+            ["'cpu'", "stage >= 1", "got 0"],
+            "zero_optimization.offload_optimizer.device=cpu zero_optimization.stage=1",
+        ),
+    ],
+    "nvme_has_a_path": [
+        (
+            1,
+            "zero_optimization.offload_param.device=nvme zero_optimization.stage=3",
+            ["nvme_path"],
+            'zero_optimization={"stage":3,"offload_param":{"device":"nvme","nvme_path":"/scratch"}}',
+        ),
+        (
+            1,
+            'zero_optimization={"stage":1,"offload_optimizer":{"device":"nvme","nvme_path":"/scratch"}}',
+            ["stage=3", "got 1", "'cpu'"],
+            'zero_optimization={"stage":3,"offload_optimizer":{"device":"nvme","nvme_path":"/scratch"}}',
+        ),
+    ],
+    "partial_offload_needs_stage_3": [
+        (
+            1,
+            'zero_optimization={"stage":2,"offload_optimizer":{"device":"cpu","ratio":0.5}}',
+            ["ratio=0.5", "got 2", "Remove ratio"],
+            'zero_optimization={"stage":3,"offload_optimizer":{"device":"cpu","ratio":0.5}}',
+        ),
+    ],
+    "one_precision": [
+        (1, "bf16.enabled=true fp16.enabled=true", ["both true", "to false"], "bf16.enabled=true fp16.enabled=false"),
+    ],
+    "low_precision_masters_need_zero": [
+        (
+            1,
+            "fp16.enabled=true fp16.fp16_master_weights_and_grads=true",
+            ["stage >= 1", "Set stage to 1"],
+            "fp16.enabled=true fp16.fp16_master_weights_and_grads=true zero_optimization.stage=1",
+        ),
+        (
+            1,
+            "bf16.enabled=true bf16.bf16_optimizer_states=true zero_optimization.stage=1",
+            ["needs bf16.bf16_master_weights_and_grads"],
+            'bf16={"enabled":true,"bf16_optimizer_states":true,"bf16_master_weights_and_grads":true} '
+            "zero_optimization.stage=1",
+        ),
+    ],
+    "accumulation_dtype_fits": [
+        (
+            1,
+            "bf16.enabled=true data_types.grad_accum_dtype=fp32",
+            ["'fp32'", "bf16 training", "Set stage to 1"],
+            "bf16.enabled=true data_types.grad_accum_dtype=fp32 zero_optimization.stage=1",
+        ),
+    ],
+    "adamw_is_adamw": [
+        (
+            1,
+            "optimizer.type=AdamW optimizer.params.adam_w_mode=false",
+            ["'Adam'", "remove adam_w_mode"],
+            "optimizer.type=Adam optimizer.params.adam_w_mode=false",
+        ),
+    ],
+    "nesterov_has_momentum": [
+        (
+            1,
+            "optimizer.type=SGD optimizer.params.nesterov=true",
+            ["momentum=0", "remove nesterov"],
+            "optimizer.type=SGD optimizer.params.nesterov=true optimizer.params.momentum=0.9",
+        ),
+    ],
+    "one_peak_learning_rate": [
+        (
+            1,
+            f"optimizer.type=Adam optimizer.params.lr=0.01 {SCHEDULE_LR}warmup_max_lr=0.02",
+            ["=0.02", "=0.01", "Remove warmup_max_lr"],
+            f"optimizer.type=Adam optimizer.params.lr=0.01 {SCHEDULE_LR}warmup_max_lr=0.01",
+        ),
+    ],
+    "warmup_starts_below_peak": [
+        (1, f"{SCHEDULE_LR}warmup_min_lr=0.1", ["=0.1", "Lower"], f"{SCHEDULE_LR}warmup_min_lr=0.0001"),
+    ],
+    "warmup_ends": [
+        (
+            1,
+            f"{SCHEDULE_LR}warmup_num_steps=100",
+            ["=100", "steps=100", "warmup_ratio"],
+            f"{SCHEDULE_LR}warmup_num_steps=99",
+        ),
+        (
+            1,
+            "scheduler.type=WarmupStableDecayLR scheduler.params.warmup_ratio=0.6 scheduler.params.decay_ratio=0.5",
+            ["=60", "=50", "=100", "decay_ratio"],
+            "scheduler.type=WarmupStableDecayLR scheduler.params.warmup_ratio=0.5 scheduler.params.decay_ratio=0.5",
+        ),
+    ],
+    "evaluation_has_batches": [
+        (
+            1,
+            "raptr_ds.eval.batches=0 raptr_ds.eval.interval=10",
+            ["nothing", "batches to 1"],
+            "raptr_ds.eval.batches=0",
+        ),
+    ],
+}
+
+FLAT = [(name, *case) for name, cases in CASES.items() for case in cases]
+
+
+def test_every_rule_has_cases():
+    assert set(CASES) == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize("case", FLAT, ids=lambda case: case[0])
+def test_rule(load, case):
+    _, world_size, broken, says, passes = case
+    load(*passes.split(), world_size=world_size)
+    with pytest.raises(ConfigError) as error:
+        load(*broken.split(), world_size=world_size)
+    for fragment in says:
+        assert fragment in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_all_violations_come_together(load):
+    with pytest.raises(ConfigError, match="3 problems") as error:
+        load(f"{M}hidden_size=50", f"{P}schedule=6-8", "bf16.enabled=true", "fp16.enabled=true")
+    assert [line[:4] for line in str(error.value).splitlines()[1:]] == ["  1.", "  2.", "  3."]
