@@ -1,0 +1,1 @@
+"""Analysis of finished or running runs; reads their metrics only."""

@@ -1,0 +1,150 @@
+"""Curves: a run's metrics.jsonl as columns of numbers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raptr_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run has measured; each training array has one entry per training line, in order of steps.
+
+    Values that a line lacks or holds as null are NaN. paths holds each step's active layers, 0-based.
+    """
+
+    name: str
+    num_layers: int
+    step: np.ndarray
+    loss: np.ndarray
+    flops: np.ndarray
+    tokens: np.ndarray
+    phase: np.ndarray
+    path_length: np.ndarray
+    tokens_per_second: np.ndarray
+    paths: tuple[tuple[int, ...], ...]
+    eval_step: np.ndarray
+    eval_loss: np.ndarray
+    eval_path_length: np.ndarray
+
+    def full_model_evaluations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps and losses of the evaluations of the full model, two arrays (n,)."""
+        full = self.eval_path_length == self.num_layers
+        return self.eval_step[full], self.eval_loss[full]
+
+    def flops_at(self, steps: np.ndarray) -> np.ndarray:
+        """Return the executed FLOPs after these steps, (n,); linear between lines, and from 0 at step 0."""
+        return np.interp(steps, np.concatenate([[0.0], self.step]), np.concatenate([[0.0], self.flops]))
+
+    def phase_starts(self) -> list[tuple[float, float]]:
+        """Return (first step, mean path length) of each phase, in order."""
+        if not self.step.size:
+            return []
+        firsts = np.flatnonzero(np.diff(self.phase, prepend=np.nan) != 0)
+        ends = [*firsts[1:].tolist(), self.step.size]
+        return [
+            (float(self.step[first]), float(self.path_length[first:end].mean()))
+            for first, end in zip(firsts.tolist(), ends, strict=True)
+        ]
+
+    def activity(self, max_columns: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+        """Return how often each layer was active: (num_layers, columns) fractions, and the columns' edges in steps.
+
+        One column a line where there are at most max_columns lines; then fractions are 0 or 1. Otherwise lines are
+        gathered into columns of equal numbers of lines, to within one.
+        """
+        active = np.zeros((len(self.paths), self.num_layers))
+        for row, path in enumerate(self.paths):
+            active[row, list(path)] = 1.0
+        groups = np.array_split(np.arange(len(self.paths)), min(max_columns, len(self.paths)) or 1)
+        columns = [active[group].mean(axis=0) for group in groups if group.size]
+        starts = [self.step[group[0]] - 0.5 for group in groups if group.size]
+        edges = np.array([*starts, self.step[-1] + 0.5]) if columns else np.zeros(1)
+        return np.array(columns).T.reshape(self.num_layers, -1), edges
+
+
+def load_curves(folder: Path) -> Curves:
+    """Read the metrics of a run's folder.
+
+    A last line that is not whole is left out: the run may be writing it, or may have died in it. Of several lines for
+    one step (and path length, for evaluations) the last counts.
+    Raises: DataError if there is no metrics.jsonl, it has a broken line before its last, or no training line.
+    """
+    training: dict[int, dict[str, Any]] = {}
+    evaluations: dict[tuple[int, int], float] = {}
+    for record in _read_records(folder / "metrics.jsonl"):
+        if "eval_loss" in record:
+            evaluations[record["step"], record["path_length"]] = _number(record["eval_loss"])
+        elif "loss" in record:
+            training[record["step"]] = record
+    if not training:
+        raise DataError(f"{folder / 'metrics.jsonl'} has no training line yet. Wait for the run's first step.")
+    lines = [training[step] for step in sorted(training)]
+    evaluated = sorted(evaluations)
+    paths = tuple(tuple(line["path"]) for line in lines)
+    return Curves(
+        name=folder.resolve().name,
+        num_layers=_num_layers(folder, paths, [length for _, length in evaluated]),
+        step=np.array([line["step"] for line in lines]),
+        loss=_column(lines, "loss"),
+        flops=_column(lines, "flops"),
+        tokens=_column(lines, "tokens"),
+        phase=_column(lines, "phase"),
+        path_length=_column(lines, "path_length"),
+        tokens_per_second=_column(lines, "tokens_per_second"),
+        paths=paths,
+        eval_step=np.array([step for step, _ in evaluated]),
+        eval_loss=np.array([evaluations[key] for key in evaluated]),
+        eval_path_length=np.array([length for _, length in evaluated]),
+    )
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the mean of each value and those up to window - 1 places before it, (n,); NaNs are left out."""
+    known = ~np.isnan(values)
+    sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))
+    counts = np.cumsum(np.concatenate([[0], known]))
+    ends = np.arange(1, values.size + 1)
+    begins = np.maximum(0, ends - window)
+    number = counts[ends] - counts[begins]
+    return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
+
+
+def _num_layers(folder: Path, paths: Sequence[tuple[int, ...]], evaluated_lengths: Sequence[int]) -> int:
+    """Return the depth that the run's config.json says; without one, the deepest layer that has run."""
+    config = folder / "config.json"
+    if config.exists():
+        return json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"]
+    return max([1, *(path[-1] + 1 for path in paths if path), *evaluated_lengths])
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}. Name the folder of a run (raptr_ds.train.save)."
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise DataError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
+        records.append(record)
+    return records
+
+
+def _column(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([_number(line.get(key)) for line in lines])
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,68 @@
+"""The picture of a run, written from synthetic metrics by the command line."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raptr_ds.paths import build_path_method
+
+TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
+
+
+def write_run(folder, num_steps, num_layers=12, **path):
+    """Write metrics of a made-up run: a falling, noisy loss, and the paths of a real method."""
+    folder.mkdir()
+    method = build_path_method(num_layers=num_layers, num_steps=num_steps, seed=1, **path)
+    noise, flops = np.random.default_rng(0), 0
+    with (folder / "metrics.jsonl").open("w") as stream:
+        for step in range(1, num_steps + 1):
+            drawn = method.path_at(step - 1)
+            flops += 10**9 * drawn.length
+            decay = 4.5 * (step / num_steps + 0.02) ** -0.15
+            line = {"step": step, "loss": decay + 0.05 * (num_layers - drawn.length) + 0.15 * noise.standard_normal()}
+            line |= {"path": drawn.layers, "path_length": drawn.length, "phase": drawn.phase, "flops": flops}
+            stream.write(json.dumps(line) + "\n")
+            if step % max(1, num_steps // 10) == 0:
+                stream.write(json.dumps({"step": step, "eval_loss": decay, "path_length": num_layers}) + "\n")
+    return folder
+
+
+def plot(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def png_size(file):
+    header = file.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+@pytest.mark.parametrize("num_steps", [1, 1500])
+def test_a_run_becomes_a_picture_in_its_folder(tmp_path, num_steps):
+    folder = write_run(tmp_path / "raptr", num_steps, method="raptr", schedule="6-8-10-12")
+    result = plot(folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"wrote {folder / 'plot.png'}\n"
+    width, height = png_size(folder / "plot.png")
+    assert (width, height) == (1680, round((5.6 + 3.0) * 120))
+
+
+def test_several_runs_become_one_picture(tmp_path):
+    raptr = write_run(tmp_path / "raptr", 120, method="raptr", schedule="6-8-10-12", sampling="bernoulli")
+    full = write_run(tmp_path / "full", 120, method="full")
+    result = plot(raptr, full, "--output", tmp_path / "pictures" / "both.png")
+    assert result.returncode == 0, result.stderr
+    assert png_size(tmp_path / "pictures" / "both.png")[1] == round((5.6 + 6.0) * 120)
+
+
+def test_a_folder_without_metrics_is_one_message_and_exit_code_2(tmp_path):
+    result = plot(tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: cannot read")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,31 @@
+"""Draw a run, or compare several: python tools/plot_run.py RUN_FOLDER [RUN_FOLDER ...] [--output FILE.png].
+
+Reads each folder's metrics.jsonl and writes loss by step and by executed FLOPs, and the paths, as one PNG. Works on a
+run that is still going.
+"""
+
+import argparse
+from pathlib import Path
+
+import _command_line
+
+from raptr_ds.analysis.curves import load_curves
+from raptr_ds.analysis.plots import plot_runs
+
+
+def main() -> None:
+    """Parse the command line, read the metrics and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="a run's folder (raptr_ds.train.save)")
+    parser.add_argument(
+        "--output", type=Path, help="default: plot.png in the run's folder; for several, comparison.png in the first's"
+    )
+    arguments = parser.parse_args()
+    name = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
+    output = arguments.output or arguments.runs[0] / name
+    plot_runs([load_curves(folder) for folder in arguments.runs], output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    _command_line.run(main)
