@@ -5,13 +5,16 @@ Written against deepspeed 0.19.8; tests/upstream says when an override can go.
 
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import comm as deepspeed_comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
@@ -172,9 +175,19 @@ class PathAwarePipelineEngine(PathAware, PipelineEngine):
                 return
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 - DeepSpeed's class attribute binds instructions to functions, not names
-        instruction: _exec_reduce_tied_grads if function is PipelineEngine._exec_reduce_tied_grads else function
-        for instruction, function in PipelineEngine._INSTRUCTION_MAP.items()
+        **PipelineEngine._INSTRUCTION_MAP,
+        ReduceTiedGrads: _exec_reduce_tied_grads,
     }
+
+
+def start_deepspeed_comm() -> None:
+    """Let DeepSpeed's communication layer take over the process groups that exist already."""
+    if deepspeed_comm.is_initialized():
+        return
+    # On a CPU it would compile a shared-memory all-reduce in every fresh environment (comm/torch.py, build_shm_op):
+    # 20 s before the first step, for one machine only, in another order of summation than gloo's.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
 def build_deepspeed_engine(
@@ -193,6 +206,7 @@ def build_deepspeed_engine(
         path=Path.full(stage.model.num_layers),
     )
     engine.__dict__["stage"] = stage
+    start_deepspeed_comm()
     parsed = DeepSpeedConfig(config, unit)
     engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)
     return engine
@@ -202,6 +216,7 @@ class PipelineStages(PipelineModule):
     """A PipelineModule of one layer for each pipeline stage: the stage itself, which runs what is active in it."""
 
     def __init__(self, body: nn.Module, groups: ProcessGroups) -> None:
+        start_deepspeed_comm()
         topology = groups.topology
         super().__init__(
             layers=[LayerSpec(_Given, body) for _ in range(topology.pipeline)],
