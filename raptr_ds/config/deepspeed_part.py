@@ -44,8 +44,9 @@ def _check_table(part: dict[str, Any], table: Table, prefix: str, place: Callabl
 def unknown_key(dotted: str, known: list[str], place: Callable[[str], str]) -> str:
     """Return the message for a key that does not exist: its section, the nearest name, and all names there."""
     section, _, name = dotted.rpartition(".")
-    guess = nearest(name, known) or _elsewhere(name, section) + "."
-    listed = f" Keys {f'of {section}' if section else 'there'}: {', '.join(known)}."
+    elsewhere = _elsewhere(name, section)
+    guess = nearest(name, known) or elsewhere + "."
+    listed = "" if elsewhere else f" Keys {f'of {section}' if section else 'there'}: {', '.join(known)}."
     return f"{dotted}{place(dotted)} is an unknown key{guess} Correct or remove it.{listed}"
 
 

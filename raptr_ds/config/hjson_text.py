@@ -41,7 +41,10 @@ def parse_hjson(text: str, source: str) -> dict[str, Any]:
     try:
         loaded = hjson.loads(text, object_pairs_hook=unique)
     except hjson.HjsonDecodeError as error:
-        raise ConfigError(f"{source}, line {error.lineno} column {error.colno}: {error.msg}.") from error
+        raise ConfigError(
+            f"{source}, line {error.lineno} column {error.colno}: {error.msg}. Check brackets and quotes from there "
+            "upwards; a string without quotes runs to the end of its line, brackets and commas included."
+        ) from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{source} must hold one object {{...}}, as a DeepSpeed configuration does.")
     return loaded

@@ -27,7 +27,7 @@ from raptr_ds.config.sections import (
     Section,
     TrainSection,
 )
-from raptr_ds.config.usage import keep_used, look_up, settle_unused
+from raptr_ds.config.usage import keep_used, look_up, settle_overridden, settle_unused
 from raptr_ds.errors import ConfigError
 
 DEFAULT_GRADIENT_CLIPPING = 1.0
@@ -97,7 +97,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
         return f" (line {line})" if line else " (from --set)" if is_touched(dotted, touched) else ""
 
     tree = _without_nulls(tree)
-    tree, errors, notes = settle_unused(tree, touched, place)
+    tree, notes = settle_overridden(tree, touched)
+    tree, errors, unused = settle_unused(tree, touched, place)
     sections, section_errors = parse_sections(tree.get(BLOCK), place)
     errors += section_errors + check_deepspeed_part(tree, place)
     for name, check in (("optimizer", check_optimizer), ("scheduler", check_scheduler)):
@@ -115,7 +116,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
             errors.append(str(error))
     _raise_all(errors, path)
     assert batch is not None
-    return _finish(draft, batch, notes + derived, tree)
+    return _finish(draft, batch, notes + unused + derived, tree)
 
 
 def _complete(

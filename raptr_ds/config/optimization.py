@@ -71,15 +71,17 @@ SCHEDULERS: dict[str, dict[str, Check]] = {
 """DeepSpeed's own three first (runtime/lr_schedules.py), then ours in the same style."""
 
 DEFAULT_LR = 1e-3
+_DEFAULT_TYPE = "AdamW"
+_DEFAULT_PARAMS = {"weight_decay": 0.01, "torch_adam": True}
 _DEFAULT_WARMUP_STEPS = 1000
 
 
 def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
     """Return one message for each thing that is wrong with the `optimizer` object."""
-    name = canonical(optimizer.get("type"), OPTIMIZERS)
+    name = canonical(optimizer.get("type", _DEFAULT_TYPE), OPTIMIZERS)
     if name is None:
         return [_wrong_type("optimizer", optimizer, list(OPTIMIZERS), place)]
-    params = optimizer.get("params", {})
+    params = {**_defaults(optimizer), **optimizer.get("params", {})}
     errors = _check_params("optimizer", name, params, OPTIMIZERS[name], place)
     unusable = _DEEPSPEED_ONLY if params.get("torch_adam") else _TORCH_ONLY
     for key in unusable if name in {"Adam", "AdamW"} else ():
@@ -115,11 +117,10 @@ def canonical(name: Any, known: dict[str, Any]) -> str | None:
 
 def complete_optimizer(optimizer: dict[str, Any] | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
     """Return the optimizer with its canonical type and a learning rate; AdamW if the file has none."""
-    if optimizer is None:
-        optimizer = {"type": "AdamW", "params": {"weight_decay": 0.01, "torch_adam": True}}
-    params = dict(optimizer.get("params", {}))
+    optimizer = optimizer or {}
+    params = {**_defaults(optimizer), **optimizer.get("params", {})}
     params.setdefault("lr", (scheduler or {}).get("params", {}).get("warmup_max_lr", DEFAULT_LR))
-    return {"type": canonical(optimizer["type"], OPTIMIZERS), "params": params}
+    return {"type": canonical(optimizer.get("type", _DEFAULT_TYPE), OPTIMIZERS), "params": params}
 
 
 def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: int) -> dict[str, Any] | None:
@@ -152,6 +153,11 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
         if key in values:
             values[key] = int(values[key])
     return {"type": name, "params": values}
+
+
+def _defaults(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return our defaults for an optimizer without a type; a named type has its own."""
+    return {} if "type" in optimizer else _DEFAULT_PARAMS
 
 
 def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place) -> str:

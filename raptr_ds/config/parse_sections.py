@@ -15,6 +15,18 @@ Place = Callable[[str], str]
 NOT_BUILT = {"stacking", "balanced"}
 """Values of the design that this version does not have."""
 
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string; put it in double quotes",
+    "tuple_type": "a list, as [0, -1]",
+    "dict_type": 'a folder, or {"FOLDER": weight, ...}',
+    "model_type": "an object {key: value}",
+}
+"""What pydantic's types of error ask for, in the words of a run file."""
+
 
 def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[str]]:
     """Return the sections by name and one message for each key that is unknown, missing or not what it must be.
@@ -50,15 +62,15 @@ def _message(section: str, model: type[Section], detail: ErrorDetails, place: Pl
     if kind == "missing":
         about = (model.model_fields[field].description or "") if len(parts) == 1 else ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
-    shown = f"{dotted}={value!r}{place(dotted)}"
+    shown = f"{dotted}={value!r}{place(dotted) or place(f'{section}.{field}')}"
     if kind == "literal_error":
         choices = _choices(model if len(parts) == 1 else Denoiser, parts[-1])
         if value in NOT_BUILT:
             return f"{shown} is not built yet. Set one of {', '.join(choices)}."
         guess = nearest(str(value), choices) or "."
         return f"{shown} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
-    if kind == "string_type":
-        return f"{shown} must be a string. Put it in double quotes."
+    if kind in _TYPES:
+        return f"{shown} must be {_TYPES[kind]}.{_unquoted(value)}"
     return f"{shown} {detail['msg'].replace('Input should', 'must').replace('should', 'must')}.{_unquoted(value)}"
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
+from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
 from raptr_ds.config.overrides import is_touched
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
@@ -40,6 +41,15 @@ USED_ONLY: dict[str, Use] = {
     "raptr_ds.objective.denoisers": Use(ARCHITECTURE, ("ul2",)),
     **{f"zero_optimization.{key}": Use(STAGE, (3,)) for key in STAGE_3_ONLY},
 }
+
+
+RIVALS = (
+    ("raptr_ds.path.full_warmup_steps", "raptr_ds.path.full_warmup_ratio"),
+    ("scheduler.params.warmup_num_steps", "scheduler.params.warmup_ratio"),
+    ("scheduler.params.decay_num_steps", "scheduler.params.decay_ratio"),
+    ("optimizer.params.lr", "scheduler.params.warmup_max_lr"),
+)
+"""Two ways to say one thing."""
 
 
 def selector_values(tree: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +88,30 @@ def settle_unused(
                 f"it is for {wanted}. Remove it, or set {use.selector} to {wanted}."
             )
     return tree, errors, notes
+
+
+def settle_overridden(tree: dict[str, Any], touched: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the tree without keys of the file that --set took the meaning from, and lines to print.
+
+    These are parameters of the optimizer or schedule that another type, named by --set, does not have, and the other
+    way of saying what --set says: --set of a warm-up in steps replaces the file's ratio.
+    """
+    notes = []
+    for part, types in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+        kind, params = canonical(look_up(tree, f"{part}.type"), types), look_up(tree, f"{part}.params")
+        if f"{part}.type" not in touched or kind is None or not isinstance(params, dict):
+            continue
+        for key in [key for key in params if key not in types[kind] and f"{part}.params.{key}" not in touched]:
+            tree = without(tree, f"{part}.params.{key}")
+            notes.append(f"{part}.params.{key}: left out, as {part}.type={kind!r} (from --set) does not use it")
+    for pair in RIVALS:
+        said = [key for key in pair if look_up(tree, key) is not None]
+        stays = [key for key in said if key in touched]
+        if len(said) == 2 and len(stays) == 1:
+            (gone,) = set(said) - set(stays)
+            tree = without(tree, gone)
+            notes.append(f"{gone}: left out, as {stays[0]} (from --set) says it")
+    return tree, notes
 
 
 def keep_used(tree: dict[str, Any]) -> dict[str, Any]:

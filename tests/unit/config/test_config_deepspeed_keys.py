@@ -112,7 +112,6 @@ def test_refused_keys_name_the_mend(load, key):
         ("zero_optimization.offload_optimizer.device=CPU", "must be one of none, cpu, nvme"),
         ("optimizer.type=AdmaW", "optimizer.type='AdmaW' (from --set) is unknown; did you mean 'AdamW'?"),
         ("optimizer.type=Lamb", "is not offered: it scales by norms of whole matrices"),
-        ("optimizer.params.lr=0.1", "optimizer.type is missing"),
         ('optimizer={"type": "AdamW", "params": {"betas": [1, 2]}}', "optimizer.params.betas=[1, 2]"),
         ('optimizer={"type": "AdamW", "params": {"lr": 0}}', "must be a number, greater than 0"),
         ('optimizer={"type": "SGD", "params": {"betas": [0, 0]}}', "optimizer.type=SGD: optimizer.params.betas"),

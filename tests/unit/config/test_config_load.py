@@ -160,9 +160,9 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         (f"{P}method=stacking", ["'stacking'", "not built yet", "full, raptr, pld, constant"]),
         (f"{P}sampling=balanced", ["not built yet", "uniform, bernoulli"]),
         (f"{P}method=rapter", ["must be one of", "did you mean 'raptr'?"]),
-        (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "integer"]),
+        (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "a whole number"]),
         (f"{M}num_layers=0", ["raptr_ds.model.num_layers=0", "greater than 0"]),
-        (f"{M}num_layers=1.5", ["raptr_ds.model.num_layers=1.5", "integer"]),
+        (f"{M}num_layers=1.5", ["raptr_ds.model.num_layers=1.5", "a whole number"]),
         (f"{M}num_layers=true", ["raptr_ds.model.num_layers=True"]),
         (f"{M}num_layers=null", ["raptr_ds.model.num_layers is missing", "Depth L of the full model"]),
         (f"{M}hidden_dropout=1.0", ["hidden_dropout=1.0", "less than 1"]),
@@ -170,10 +170,10 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("raptr_ds.objective.mask_rate=1", ["mask_rate=1", "less than 1"]),
         ("raptr_ds.data.path={a: -1}", ["raptr_ds.data.path.a=-1", "greater than 0"]),
         ("raptr_ds.data.path={}", ["raptr_ds.data.path", "at least 1 item"]),
-        ("raptr_ds.data.path=5", ["raptr_ds.data.path=5"]),
-        ("raptr_ds.train.save=2024", ["raptr_ds.train.save=2024", "must be a string. Put it in double quotes"]),
+        ("raptr_ds.data.path=5", ["raptr_ds.data.path=5", "must be a folder, or"]),
+        ("raptr_ds.train.save=2024", ["raptr_ds.train.save=2024", "must be a string; put it in double quotes"]),
         ("raptr_ds.train.steps=-1", ["raptr_ds.train.steps=-1", "greater than 0"]),
-        ("raptr_ds.log.tensorboard=yes", ["raptr_ds.log.tensorboard='yes'", "boolean"]),
+        ("raptr_ds.log.tensorboard=yes", ["raptr_ds.log.tensorboard='yes'", "true or false"]),
         ("raptr_ds.train=5", ["raptr_ds.train=5 (from --set) must be an object"]),
         ("raptr_ds=5", ["raptr_ds =5 is not an object"]),
         ("raptr_ds=null", ["raptr_ds is missing", "deepspeed_configs/"]),
@@ -243,6 +243,34 @@ def test_another_method_from_the_command_line_leaves_keys_of_the_file_out_and_sa
     small_run["raptr_ds"]["path"]["method"] = "full"
     with pytest.raises(ConfigError, match=r"schedule='6-12' \(line \d+\) has no use"):
         load()
+
+
+def test_an_override_replaces_the_other_way_of_saying_it(load, small_run):
+    small_run["raptr_ds"]["path"]["full_warmup_ratio"] = 0.5
+    small_run["scheduler"] = {"type": "WarmupLR", "params": {"warmup_ratio": 0.5, "warmup_max_lr": 0.1}}
+    config = load(f"{P}full_warmup_steps=4", "scheduler.params.warmup_num_steps=3", "optimizer.params.lr=0.2")
+    assert config.path.full_warmup_steps == 4
+    assert config.scheduler is not None
+    assert config.scheduler["params"]["warmup_num_steps"] == 3
+    assert config.scheduler["params"]["warmup_max_lr"] == 0.2
+    assert f"{P}full_warmup_ratio: left out, as {P}full_warmup_steps (from --set) says it" in config.derived
+
+
+def test_another_type_from_the_command_line_leaves_parameters_of_the_file_out(load, small_run):
+    small_run["optimizer"] = {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95], "torch_adam": True}}
+    small_run["scheduler"] = {"type": "WarmupCosineLR", "params": {"warmup_ratio": 0.5, "cos_min_ratio": 0.1}}
+    config = load("optimizer.type=SGD", "scheduler.type=WarmupLR")
+    assert config.optimizer == {"type": "SGD", "params": {"lr": 0.1}}
+    assert config.scheduler is not None
+    assert "cos_min_ratio" not in config.scheduler["params"]
+    assert "optimizer.params.betas: left out, as optimizer.type='SGD' (from --set) does not use it" in config.derived
+    with pytest.raises(ConfigError, match=r"optimizer\.type=SGD: optimizer\.params\.eps"):
+        load("optimizer.type=SGD", "optimizer.params.eps=1e-8")
+
+
+def test_a_learning_rate_is_all_an_optimizer_needs(load):
+    expected = {"weight_decay": 0.01, "torch_adam": True, "lr": 0.01}
+    assert load("optimizer.params.lr=0.01").optimizer == {"type": "AdamW", "params": expected}
 
 
 def test_due():
