@@ -1,4 +1,4 @@
-"""What the tools share: they run from a clone without installation, and a user's mistake is one message and exit code 2."""
+"""What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
 import sys
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from raptr_ds.errors import RaptrError  # noqa: E402
+from raptr_ds.errors import RaptrError
 
 
 def run(main: Callable[[], None]) -> None:

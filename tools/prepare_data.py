@@ -14,10 +14,11 @@ import _command_line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raptr_ds.data.corpus import DatasetSource, ReadingOptions, Source, file_sources
+from raptr_ds.data.corpus import DatasetSource, Source, file_sources
 from raptr_ds.data.embedded import EmbeddedSource
-from raptr_ds.data.indexing import PreparationSettings, prepare
+from raptr_ds.data.indexing import Preparation, PreparationSettings
 from raptr_ds.data.manifest import Manifest
+from raptr_ds.data.readers import ReadingOptions
 from raptr_ds.data.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
 from raptr_ds.errors import ConfigError
 
@@ -80,7 +81,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=TokenizerSettings.sample_bytes,
         metavar="N",
-        help="text to train the tokenizer on, from the beginning of the input (default: %(default)s)",
+        help="text to train the tokenizer on, from the beginning of every file (default: %(default)s)",
     )
 
 
@@ -93,7 +94,7 @@ def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console
     files, num_ignored = file_sources(arguments.input, options)
     if num_ignored:
         console.print(f"{num_ignored:,} files of other kinds in the folders are left out.")
-    sources: list[Source] = list(files)
+    sources: list[Source] = [*files]
     if arguments.dataset:
         sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))
     if arguments.embedded:
@@ -131,12 +132,16 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the data folder to write")
     parser.add_argument("--tokenizer", metavar="MODEL", help="use this sentencepiece model instead of training one")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
-    parser.add_argument("--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace data prepared with other settings")
     add_tokenizer_arguments(parser)
     arguments = parser.parse_args()
     if arguments.tokenizer and arguments.vocab_size:
-        parser.error("--vocab-size is for training a tokenizer; with --tokenizer its own size counts. Give one of them.")
+        parser.error(
+            "--vocab-size is for training a tokenizer; with --tokenizer its own size counts. Give one of them."
+        )
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} must be at least 1")
     console = Console(soft_wrap=True, highlight=False)
@@ -147,10 +152,12 @@ def main() -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[documents]:,} documents, {task.completed:,.0f} bytes, {task.fields[rate]:,.0f} bytes/s"),
+        TextColumn(
+            "{task.fields[documents]:,} documents, {task.completed:,.0f} bytes, {task.fields[rate]:,.0f} bytes/s"
+        ),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("preparing", total=total, documents=0, rate=0.0)
         begin = time.monotonic()
 
@@ -158,16 +165,16 @@ def main() -> None:
             rate = text_bytes / max(time.monotonic() - begin, 1e-9)
             bar.update(task, completed=text_bytes, documents=documents, rate=rate)
 
-        manifest = prepare(
-            sources,
-            arguments.output,
-            settings,
+        preparation = Preparation(
+            sources=sources,
+            output=arguments.output,
+            settings=settings,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             report=console.print,
             progress=progress,
         )
-        bar.update(task, total=manifest.text_bytes, completed=manifest.text_bytes, documents=manifest.documents)
+        manifest = preparation.run()
     print_counts(manifest, arguments.output, console)
 
 

@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer with the special tokens of BERT and UL2: python tools/train_tokenizer.py --input PATH --output FILE.
+"""Train a tokenizer for BERT and UL2: python tools/train_tokenizer.py --input PATH [PATH ...] --output FILE.
 
 tools/prepare_data.py trains one by itself; this is for a tokenizer shared by several data folders (--tokenizer there).
 """
@@ -12,7 +12,6 @@ import _command_line
 from prepare_data import add_corpus_arguments, add_tokenizer_arguments, corpus_sources, tokenizer_settings
 from rich.console import Console
 
-from raptr_ds.data.corpus import ReadingCounts
 from raptr_ds.data.tokenizer_training import train_tokenizer
 from raptr_ds.errors import DataError
 
@@ -26,17 +25,15 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(soft_wrap=True, highlight=False)
     sources = corpus_sources(arguments, os.cpu_count() or 1, console)
-    counts = ReadingCounts()
     begin = time.monotonic()
-    documents = (document for source in sources for document in source.documents(counts))
-    tokenizer = train_tokenizer(documents, tokenizer_settings(arguments))
+    tokenizer = train_tokenizer(sources, tokenizer_settings(arguments))
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(arguments.output)
     except OSError as error:
-        raise DataError(f"cannot write {arguments.output}: {error.strerror or error}. Choose another --output.") from error
-    for reason, count in counts.skipped.items():
-        console.print(f"skipped: {count:,} {reason}")
+        raise DataError(
+            f"cannot write {arguments.output}: {error.strerror or error}. Choose another --output."
+        ) from error
     console.print(
         f"{arguments.output}: {tokenizer.vocab_size:,} pieces, {len(tokenizer.sentinel_ids)} sentinels, "
         f"{time.monotonic() - begin:.1f} s"

@@ -50,7 +50,8 @@ class Denoiser:
         """Return the number of sentinels that a text of this many tokens takes."""
         if self.kind != "span":
             return 0
-        assert self.rate is not None and self.mean_span is not None
+        assert self.rate is not None
+        assert self.mean_span is not None
         return count_spans(text_length, self.rate, self.mean_span)[1]
 
     def total_length(self, text_length: int) -> int:
@@ -68,7 +69,8 @@ class Denoiser:
         low, high = 2, seq_length
         if self.total_length(low) > seq_length:
             raise ConfigError(
-                f"raptr_ds.model.seq_length={seq_length} has no room for denoiser {self.name!r}: two tokens of text already "
+                f"raptr_ds.model.seq_length={seq_length} has no room for denoiser {self.name!r}: two tokens of text "
+                "already "
                 f"take {self.total_length(low)}. Use a longer seq_length."
             )
         while low < high:
@@ -103,7 +105,9 @@ def resolve_denoisers(choice: str | Sequence[DenoiserSection]) -> tuple[Denoiser
     """
     if isinstance(choice, str):
         if choice not in PRESETS:
-            raise ConfigError(f"raptr_ds.objective.denoisers={choice!r} is unknown; known are {', '.join(PRESETS)}, or a list.")
+            raise ConfigError(
+                f"raptr_ds.objective.denoisers={choice!r} is unknown; known are {', '.join(PRESETS)}, or a list."
+            )
         return PRESETS[choice]
     if not choice:
         raise ConfigError("raptr_ds.objective.denoisers is an empty list. Name a preset or give at least one denoiser.")
@@ -139,7 +143,8 @@ class MixtureOfDenoisers:
         self._lengths = [denoiser.text_length(seq_length) for denoiser in denoisers]
         self.window = max(self._lengths)
         tokenizer.require_sentinels(
-            required_sentinels(seq_length, denoisers), f"this mixture of denoisers at raptr_ds.model.seq_length={seq_length}"
+            required_sentinels(seq_length, denoisers),
+            f"this mixture of denoisers at raptr_ds.model.seq_length={seq_length}",
         )
         self._sentinels = tokenizer.sentinel_ids
         self._mode_ids = tokenizer.mode_ids
@@ -162,7 +167,7 @@ class MixtureOfDenoisers:
             return _with_targets(tokens, 1)
         assert denoiser.rate is not None
         if denoiser.kind == "prefix":
-            num_targets = min(max(int(len(text) * denoiser.rate + 0.5), 1), len(text) - 1)
+            num_targets = min(max(round(len(text) * denoiser.rate), 1), len(text) - 1)
             tokens = np.concatenate([mode, text])
             return _with_targets(tokens, len(tokens) - num_targets)
         assert denoiser.mean_span is not None

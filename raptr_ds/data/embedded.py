@@ -1,4 +1,4 @@
-"""The embedded corpus: English documentation out of the Python packages on this machine, without importing any of them."""
+"""The embedded corpus: the documentation inside the Python packages on this machine, none of which is imported."""
 
 import ast
 import hashlib
@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from raptr_ds.data.corpus import ReadingCounts, digest_of
+from raptr_ds.data.corpus import digest_of
+from raptr_ds.data.readers import ReadingCounts
 from raptr_ds.data.workers import worker_pool
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -44,7 +45,9 @@ class EmbeddedSource:
         library = Path(sysconfig.get_path("stdlib"))
         roots = [library]
         if self.scope == "installed":
-            roots += [Path(path) for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
+            roots += [
+                Path(path) for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+            ]
         found: list[Path] = []
         for root in roots:
             files = (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts[:-1]))

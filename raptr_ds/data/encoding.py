@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raptr_ds.data.corpus import ReadingCounts, Source
+from raptr_ds.data.corpus import Source
+from raptr_ds.data.readers import ReadingCounts
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.data.workers import worker_pool
 from raptr_ds.errors import DataError
@@ -53,6 +54,7 @@ def encoded_batches(
     counts: ReadingCounts,
     tokenizer: Tokenizer,
     validation_fraction: float,
+    *,
     workers: int,
     skip_documents: int = 0,
 ) -> Iterator[EncodedBatch]:

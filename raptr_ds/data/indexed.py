@@ -1,9 +1,9 @@
 """Indexed tokens on disk: megatron-core's .bin/.idx format, written by appending and verified before it is read.
 
-The format (megatron-core 0.16, datasets/indexed_dataset.py): .bin is the tokens, one document after the other; .idx is a
-header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). Writing it here, and not with
-megatron's builder, lets an interrupted preparation go on by truncating the .bin, and spares its 7 seconds of imports; the
-tests hold both to the same bytes.
+The format (megatron-core 0.16, datasets/indexed_dataset.py): .bin is the tokens, one document after the other; .idx is
+a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). Writing it here, and not with
+megatron's builder, lets an interrupted preparation go on by truncating the .bin, and spares its seven seconds of
+imports; the tests hold both to the same bytes.
 """
 
 import struct
@@ -78,7 +78,7 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
         )
     if num_tokens == 0:
         raise DataError(f"{tokens_path} is empty: there is nothing to train on. Prepare it from more text. {MEND}")
-    tokens = np.memmap(tokens_path, dtype, "r")
+    tokens = np.memmap(tokens_path, dtype, "r").view(np.ndarray)  # slices of a memmap itself are slow to make
     _check_ids(tokens, vocab_size, tokens_path)
     return IndexedTokens(prefix, tokens, lengths)
 
@@ -107,7 +107,8 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
     expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
     if size != expected:
         raise DataError(
-            f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and {num_boundaries:,} "
+            f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
+            f"{num_boundaries:,} "
             f"boundaries, needs {expected:,}. {MEND}"
         )
     start = HEADER.size
@@ -123,7 +124,9 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
     if offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1]):
         raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {MEND}")
     if num_boundaries == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
-        raise DataError(f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {MEND}")
+        raise DataError(
+            f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {MEND}"
+        )
     return lengths, dtype
 
 
@@ -133,6 +136,7 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     if smallest < 0 or largest >= vocab_size:
         wrong = smallest if smallest < 0 else largest
         raise DataError(
-            f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is damaged, or was "
+            f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is damaged, or "
+            "was "
             f"made with another tokenizer. {MEND}"
         )

@@ -1,4 +1,4 @@
-"""The loader: the batch of a step is a pure function of (seed, step, data-parallel rank), made ahead of time in threads."""
+"""The loader: a step's batch is a pure function of (seed, step, data-parallel rank), made ahead of time in threads."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,14 +108,16 @@ class Samples:
 
     def __getitem__(self, number: int) -> Sample:
         corpus, index = self._mixture.locate(number)
-        return self._objective.sample(self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number))
+        return self._objective.sample(
+            self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number)
+        )
 
 
 class Loader:
     """Gives the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
 
-    Sample g of step n (0 <= g < global_batch) is sample n * global_batch + g of the run. It belongs to micro batch m, rank
-    r and row i with g = (m * data_parallel + r) * micro_batch + i, so its content does not depend on the layout.
+    Sample g of step n (0 <= g < global_batch) is sample n * global_batch + g of the run. It belongs to micro batch m,
+    rank r and row i with g = (m * data_parallel + r) * micro_batch + i: its content does not depend on the layout.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Loader:
         validation: Samples,
         geometry: BatchGeometry,
         dp_rank: int,
+        *,
         seq_length: int,
         pad_id: int,
         num_workers: int,
@@ -201,7 +204,8 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
     for folder, manifest in manifests.items():
         if manifest.tokenizer_digest != tokenizer.digest:
             raise DataError(
-                f"{folder} was prepared with another tokenizer (vocabulary {manifest.vocab_size}) than {tokenizer.origin} "
+                f"{folder} was prepared with another tokenizer (vocabulary {manifest.vocab_size}) than "
+                f"{tokenizer.origin} "
                 f"(vocabulary {tokenizer.vocab_size}). Prepare it again: python tools/prepare_data.py --tokenizer "
                 f"{tokenizer.origin} --output {folder} --overwrite --input TEXT"
             )
@@ -215,7 +219,8 @@ def check_vocabulary(vocab_size: int | None, tokenizer: Tokenizer) -> None:
     """
     if vocab_size is not None and vocab_size != tokenizer.vocab_size:
         raise DataError(
-            f"raptr_ds.model.vocab_size={vocab_size}, but the tokenizer {tokenizer.origin} has {tokenizer.vocab_size} ids. "
+            f"raptr_ds.model.vocab_size={vocab_size}, but the tokenizer {tokenizer.origin} has {tokenizer.vocab_size} "
+            "ids. "
             "Leave vocab_size out to take the tokenizer's, or choose data prepared with another tokenizer."
         )
 
@@ -235,6 +240,7 @@ def build_loader(
     objective: ObjectiveSection,
     model: ModelSection,
     batch: BatchGeometry,
+    *,
     seed: int,
     dp_rank: int,
     tokenizer: Tokenizer | None = None,
@@ -252,8 +258,8 @@ def build_loader(
         Samples(folders, "validation", maker, tokenizer, VALIDATION_SEED),
         batch,
         dp_rank,
-        model.seq_length,
-        tokenizer.pad_id,
-        data.num_workers,
-        data.prefetch,
+        seq_length=model.seq_length,
+        pad_id=tokenizer.pad_id,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
     )

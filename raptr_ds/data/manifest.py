@@ -66,4 +66,5 @@ class Manifest:
     def summary(self) -> str:
         """Return one line for people."""
         tokens = sum(split.tokens for split in self.splits.values())
-        return f"{self.documents:,} documents, {tokens:,} tokens, vocabulary {self.vocab_size:,}, from {', '.join(self.sources[:3])}"
+        sources = ", ".join(self.sources[:3]) + (", ..." if len(self.sources) > 3 else "")
+        return f"{self.documents:,} documents, {tokens:,} tokens, vocabulary {self.vocab_size:,}, from {sources}"

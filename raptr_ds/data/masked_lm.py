@@ -14,8 +14,8 @@ class MaskedLM:
     """Makes samples [CLS] text [SEP] of which exactly round(mask_rate * n) of the n text tokens are predicted.
 
     Of the predicted ones 80% become [MASK], 10% a random text token and 10% stay. Special tokens, the ends of documents
-    among them, are never predicted, and never the random token. whole_word takes whole words, in random order, as long as
-    they fit into the same number, so it may predict a few tokens less; at least one token or word is always predicted.
+    among them, are never predicted, and never the random token. whole_word takes whole words, in random order, as long
+    as they fit into the same number, so it may predict a few tokens less; at least one token or word is predicted.
     Source: Devlin et al. 2019, section 3.1 and appendix A.1.
     """
 
@@ -25,9 +25,13 @@ class MaskedLM:
         Raises: ConfigError if seq_length has no room for text or the rate is not a share.
         """
         if seq_length < 4:
-            raise ConfigError(f"raptr_ds.model.seq_length={seq_length} has no room for [CLS], text and [SEP]. Use 4 or more.")
+            raise ConfigError(
+                f"raptr_ds.model.seq_length={seq_length} has no room for [CLS], text and [SEP]. Use 4 or more."
+            )
         if not 0 < mask_rate < 1:
-            raise ConfigError(f"raptr_ds.objective.mask_rate={mask_rate} must lie between 0 and 1. The usual rate is 0.15.")
+            raise ConfigError(
+                f"raptr_ds.objective.mask_rate={mask_rate} must lie between 0 and 1. The usual rate is 0.15."
+            )
         self.window = seq_length - 2
         self.mask_rate = mask_rate
         self.whole_word = whole_word
@@ -55,7 +59,7 @@ class MaskedLM:
         return Sample(tokens, positions, targets, prefix_length=len(tokens))
 
     def _budget(self, num_candidates: int) -> int:
-        return max(1, int(num_candidates * self.mask_rate + 0.5))
+        return max(1, round(num_candidates * self.mask_rate))
 
     def _choose_words(self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the positions of random whole words that fit the budget, or of the shortest one if none does."""

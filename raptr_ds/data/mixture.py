@@ -23,7 +23,9 @@ class Mixture:
             raise ConfigError('raptr_ds.data.path is empty. Give a data folder, or {"FOLDER": weight, ...}.')
         for name, weight in weights.items():
             if not 0 < weight < float("inf"):
-                raise ConfigError(f"the weight of {name} in raptr_ds.data.path is {weight}; weights must be positive numbers.")
+                raise ConfigError(
+                    f"the weight of {name} in raptr_ds.data.path is {weight}; weights must be positive numbers."
+                )
         self.names = tuple(weights)
         exact = [Fraction(str(weight)) for weight in weights.values()]
         self._shares = [exact[i] / sum(exact[i:]) for i in range(len(exact))]

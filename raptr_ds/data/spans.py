@@ -6,11 +6,11 @@ import numpy as np
 def count_spans(num_tokens: int, rate: float, mean_span: float) -> tuple[int, int]:
     """Return (noise tokens, spans) for a text: round(num_tokens rate) tokens in round(noise / mean_span) spans.
 
-    Halves round up. At least one of each; at least as many tokens stay as there are spans, since one stays before each.
+    At least one of each, and at least as many tokens stay as there are spans, since one stays before each.
     num_tokens >= 2.
     """
-    num_noise = min(max(int(num_tokens * rate + 0.5), 1), num_tokens - 1)
-    num_spans = max(int(num_noise / mean_span + 0.5), 1)
+    num_noise = min(max(round(num_tokens * rate), 1), num_tokens - 1)
+    num_spans = max(round(num_noise / mean_span), 1)
     return num_noise, min(num_spans, num_noise, num_tokens - num_noise)
 
 
@@ -20,7 +20,9 @@ def random_segments(num_items: int, num_segments: int, rng: np.random.Generator)
     return np.diff(cuts, prepend=0, append=num_items)
 
 
-def random_spans(num_tokens: int, rate: float, mean_span: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_spans(
+    num_tokens: int, rate: float, mean_span: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Choose spans of a text, as (starts, lengths), each (num_spans,) in order.
 
     The text begins with a token that stays, a token stays between any two spans, and the last span ends the text.

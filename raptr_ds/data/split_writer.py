@@ -44,7 +44,9 @@ class SplitWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for stream in self._streams.values():
             stream.close()
 
@@ -82,7 +84,8 @@ class SplitWriter:
         if missing > 0:
             if len(tokens["train"]) < missing + 2:
                 raise DataError(
-                    f"the corpus of {total} tokens is too small for a training and a validation split. Add text to --input."
+                    f"the corpus of {total} tokens is too small for a training and a validation split. Add text to "
+                    "--input."
                 )
             self._move_tail(missing, lengths["train"], tokens["train"])
             lengths = {split: self._read(split, "lengths", np.dtype(np.int32)) for split in SPLITS}

@@ -49,7 +49,8 @@ class TokenStream:
             found = np.concatenate([found, tokens[: self.window - len(found)].astype(np.int64)])
         if found.max() >= self.vocab_size or found.min() < 0:
             raise DataError(
-                f"{self.corpus.prefix.with_suffix('.bin')} holds a token id outside the vocabulary of {self.vocab_size} in "
+                f"{self.corpus.prefix.with_suffix('.bin')} holds a token id outside the vocabulary of "
+                f"{self.vocab_size} in "
                 f"the {self.window} tokens from {start}: it is damaged. Run tools/prepare_data.py --overwrite."
             )
         return found

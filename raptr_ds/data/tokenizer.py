@@ -51,7 +51,8 @@ class Tokenizer:
             missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
         if missing:
             raise DataError(
-                f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. {TRAIN_ONE}"
+                f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. "
+                f"{TRAIN_ONE}"
             )
 
     @classmethod
@@ -64,7 +65,8 @@ class Tokenizer:
             model = Path(path).read_bytes()
         except OSError as error:
             raise DataError(
-                f"cannot read the tokenizer {path}: {error.strerror or error}. Name a sentencepiece .model file, or leave "
+                f"cannot read the tokenizer {path}: {error.strerror or error}. Name a sentencepiece .model file, or "
+                "leave "
                 "the tokenizer out to use the one in the data folder (tools/prepare_data.py writes it)."
             ) from error
         return cls(model, str(path))
@@ -190,7 +192,8 @@ class Tokenizer:
         have = len(self.sentinel_ids)
         if have < needed:
             raise DataError(
-                f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. Prepare "
+                f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. "
+                "Prepare "
                 f"the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter seq_length."
             )
 
