@@ -1,0 +1,207 @@
+"""A small training run on any engine and layout, and its whole outcome: what the equality tests compare."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raptr_ds.config.derive import derive_model
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.data.batch import StepBatch, collate
+from raptr_ds.data.sample import Sample
+from raptr_ds.engine.pipeline import PipelineEngine
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.engine.reference import ReferenceEngine
+from raptr_ds.engine.zero import ZeroEngine
+from raptr_ds.model.stage import build_stage
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.topology import stage_layers
+from raptr_ds.paths import Path, PathMethod, build_path_method
+
+SEQ_LENGTH, VOCAB_SIZE, HIDDEN = 16, 61, 32
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and a run."""
+
+    engine: str = "deepspeed"  # or "reference"
+    tensor: int = 1
+    pipeline: int = 1
+    zero: int = 0
+    micro_batch: int = 2
+    global_batch: int = 12
+    recompute: bool = False
+    precision: str = "fp32"
+    accumulate_in_fp32: bool = False
+    pipeline_layers: tuple[int, ...] | None = None
+    # the run itself, which a layout must not change
+    architecture: str = "bert"
+    num_layers: int = 5
+    schedule: str = "3-4-5"
+    steps: int = 9
+    skipped_update: str = "freeze"
+    max_norm: float = 1.0
+    dropout: float = 0.1
+    tied: bool = True
+    learning_rate: float = 1e-3
+    extra: dict[str, Any] = field(default_factory=dict)  # more of DeepSpeed's keys
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses, norms, evaluation, and the final fp32 weights by canonical name (rank 0 only)."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    eval_loss: float
+    weights: dict[str, np.ndarray]
+    skipped: list[bool]
+
+
+def run_case(launch: Launch, case: Case) -> Outcome:
+    """Train the case on this rank."""
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    engine = build_engine(case, groups)
+    method = path_method(case)
+    results = []
+    for step in range(case.steps):
+        batch = batch_at(case, groups, step)
+        results.append(engine.train_step(batch, method.path_at(step), step, case.learning_rate))
+    held_out = [batch_at(case, groups, 1000 + index) for index in range(2)]
+    return Outcome(
+        losses=[result.loss for result in results],
+        grad_norms=[result.grad_norm for result in results],
+        eval_loss=engine.evaluate(held_out, Path.full(case.num_layers)),
+        weights=full_weights(engine, groups),
+        skipped=[result.skipped for result in results],
+    )
+
+
+def path_method(case: Case) -> PathMethod:
+    """Return the case's RaPTr method."""
+    return build_path_method(
+        method="raptr",
+        num_layers=case.num_layers,
+        num_steps=case.steps,
+        seed=SEED,
+        schedule=case.schedule,
+        residual_scale="sqrt",
+    )
+
+
+def model_of(case: Case) -> ModelSection:
+    """Return the case's model."""
+    return derive_model(
+        ModelSection(
+            architecture=case.architecture,  # type: ignore[arg-type]
+            num_layers=case.num_layers,
+            hidden_size=HIDDEN,
+            num_attention_heads=4,
+            seq_length=SEQ_LENGTH,
+            vocab_size=VOCAB_SIZE,
+            tie_word_embeddings=case.tied,
+            hidden_dropout=case.dropout,
+            attention_dropout=case.dropout,
+        )
+    )
+
+
+def build_engine(case: Case, groups: ProcessGroups) -> Engine:
+    """Return the case's engine on this rank."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    layers = stage_layers(case.num_layers, case.pipeline, case.pipeline_layers)
+    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED)
+    if case.engine == "reference":
+        return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)
+    config: dict[str, Any] = {
+        "train_batch_size": case.global_batch,
+        "train_micro_batch_size_per_gpu": case.micro_batch,
+        "gradient_accumulation_steps": case.global_batch // (case.micro_batch * groups.topology.data),
+        "steps_per_print": 1 << 60,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+        },
+        "gradient_clipping": case.max_norm,
+        "zero_optimization": {"stage": case.zero},
+        **case.extra,
+    }
+    if case.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if case.precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    if case.accumulate_in_fp32:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine_class = PipelineEngine if case.pipeline > 1 else ZeroEngine
+    return engine_class(config, stage, groups, SEED, case.skipped_update)
+
+
+def sample(case: Case, number: int) -> Sample:
+    """Return a random sample with a learnable target and, on purpose, an uneven number of predictions."""
+    rng = np.random.default_rng(number)
+    length = int(rng.integers(SEQ_LENGTH - 4, SEQ_LENGTH + 1))
+    tokens = rng.integers(0, VOCAB_SIZE, length).astype(np.int64)
+    count = int(rng.integers(1, 6))
+    positions = np.sort(rng.choice(length, count, replace=False)).astype(np.int64)
+    prefix = int(rng.integers(1, length)) if case.architecture == "ul2" else length
+    return Sample(tokens=tokens, positions=positions, targets=(tokens[positions] * 7 + 3) % VOCAB_SIZE, prefix_length=prefix)
+
+
+def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
+    """Return this rank's share of a step's batch."""
+    share = case.micro_batch * groups.topology.data
+    micro_batches = []
+    for number in range(case.global_batch // share):
+        first = step * case.global_batch + number * share + groups.data_rank * case.micro_batch
+        ids = range(first, first + case.micro_batch)
+        micro_batches.append(collate([sample(case, i) for i in ids], ids, SEQ_LENGTH, 0))
+    return StepBatch(tuple(micro_batches))
+
+
+def full_weights(engine: Engine, groups: ProcessGroups, kind: str = "weight") -> dict[str, np.ndarray]:
+    """Return the full fp32 tensors of a kind by name, on rank 0; elsewhere nothing."""
+    owned = [f for f in engine.fragments() if f.kind == kind and engine.owns(f)]
+    plain = [(f.name, f.shard, f.local_shape, f.offset, f.data.float().cpu().numpy().copy()) for f in owned]
+    gathered: list[Any] = [None] * groups.topology.world_size
+    dist.all_gather_object(gathered, plain, group=groups.control)
+    if groups.rank:
+        return {}
+    locals_: dict[tuple[str, int], np.ndarray] = {}
+    shards = {}
+    for name, shard, local_shape, offset, data in (item for items in gathered for item in items):
+        key = (name, shard.start)
+        flat = locals_.setdefault(key, np.full(int(np.prod(local_shape)), np.nan, np.float32))
+        assert np.isnan(flat[offset : offset + len(data)]).all(), f"{name}: elements with two owners"
+        flat[offset : offset + len(data)] = data
+        shards[key] = (shard, local_shape)
+    full: dict[str, np.ndarray] = {}
+    for (name, _), flat in locals_.items():
+        shard, local_shape = shards[(name, _)]
+        assert not np.isnan(flat).any(), f"{name}: elements without an owner"
+        target = full.setdefault(name, np.full(shard.full_shape, np.nan, np.float32))
+        local = flat.reshape(local_shape)
+        if shard.dim is None:
+            target[...] = local
+        else:
+            window = [slice(None)] * target.ndim
+            window[shard.dim] = slice(shard.start, shard.start + shard.size)
+            target[tuple(window)] = np.take(local, range(shard.size), axis=shard.dim)
+    assert not any(np.isnan(value).any() for value in full.values())
+    return full
+
+
+def weights_differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Return the largest difference between two sets of weights; they must have the same names and shapes."""
+    assert a.keys() == b.keys(), set(a) ^ set(b)
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def torch_threads() -> int:
+    """Return the threads that torch uses in a worker (1: the machine has few cores)."""
+    return torch.get_num_threads()

@@ -1,0 +1,134 @@
+"""Distributed tests on gloo: one pool of worker processes that import torch and DeepSpeed once and run case after case.
+
+Importing costs 5 s of CPU in each process, so a fresh spawn per case would be most of the suite's time. After a failure or
+a timeout the pool is killed, by process id, and the next case gets a fresh one.
+"""
+
+import gc
+import importlib
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+MAX_WORKERS = 4
+
+
+class WorkerFailure(AssertionError):
+    """A worker raised, died or hung; carries the failing rank's traceback."""
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(inbox: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, name, rank, world_size, port, args = inbox.recv()
+        except EOFError:
+            return
+        try:
+            inbox.send(("done", _run_case(module, name, rank, world_size, port, args)))
+        except BaseException:
+            inbox.send(("failed", traceback.format_exc()))
+
+
+def _run_case(module: str, name: str, rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> Any:
+    import torch.distributed as dist
+    from deepspeed.comm import comm as deepspeed_comm
+    from deepspeed.utils import groups as deepspeed_groups
+    from megatron.core import parallel_state
+
+    from raptr_ds.parallel.launch import Launch
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    launch = Launch(rank, rank, world_size, "127.0.0.1", port, "tests")
+    try:
+        return getattr(importlib.import_module(module), name)(launch, *args)
+    finally:
+        # Leave nothing of this case's groups to the next: DeepSpeed and megatron-core keep them in module globals.
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        deepspeed_comm.cdb = None
+        importlib.reload(deepspeed_groups)
+        gc.collect()
+
+
+class Pool:
+    """MAX_WORKERS processes, started when first needed."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Run function(launch, *args) on ranks 0..world_size-1 and return their results, by rank.
+
+        Raises: WorkerFailure with the first failing rank's traceback, or the ranks that hung.
+        """
+        self._start(world_size)
+        port = free_port()
+        waiting = {}
+        for rank, (_, pipe) in enumerate(self._workers[:world_size]):
+            pipe.send((function.__module__, function.__name__, rank, world_size, port, args))
+            waiting[pipe] = rank
+        results: list[Any] = [None] * world_size
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                hung = sorted(waiting.values())
+                self.kill()
+                raise WorkerFailure(f"ranks {hung} of {world_size} did not finish {function.__name__} in {timeout} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    state, value = pipe.recv()
+                except EOFError:
+                    state, value = "failed", "the process died"
+                if state == "failed":
+                    self.kill()
+                    raise WorkerFailure(f"rank {rank} of {world_size} failed in {function.__name__}:\n{value}")
+                results[rank] = value
+        return results
+
+    def _start(self, count: int) -> None:
+        context = mp.get_context("spawn")
+        while len(self._workers) < count:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def kill(self) -> None:
+        """Kill all workers."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers = []
+
+
+POOL = Pool()
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run function(launch, *args) on `world_size` processes of the session's pool; see Pool.run."""
+    assert 1 <= world_size <= MAX_WORKERS
+    return POOL.run(function, world_size, *args, timeout=timeout)
