@@ -26,15 +26,19 @@ class DeepSpeedState:
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
 
-    def loss_weight(self, batch: StepBatch) -> torch.Tensor:
+    def count_predictions(self, batch: StepBatch) -> torch.Tensor:
+        """Return the predicted positions of the global batch, an fp64 scalar on the device."""
+        count = torch.tensor(float(batch.num_predictions), dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(count, group=self.groups.data)
+        return count
+
+    def loss_weight(self, batch: StepBatch, num_predictions: torch.Tensor) -> torch.Tensor:
         """Return what a micro batch's summed loss is multiplied by.
 
         DeepSpeed averages over micro batches and data-parallel ranks; with this weight that average is the mean over
         the predicted positions of the global batch, however it is split.
         """
-        count = torch.tensor(float(batch.num_predictions), dtype=torch.float64, device=self.groups.device)
-        dist.all_reduce(count, group=self.groups.data)
-        return (len(batch.micro_batches) * self.groups.topology.data / count).float()
+        return (len(batch.micro_batches) * self.groups.topology.data / num_predictions).float()
 
     def scale_gradient(self, loss: torch.Tensor) -> None:
         """Apply fp16's loss scale at ZeRO stage 0, which DeepSpeed leaves to its own stage-0 optimizers."""
@@ -43,12 +47,13 @@ class DeepSpeedState:
             scale = optimizer.loss_scale
             loss.register_hook(lambda gradient: gradient * scale)
 
-    def result(self, loss: float) -> StepResult:
+    def result(self, loss: float, num_predictions: torch.Tensor) -> StepResult:
         """Return the step's result, after DeepSpeed has stepped."""
         optimizer = self.engine.optimizer
         norm = float(optimizer._global_grad_norm)
         return StepResult(
             loss=loss,
+            num_predictions=int(num_predictions),
             grad_norm=norm if norm >= 0 else float("nan"),
             skipped=bool(optimizer.overflow),
             loss_scale=float(optimizer.loss_scaler.loss_scale),

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from raptr_ds.data.batch import MicroBatch, StepBatch
@@ -65,11 +64,12 @@ class PipelineEngine(DeepSpeedState):
         engine.follow(path)
         set_learning_rate(engine.basic_optimizer, learning_rate)
         batch = batch.to(self.groups.device)
-        self._prepare(batch, path, self.loss_weight(batch), step)
+        count = self.count_predictions(batch)
+        self._prepare(batch, path, self.loss_weight(batch, count), step)
         # DeepSpeed averages the losses over micro batches and data-parallel ranks, which makes the weighted ones the
         # mean over the global batch's predicted positions, and tells every stage.
         loss = engine.train_batch(self._inputs(batch))
-        return self.result(float(loss))
+        return self.result(float(loss), count)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
@@ -77,13 +77,11 @@ class PipelineEngine(DeepSpeedState):
         total, count = 0.0, 0.0
         for given in batches:
             batch = given.to(self.groups.device)
-            positions = torch.tensor(float(batch.num_predictions), device=self.groups.device)
-            dist.all_reduce(positions, group=self.groups.data)
             self._prepare(batch, path, torch.ones((), device=self.groups.device), step=None)
             micro_batches = len(batch.micro_batches)
             mean = self.engine.eval_batch(self._inputs(batch), num_micro_batches=micro_batches)
             total += float(mean) * micro_batches * self.groups.topology.data
-            count += float(positions)
+            count += float(self.count_predictions(batch))
         return total / count
 
     def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, step: int | None) -> None:

@@ -13,12 +13,14 @@ from raptr_ds.paths.path import Path
 class StepResult:
     """One training step.
 
-    loss: mean over all predicted positions of the global batch. grad_norm: of the whole model, before clipping.
+    loss: mean over all predicted positions of the global batch, of which there are num_predictions. grad_norm: of the
+    whole model, before clipping.
     skipped: the loss or a gradient was not finite, so that no weight moved, on any rank. loss_scale: fp16's, else 1.
     """
 
     loss: float
     grad_norm: float
+    num_predictions: int
     skipped: bool = False
     loss_scale: float = 1.0
 

@@ -49,7 +49,7 @@ class ReferenceEngine:
             total += loss.item()
         norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         if not torch.isfinite(torch.tensor(norm)):
-            return StepResult(total, norm, skipped=True)
+            return StepResult(total, norm, batch.num_predictions, skipped=True)
         for name, parameter in self.parameters.items():
             skipped = layer_of(name) >= 0 and not path.is_active(layer_of(name))
             assert (parameter.grad is None) or not skipped
@@ -60,7 +60,7 @@ class ReferenceEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()  # torch leaves parameters without a gradient alone: freeze
-        return StepResult(total, norm)
+        return StepResult(total, norm, batch.num_predictions)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:

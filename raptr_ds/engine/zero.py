@@ -32,7 +32,8 @@ class ZeroEngine(DeepSpeedState):
         engine.follow(path)
         set_learning_rate(engine.basic_optimizer, learning_rate)
         batch = batch.to(self.groups.device)
-        weight = self.loss_weight(batch)
+        count = self.count_predictions(batch)
+        weight = self.loss_weight(batch, count)
         total = torch.zeros((), device=self.groups.device)
         for micro in batch.micro_batches:
             streams = DropoutStreams(self.seed, step, micro.sample_ids)
@@ -43,7 +44,7 @@ class ZeroEngine(DeepSpeedState):
             total += loss.detach()
         dist.all_reduce(total, group=self.groups.data)
         share = len(batch.micro_batches) * self.groups.topology.data
-        return self.result(total.item() / share)
+        return self.result(total.item() / share, count)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:

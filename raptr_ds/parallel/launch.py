@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import warnings
 from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
@@ -48,6 +49,12 @@ def detect_launch() -> Launch:
         MASTER_PORT=str(found.master_port),
     )
     return found
+
+
+def prepare_imports(has_gpu: bool) -> None:
+    """Settle what DeepSpeed and megatron-core would find out and print, on every rank, when they are imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
 
 
 def _slurm_launch() -> Launch:

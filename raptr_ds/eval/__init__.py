@@ -1,0 +1,1 @@
+"""Evaluation: what a model is worth, whatever path it was trained along."""

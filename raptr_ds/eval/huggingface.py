@@ -1,0 +1,289 @@
+"""Hugging Face's twins of our models: MegatronBertForMaskedLM for BERT, LlamaForCausalLM for UL2, on the same weights."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MegatronBertConfig, MegatronBertForMaskedLM, PreTrainedModel
+
+from raptr_ds.config.derive import derive_model
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.data.batch import MicroBatch
+from raptr_ds.errors import ConfigError
+
+Tensors = Mapping[str, torch.Tensor]
+
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+_QKV, _EXPAND = "attention.qkv", "mlp.expand"
+_IGNORED_LABEL = -100  # torch's and Hugging Face's sign for a position that is not predicted
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """How a Hugging Face class names our modules: one module of ours is one of theirs, or two, or three."""
+
+    requires: Mapping[str, object]
+    layer_prefix: str
+    layer: Mapping[str, tuple[str, ...]]
+    outside: Mapping[str, tuple[str, ...]]
+
+
+_BERT = _Twin(
+    requires={
+        "activation": "gelu",
+        "normalization": "layernorm",
+        "position_embedding": "learned",
+        "add_bias_linear": True,
+    },
+    layer_prefix="bert.encoder.layer",
+    layer={
+        "attention_norm": ("attention.ln",),
+        _QKV: ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.output": ("attention.output.dense",),
+        "mlp_norm": ("ln",),
+        _EXPAND: ("intermediate.dense",),
+        "mlp.contract": ("output.dense",),
+    },
+    outside={
+        "embedding.word": ("bert.embeddings.word_embeddings",),
+        "embedding.position": ("bert.embeddings.position_embeddings",),
+        "head.norm": ("bert.encoder.ln",),
+        "head.transform": ("cls.predictions.transform.dense",),
+        "head.transform_norm": ("cls.predictions.transform.LayerNorm",),
+        "head.output": ("cls.predictions.decoder",),
+        "head": ("cls.predictions",),
+    },
+)
+_UL2 = _Twin(
+    requires={"activation": "swiglu", "normalization": "rmsnorm", "position_embedding": "rotary"},
+    layer_prefix="model.layers",
+    layer={
+        "attention_norm": ("input_layernorm",),
+        _QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.output": ("self_attn.o_proj",),
+        "mlp_norm": ("post_attention_layernorm",),
+        _EXPAND: ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.contract": ("mlp.down_proj",),
+    },
+    outside={"embedding.word": ("model.embed_tokens",), "head.norm": ("model.norm",), "head.output": ("lm_head",)},
+)
+_TWINS = {"bert": _BERT, "ul2": _UL2}
+_CLASSES = {"bert": MegatronBertForMaskedLM, "ul2": LlamaForCausalLM}
+
+# What transformers holds twice or we do not have: (their name, the tensor of theirs that it equals).
+_TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+_TIED = {
+    "bert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    "ul2": ("lm_head.weight", "model.embed_tokens.weight"),
+}
+_BERT_BIASES = ("cls.predictions.decoder.bias", "cls.predictions.bias")
+
+
+def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
+    """Return the transformers model that computes the same as ours with `weights`, in evaluation mode.
+
+    model: with nothing left to derive, vocab_size included. weights: full tensors by canonical name; their type
+    becomes the model's. Residual scale is a path's, not the model's: the twin is the full path without it.
+    MegatronBert's token types, which we lack, are zero. Llama has no dropout of the stream: hidden_dropout, which
+    evaluation does not see, has no place there.
+    Raises: ConfigError if transformers has no such model.
+    """
+    config = hugging_face_config(model)
+    state = rename_to_hugging_face(model, weights)
+    tied_name, source = _TIED[model.architecture]
+    if model.tie_word_embeddings:
+        state[tied_name] = state[source]
+    if model.architecture == "bert":
+        state[_BERT_BIASES[0]] = state[_BERT_BIASES[1]]
+        state[_TOKEN_TYPES] = torch.zeros(config.type_vocab_size, model.hidden_size)
+    twin: PreTrainedModel = _CLASSES[model.architecture](config)
+    twin.to(dtype=state[source].dtype)  # type: ignore[call-arg]
+    twin.load_state_dict(state, strict=True)
+    return twin.eval()
+
+
+def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig:
+    """Return the twin's configuration. Raises: ConfigError if transformers has no such model."""
+    for key, wanted in _TWINS[model.architecture].requires.items():
+        value = getattr(model, key)
+        if value != wanted:
+            raise ConfigError(
+                f"{_CLASSES[model.architecture].__name__} of transformers has {key}={_spelled(wanted)} only, but the "
+                f"model is {model.architecture} with raptr_ds.model.{key}={_spelled(value)}. Such a model cannot be "
+                "given to transformers; leave that key at its default to train one that can."
+            )
+    shape = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.seq_length,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if model.architecture == "bert":
+        return MegatronBertConfig(
+            **shape,
+            hidden_act="gelu",  # the exact one, as ours
+            hidden_dropout_prob=model.hidden_dropout,
+            attention_probs_dropout_prob=model.attention_dropout,
+            layer_norm_eps=model.norm_epsilon,
+        )
+    return LlamaConfig(
+        **shape,
+        hidden_act="silu",
+        attention_dropout=model.attention_dropout,
+        attention_bias=model.add_bias_linear,
+        mlp_bias=model.add_bias_linear,
+        rms_norm_eps=model.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
+    )
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def from_hugging_face(twin: PreTrainedModel) -> tuple[ModelSection, dict[str, torch.Tensor]]:
+    """Return our model and its canonical weights for a MegatronBertForMaskedLM or a LlamaForCausalLM.
+
+    MegatronBert's first token type, which every token of ours has, is added to the positions.
+    Raises: ConfigError if ours cannot compute the same (grouped queries, scaled rotary frequencies, ...).
+    """
+    model = _section_of(twin)
+    state = {name: tensor.detach() for name, tensor in twin.state_dict().items()}
+    weights = rename_from_hugging_face(model, state)
+    if model.architecture == "bert":
+        weights["embedding.position.weight"] = weights["embedding.position.weight"] + state[_TOKEN_TYPES][0]
+        weights["head.bias"] = state[_BERT_BIASES[0]]
+    if model.tie_word_embeddings:
+        weights.pop("head.output.weight", None)
+    return model, weights
+
+
+def _section_of(twin: PreTrainedModel) -> ModelSection:
+    config = twin.config
+    architecture = next((name for name, known in _CLASSES.items() if isinstance(twin, known)), None)
+    if architecture is None:
+        raise ConfigError(
+            f"{type(twin).__name__} is none of {', '.join(known.__name__ for known in _CLASSES.values())}: "
+            "only these compute what our models compute."
+        )
+    dropout = {"attention_dropout": getattr(config, "attention_dropout", 0.0)}
+    extra: dict[str, object] = {"norm_epsilon": getattr(config, "rms_norm_eps", None)}
+    refused: dict[str, tuple[object, object]] = {}
+    if architecture == "bert":
+        dropout = {
+            "hidden_dropout": config.hidden_dropout_prob,
+            "attention_dropout": config.attention_probs_dropout_prob,
+        }
+        extra = {"norm_epsilon": config.layer_norm_eps}
+        refused = {"hidden_act": (config.hidden_act, "gelu"), "is_decoder": (config.is_decoder, False)}
+    else:
+        rope = config.rope_parameters
+        extra |= {"rotary_base": float(rope["rope_theta"]), "add_bias_linear": config.attention_bias}
+        refused = {
+            "hidden_act": (config.hidden_act, "silu"),
+            "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
+            "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+            "mlp_bias": (config.mlp_bias, config.attention_bias),
+            "rope_type": (rope["rope_type"], "default"),
+        }
+    for key, (value, wanted) in refused.items():
+        if value != wanted:
+            raise ConfigError(f"{type(twin).__name__} with {key}={value} has no twin here: only {key}={wanted} has.")
+    section = ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        seq_length=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        ffn_hidden_size=config.intermediate_size,
+        tie_word_embeddings=config.tie_word_embeddings,
+        init_method_std=config.initializer_range,
+        **{key: float(value) for key, value in dropout.items()},
+        **extra,  # type: ignore[arg-type]
+    )
+    return derive_model(section)
+
+
+def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return tensors (weights, or gradients) by canonical name as the twin names and cuts them.
+
+    Our fused matrices come apart: `attention.qkv` has rows (head, query|key|value, head dim), `mlp.expand` of a gated
+    model has rows (inner feature, gate|value).
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        names = _names_in_twin(_TWINS[model.architecture], name)
+        for their_name, part in zip(names, _take_apart(tensor, model, name, len(names)), strict=True):
+            renamed[their_name] = part
+    return renamed
+
+
+def rename_from_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return the twin's tensors by canonical name; the inverse of `rename_to_hugging_face`.
+
+    Only what has a name of ours is returned: not token types, nor second names of tied tensors.
+    """
+    renamed = {}
+    twin = _TWINS[model.architecture]
+    for name in _canonical_names(twin, model.num_layers):
+        names = _names_in_twin(twin, name)
+        if all(their_name in tensors for their_name in names):
+            renamed[name] = _put_together([tensors[their_name] for their_name in names], model, name)
+    return renamed
+
+
+def _canonical_names(twin: _Twin, num_layers: int) -> Iterator[str]:
+    modules = [*twin.outside, *(f"layers.{layer}.{module}" for layer in range(num_layers) for module in twin.layer)]
+    return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
+
+
+def _names_in_twin(twin: _Twin, name: str) -> list[str]:
+    module, kind = name.rsplit(".", 1)
+    match = _LAYER.match(module)
+    if match is None:
+        return [f"{theirs}.{kind}" for theirs in twin.outside[module]]
+    return [f"{twin.layer_prefix}.{match[1]}.{theirs}.{kind}" for theirs in twin.layer[match[2]]]
+
+
+def _num_row_groups(model: ModelSection, name: str) -> int:
+    assert model.ffn_hidden_size is not None
+    return model.num_attention_heads if _QKV in name else model.ffn_hidden_size
+
+
+def _take_apart(tensor: torch.Tensor, model: ModelSection, name: str, parts: int) -> list[torch.Tensor]:
+    if parts == 1:
+        return [tensor]
+    grouped = tensor.unflatten(0, (_num_row_groups(model, name), parts, -1))
+    return [part.flatten(0, 1) for part in grouped.unbind(1)]
+
+
+def _put_together(parts: list[torch.Tensor], model: ModelSection, name: str) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    groups = _num_row_groups(model, name)
+    return torch.stack([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 2)
+
+
+def hugging_face_inputs(model: ModelSection, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Return the keyword arguments that give the twin this micro batch; its `loss` is the mean over the predictions.
+
+    Llama is told the prefix by a 4-D mask, and the targets by `shift_labels`, as ours need not be the next tokens.
+    """
+    batch_size, length = batch.tokens.shape
+    labels = torch.full((batch_size * length,), _IGNORED_LABEL, device=batch.tokens.device)
+    labels = labels.index_copy(0, batch.positions, batch.targets).view(batch_size, length)
+    position = torch.arange(length, device=batch.tokens.device)
+    if model.architecture == "bert":
+        real = (position < batch.lengths[:, None]).long()
+        return {"input_ids": batch.tokens, "attention_mask": real, "labels": labels}
+    seen = (position[None, :] <= position[:, None]) | (position < batch.prefix_lengths[:, None])[:, None, :]
+    return {"input_ids": batch.tokens, "attention_mask": seen[:, None], "labels": labels, "shift_labels": labels}

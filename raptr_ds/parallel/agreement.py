@@ -1,0 +1,116 @@
+"""Agreement: all ranks train the same path in a step, stop at the same step and fail alike, or nobody goes on."""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raptr_ds.errors import AgreementError, RaptrError
+from raptr_ds.parallel.groups import ProcessGroups
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks will do in a step: the encoded path, and whether to stop before it."""
+
+    words: np.ndarray
+    stop: bool
+
+
+class PathAgreement:
+    """Broadcasts rank 0's path of each step and has every rank check it against its own.
+
+    Paths are pure functions of (seed, step), so a difference means that ranks run different code, configuration or
+    libraries; training on would mix up gradient buckets without an error. The exchange for step n + 1 runs in a thread
+    on a gloo group of its own while step n trains, so that it costs the step nothing.
+    """
+
+    def __init__(
+        self,
+        groups: ProcessGroups,
+        words_at: Callable[[int], np.ndarray],
+        stop_requested: Callable[[], bool],
+        num_steps: int,
+    ) -> None:
+        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size."""
+        self._rank, self._world_size = groups.rank, groups.topology.world_size
+        self._words_at, self._stop_requested, self._num_steps = words_at, stop_requested, num_steps
+        self._group = dist.new_group(backend="gloo")
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, Agreed | Exception]] = queue.SimpleQueue()
+        self._under_way: int | None = None
+        # A daemon: a rank that leaves must not wait for an exchange whose other side is gone.
+        threading.Thread(target=self._serve, name="path-agreement", daemon=True).start()
+
+    def at(self, step: int) -> Agreed:
+        """Return what was agreed for `step` (0-based), and start on the next one.
+
+        Raises: AgreementError, on every rank, naming the step and the ranks whose path differs.
+        """
+        if self._under_way != step:
+            assert self._under_way is None, f"agreement on step {self._under_way} is under way, not on {step}"
+            self._wanted.put(step)
+        answered, answer = self._answers.get()
+        self._under_way = None
+        assert answered == step, (answered, step)
+        if isinstance(answer, Exception):
+            raise answer
+        if step + 1 < self._num_steps and not answer.stop:
+            self._wanted.put(step + 1)
+            self._under_way = step + 1
+        return answer
+
+    def _serve(self) -> None:
+        while True:
+            step = self._wanted.get()
+            try:
+                self._answers.put((step, self._agree(step)))
+            except Exception as error:  # handed to the loop, which raises it
+                self._answers.put((step, error))
+
+    def _agree(self, step: int) -> Agreed:
+        own = torch.from_numpy(np.concatenate([[step], self._words_at(step)]).astype(np.int64))
+        leader = own.clone()
+        dist.broadcast(leader, src=0, group=self._group)
+        votes = torch.zeros(self._world_size + 1, dtype=torch.int32)
+        votes[self._rank] = int(not torch.equal(own, leader))
+        votes[-1] = int(self._stop_requested())
+        dist.all_reduce(votes, group=self._group)
+        differing = votes[:-1].nonzero().flatten().tolist()
+        if differing:
+            raise AgreementError(
+                f"step {step + 1}: rank(s) {_listed(differing)} would train another path than rank 0. "
+                "All ranks must run the same code, run file, seed and library versions. Compare them on these ranks; "
+                "nothing of this step has been trained."
+            )
+        return Agreed(leader.numpy()[1:], stop=bool(votes[-1]))
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:16])
+    return shown + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+
+
+def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; if it fails anywhere for a user's reason, fail everywhere.
+
+    Raises: the RaptrError of the lowest failing rank, on all ranks, so that none waits for one that is gone.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except RaptrError as caught:
+        error = caught
+    errors: list[Any] = [None] * groups.topology.world_size
+    dist.all_gather_object(errors, error, group=groups.control)
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]

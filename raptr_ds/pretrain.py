@@ -1,0 +1,107 @@
+"""Pretrain BERT or UL2 by random paths: the entry, and the loop.
+
+deepspeed [launcher flags] raptr_ds/pretrain.py --deepspeed_config FILE [--set KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started as a file, by a launcher
+    sys.path.insert(0, str(FilePath(__file__).resolve().parents[1]))
+
+from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.errors import Exit, RaptrError
+from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
+from raptr_ds.runtime.signals import StopSignals
+
+if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run file is told before
+    from raptr_ds.runtime.session import Session
+
+
+def main(arguments: Sequence[str] | None = None) -> Exit:
+    """Run the command line and return the exit code; a user's mistake is told once, by one rank."""
+    options = parse(arguments)
+    launch = None
+    try:
+        launch = detect_launch()
+        config = load_run_config(options.deepspeed_config, options.set, launch.world_size)
+        with StopSignals(watch_launcher=launch.launcher != "none") as signals:
+            return pretrain(config, launch, signals)
+    except RaptrError as error:
+        if launch is None or launch.rank == 0:
+            print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
+    """Set the run up, train it, and leave with everything on disk."""
+    import torch
+
+    prepare_imports(has_gpu=torch.cuda.is_available())
+    from raptr_ds.runtime.session import open_session
+
+    with open_session(config, launch, signals) as session:
+        code = train(session)
+        session.finish(code)
+        return code
+
+
+def train(session: Session) -> Exit:
+    """Train from where the session stands to the end, or to a stop that all ranks agreed on."""
+    from raptr_ds.eval.full_model import evaluate
+
+    config, state = session.config, session.state
+    while state.step < config.train.steps:
+        path, stop = session.agreed_path(state.step)  # broadcast and checked; step n + 1 is under way while n runs
+        if stop:
+            session.save(state)
+            return Exit.CONTINUE_LATER
+        started = time.perf_counter()
+        learning_rate = session.learning_rate_at(state.step)
+        batch = session.batches.at(state.step)
+        result = session.engine.train_step(batch, path, state.step, learning_rate)
+        state = session.cost.after(state, result, path)
+        session.record(state, result, path, learning_rate, time.perf_counter() - started)
+        done = state.step == config.train.steps
+        if config.eval.due(state.step) or (done and config.eval.batches):
+            evaluate(session, state)
+        if config.checkpoint.due(state.step) or (done and config.checkpoint.save_on_exit):
+            session.save(state)
+    return Exit.DONE
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; argparse ends with exit code 2 on a mistake, as we do."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--deepspeed_config", type=FilePath, required=True, metavar="FILE", help="the run file (HJSON)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override dotted keys of the run file: --set raptr_ds.train.steps=100 zero_optimization.stage=2",
+    )
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # DeepSpeed users' habit
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        exit_code = int(main())
+    except BaseException:
+        traceback.print_exc()
+        exit_code = int(Exit.FAULT)
+    # Threads of libraries and of gloo may wait for ranks that are gone: leave without waiting for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,221 @@
+"""A run set up: everything the loop works with, built in one place and closed in one place."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
+from raptr_ds.engine.build import build_engine
+from raptr_ds.engine.learning_rate import learning_rate_at
+from raptr_ds.engine.protocol import Engine, StepResult
+from raptr_ds.errors import Exit
+from raptr_ds.parallel.agreement import PathAgreement, together
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.paths import Path, PathMethod, build_path_method
+from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
+from raptr_ds.runtime.checkpoints import Checkpoints
+from raptr_ds.runtime.metrics import Metrics, TrainingStep
+from raptr_ds.runtime.progress import build_progress
+from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
+from raptr_ds.runtime.signals import StopSignals
+from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.throughput import peak_flops
+
+_LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before a lost launcher ends the process
+
+
+@dataclass
+class Session:
+    """The parts of one run on one rank; `state` is where it starts from."""
+
+    config: RunConfig
+    groups: ProcessGroups
+    method: PathMethod
+    cost: StepCost
+    engine: Engine
+    batches: Loader
+    agreement: PathAgreement
+    checkpoints: Checkpoints
+    metrics: Metrics
+    signals: StopSignals
+    state: RunState
+
+    def agreed_path(self, step: int) -> tuple[Path, bool]:
+        """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
+        agreed = self.agreement.at(step)
+        return Path.decode(agreed.words), agreed.stop
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a 0-based step."""
+        return learning_rate_at(self.config.scheduler, self.config.optimizer["params"]["lr"], step)
+
+    def record(self, state: RunState, result: StepResult, path: Path, learning_rate: float, seconds: float) -> None:
+        """Write down one step."""
+        self.metrics.record_step(
+            TrainingStep(
+                step=state.step,
+                loss=result.loss,
+                lr=learning_rate,
+                grad_norm=result.grad_norm,
+                path=path,
+                step_seconds=seconds,
+                step_tokens=self.cost.tokens,
+                step_flops=self.cost.flops(path.length, result.num_predictions),
+                tokens=state.tokens,
+                flops=state.flops,
+                full_flops=state.full_flops,
+            )
+        )
+        self.checkpoints.poll()
+        self.signals.progressed()
+
+    def record_evaluation(self, state: RunState, loss: float, path_length: int) -> None:
+        """Write down one evaluation."""
+        self.metrics.record_evaluation(state.step, loss, path_length)
+
+    def long_work_ahead(self) -> None:
+        """Say that what follows may take long, so that silence is no sign of a hang."""
+        self.signals.progressed(allow_seconds=_LONG_WORK_SECONDS)
+
+    def save(self, state: RunState) -> None:
+        """Write a checkpoint."""
+        self.long_work_ahead()
+        self.metrics.sync()
+        self.checkpoints.save(self.engine, state.step, self.config.model, state.to_dict())
+
+    def finish(self, code: Exit) -> None:
+        """Wait for what is still being written, and say how the run ended."""
+        self.long_work_ahead()
+        self.checkpoints.wait()
+        if code is Exit.CONTINUE_LATER:
+            self.metrics.say(f"stopped ({self.signals.reason or 'asked by another rank'}); start again to continue")
+
+
+@contextmanager
+def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Iterator[Session]:
+    """Build the run on this rank; what the user did wrong fails here, on all ranks alike, before any training.
+
+    Raises: ConfigError, DataError, CheckpointError.
+    """
+    parallel = config.parallel
+    groups = initialize_process_groups(
+        launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    with ExitStack() as stack:
+        stack.callback(_leave_groups)
+        folder = FilePath(str(config.train.save))
+        tokenizer = together(groups, lambda: load_tokenizer(config.data))
+        config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
+        batches = together(
+            groups,
+            lambda: build_loader(
+                config.data,
+                config.objective,
+                config.model,
+                config.batch,
+                seed=config.train.seed,
+                dp_rank=groups.data_rank,
+                tokenizer=tokenizer,
+            ),
+        )
+        stack.enter_context(batches)
+        method = together(groups, lambda: _path_method(config))
+        together(groups, lambda: prepare_run_folder(folder, groups.rank, config.checkpoint.load))
+        progress = build_progress(config.log.progress) if groups.rank == 0 else None
+        if progress is not None:
+            for line in _introduction(config, groups):
+                progress.say(line)
+        engine = build_engine(config, groups)
+        checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(engine, config.checkpoint.load, config.model)
+        state = RunState() if restored is None else RunState.from_dict(restored.run_state)
+        if progress is not None:
+            write_config(folder, config.resolved())
+            if state.step:
+                progress.say(f"continuing after step {state.step}")
+        cost = StepCost(_shape(config), config.batch.global_batch, parallel.activation_checkpointing)
+        typical_predictions = batches.validation(0).num_predictions * config.batch.data_parallel
+        metrics = Metrics(
+            folder if groups.rank == 0 else None,
+            num_steps=config.train.steps,
+            resume_step=state.step,
+            interval=config.log.interval,
+            tensorboard=config.log.tensorboard,
+            progress=progress,
+            num_devices=groups.topology.world_size,
+            peak=_peak(config, groups),
+            flops_left=lambda step: expected_flops_left(
+                cost.shape,
+                method,
+                step,
+                cost.num_sequences,
+                typical_predictions,
+                activation_checkpointing=cost.recompute,
+            ),
+        )
+        stack.enter_context(metrics)
+        agreement = PathAgreement(
+            groups, lambda step: method.path_at(step).encode(), lambda: signals.requested, config.train.steps
+        )
+        signals.progressed()
+        yield Session(
+            config, groups, method, cost, engine, batches, agreement, checkpoints, metrics, signals, state
+        )
+
+
+def _leave_groups() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _path_method(config: RunConfig) -> PathMethod:
+    section = config.path
+    return build_path_method(
+        method=section.method,
+        num_layers=config.model.num_layers,
+        num_steps=config.train.steps,
+        seed=config.train.seed,
+        schedule=section.schedule,
+        split=section.split,
+        full_warmup_steps=section.full_warmup_steps,
+        fixed_layers=section.fixed_layers,
+        sampling=section.sampling,
+        residual_scale=section.residual_scale,
+        pld_gamma=section.pld_gamma,
+        pld_theta=section.pld_theta,
+        constant_length=section.constant_length,
+    )
+
+
+def _shape(config: RunConfig) -> ModelShape:
+    names = ModelShape.__dataclass_fields__
+    return ModelShape(**{name: getattr(config.model, name) for name in names})
+
+
+def _peak(config: RunConfig, groups: ProcessGroups) -> float | None:
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops * 1e12
+    name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else None
+    return peak_flops(name, config.precision)
+
+
+def _introduction(config: RunConfig, groups: ProcessGroups) -> list[str]:
+    topology = groups.topology
+    model, path = config.model, config.path
+    shape = _shape(config)
+    return [
+        f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
+        f"parameters, vocabulary {model.vocab_size}, {config.precision}",
+        f"layout: tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
+        f"ZeRO {config.zero_stage}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
+        f"{config.batch.accumulation} accumulated x {config.batch.data_parallel}",
+        f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
+        *(f"  derived: {line}" for line in config.derived),
+    ]
