@@ -1,0 +1,247 @@
+"""A real Slurm of several logical nodes on this machine, for one test module: starts in about a second, leaves nothing.
+
+munged, slurmctld and one slurmd for each node run in private pid and mount namespaces under one `unshare`: when it is
+killed, so is everything that any job ever started. Needs root, and a Slurm built for several slurmd (Debian's is).
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo", "unshare")
+FINAL_STATES = frozenset({"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"})
+# A requeued job waits until its old credential has expired, and a second more. Below 5 Slurm takes its default of 120.
+CREDENTIAL_SECONDS = 5
+
+_PR_SET_PDEATHSIG = 1
+
+_SLURM_CONF = """\
+ClusterName=raptr
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire={credential_seconds}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+PlugStackConfig=/dev/null
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
+ReturnToService=2
+SlurmdTimeout=10
+CommunicationParameters=NoCtldInAddrAny
+KillWait=3
+JobRequeue=1
+NodeName=node[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.[11-{last_address}] Port=[{first_port}-{last_port}] \
+CPUs=8 RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+"""
+
+# The first process of the namespaces. It waits for standard input to be closed; its end is the end of all the others.
+# A daemon's first argument after the folder is its log; hosts and nsswitch.conf make the nodes' names resolve.
+_INIT = """\
+folder=$1; nodes=$2; export SLURM_CONF=$folder/slurm.conf
+mount --bind "$folder/hosts" /etc/hosts
+mount --bind "$folder/nsswitch.conf" /etc/nsswitch.conf
+munged -F --socket="$folder/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
+    --seed-file="$folder/munge.seed" --log-file="$folder/log/munged.log" </dev/null >"$folder/log/munged.err" 2>&1 &
+for _ in $(seq 200); do [ -S "$folder/munge.socket" ] && break; sleep 0.02; done
+slurmctld -D -i </dev/null >"$folder/log/slurmctld.err" 2>&1 & daemons=$!
+for node in $(seq "$nodes"); do
+    unshare --uts bash -c 'hostname "$1"; exec slurmd -D -N "$1"' - "node$node" \
+        </dev/null >"$folder/log/slurmd-node$node.err" 2>&1 &
+    daemons="$daemons $!"
+done
+read -r _
+kill -TERM $daemons
+wait $daemons
+"""
+
+
+def why_unavailable() -> str | None:
+    """Return why no cluster can run on this machine, or None if one can."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"no {', '.join(missing)} on this machine (tools/install_system_packages.sh installs them)"
+    if os.geteuid() != 0:
+        return "the test cluster needs root (private namespaces and munge)"
+    probe = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts"]
+    tried = subprocess.run(
+        [*probe, "bash", "-c", "mount --bind /etc/hosts /etc/hosts && hostname probe"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    return None if tried.returncode == 0 else f"no private namespaces here: {tried.stderr.strip()}"
+
+
+class SlurmLab:
+    """A running cluster; a context manager. `folder` takes the jobs' output and goes with the cluster."""
+
+    def __init__(self, nodes: int = 2) -> None:
+        self.nodes = nodes
+        self.folder = Path(tempfile.mkdtemp(prefix="raptr-slurm-"))
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.env["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        self._init: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "SlurmLab":
+        """Start the daemons and wait until every node is idle. Raises: RuntimeError with the daemons' logs."""
+        self._write_files()
+        self._init = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "bash", "init.sh"]
+            + [str(self.folder), str(self.nodes)],
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and self._init.poll() is None:
+            if self._answers() and self.idle_nodes() == self.nodes:
+                return self
+            time.sleep(0.05)
+        logs = "\n".join(f"== {log.name}\n{log.read_text()[-1500:]}" for log in sorted((self.folder / "log").iterdir()))
+        self.__exit__(None, None, None)
+        raise RuntimeError(f"the cluster did not come up\n{logs}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the first process of the namespaces, and with it everything else; remove the folder."""
+        if self._init is not None:
+            assert self._init.stdin is not None
+            self._init.stdin.close()
+            try:
+                self._init.wait(10)
+            except subprocess.TimeoutExpired:
+                self._init.kill()
+                self._init.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def command(self, *words: str, check: bool = True, **env: str) -> str:
+        """Run one of Slurm's commands and return what it printed. Raises: RuntimeError if it fails and check is set."""
+        result = subprocess.run(
+            words, env=self.env | env, cwd=self.folder, text=True, capture_output=True, timeout=30, check=False
+        )
+        if check and result.returncode:
+            raise RuntimeError(f"{' '.join(words)} -> {result.returncode}\n{result.stdout}{result.stderr}")
+        return result.stdout.strip()
+
+    def submit(self, *words: str, **env: str) -> int:
+        """Submit with sbatch; return the job's number. Its output goes to output(job)."""
+        output = f"--output={self.folder}/%j.out"
+        return int(self.command("sbatch", "--parsable", output, *words, **env).split(";")[0])
+
+    def output(self, job: int) -> str:
+        """Return what the job has printed so far, in all its starts."""
+        path = self.folder / f"{job}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def job(self, job: int) -> dict[str, str]:
+        """Return what scontrol tells of the job: JobState, ExitCode, Restarts and so on."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "show", "job", "-o", str(job))))
+
+    def wait_for(self, job: int, *states: str, seconds: float = 50) -> dict[str, str]:
+        """Wait until the job is in one of `states`, by default a final one. Raises: TimeoutError with its output."""
+        wanted = frozenset(states) or FINAL_STATES
+        deadline = time.monotonic() + seconds
+        while (told := self.job(job))["JobState"] not in wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job} is {told['JobState']} ({told.get('Reason')})\n{self.output(job)}")
+            time.sleep(0.1)
+        return told
+
+    def wait_for_output(self, job: int, text: str, seconds: float = 50) -> None:
+        """Wait until the job has printed `text`. Raises: TimeoutError with its output."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output(job):
+            if time.monotonic() > deadline or self.job(job)["JobState"] in FINAL_STATES:
+                raise TimeoutError(f"job {job} did not print {text!r}: {self.job(job)}\n{self.output(job)}")
+            time.sleep(0.1)
+
+    def idle_nodes(self) -> int:
+        """Return how many nodes are free."""
+        return int(self.command("sinfo", "-h", "-t", "idle", "-o", "%D", check=False) or 0)
+
+    def clear(self, seconds: float = 15) -> None:
+        """Cancel all jobs and wait until every node is free again."""
+        self.command("scancel", "--quiet", "--user=root", check=False)
+        deadline = time.monotonic() + seconds
+        while self.idle_nodes() < self.nodes:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nodes do not come free:\n{self.command('squeue')}\n{self.command('sinfo')}")
+            time.sleep(0.1)
+
+    def _write_files(self) -> None:
+        self.folder.chmod(0o755)  # munged refuses a socket below a closed folder
+        for name in ("state", "log"):
+            (self.folder / name).mkdir()
+        self._port = _free_ports(self.nodes + 1)
+        conf = _SLURM_CONF.format(
+            folder=self.folder,
+            nodes=self.nodes,
+            controller_port=self._port,
+            first_port=self._port + 1,
+            last_port=self._port + self.nodes,
+            last_address=10 + self.nodes,
+            credential_seconds=CREDENTIAL_SECONDS,
+        )
+        hosts = [f"127.0.0.1 localhost {socket.gethostname()}"]
+        hosts += [f"127.0.0.{10 + node} node{node}" for node in range(1, self.nodes + 1)]
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "init.sh").write_text(_INIT)
+        (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
+        databases = ("passwd", "group", "shadow", "hosts")
+        (self.folder / "nsswitch.conf").write_text("".join(f"{name}: files\n" for name in databases))
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of `count` free ports in a row, below the ports that the kernel hands out."""
+    for first in range(30100, 32700, 16):  # the jobs meet below 30000 (slurm/training_job.sh)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("0.0.0.0", port))
+        except OSError:
+            continue
+        return first
+    raise RuntimeError("no free ports for a cluster")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,207 @@
+"""The .sbatch files on a real Slurm: what starts, with which ranks, and what happens to each way of ending.
+
+The tasks are stand-ins for pretrain.py, so that each case takes seconds; test_pretrain_under_slurm.py runs the real one.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.lab import SlurmLab
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = ("bert_raptr.sbatch", "ul2_raptr.sbatch")
+
+# Says its launch and sums the ranks over gloo: every rank met every other.
+RANKS = """\
+import datetime, sys, torch, torch.distributed as dist
+from raptr_ds.parallel.launch import detect_launch
+at = detect_launch()
+dist.init_process_group("gloo", rank=at.rank, world_size=at.world_size, timeout=datetime.timedelta(seconds=40),
+                        init_method=f"tcp://{at.master_addr}:{at.master_port}")
+total = torch.tensor([at.rank + 1])
+dist.all_reduce(total)
+import socket
+print(f"rank {at.rank} local {at.local_rank} of {at.world_size} on {socket.gethostname()} by {at.launcher}: {total.item()}",
+      "arguments", *sys.argv[1:], flush=True)
+"""
+
+# On SIGUSR1 leaves with 75, rank 1 later than rank 0; a second start finishes at once. TERM is told apart from USR1.
+STOPPING = """\
+import os, signal, sys, time
+rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+asked = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(number))
+print(f"task {rank} start {start} port {os.environ['MASTER_PORT']}", flush=True)
+while not asked and start == 0:
+    time.sleep(0.02)
+time.sleep(1.0 * rank if start == 0 else 0)
+print(f"task {rank} leaves start {start} after {[signal.Signals(n).name for n in asked]}", flush=True)
+os._exit(0 if start else 75)
+"""
+
+# Is killed by SIGUSR1, as a task that is still importing is; a second start finishes at once.
+NOT_READY = """\
+import os, time
+start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+print(f"task {os.environ['SLURM_PROCID']} start {start}", flush=True)
+time.sleep(0 if start else 60)
+"""
+
+# Rank 0 leaves with a code, the others wait for it as in a collective.
+LEAVING = """\
+import os, time
+time.sleep(0 if os.environ["SLURM_PROCID"] == "0" else {others_wait})
+os._exit({code})
+"""
+
+
+class Job:
+    """A repository with a stand-in for pretrain.py, and the environment to submit its .sbatch files with."""
+
+    def __init__(self, folder: Path, lab: SlurmLab) -> None:
+        self.folder = folder
+        self.lab = lab
+        (folder / "raptr_ds").mkdir()
+        for shared in ("slurm", "deepspeed_configs"):
+            (folder / shared).symlink_to(REPOSITORY / shared)
+        self.env = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "RAPTR_HOME": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def submit(self, program: str, *words: str, script: str = SCRIPTS[0], **env: str) -> int:
+        """Submit a .sbatch file that runs `program`; words before the file's name are options of sbatch."""
+        (self.folder / "raptr_ds" / "pretrain.py").write_text(program)
+        return self.lab.submit(*words, str(REPOSITORY / "slurm" / script), **self.env | env)
+
+
+@pytest.fixture
+def job(lab: SlurmLab, tmp_path: Path) -> Job:
+    """A stand-in repository in a folder of its own."""
+    return Job(tmp_path, lab)
+
+
+def _lines(text: str, word: str) -> list[str]:
+    return sorted(line for line in text.splitlines() if line.startswith(word))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_task_on_each_of_two_nodes_as_the_file_stands(job: Job, script: str) -> None:
+    number = job.submit(RANKS, script=script, RAPTR_ARGS="--set a.b=1 c=2")
+    told = job.lab.wait_for(number)
+    run_file = {SCRIPTS[0]: "bert_base_raptr", SCRIPTS[1]: "ul2_1b_raptr"}[script]
+    arguments = f"arguments --deepspeed_config deepspeed_configs/{run_file}.json --set a.b=1 c=2"
+    output = job.lab.output(number)
+    assert _lines(output, "rank") == [
+        f"rank 0 local 0 of 2 on node1 by srun: 3 {arguments}",
+        f"rank 1 local 0 of 2 on node2 by srun: 3 {arguments}",
+    ], output
+    assert (told["JobState"], told["ExitCode"]) == ("COMPLETED", "0:0")
+
+
+def test_two_tasks_on_each_node_whatever_the_submitting_shell_had_set(job: Job) -> None:
+    stale = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    number = job.submit(RANKS, "--ntasks-per-node=2", "--cpus-per-task=2", **stale)
+    job.lab.wait_for(number)
+    output = job.lab.output(number)
+    places = [line.split(" by ")[0] for line in _lines(output, "rank")]
+    assert places == [
+        "rank 0 local 0 of 4 on node1",
+        "rank 1 local 1 of 4 on node1",
+        "rank 2 local 0 of 4 on node2",
+        "rank 3 local 1 of 4 on node2",
+    ], output
+    assert output.count("by srun: 10 ") == 4
+
+
+def test_arguments_after_the_file_reach_the_run_and_the_repository_is_found_by_the_files_place(
+    lab: SlurmLab, job: Job, tmp_path: Path
+) -> None:
+    del job.env["RAPTR_HOME"]
+    (tmp_path / "raptr_ds" / "pretrain.py").write_text("import os, sys; print(os.getcwd(), *sys.argv[3:])")
+    (tmp_path / "slurm").unlink()
+    (tmp_path / "slurm").mkdir()
+    for file in (REPOSITORY / "slurm").iterdir():
+        (tmp_path / "slurm" / file.name).symlink_to(file)
+    script = str(tmp_path / "slurm" / SCRIPTS[0])
+    number = lab.submit("--nodes=1", script, "--set", "name=two words", "x=1", **job.env)
+    told = lab.wait_for(number)
+    assert told["JobState"] == "COMPLETED", lab.output(number)
+    assert f"{tmp_path} --set name=two words x=1" in lab.output(number)
+
+
+def test_a_stop_request_requeues_the_job_which_then_finishes(job: Job) -> None:
+    number = job.submit(STOPPING)
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.wait_for_output(number, "task 1 start 0")
+    job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert _lines(output, "task 0 leaves") + _lines(output, "task 1 leaves") == [
+        "task 0 leaves start 0 after ['SIGUSR1']",
+        "task 0 leaves start 1 after []",
+        "task 1 leaves start 0 after ['SIGUSR1']",
+        "task 1 leaves start 1 after []",
+    ], output
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
+    ports = {line.split()[-1] for line in output.splitlines() if " start " in line and " port " in line}
+    assert len(ports) == 2, "the requeued job must not meet at the port of its first start"
+
+
+def test_a_stop_request_that_meets_unready_tasks_requeues_the_job(job: Job) -> None:
+    number = job.submit(NOT_READY)
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
+    told = job.lab.wait_for(number)
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
+
+
+def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job) -> None:
+    number = job.submit(STOPPING)
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.wait_for_output(number, "task 1 start 0")
+    job.lab.command("scancel", str(number))
+    job.lab.wait_for(number)
+    job.lab.clear()
+    told = job.lab.job(number)
+    assert "task 0 leaves start 0 after ['SIGTERM']" in job.lab.output(number)
+    assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), job.lab.output(number)
+
+
+@pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])
+def test_mistakes_and_faults_fail_the_job_with_their_code(job: Job, code: int, message: str) -> None:
+    number = job.submit(LEAVING.format(code=code, others_wait=0))
+    told = job.lab.wait_for(number)
+    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert message in job.lab.output(number)
+
+
+def test_a_lost_task_ends_the_others(job: Job) -> None:
+    number = job.submit(LEAVING.format(code=1, others_wait=300), SLURM_WAIT="2")
+    told = job.lab.wait_for(number, seconds=20)
+    assert (told["JobState"], told["Restarts"]) == ("FAILED", "0"), job.lab.output(number)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RAPTR_CONFIG": "absent.json"}, "no run file RAPTR_CONFIG=absent.json"),
+        ({"RAPTR_VENV": "/absent"}, "RAPTR_VENV=/absent is no virtual environment"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "8 GPUs but 1 tasks on each node"),
+    ],
+)
+def test_mistakes_of_the_submission_are_told_before_any_task_starts(
+    job: Job, env: dict[str, str], message: str
+) -> None:
+    number = job.submit("print('a task ran')", **env)
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert (told["JobState"], told["ExitCode"]) == ("FAILED", "2:0"), output
+    assert message in output
+    assert "a task ran" not in output
