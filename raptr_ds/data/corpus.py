@@ -113,7 +113,8 @@ class DatasetSource:
         except Exception as error:  # datasets raises many kinds, its own and those of the network, at any row
             raise DataError(
                 f"cannot load the dataset {self.name}: {type(error).__name__}: {error}. Check --dataset, "
-                "--dataset-config and --dataset-split, and that the hub or a cached copy can be reached; the same command goes on."
+                "--dataset-config and --dataset-split, and that the hub or a cached copy can be reached; the same "
+                "command then goes on."
             ) from error
 
 

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import inspect
+import os
 import sys
 import sysconfig
 import warnings
@@ -48,11 +49,7 @@ class EmbeddedSource:
             roots += [
                 Path(path) for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
             ]
-        found: list[Path] = []
-        for root in roots:
-            files = (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts[:-1]))
-            found += sorted(files, key=lambda path: path.relative_to(root).parts)
-        return found
+        return [path for root in roots for path in _python_files(root)]
 
     def documents(self, counts: ReadingCounts) -> Iterator[str]:
         """Yield each distinct document once; what cannot be parsed is counted."""
@@ -81,6 +78,15 @@ class EmbeddedSource:
         with worker_pool(self.workers) as pool:
             found = pool.map(documents_of_module, self.files, chunksize=16)
             return [document for documents in found for document in documents]
+
+
+def _python_files(root: Path) -> list[Path]:
+    """Return the Python files under `root`, sorted; folders that are left out are not even entered."""
+    found: list[Path] = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in LEFT_OUT]
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
 def documents_of_module(path: Path) -> list[str]:

@@ -1,0 +1,117 @@
+"""Indexed tokens: the same bytes as megatron-core's, and every kind of damage is an error that names the file."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raptr_ds.data.indexed import HEADER, open_indexed, token_dtype, write_index
+from raptr_ds.errors import DataError
+
+VOCAB_SIZE = 800
+
+
+def write(prefix: Path, documents: list[list[int]], dtype: np.dtype) -> None:
+    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(document, dtype).tobytes() for document in documents))
+    write_index(prefix.with_suffix(".idx"), np.array([len(document) for document in documents]), dtype)
+
+
+@pytest.mark.parametrize("vocab_size", [800, 100_000])
+@pytest.mark.filterwarnings("ignore")
+def test_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int) -> None:
+    torch = pytest.importorskip("torch")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 800, rng.integers(1, 50)).tolist() for _ in range(20)]
+    write(tmp_path / "ours", documents, token_dtype(vocab_size))
+    dtype = megatron.DType.optimal_dtype(vocab_size)
+    assert np.dtype(dtype) == token_dtype(vocab_size)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
+    ours = open_indexed(tmp_path / "theirs", vocab_size)
+    for number, document in enumerate(documents):
+        assert theirs[number].tolist() == document
+        assert ours.document(number).tolist() == document
+    assert ours.tokens.tolist() == [token for document in documents for token in document]
+
+
+@pytest.fixture
+def split(data_folder: Path, tmp_path: Path) -> Path:
+    for suffix in ("bin", "idx"):
+        shutil.copy(data_folder / f"train.{suffix}", tmp_path)
+    return tmp_path / "train"
+
+
+def refused(split: Path, match: str) -> None:
+    with pytest.raises(DataError, match=match) as caught:
+        open_indexed(split, VOCAB_SIZE)
+    assert str(split) in str(caught.value)
+    assert "prepare_data.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "match"),
+    [
+        (".bin", None, r"cannot read .*train\.bin"),
+        (".idx", None, r"cannot read .*train\.idx"),
+        (".bin", b"", r"train\.bin is truncated: 0 bytes"),
+        (".idx", b"", r"train\.idx is truncated"),
+        (".idx", b"not an index, but long enough to be", "not an index of tokens"),
+    ],
+)
+def test_missing_and_empty_files(split: Path, suffix: str, content: bytes | None, match: str) -> None:
+    path = split.with_suffix(suffix)
+    path.unlink() if content is None else path.write_bytes(content)
+    refused(split, match)
+
+
+def test_no_documents_and_no_tokens(split: Path) -> None:
+    write(split, [], token_dtype(VOCAB_SIZE))
+    refused(split, "empty")
+    write(split, [[], []], token_dtype(VOCAB_SIZE))
+    refused(split, "empty")
+
+
+def test_every_truncation_is_noticed(split: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        path = split.with_suffix(suffix)
+        content = path.read_bytes()
+        for size in {0, 1, HEADER.size - 1, HEADER.size, len(content) // 2, len(content) - 1, len(content) - 2}:
+            path.write_bytes(content[:size])
+            refused(split, "truncated|damaged")
+        path.write_bytes(content + b"\0\0")
+        refused(split, "longer|damaged")
+        path.write_bytes(content)
+    open_indexed(split, VOCAB_SIZE)
+
+
+def test_every_bit_of_the_index_matters(split: Path) -> None:
+    path = split.with_suffix(".idx")
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = {*range(HEADER.size + 40), *rng.integers(0, len(content), 200).tolist()}
+    for place in sorted(places):
+        for bit in rng.permutation(8)[:3].tolist():
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            # Only the boundaries of documents, which training does not read, may change unnoticed.
+            if place < len(content) - 8 * (open_lengths(content) + 1):
+                refused(split, "damaged|truncated|not an index|holds tokens of kind|empty|longer")
+
+
+def open_lengths(content: bytes) -> int:
+    return HEADER.unpack(content[: HEADER.size])[3]
+
+
+def test_ids_outside_the_vocabulary(split: Path) -> None:
+    with pytest.raises(DataError, match=r"token id \d+, outside the tokenizer's vocabulary of 300"):
+        open_indexed(split, 300)
+    write(split, [[5, -1]], np.dtype(np.int32))
+    refused(split, "token id -1")
