@@ -1,0 +1,149 @@
+"""Where a flat run of a padded shard lies in its full tensor: the arithmetic that makes checkpoints layout-free.
+
+A run of a flattened tensor of d dims is at most 2d - 1 blocks, each contiguous in the run and a box in the tensor. So
+data moves between any two ways to cut a tensor as intersections of boxes, with no full tensor anywhere.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which elements of a full tensor a flat run holds.
+
+    The full tensor is narrowed to `start:start + size` along `dim` (whole where dim is None), zero-padded to
+    `local_shape` and flattened; the run is its elements from `offset` to `offset + numel`.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    size: int
+    local_shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous part of a run that is a box of the full tensor.
+
+    first: its place in the run. corner, shape: the box in the full tensor, padding included. real: how much of it
+    along each dim is not padding.
+    """
+
+    first: int
+    corner: tuple[int, ...]
+    shape: tuple[int, ...]
+    real: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A box that two runs have in common: from `read` elements of the source run into a part of the target run.
+
+    The `read_numel` elements from `read_first` on, viewed as `read_shape` and cut to `read_window`, go where the
+    target's `write_shape` view from `write_first` on is cut to `write_window`. Windows are (start, size) by dim.
+    """
+
+    read_first: int
+    read_shape: tuple[int, ...]
+    read_window: tuple[tuple[int, int], ...]
+    write_first: int
+    write_shape: tuple[int, ...]
+    write_window: tuple[tuple[int, int], ...]
+
+    @property
+    def read_numel(self) -> int:
+        """Elements to read."""
+        return math.prod(self.read_shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements in common."""
+        return math.prod(size for _, size in self.write_window)
+
+
+def blocks_of(run: Geometry) -> list[Block]:
+    """Return the blocks of a run, in its order, without those that are padding only."""
+    blocks, first = [], 0
+    for corner, shape in _boxes(run.local_shape, run.offset, run.offset + run.numel):
+        numel = math.prod(shape)
+        if run.dim is None:
+            blocks.append(Block(first, corner, shape, shape))
+        else:
+            left = min(shape[run.dim], run.size - corner[run.dim])
+            if left > 0:
+                real = _replaced(shape, run.dim, left)
+                blocks.append(Block(first, _replaced(corner, run.dim, corner[run.dim] + run.start), shape, real))
+        first += numel
+    return blocks
+
+
+def transfers(source: Geometry, target: Geometry) -> list[Transfer]:
+    """Return what to copy from a source run to a target run of the same full tensor."""
+    found = []
+    for ours in blocks_of(target):
+        for theirs in blocks_of(source):
+            transfer = _transfer(theirs, ours)
+            if transfer is not None:
+                found.append(transfer)
+    return found
+
+
+def num_real_elements(run: Geometry) -> int:
+    """Return how many elements of a run are not padding."""
+    return sum(math.prod(block.real) for block in blocks_of(run))
+
+
+def _transfer(source: Block, target: Block) -> Transfer | None:
+    low = tuple(max(a, b) for a, b in zip(source.corner, target.corner, strict=True))
+    high = tuple(
+        min(a + m, b + n) for a, m, b, n in zip(source.corner, source.real, target.corner, target.real, strict=True)
+    )
+    if any(a >= b for a, b in zip(low, high, strict=True)):
+        return None
+    sizes = [b - a for a, b in zip(low, high, strict=True)]
+    read_window = [(a - corner, size) for a, corner, size in zip(low, source.corner, sizes, strict=True)]
+    write_window = [(a - corner, size) for a, corner, size in zip(low, target.corner, sizes, strict=True)]
+    # Read only what the window spans along the block's slowest dim: a block's leading dims of size 1 are fixed.
+    read_first, read_shape = source.first, list(source.shape)
+    for dim, length in enumerate(source.shape):
+        if length > 1:
+            start, size = read_window[dim]
+            read_first += start * math.prod(source.shape[dim + 1 :])
+            read_shape[dim], read_window[dim] = size, (0, size)
+            break
+    return Transfer(read_first, tuple(read_shape), tuple(read_window), target.first, target.shape, tuple(write_window))
+
+
+def _boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield (corner, shape) of the boxes that make up elements begin..end of a flattened tensor, in order."""
+    if begin >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner, rest = math.prod(shape[1:]), shape[1:]
+    first, skipped = divmod(begin, inner)
+    last, tail = divmod(end, inner)
+    if first == last:
+        yield from _in_row(first, rest, skipped, tail)
+        return
+    if skipped:
+        yield from _in_row(first, rest, skipped, inner)
+        first += 1
+    if first < last:
+        yield (first,) + (0,) * len(rest), (last - first, *rest)
+    yield from _in_row(last, rest, 0, tail)
+
+
+def _in_row(row: int, rest: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for corner, shape in _boxes(rest, begin, end):
+        yield (row, *corner), (1, *shape)
+
+
+def _replaced(values: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
+    return (*values[:position], value, *values[position + 1 :])
