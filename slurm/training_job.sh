@@ -66,12 +66,23 @@ set_defaults() {
     # export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 }
 
-# Pass a stop request on. srun hands SIGUSR1 to every task; they finish their step, save and exit with 75.
-forward_stop() {
-    stop_requested=1
+# Note a stop request, and pass it on if there is a step.
+stop() {
     interrupted=1
-    say "stop requested: asking the tasks to save and leave"
-    [ -z "$srun_process" ] || kill -USR1 "$srun_process" 2>/dev/null
+    if [ -z "$stop_requested" ]; then
+        stop_requested=1
+        say "stop requested: asking the tasks to save and leave"
+        [ -z "$srun_process" ] || ask_tasks_to_stop
+    fi
+}
+
+# srun hands SIGUSR1 to every task; they finish their step, save and exit with 75. Asked again until srun is gone: an
+# srun that has not started its tasks yet drops the signal, and to a task one more says nothing new.
+ask_tasks_to_stop() {
+    while kill -USR1 "$srun_process"; do
+        sleep 5
+    done 2>/dev/null &
+    asking_process=$!
 }
 
 # Run the tasks; set step_code to srun's exit code, the largest of all tasks' codes.
@@ -84,8 +95,8 @@ run_step() {
     srun "${options[@]}" ${RAPTR_SRUN_ARGS:-} \
         python raptr_ds/pretrain.py --deepspeed_config "$RAPTR_CONFIG" ${RAPTR_ARGS:-} "$@" &
     srun_process=$!
-    if [ -n "$stop_requested" ]; then # it came before srun was there to be told
-        kill -USR1 "$srun_process"
+    if [ -n "$stop_requested" ]; then # between the check below and here
+        ask_tasks_to_stop
     fi
     while :; do
         interrupted=
@@ -94,6 +105,7 @@ run_step() {
         [ -n "$interrupted" ] || break # else `wait` returned for the signal, and srun goes on
     done
     srun_process=
+    [ -z "$asking_process" ] || kill "$asking_process" 2>/dev/null
 }
 
 job_state() {
@@ -104,13 +116,12 @@ job_state() {
 requeue() {
     local state
     state=$(job_state)
-    # Tasks of a cancelled job are asked to stop too, and leave with 75. Slurm would requeue even that: it must not be.
+    # Tasks of a cancelled job are asked to stop too, and leave with 75. Slurm would requeue even that job.
     if [ "$state" != RUNNING ]; then
         say "$1, and the job is $state: not requeued. To continue, submit it again."
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "$1: requeued"
     else
-        say "$1, but it cannot be requeued. To continue, submit it again."
+        say "$1: back to the queue" # Slurm may end this script before the next command returns
+        scontrol requeue "$SLURM_JOB_ID" || say "not requeued, see above. To continue, submit the job again."
     fi
     exit "$CONTINUE_LATER"
 }
@@ -122,8 +133,8 @@ judge() {
     elif [ "$step_code" -eq "$CONTINUE_LATER" ]; then
         requeue "stopped with a checkpoint"
     elif [ -n "$stop_requested" ] && [ "$step_code" -gt 128 ]; then
-        # The request met tasks that were still starting, or that did not finish in time: the last checkpoint stands.
-        requeue "stopped by signal $((step_code - 128)) before a checkpoint was complete"
+        # The request met tasks that were still starting: if there is no new checkpoint, the last one stands.
+        requeue "stopped by signal $((step_code - 128))"
     elif [ "$step_code" -eq "$USER_ERROR" ]; then
         say "the run file or its data is wrong, see the message above: not requeued"
     else
@@ -132,8 +143,8 @@ judge() {
     exit "$step_code"
 }
 
-stop_requested= interrupted= srun_process=
-trap forward_stop USR1
+stop_requested= interrupted= srun_process= asking_process=
+trap stop USR1
 activate_environment
 choose_tasks
 choose_rendezvous
@@ -143,5 +154,6 @@ cd "$RAPTR_HOME" || refuse "cannot enter $RAPTR_HOME"
 [ -r "$RAPTR_CONFIG" ] || refuse "no run file RAPTR_CONFIG=$RAPTR_CONFIG (relative paths count from $RAPTR_HOME)."
 say "start ${SLURM_RESTART_COUNT:-0}: $RAPTR_CONFIG on $SLURM_JOB_NODELIST," \
     "$((SLURM_JOB_NUM_NODES * tasks_per_node)) tasks, meeting at $MASTER_ADDR:$MASTER_PORT"
+[ -z "$stop_requested" ] || requeue "stopped before it started"
 run_step "$@"
 judge

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,7 @@ FINAL_STATES = frozenset({"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_F
 # A requeued job waits until its old credential has expired, and a second more. Below 5 Slurm takes its default of 120.
 CREDENTIAL_SECONDS = 5
 
+_NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 _PR_SET_PDEATHSIG = 1
 
 _SLURM_CONF = """\
@@ -89,9 +91,8 @@ def why_unavailable() -> str | None:
         return f"no {', '.join(missing)} on this machine (tools/install_system_packages.sh installs them)"
     if os.geteuid() != 0:
         return "the test cluster needs root (private namespaces and munge)"
-    probe = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts"]
     tried = subprocess.run(
-        [*probe, "bash", "-c", "mount --bind /etc/hosts /etc/hosts && hostname probe"],
+        [*_NAMESPACES, "--uts", "bash", "-c", "mount --bind /etc/hosts /etc/hosts && hostname probe"],
         capture_output=True,
         text=True,
         timeout=20,
@@ -114,14 +115,13 @@ class SlurmLab:
         """Start the daemons and wait until every node is idle. Raises: RuntimeError with the daemons' logs."""
         self._write_files()
         self._init = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "bash", "init.sh"]
-            + [str(self.folder), str(self.nodes)],
+            [*_NAMESPACES, "bash", "init.sh", str(self.folder), str(self.nodes)],
             cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (one prctl; a killed pytest must leave nothing either)
         )
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self._init.poll() is None:
@@ -146,19 +146,25 @@ class SlurmLab:
                 self._init.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def command(self, *words: str, check: bool = True, **env: str) -> str:
+    def command(self, *words: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands and return what it printed. Raises: RuntimeError if it fails and check is set."""
         result = subprocess.run(
-            words, env=self.env | env, cwd=self.folder, text=True, capture_output=True, timeout=30, check=False
+            words,
+            env=self.env | dict(env or {}),
+            cwd=self.folder,
+            text=True,
+            capture_output=True,
+            timeout=30,
+            check=False,
         )
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(words)} -> {result.returncode}\n{result.stdout}{result.stderr}")
         return result.stdout.strip()
 
-    def submit(self, *words: str, **env: str) -> int:
-        """Submit with sbatch; return the job's number. Its output goes to output(job)."""
+    def submit(self, *words: str, env: Mapping[str, str] | None = None) -> int:
+        """Submit with sbatch, with `env` set besides; return the job's number. Its output goes to output(job)."""
         output = f"--output={self.folder}/%j.out"
-        return int(self.command("sbatch", "--parsable", output, *words, **env).split(";")[0])
+        return int(self.command("sbatch", "--parsable", output, *words, env=env).split(";")[0])
 
     def output(self, job: int) -> str:
         """Return what the job has printed so far, in all its starts."""

@@ -1,6 +1,6 @@
 """The .sbatch files on a real Slurm: what starts, with which ranks, and what happens to each way of ending.
 
-The tasks are stand-ins for pretrain.py, so that each case takes seconds; test_pretrain_under_slurm.py runs the real one.
+The tasks are stand-ins for pretrain.py, so that each case takes seconds; test_pretrain.py runs the real one.
 """
 
 import os
@@ -16,16 +16,15 @@ SCRIPTS = ("bert_raptr.sbatch", "ul2_raptr.sbatch")
 
 # Says its launch and sums the ranks over gloo: every rank met every other.
 RANKS = """\
-import datetime, sys, torch, torch.distributed as dist
+import datetime, socket, sys, torch, torch.distributed as dist
 from raptr_ds.parallel.launch import detect_launch
 at = detect_launch()
 dist.init_process_group("gloo", rank=at.rank, world_size=at.world_size, timeout=datetime.timedelta(seconds=40),
                         init_method=f"tcp://{at.master_addr}:{at.master_port}")
 total = torch.tensor([at.rank + 1])
 dist.all_reduce(total)
-import socket
-print(f"rank {at.rank} local {at.local_rank} of {at.world_size} on {socket.gethostname()} by {at.launcher}: {total.item()}",
-      "arguments", *sys.argv[1:], flush=True)
+place = f"rank {at.rank} local {at.local_rank} of {at.world_size} on {socket.gethostname()}"
+print(f"{place} by {at.launcher}: {total.item()} arguments", *sys.argv[1:], flush=True)
 """
 
 # On SIGUSR1 leaves with 75, rank 1 later than rank 0; a second start finishes at once. TERM is told apart from USR1.
@@ -78,7 +77,7 @@ class Job:
     def submit(self, program: str, *words: str, script: str = SCRIPTS[0], **env: str) -> int:
         """Submit a .sbatch file that runs `program`; words before the file's name are options of sbatch."""
         (self.folder / "raptr_ds" / "pretrain.py").write_text(program)
-        return self.lab.submit(*words, str(REPOSITORY / "slurm" / script), **self.env | env)
+        return self.lab.submit(*words, str(REPOSITORY / "slurm" / script), env=self.env | env)
 
 
 @pytest.fixture
@@ -130,7 +129,7 @@ def test_arguments_after_the_file_reach_the_run_and_the_repository_is_found_by_t
     for file in (REPOSITORY / "slurm").iterdir():
         (tmp_path / "slurm" / file.name).symlink_to(file)
     script = str(tmp_path / "slurm" / SCRIPTS[0])
-    number = lab.submit("--nodes=1", script, "--set", "name=two words", "x=1", **job.env)
+    number = lab.submit("--nodes=1", script, "--set", "name=two words", "x=1", env=job.env)
     told = lab.wait_for(number)
     assert told["JobState"] == "COMPLETED", lab.output(number)
     assert f"{tmp_path} --set name=two words x=1" in lab.output(number)
@@ -162,16 +161,49 @@ def test_a_stop_request_that_meets_unready_tasks_requeues_the_job(job: Job) -> N
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
 
 
-def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job) -> None:
-    number = job.submit(STOPPING)
+def test_a_stop_request_before_the_tasks_start_requeues_the_job(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "setup.sh").write_text('[ -n "$SLURM_RESTART_COUNT" ] || kill -USR1 $$\n')
+    number = job.submit(STOPPING, RAPTR_SETUP=str(tmp_path / "setup.sh"))
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert "stopped before it started" in output
+    assert "start 0 port" not in output
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
+
+
+def test_a_stop_request_that_srun_drops_is_made_again(job: Job, tmp_path: Path) -> None:
+    # An srun that waits for something before it starts the tasks.
+    slow = tmp_path / "bin" / "srun"
+    slow.parent.mkdir()
+    slow.write_text(
+        '#!/bin/bash\ntrap : USR1\necho waiting\nsleep 1\nsleep 1\nexec /usr/bin/env PATH="${PATH#*:}" srun "$@"\n'
+    )
+    slow.chmod(0o755)
+    number = job.submit(STOPPING, PATH=f"{slow.parent}{os.pathsep}{job.env['PATH']}")
+    job.lab.wait_for_output(number, "waiting")
+    job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert "task 1 leaves start 0 after ['SIGUSR1']" in output
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
+
+
+@pytest.mark.parametrize("script_outlives_it", [False, True])
+def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(
+    job: Job, tmp_path: Path, script_outlives_it: bool
+) -> None:
+    (tmp_path / "setup.sh").write_text("trap '' TERM\n" if script_outlives_it else "")
+    number = job.submit(STOPPING, RAPTR_SETUP=str(tmp_path / "setup.sh"))
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.wait_for_output(number, "task 1 start 0")
     job.lab.command("scancel", str(number))
     job.lab.wait_for(number)
     job.lab.clear()
     told = job.lab.job(number)
-    assert "task 0 leaves start 0 after ['SIGTERM']" in job.lab.output(number)
-    assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), job.lab.output(number)
+    output = job.lab.output(number)
+    assert "task 1 leaves start 0 after ['SIGTERM']" in output
+    assert (": not requeued" in output) == script_outlives_it
+    assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), output
 
 
 @pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])
