@@ -14,19 +14,19 @@ from raptr_ds.errors import ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
 
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 _QKV, _EXPAND = "attention.qkv", "mlp.expand"
 _IGNORED_LABEL = -100  # torch's and Hugging Face's sign for a position that is not predicted
 
 
 @dataclass(frozen=True)
 class _Twin:
-    """How a Hugging Face class names our modules: one module of ours is one of theirs, or two, or three."""
+    """How a Hugging Face class names what we have: a module in a layer of ours is one of theirs, or two, or three."""
 
     requires: Mapping[str, object]
     layer_prefix: str
     layer: Mapping[str, tuple[str, ...]]
-    outside: Mapping[str, tuple[str, ...]]
+    outside: Mapping[str, str]
 
 
 _BERT = _Twin(
@@ -46,13 +46,16 @@ _BERT = _Twin(
         "mlp.contract": ("output.dense",),
     },
     outside={
-        "embedding.word": ("bert.embeddings.word_embeddings",),
-        "embedding.position": ("bert.embeddings.position_embeddings",),
-        "head.norm": ("bert.encoder.ln",),
-        "head.transform": ("cls.predictions.transform.dense",),
-        "head.transform_norm": ("cls.predictions.transform.LayerNorm",),
-        "head.output": ("cls.predictions.decoder",),
-        "head": ("cls.predictions",),
+        "embedding.word.weight": "bert.embeddings.word_embeddings.weight",
+        "embedding.position.weight": "bert.embeddings.position_embeddings.weight",
+        "head.norm.weight": "bert.encoder.ln.weight",
+        "head.norm.bias": "bert.encoder.ln.bias",
+        "head.transform.weight": "cls.predictions.transform.dense.weight",
+        "head.transform.bias": "cls.predictions.transform.dense.bias",
+        "head.transform_norm.weight": "cls.predictions.transform.LayerNorm.weight",
+        "head.transform_norm.bias": "cls.predictions.transform.LayerNorm.bias",
+        "head.output.weight": "cls.predictions.decoder.weight",
+        "head.bias": "cls.predictions.decoder.bias",
     },
 )
 _UL2 = _Twin(
@@ -66,18 +69,17 @@ _UL2 = _Twin(
         _EXPAND: ("mlp.gate_proj", "mlp.up_proj"),
         "mlp.contract": ("mlp.down_proj",),
     },
-    outside={"embedding.word": ("model.embed_tokens",), "head.norm": ("model.norm",), "head.output": ("lm_head",)},
+    outside={
+        "embedding.word.weight": "model.embed_tokens.weight",
+        "head.norm.weight": "model.norm.weight",
+        "head.output.weight": "lm_head.weight",
+    },
 )
 _TWINS = {"bert": _BERT, "ul2": _UL2}
 _CLASSES = {"bert": MegatronBertForMaskedLM, "ul2": LlamaForCausalLM}
 
-# What transformers holds twice or we do not have: (their name, the tensor of theirs that it equals).
 _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
-_TIED = {
-    "bert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-    "ul2": ("lm_head.weight", "model.embed_tokens.weight"),
-}
-_BERT_BIASES = ("cls.predictions.decoder.bias", "cls.predictions.bias")
+_BERT_BIAS_AGAIN = "cls.predictions.bias"  # a second name of the decoder's bias, or unused where nothing is tied
 
 
 def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
@@ -91,14 +93,15 @@ def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
     """
     config = hugging_face_config(model)
     state = rename_to_hugging_face(model, weights)
-    tied_name, source = _TIED[model.architecture]
+    outside = _TWINS[model.architecture].outside
+    word = state[outside["embedding.word.weight"]]
     if model.tie_word_embeddings:
-        state[tied_name] = state[source]
+        state[outside["head.output.weight"]] = word
     if model.architecture == "bert":
-        state[_BERT_BIASES[0]] = state[_BERT_BIASES[1]]
+        state[_BERT_BIAS_AGAIN] = state[outside["head.bias"]]
         state[_TOKEN_TYPES] = torch.zeros(config.type_vocab_size, model.hidden_size)
     twin: PreTrainedModel = _CLASSES[model.architecture](config)
-    twin.to(dtype=state[source].dtype)  # type: ignore[call-arg]
+    twin.to(dtype=word.dtype)  # type: ignore[call-arg]
     twin.load_state_dict(state, strict=True)
     return twin.eval()
 
@@ -160,7 +163,6 @@ def from_hugging_face(twin: PreTrainedModel) -> tuple[ModelSection, dict[str, to
     weights = rename_from_hugging_face(model, state)
     if model.architecture == "bert":
         weights["embedding.position.weight"] = weights["embedding.position.weight"] + state[_TOKEN_TYPES][0]
-        weights["head.bias"] = state[_BERT_BIASES[0]]
     if model.tie_word_embeddings:
         weights.pop("head.output.weight", None)
     return model, weights
@@ -242,16 +244,19 @@ def rename_from_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str,
 
 
 def _canonical_names(twin: _Twin, num_layers: int) -> Iterator[str]:
-    modules = [*twin.outside, *(f"layers.{layer}.{module}" for layer in range(num_layers) for module in twin.layer)]
-    return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
+    """Yield every name that a model of ours can have."""
+    yield from twin.outside
+    for layer in range(num_layers):
+        for module in twin.layer:
+            yield from (f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias"))
 
 
 def _names_in_twin(twin: _Twin, name: str) -> list[str]:
-    module, kind = name.rsplit(".", 1)
-    match = _LAYER.match(module)
+    match = _LAYER.match(name)
     if match is None:
-        return [f"{theirs}.{kind}" for theirs in twin.outside[module]]
-    return [f"{twin.layer_prefix}.{match[1]}.{theirs}.{kind}" for theirs in twin.layer[match[2]]]
+        return [twin.outside[name]]
+    layer, module, kind = match.groups()
+    return [f"{twin.layer_prefix}.{layer}.{theirs}.{kind}" for theirs in twin.layer[module]]
 
 
 def _num_row_groups(model: ModelSection, name: str) -> int:
