@@ -23,6 +23,7 @@ dist.init_process_group("gloo", rank=at.rank, world_size=at.world_size, timeout=
                         init_method=f"tcp://{at.master_addr}:{at.master_port}")
 total = torch.tensor([at.rank + 1])
 dist.all_reduce(total)
+dist.destroy_process_group()
 place = f"rank {at.rank} local {at.local_rank} of {at.world_size} on {socket.gethostname()}"
 print(f"{place} by {at.launcher}: {total.item()} arguments", *sys.argv[1:], flush=True)
 """
