@@ -100,13 +100,16 @@ class DeepSpeedState:
             optimizer.update_lp_params()
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Return fp16's loss scale and its counters."""
+        """Return a dynamic loss scale and its counters; a static one is the run file's."""
         scaler = self.engine.optimizer.loss_scaler
-        return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS if hasattr(scaler, key)}
+        if not scaler.dynamic:
+            return {}
+        return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS}
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Restore what `loss_scaler_state` gave."""
+        """Restore what `loss_scaler_state` gave, in whatever precision that was."""
         scaler = self.engine.optimizer.loss_scaler
+        if not scaler.dynamic:
+            return
         for key, value in values.items():
-            if hasattr(scaler, key):
-                setattr(scaler, key, type(getattr(scaler, key))(value))
+            setattr(scaler, key, type(getattr(scaler, key))(value))

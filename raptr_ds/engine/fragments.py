@@ -74,13 +74,19 @@ def fragments_of(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) ->
 
 
 def step_counts(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return how many steps the optimizer has made on each parameter; under `freeze` layers differ."""
-    counts = {}
+    """Return how many steps the optimizer has made on each parameter; under `freeze` layers differ.
+
+    All tensors of a group step together, but DeepSpeed's fused optimizers count on the last of them only
+    (ops/adam/fused_adam.py), so the largest count is the group's.
+    """
+    holders = list(holders)
+    of_group: dict[int, float] = {}
     for holder in holders:
-        count = optimizer.state.get(holder.flat, {}).get(STEP, holder.group.get(STEP))
+        count = optimizer.state.get(holder.flat, {}).get(STEP)
         if count is not None:
-            counts.update({name: float(count) for name in holder.names})
-    return counts
+            group = id(holder.group)
+            of_group[group] = max(float(count), of_group.get(group, 0.0))
+    return {name: of_group[id(h.group)] for h in holders if id(h.group) in of_group for name in h.names}
 
 
 def create_state(
@@ -98,8 +104,14 @@ def create_state(
         wanted = set().union(*(kinds.get(name, set()) for name in names)) - {WEIGHT}
         state: dict[str, Any] = {kind: torch.zeros_like(holder.flat).detach() for kind in sorted(wanted)}
         count = next((counts[name] for name in names if name in counts), None)
-        if STEP in holder.group:
-            holder.group[STEP] = int(count or 0)
-        elif count is not None:
-            state = {STEP: torch.tensor(count, dtype=torch.float32), **state}
+        if wanted and count is not None:  # without state an optimizer begins to count by itself
+            state = {STEP: _counter(optimizer, holder, count), **state}
         optimizer.state[holder.flat] = state
+
+
+def _counter(optimizer: torch.optim.Optimizer, holder: Holder, count: float) -> torch.Tensor | int:
+    """Return a step count as the optimizer keeps it: torch's in a tensor, DeepSpeed's in an int for their kernels."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return int(count)
+    beside_weights = holder.group.get("fused") or holder.group.get("capturable")
+    return torch.tensor(count, dtype=torch.float32, device=holder.flat.device if beside_weights else "cpu")

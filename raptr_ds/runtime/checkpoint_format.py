@@ -145,7 +145,7 @@ def check_complete(entries: Iterable[Entry]) -> None:
 def check_model(manifest: Manifest, model: ModelSection, folder: Path) -> None:
     """Refuse a checkpoint of another model. Raises: CheckpointError naming each field that differs."""
     ours, theirs = model.model_dump(mode="json"), manifest.model
-    fields = list(_SHAPE_FIELDS)
+    fields: list[str] = list(_SHAPE_FIELDS)
     if ours["position_embedding"] == theirs.get("position_embedding"):
         fields.append("seq_length" if ours["position_embedding"] == "learned" else "rotary_base")
     different = [name for name in fields if ours[name] != theirs.get(name)]

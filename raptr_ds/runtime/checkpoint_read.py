@@ -1,5 +1,6 @@
 """Reading a checkpoint: verified as a whole, by all ranks together, then each rank takes just what it needs."""
 
+import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -129,11 +130,8 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> 
 
 
 def _copy(transfer: Transfer, data: torch.Tensor, target: torch.Tensor) -> None:
-    length = 1
-    for size in transfer.write_shape:
-        length *= size
     source = data.view(transfer.read_shape)
-    into = target.narrow(0, transfer.write_first, length).view(transfer.write_shape)
+    into = target.narrow(0, transfer.write_first, math.prod(transfer.write_shape)).view(transfer.write_shape)
     for dim, ((read, size), (write, _)) in enumerate(zip(transfer.read_window, transfer.write_window, strict=True)):
         source, into = source.narrow(dim, read, size), into.narrow(dim, write, size)
     into.copy_(source)

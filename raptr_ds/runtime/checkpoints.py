@@ -21,9 +21,9 @@ import torch.distributed as dist
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
+from raptr_ds.parallel.agreement import together
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.runtime.checkpoint_folder import (
-    CHECKPOINTS,
     checkpoints_at,
     checkpoints_in,
     outdated,
@@ -42,7 +42,7 @@ from raptr_ds.runtime.checkpoint_format import (
 )
 from raptr_ds.runtime.checkpoint_read import fill_engine, read_manifest, verify_files
 from raptr_ds.runtime.checkpoint_write import RankWrite, Snapshot, Writer
-from raptr_ds.runtime.rank_agreement import on_all_ranks, on_first_rank
+from raptr_ds.runtime.first_rank import on_first_rank
 
 _WAIT_SECONDS = 0.02
 
@@ -102,7 +102,7 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
         _try_to_write(folder, lambda: tempfile.TemporaryFile(dir=folder).close())
 
     on_first_rank(groups, make)
-    on_all_ranks(groups, probe)
+    together(groups, probe)
 
 
 def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
@@ -116,14 +116,14 @@ def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
 
 
 class Checkpoints:
-    """Saves to, and restores from, RUN/checkpoints.
+    """Saves to, and restores from, the folder of a run's checkpoints.
 
-    folder: the run's folder. keep: how many checkpoints stay. tell: takes messages for people, on rank 0 only.
+    folder: RUN/checkpoints. keep: how many checkpoints stay. tell: takes messages for people, on rank 0 only.
     Raises: CheckpointError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, groups: ProcessGroups, keep: int, tell: Callable[[str], None] = print) -> None:
-        self.folder, self.groups, self.keep = folder / CHECKPOINTS, groups, keep
+        self.folder, self.groups, self.keep = folder, groups, keep
         self._tell = tell if groups.rank == 0 else lambda _message: None
         self._snapshot = Snapshot()
         self._pending: _Pending | None = None
@@ -281,8 +281,8 @@ class Checkpoints:
         manifest = on_first_rank(self.groups, lambda: read_manifest(folder))
         check_model(manifest, model, folder)
         rank, world_size = self.groups.rank, self.groups.topology.world_size
-        on_all_ranks(self.groups, lambda: verify_files(folder, manifest, rank, world_size))
-        on_all_ranks(self.groups, lambda: fill_engine(engine, folder, manifest))
+        together(self.groups, lambda: verify_files(folder, manifest, rank, world_size))
+        together(self.groups, lambda: fill_engine(engine, folder, manifest))
         engine.refresh_weights()
         return manifest
 

@@ -1,4 +1,4 @@
-"""Doing something that may fail, so that all ranks learn of a failure together and none is left in a collective."""
+"""Work that one rank does for all, so that all ranks learn of its result or of its failure together."""
 
 import traceback
 from collections.abc import Callable
@@ -12,40 +12,21 @@ from raptr_ds.parallel.groups import ProcessGroups
 T = TypeVar("T")
 
 
-def on_all_ranks(groups: ProcessGroups, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank and return all results, by rank.
-
-    Raises: on all ranks alike, what the first failing rank raised (a RaptrError as it is, anything else as a
-    RuntimeError with the rank and its traceback).
-    """
-    value, failure = _attempt(action, groups.rank)
-    outcomes: list[Any] = [None] * groups.topology.world_size
-    dist.all_gather_object(outcomes, (value, failure), group=groups.control)
-    for _, failed in outcomes:
-        _raise(failed)
-    return [value for value, _ in outcomes]
-
-
 def on_first_rank(groups: ProcessGroups, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 alone and return its result, or raise its error, on all ranks."""
-    outcome = [_attempt(action, groups.rank) if groups.rank == 0 else None]
+    """Run `action` on rank 0 alone and return its result on all ranks.
+
+    Raises: on all ranks alike, the RaptrError of rank 0, or a RuntimeError with its traceback for any other error.
+    """
+    outcome: list[Any] = [None, None]
+    if groups.rank == 0:
+        try:
+            outcome[0] = action()
+        except RaptrError as error:
+            outcome[1] = error
+        except Exception:
+            outcome[1] = RuntimeError(f"rank 0 failed:\n{traceback.format_exc()}")
     dist.broadcast_object_list(outcome, src=0, group=groups.control)
-    assert outcome[0] is not None
-    value, failure = outcome[0]
-    _raise(failure)
-    return value  # type: ignore[return-value]
-
-
-def _attempt(action: Callable[[], T], rank: int) -> tuple[T | None, tuple[type[RaptrError] | None, str] | None]:
-    try:
-        return action(), None
-    except RaptrError as error:
-        return None, (type(error), str(error))
-    except Exception:
-        return None, (None, f"rank {rank} failed:\n{traceback.format_exc()}")
-
-
-def _raise(failure: tuple[type[RaptrError] | None, str] | None) -> None:
-    if failure is not None:
-        kind, message = failure
-        raise (kind or RuntimeError)(message)
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value

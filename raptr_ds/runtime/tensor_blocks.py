@@ -7,6 +7,7 @@ data moves between any two ways to cut a tensor as intersections of boxes, with 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Transfer:
         return math.prod(size for _, size in self.write_window)
 
 
-def blocks_of(run: Geometry) -> list[Block]:
+@lru_cache(maxsize=1 << 16)  # many ranks' runs are compared with many entries, for each kind of state
+def blocks_of(run: Geometry) -> tuple[Block, ...]:
     """Return the blocks of a run, in its order, without those that are padding only."""
     blocks, first = [], 0
     for corner, shape in _boxes(run.local_shape, run.offset, run.offset + run.numel):
@@ -79,7 +81,7 @@ def blocks_of(run: Geometry) -> list[Block]:
                 real = _replaced(shape, run.dim, left)
                 blocks.append(Block(first, _replaced(corner, run.dim, corner[run.dim] + run.start), shape, real))
         first += numel
-    return blocks
+    return tuple(blocks)
 
 
 def transfers(source: Geometry, target: Geometry) -> list[Transfer]:
