@@ -23,7 +23,9 @@ FINAL_STATES = frozenset({"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_F
 CREDENTIAL_SECONDS = 5
 
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # daemons lie where few shells look
 _PR_SET_PDEATHSIG = 1
+_FIRST_PORT, _LAST_PORT = 30100, 32700  # the jobs meet below 30000 (slurm/training_job.sh)
 
 _SLURM_CONF = """\
 ClusterName=raptr
@@ -58,6 +60,7 @@ SlurmdTimeout=10
 CommunicationParameters=NoCtldInAddrAny
 KillWait=3
 JobRequeue=1
+FirstJobId={first_job}
 NodeName=node[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.[11-{last_address}] Port=[{first_port}-{last_port}] \
 CPUs=8 RealMemory=4000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
@@ -66,7 +69,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
 # The first process of the namespaces. It waits for standard input to be closed; its end is the end of all the others.
 # A daemon's first argument after the folder is its log; hosts and nsswitch.conf make the nodes' names resolve.
 _INIT = """\
-folder=$1; nodes=$2; export SLURM_CONF=$folder/slurm.conf
+folder=$1; nodes=$2;
 mount --bind "$folder/hosts" /etc/hosts
 mount --bind "$folder/nsswitch.conf" /etc/nsswitch.conf
 munged -F --socket="$folder/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
@@ -86,7 +89,7 @@ wait $daemons
 
 def why_unavailable() -> str | None:
     """Return why no cluster can run on this machine, or None if one can."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"no {', '.join(missing)} on this machine (tools/install_system_packages.sh installs them)"
     if os.geteuid() != 0:
@@ -108,6 +111,7 @@ class SlurmLab:
         self.nodes = nodes
         self.folder = Path(tempfile.mkdtemp(prefix="raptr-slurm-"))
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.env["PATH"] = _PATH
         self.env["SLURM_CONF"] = str(self.folder / "slurm.conf")
         self._init: subprocess.Popen[bytes] | None = None
 
@@ -117,6 +121,7 @@ class SlurmLab:
         self._init = subprocess.Popen(
             [*_NAMESPACES, "bash", "init.sh", str(self.folder), str(self.nodes)],
             cwd=self.folder,
+            env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -219,6 +224,7 @@ class SlurmLab:
             last_port=self._port + self.nodes,
             last_address=10 + self.nodes,
             credential_seconds=CREDENTIAL_SECONDS,
+            first_job=(self._port - _FIRST_PORT) * 10 + 1,  # jobs of two clusters must not meet at the same port
         )
         hosts = [f"127.0.0.1 localhost {socket.gethostname()}"]
         hosts += [f"127.0.0.{10 + node} node{node}" for node in range(1, self.nodes + 1)]
@@ -237,8 +243,10 @@ class SlurmLab:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports in a row, below the ports that the kernel hands out."""
-    for first in range(30100, 32700, 16):  # the jobs meet below 30000 (slurm/training_job.sh)
+    """Return the first of `count` free ports in a row; two clusters that start together look in different places."""
+    places = range(_FIRST_PORT, _LAST_PORT, 16)
+    for attempt in range(len(places)):
+        first = places[(os.getpid() + attempt) % len(places)]
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
