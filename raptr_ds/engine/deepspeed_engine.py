@@ -9,6 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
@@ -104,6 +105,17 @@ class PathAware:
             self.optimizer._get_norm_groups = self._norm_groups_zero3
         else:
             self.optimizer.scaled_global_norm = self._norm_zero12
+
+    def _do_sanity_check(self: Any) -> None:
+        """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""
+        accelerator = get_accelerator()
+        is_supported = accelerator.is_fp16_supported
+        if accelerator.device_name() == "cpu":
+            accelerator.is_fp16_supported = lambda: True
+        try:
+            super()._do_sanity_check()  # type: ignore[misc]
+        finally:
+            accelerator.is_fp16_supported = is_supported
 
     def follow(self: Any, path: Path) -> None:
         """Train the next step along `path`."""

@@ -1,11 +1,10 @@
 """A small training run on any engine and layout, and its whole outcome: what the equality tests compare."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_model
@@ -39,6 +38,7 @@ class Case:
     recompute: bool = False
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
+    fp16_scale_power: int = 8
     pipeline_layers: tuple[int, ...] | None = None
     # the run itself, which a layout must not change
     architecture: str = "bert"
@@ -50,7 +50,6 @@ class Case:
     dropout: float = 0.1
     tied: bool = True
     learning_rate: float = 1e-3
-    extra: dict[str, Any] = field(default_factory=dict)  # more of DeepSpeed's keys
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,11 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         },
         "gradient_clipping": case.max_norm,
         "zero_optimization": {"stage": case.zero},
-        **case.extra,
     }
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+        config["fp16"] = {"enabled": True, "initial_scale_power": case.fp16_scale_power, "hysteresis": 1}
     if case.accumulate_in_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine_class = PipelineEngine if case.pipeline > 1 else ZeroEngine
@@ -201,7 +199,3 @@ def weights_differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     assert a.keys() == b.keys(), set(a) ^ set(b)
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
-
-def torch_threads() -> int:
-    """Return the threads that torch uses in a worker (1: the machine has few cores)."""
-    return torch.get_num_threads()

@@ -31,6 +31,9 @@ def free_port() -> int:
 
 def _serve(inbox: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    from raptr_ds.parallel.launch import prepare_imports
+
+    prepare_imports(has_gpu=False)
     import torch
 
     torch.set_num_threads(1)
@@ -47,7 +50,10 @@ def _serve(inbox: Connection) -> None:
 
 def _run_case(module: str, name: str, rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
+    import torch.nn.functional as torch_functional
     from deepspeed.comm import comm as deepspeed_comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups as deepspeed_groups
     from megatron.core import parallel_state
 
@@ -56,9 +62,14 @@ def _run_case(module: str, name: str, rank: int, world_size: int, port: int, arg
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     launch = Launch(rank, rank, world_size, "127.0.0.1", port, "tests")
+    linear = torch_functional.linear
     try:
         return getattr(importlib.import_module(module), name)(launch, *args)
     finally:
+        # ZeRO 3 replaces it for the whole process (runtime/zero/partition_parameters.py). In a process where it is
+        # replaced gradients arrive in another order, and ZeRO 2 reduces them by order: ranks that served different
+        # cases would add up different parameters.
+        torch_functional.linear = linear
         # Leave nothing of this case's groups to the next: DeepSpeed and megatron-core keep them in module globals.
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
@@ -66,6 +77,9 @@ def _run_case(module: str, name: str, rank: int, world_size: int, port: int, arg
             dist.destroy_process_group()
         deepspeed_comm.cdb = None
         importlib.reload(deepspeed_groups)
+        # ZeRO 3 compares its running numbers of modules and parameters between ranks; workers have served other cases.
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        Init.param_id = 0
         gc.collect()
 
 

@@ -1,0 +1,85 @@
+"""Agreement: a rank with another path, another wish to stop or another error never makes the others hang or go astray."""
+
+import numpy as np
+import pytest
+
+from raptr_ds.errors import AgreementError, ConfigError
+from raptr_ds.parallel.agreement import PathAgreement, together
+from raptr_ds.parallel.groups import initialize_process_groups
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.paths import Path
+from tests.dist.workers import run_distributed
+
+
+def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):  # noqa: ANN202
+    def words_at(step: int) -> np.ndarray:
+        layers = (0, 2, 3) if rank in odd_ranks and step == odd_step else (0, 1, 3)
+        return Path(layers, 4).encode()
+
+    return words_at
+
+
+def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, stop_rank: int, steps: int):  # noqa: ANN201
+    """Return (steps agreed on, stopped, the error's text)."""
+    groups = initialize_process_groups(launch, 1, 1)
+    stop_at = 3
+    done = []
+    agreement = PathAgreement(
+        groups,
+        _paths(launch.rank, odd_ranks, odd_step),
+        lambda: launch.rank == stop_rank and len(done) >= stop_at,
+        steps,
+    )
+    for step in range(steps):
+        try:
+            agreed = agreement.at(step)
+        except AgreementError as error:
+            return len(done), False, str(error)
+        if agreed.stop:
+            return len(done), True, ""
+        assert Path.decode(agreed.words).layers == (0, 1, 3)
+        done.append(step)
+    return len(done), False, ""
+
+
+def test_equal_paths_are_agreed_on_to_the_end() -> None:
+    assert run_distributed(agree_for_steps, 3, (), -1, -1, 20) == [(20, False, "")] * 3
+
+
+@pytest.mark.parametrize(("odd_ranks", "named"), [((2,), "rank(s) 2 "), ((1, 2), "rank(s) 1, 2 "), ((0,), "rank(s) 1, 2 ")])
+def test_a_different_path_stops_all_ranks_and_is_named(odd_ranks: tuple[int, ...], named: str) -> None:
+    outcomes = run_distributed(agree_for_steps, 3, odd_ranks, 5, -1, 20)
+    assert len(set(outcomes)) == 1
+    done, stopped, message = outcomes[0]
+    assert (done, stopped) == (5, False)
+    assert "step 6:" in message
+    assert named in message
+
+
+@pytest.mark.parametrize("stop_rank", [0, 2])
+def test_one_rank_asks_and_all_stop_before_the_same_step(stop_rank: int) -> None:
+    outcomes = run_distributed(agree_for_steps, 3, (), -1, stop_rank, 50)
+    assert len(set(outcomes)) == 1
+    done, stopped, _ = outcomes[0]
+    assert stopped
+    assert 3 <= done <= 5  # the wish of step n is known when step n + 1 is agreed on
+
+
+def fail_on(launch: Launch, failing: tuple[int, ...]) -> str:
+    """Return the error that `together` raised here."""
+
+    def action() -> int:
+        if launch.rank in failing:
+            raise ConfigError(f"wrong on rank {launch.rank}")
+        return launch.rank
+
+    groups = initialize_process_groups(launch, 1, 1)
+    try:
+        return str(together(groups, action))
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_failure_anywhere_is_a_failure_everywhere() -> None:
+    assert run_distributed(fail_on, 3, (2, 1)) == ["wrong on rank 1"] * 3
+    assert run_distributed(fail_on, 3, ()) == ["0", "1", "2"]

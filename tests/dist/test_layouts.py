@@ -1,0 +1,113 @@
+"""One trajectory: in fp32 every layout gives the losses, norms and weights of plain torch in one process.
+
+Tolerances are fp32 rounding. Layouts sum in other orders, which is about 1e-7 relative a step; AdamW's first steps divide
+by the gradient's size, so an element whose gradient is rounding noise may move by a share of the rate: weights may differ
+by 2% of what the rate allows in all steps together. The errors these tests look for (a stale gradient, a wrong mean, a
+norm that counts twice) are 1e-3 and more in the loss.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from tests.dist.trajectory import Case, Outcome, run_case, weights_differ
+from tests.dist.workers import run_distributed
+
+LOSS, NORM = 1e-6, 2e-6
+
+RUNS = {
+    "bert-freeze": Case(),
+    "bert-zero_grad": Case(skipped_update="zero_grad"),
+    "ul2-freeze": Case(architecture="ul2"),
+    "ul2-zero_grad-untied": Case(architecture="ul2", skipped_update="zero_grad", tied=False),
+}
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "one process, ZeRO 3": (1, {"zero": 3}),
+    "DP2": (2, {}),
+    "DP2 ZeRO 1": (2, {"zero": 1}),
+    "DP2 ZeRO 2": (2, {"zero": 2}),
+    "DP2 ZeRO 2, all accumulated": (2, {"zero": 2, "micro_batch": 1}),
+    "DP2 ZeRO 3": (2, {"zero": 3}),
+    "DP3 ZeRO 1": (3, {"zero": 1, "micro_batch": 4}),
+    "DP3 ZeRO 3": (3, {"zero": 3, "micro_batch": 2}),
+    "DP4 ZeRO 2": (4, {"zero": 2, "micro_batch": 3}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2 ZeRO 1, recompute": (2, {"tensor": 2, "zero": 1, "recompute": True}),
+    "TP4 ZeRO 1": (4, {"tensor": 4, "zero": 1}),
+    "TP2 DP2 ZeRO 2": (4, {"tensor": 2, "zero": 2}),
+    "TP2 DP2 ZeRO 3": (4, {"tensor": 2, "zero": 3}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2 ZeRO 1, recompute": (2, {"pipeline": 2, "zero": 1, "recompute": True}),
+    "PP2 uneven": (2, {"pipeline": 2, "pipeline_layers": (1, 4)}),
+    "PP2 DP2": (4, {"pipeline": 2, "micro_batch": 1}),
+    "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),
+    "PP2 TP2 ZeRO 1": (4, {"pipeline": 2, "tensor": 2, "zero": 1}),
+    "PP4": (4, {"pipeline": 4}),
+    "PP4 ZeRO 1": (4, {"pipeline": 4, "zero": 1, "micro_batch": 3}),
+}
+
+FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 ZeRO 1, recompute", "PP2 TP2 ZeRO 1", "PP4")
+
+PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [
+    (run, layout) for run in RUNS if run != "bert-freeze" for layout in FEW
+]
+
+
+@cache
+def reference(case: Case) -> Outcome:
+    """Return the oracle's outcome: plain torch, the global batch in one piece."""
+    alone = replace(case, engine="reference", micro_batch=case.global_batch)
+    return run_distributed(run_case, 1, alone)[0]
+
+
+@pytest.mark.parametrize(("run", "layout"), PAIRS, ids=[f"{run}: {layout}" for run, layout in PAIRS])
+def test_layout_follows_the_reference(run: str, layout: str) -> None:
+    case = RUNS[run]
+    world_size, changes = LAYOUTS[layout]
+    expected = reference(case)
+    outcomes = run_distributed(run_case, world_size, replace(case, **changes))
+    for outcome in outcomes:  # every rank reports the same
+        assert outcome.losses == outcomes[0].losses
+        assert outcome.grad_norms == outcomes[0].grad_norms
+    found = outcomes[0]
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=NORM)
+    assert found.eval_loss == pytest.approx(expected.eval_loss, rel=LOSS)
+    assert weights_differ(found.weights, expected.weights) < 0.02 * case.steps * case.learning_rate
+
+
+def test_the_reference_takes_accumulation_for_what_it_is() -> None:
+    """The oracle itself: one piece or twelve, the same mean over predicted positions."""
+    case = replace(RUNS["bert-freeze"], engine="reference", micro_batch=1)
+    outcome = run_distributed(run_case, 1, case)[0]
+    assert outcome.losses == pytest.approx(reference(RUNS["bert-freeze"]).losses, rel=LOSS)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_freeze_leaves_a_skipped_layer_alone(zero: int) -> None:
+    """A layer that no path of the run takes keeps its initial weights bit for bit, in every stage."""
+    case = replace(Case(), schedule="2-5", steps=2, zero=zero)  # step 0 takes layers 0 and 4 only
+    short = replace(case, steps=2, schedule="2-5")
+    outcome = run_distributed(run_first_step, 2, short)[0]
+    moved = {name for name, (before, after) in outcome.items() if (before != after).any()}
+    assert moved
+    assert not {name for name in moved if name.startswith(("layers.1.", "layers.2.", "layers.3."))}
+    assert any(name.startswith("layers.0.") for name in moved)
+
+
+def run_first_step(launch, case):  # noqa: ANN001, ANN201
+    """Return (before, after) of every weight around the first step (rank 0)."""
+    from raptr_ds.parallel.groups import initialize_process_groups
+    from tests.dist.trajectory import batch_at, build_engine, full_weights, path_method
+
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    engine = build_engine(case, groups)
+    before = full_weights(engine, groups)
+    path = path_method(case).path_at(0)
+    assert path.layers == (0, 4)
+    engine.train_step(batch_at(case, groups, 0), path, 0, case.learning_rate)
+    after = full_weights(engine, groups)
+    return {name: (before[name], after[name]) for name in before}
