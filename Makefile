@@ -1,0 +1,60 @@
+# The two commands of the README, and what contributors run. Each sets up what it needs and reuses what is there.
+#   make quickstart   environment, embedded corpus, a small BERT by random paths, its evaluation and a plot
+#   make test         environment, system packages, make check, all tests
+#
+# PYTHON=python3.12 chooses the interpreter (3.11 or 3.12), VENV=FOLDER the environment.
+
+VENV ?= .venv
+RUN ?= bert_quickstart
+PROCESSES ?= 2
+DATA ?= data/docs
+PYTEST_ARGS ?=
+
+export PYTHON
+# A command inside the environment, as if it were activated.
+inside = PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format environment environment-dev system-packages hooks clean
+
+help:
+	@sed -n 's/^# \{0,1\}//;1,5p' Makefile
+
+quickstart: environment data
+	$(inside) deepspeed --num_accelerators $(PROCESSES) raptr_ds/pretrain.py --deepspeed_config deepspeed_configs/$(RUN).json
+	$(inside) python tools/plot_run.py runs/$(RUN)
+
+.PHONY: data
+data: environment
+	$(inside) python tools/prepare_data.py --embedded --output $(DATA)
+
+test: environment-dev system-packages check
+	$(inside) OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+# Exactly what continuous integration runs before the tests.
+check: environment-dev
+	$(inside) ruff check .
+	$(inside) ruff format --check .
+	$(inside) lint-imports
+	$(inside) pyright
+
+format: environment-dev
+	$(inside) ruff check --fix .
+	$(inside) ruff format .
+
+environment:
+	@tools/make_environment.sh $(VENV) requirements.txt
+
+environment-dev:
+	@tools/make_environment.sh $(VENV) requirements-dev.txt
+
+# Slurm, MPI: tests that need what cannot be installed here say so and are skipped.
+system-packages:
+	@tools/install_system_packages.sh || echo "system packages are missing: the tests that need them will be skipped"
+
+# Run `make check`'s fast parts before every commit.
+hooks: environment-dev
+	$(inside) pre-commit install
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build
