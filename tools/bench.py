@@ -1,6 +1,6 @@
 """Measure a training step: python tools/bench.py [--config RUN_FILE] [--set KEY=VALUE ...] [--repetitions N].
 
-One process, CPU or GPU. Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what the executed
+One process, CPU or GPU. Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what executed
 FLOPs promise; the same model in Hugging Face transformers, same weights, batch and optimizer; the time that path
 agreement costs; memory. Everything takes turns, so that a busy machine disturbs all rows alike.
 """

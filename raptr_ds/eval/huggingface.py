@@ -1,4 +1,4 @@
-"""Hugging Face's twins of our models: MegatronBertForMaskedLM for BERT, LlamaForCausalLM for UL2, on the same weights."""
+"""Our models in transformers: BERT is MegatronBertForMaskedLM, UL2 is LlamaForCausalLM, on the same weights."""
 
 import re
 from collections.abc import Iterator, Mapping

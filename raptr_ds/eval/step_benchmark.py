@@ -91,7 +91,7 @@ class OurStep:
 
 
 class TwinStep:
-    """A training step of the transformers model, written as its users write one; bf16 is autocast, as in its Trainer."""
+    """A training step of the transformers model, as its users write one; bf16 is autocast, as in its Trainer."""
 
     def __init__(self, config: RunConfig, weights: dict[str, torch.Tensor], device: torch.device) -> None:
         self._config, self._device = config, device

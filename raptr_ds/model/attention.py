@@ -1,16 +1,14 @@
 """Multi-head self-attention on torch's scaled_dot_product_attention, heads split over the tensor ranks."""
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.rotary import rotate
-from raptr_ds.parallel.dropout import DropoutStreams, attention_dropout
+from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, RowLinear
+from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
 
 
 class Attention(nn.Module):
@@ -34,7 +32,7 @@ class Attention(nn.Module):
         rotary: torch.Tensor | None,
         streams: DropoutStreams | None,
     ) -> torch.Tensor:
-        """Attend; shapes: x (b, T, H); mask bool, broadcastable to (b, heads, T, T), True where seen, None for all."""
+        """Attend; shapes: x (b, T, H); mask, added to the scores, broadcastable to (b, heads, T, T), None for none."""
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, self.num_local_heads, 3, self.head_dim)
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
@@ -43,10 +41,32 @@ class Attention(nn.Module):
         if streams is None or self.dropout_rate == 0.0:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
-            # The fused kernels draw their own dropout, which a layout would change: spell it out.
-            scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(self.head_dim)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            weights = attention_dropout(scores.softmax(-1), self.dropout_rate, streams, self.layer, self.first_head)
-            mixed = weights.to(value.dtype) @ value
+            mixed = self._attend_with_dropout(query, key, value, mask, streams)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def _attend_with_dropout(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        streams: DropoutStreams,
+    ) -> torch.Tensor:
+        """Return what scaled_dot_product_attention would, spelled out: its kernels draw dropout that a layout changes.
+
+        Scores are the largest tensors of the model: what needs no copy of them for the backward pass is done in place,
+        and the kept weights' factor 1 / (1 - rate) is left to the smaller result.
+        """
+        scores = at_least_fp32(query @ key.transpose(-1, -2)).mul_(self.head_dim**-0.5)
+        if mask is not None:
+            scores = scores.add_(mask)
+        keep = attention_keep_mask(
+            self.dropout_rate,
+            streams,
+            self.layer,
+            query.shape[2],
+            first_head=self.first_head,
+            num_heads=self.num_local_heads,
+        )
+        weights = torch.where(keep, scores.softmax(-1), 0.0)
+        return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - self.dropout_rate))

@@ -38,4 +38,4 @@ class Head(nn.Module):
             x = self.transform_norm(functional.gelu(self.transform(x)))
         weight = tied_weight if self.output is None else self.output.weight
         assert weight is not None
-        return vocab_cross_entropy(x, weight, self.bias, targets, self.vocab_size, self.groups)
+        return vocab_cross_entropy(x, weight, self.bias, targets, vocab_size=self.vocab_size, groups=self.groups)

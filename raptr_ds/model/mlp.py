@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, RowLinear
+from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
 
 
 class MLP(nn.Module):
@@ -17,15 +17,16 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
-        self.gated = model.activation == "swiglu"
-        inner = model.ffn_hidden_size * (2 if self.gated else 1)
-        self.expand = ColumnLinear(model.hidden_size, inner, model.add_bias_linear, groups)
-        self.contract = RowLinear(model.ffn_hidden_size, model.hidden_size, model.add_bias_linear, groups)
+        hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
+        if model.activation == "swiglu":
+            self.expand = GatedColumnLinear(hidden, 2 * inner, bias, groups)
+        else:
+            self.expand = ColumnLinear(hidden, inner, bias, groups)
+        self.contract = RowLinear(inner, hidden, bias, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (b, T, H) to (b, T, H)."""
-        inner = self.expand(x)
-        if self.gated:
-            gate, value = inner.unflatten(-1, (-1, 2)).unbind(-1)
+        if isinstance(self.expand, GatedColumnLinear):
+            gate, value = self.expand(x)
             return self.contract(functional.silu(gate) * value)
-        return self.contract(functional.gelu(inner))
+        return self.contract(functional.gelu(self.expand(x)))

@@ -1,4 +1,4 @@
-"""The part of the model that one rank holds: the embedding, some layers, the head; everything where there is one stage."""
+"""The part of the model that one rank holds: embedding, layers, head; all of them where there is one stage."""
 
 import torch
 from torch import nn
@@ -24,9 +24,7 @@ class Stage(nn.Module):
     the last of several stages holds a copy of it (`embedding.word.weight`, marked `tied_copy`).
     """
 
-    def __init__(
-        self, model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool = False
-    ) -> None:
+    def __init__(self, model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool = False) -> None:
         super().__init__()
         self.model = model
         self.architecture = _ARCHITECTURES[model.architecture]
@@ -42,9 +40,7 @@ class Stage(nn.Module):
             # DeepSpeed's name for the same thing (runtime/zero/stage_1_and_2.py, get_grad_norm_direct).
             self.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
-    def forward(
-        self, x: torch.Tensor, batch: MicroBatch, path: Path, streams: DropoutStreams | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: MicroBatch, path: Path, streams: DropoutStreams | None) -> torch.Tensor:
         """Run this stage on a micro batch.
 
         Shapes: x is (b, T) token ids on the first stage and the (b, T, H) stream elsewhere; returns the stream, or on
@@ -53,7 +49,7 @@ class Stage(nn.Module):
         if self.is_first:
             assert self.embedding is not None
             x = self.embedding(x, streams)
-        mask = self.architecture.attention_mask(batch)
+        mask = _to_be_added(self.architecture.attention_mask(batch), x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
             head_dim = self.model.hidden_size // self.model.num_attention_heads
@@ -65,9 +61,14 @@ class Stage(nn.Module):
         return self.head(x, batch.positions, batch.targets, tied)
 
 
-def build_stage(
-    model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int
-) -> Stage:
+def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return 0 where a key is seen and minus infinity where not: made once, where each layer would convert it."""
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def build_stage(model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int) -> Stage:
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name)."""
     stage = Stage(model, groups, layers, recompute)
     initialize(stage, model, seed)

@@ -16,14 +16,24 @@ _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 
+# Masks are hashed in pieces: of what fits a core's second-level cache, and elsewhere of what bounds the scratch memory.
+_CPU_PIECE_ELEMENTS = 1 << 17
+_PIECE_ELEMENTS = 1 << 25
+
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble int32 values, each to one that looks independent of its neighbours'; products wrap."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _MIX_1
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _MIX_2
-    return x ^ ((x >> 16) & 0xFFFF)
+    return _mix_in_place(x.clone(), torch.empty_like(x))
+
+
+def _mix_in_place(x: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
+    """Scramble x; `shifted` is room for as many values. The masks make torch's signed shift an unsigned one."""
+    for bits, multiplier in ((16, _MIX_1), (15, _MIX_2), (16, None)):
+        torch.bitwise_right_shift(x, bits, out=shifted)
+        x ^= shifted.bitwise_and_((1 << (32 - bits)) - 1)
+        if multiplier is not None:
+            x *= multiplier
+    return x
 
 
 def _to_int32(value: int) -> int:
@@ -42,12 +52,11 @@ class DropoutStreams:
     step: int
     sample_ids: torch.Tensor
 
-    def keep_mask(
-        self, rate: float, layer: int, site: str, num_positions: int, features: torch.Tensor
-    ) -> torch.Tensor:
-        """Return which elements to keep, bool (b, T, F).
+    def keep_mask(self, rate: float, layer: int, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
+        """Return which elements to keep, bool (b, G, T, F / G) for features (G, F / G) and (b, T, F) for (F,).
 
-        Shapes: features (F,) int64, global indices of this rank's features. Units: rate, the share dropped.
+        Shapes: features (F,) or (G, F / G) int64, global indices of this rank's features. Units: rate, the share
+        dropped.
         """
         key = stream_key(self.seed, "dropout", self.step, layer, site)
         device = features.device
@@ -56,8 +65,36 @@ class DropoutStreams:
         rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ _to_int32(key >> 32))
         columns = _mix(features.to(torch.int32) * _GOLDEN + 1)
         threshold = round((1.0 - rate) * (1 << 31))
-        bits = _mix(rows[:, :, None] ^ columns[None, None, :]) & 0x7FFFFFFF
-        return bits < threshold if threshold < 1 << 31 else torch.ones_like(bits, dtype=torch.bool)
+        if features.ndim == 1:
+            return _keep(rows[:, :, None], columns[None, None, :], threshold)
+        pairs = (len(rows), len(features))
+        rows = rows[:, None].expand(*pairs, -1).flatten(0, 1)
+        columns = columns[None].expand(*pairs, -1).flatten(0, 1)
+        return _keep(rows[:, :, None], columns[:, None, :], threshold).unflatten(0, pairs)
+
+
+def _keep(rows: torch.Tensor, columns: torch.Tensor, threshold: int) -> torch.Tensor:
+    """Return whether the hash of each row and column is below threshold / 2^31, bool (n, R, C).
+
+    Shapes: rows (n, R, 1), columns (n or 1, 1, C), int32. Worked off in pieces that stay in a core's cache.
+    """
+    count, height, width = rows.shape[0], rows.shape[1], columns.shape[2]
+    keep = torch.empty(count, height, width, dtype=torch.bool, device=rows.device)
+    if threshold >= 1 << 31:
+        return keep.fill_(True)
+    piece = _CPU_PIECE_ELEMENTS * torch.get_num_threads() if rows.device.type == "cpu" else _PIECE_ELEMENTS
+    high = min(height, max(1, piece // width))
+    deep = min(count, max(1, piece // (high * width)))
+    buffers = torch.empty(2, deep, high, width, dtype=torch.int32, device=rows.device)
+    for first in range(0, count, deep):
+        here = slice(first, min(first + deep, count))
+        for top in range(0, height, high):
+            lines = slice(top, min(top + high, height))
+            bits, shifted = buffers[:, : here.stop - first, : lines.stop - top]
+            torch.bitwise_xor(rows[here, lines], columns[here] if len(columns) > 1 else columns, out=bits)
+            _mix_in_place(bits, shifted).bitwise_and_(0x7FFFFFFF)
+            torch.lt(bits, threshold, out=keep[here, lines])
+    return keep
 
 
 def dropout(
@@ -66,6 +103,7 @@ def dropout(
     streams: DropoutStreams | None,
     layer: int,
     site: str,
+    *,
     features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without streams (evaluation).
@@ -77,21 +115,17 @@ def dropout(
     if features is None:
         features = torch.arange(x.shape[-1], device=x.device)
     keep = streams.keep_mask(rate, layer, site, x.shape[1], features)
-    return x * keep * (1.0 / (1.0 - rate))
+    return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 
-def attention_dropout(
-    probabilities: torch.Tensor, rate: float, streams: DropoutStreams | None, layer: int, first_head: int
+def attention_keep_mask(
+    rate: float, streams: DropoutStreams, layer: int, num_positions: int, *, first_head: int, num_heads: int
 ) -> torch.Tensor:
-    """Drop attention probabilities, each head by its global index.
+    """Return which attention probabilities to keep, bool (b, num_heads, T, T), each head by its global index.
 
-    Shapes: probabilities (b, heads, T, T), this rank's heads, the first of which is head `first_head` of the model.
+    The heads are this rank's, the first of which is head `first_head` of the model. The kept ones are to be multiplied
+    by 1 / (1 - rate).
     """
-    if streams is None or rate == 0.0:
-        return probabilities
-    batch, heads, queries, keys = probabilities.shape
-    head_ids = torch.arange(first_head, first_head + heads, device=probabilities.device)
-    features = (head_ids[:, None] * keys + torch.arange(keys, device=probabilities.device)).flatten()
-    keep = streams.keep_mask(rate, layer, "attention", queries, features)
-    keep = keep.view(batch, queries, heads, keys).transpose(1, 2)
-    return probabilities * keep * (1.0 / (1.0 - rate))
+    heads = torch.arange(first_head, first_head + num_heads, device=streams.sample_ids.device)
+    keys = torch.arange(num_positions, device=heads.device)
+    return streams.keep_mask(rate, layer, "attention", num_positions, heads[:, None] * num_positions + keys)

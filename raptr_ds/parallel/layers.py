@@ -1,6 +1,7 @@
 """Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from raptr_ds.parallel.groups import ProcessGroups
@@ -105,13 +107,56 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=False,
             tp_group=groups.tensor,
         )
+        self.is_split = groups.topology.tensor > 1
         _mark(self.weight, 0, out_features, groups)
         if bias:
             _mark(self.bias, 0, out_features, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
+        if not self.is_split:  # the same without megatron's custom backward and its separate pass for the bias
+            return functional.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
+
+
+class GatedColumnLinear(ColumnLinear):
+    """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
+
+    In that order a feature's two rows are on one rank whatever the tensor size. They are read as two matrices with a
+    row stride: taking the outputs apart instead is a strided pass over each of them, which on a CPU costs more than
+    the rest of the activation.
+    """
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+        """Map (..., in) to gate and value, each (..., out / 2 / tensor)."""
+        if self.is_split:
+            x = copy_to_tensor_model_parallel_region(x, self.tp_group)
+        gate, value = _EvenAndOddRows.apply(x, self.weight)
+        if self.bias is not None:
+            gate, value = gate + self.bias[0::2], value + self.bias[1::2]
+        return gate, value
+
+
+class _EvenAndOddRows(torch.autograd.Function):
+    """Two linears by the even and the odd rows of one weight.
+
+    Written by hand so that the backward pass keeps the weight itself: slices of it would hold the gathered copy alive
+    that ZeRO 3 wants to release, and their gradients would be padded with zeros and added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight[0::2]), functional.linear(x, weight[1::2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        even, odd = (gradient.flatten(0, -2) for gradient in gradients)
+        rows = x.flatten(0, -2)
+        x_gradient = (even @ weight[0::2]).addmm_(odd, weight[1::2]).view_as(x)
+        return x_gradient, torch.stack([even.t() @ rows, odd.t() @ rows], dim=1).flatten(0, 1)
 
 
 class RowLinear(RowParallelLinear):
@@ -128,11 +173,19 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tensor,
         )
+        self.is_split = groups.topology.tensor > 1
         _mark(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the summed outputs, the same on every tensor rank."""
+        if not self.is_split:
+            return functional.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Return x in fp32, or as it is where it is fp64 (tests compare formulas there)."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
@@ -168,17 +221,20 @@ def vocab_cross_entropy(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    *,
     vocab_size: int,
     groups: ProcessGroups,
 ) -> torch.Tensor:
-    """Return each position's cross-entropy in fp32 over the whole vocabulary.
+    """Return each position's cross-entropy over the whole vocabulary, in fp32 (fp64 for an fp64 model).
 
     Shapes: hidden (N, H); weight (V / tensor, H), this rank's rows; bias (V / tensor,); targets (N,) global token
     ids; returns (N,). Rows of padding take no part.
     """
     if groups.topology.tensor == 1:
-        return functional.cross_entropy(functional.linear(hidden, weight, bias).float(), targets, reduction="none")
-    logits = functional.linear(copy_to_tensor_model_parallel_region(hidden, groups.tensor), weight, bias).float()
+        logits = at_least_fp32(functional.linear(hidden, weight, bias))
+        return functional.cross_entropy(logits, targets, reduction="none")
+    hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)
+    logits = at_least_fp32(functional.linear(hidden, weight, bias))
     rows = weight.shape[0]
     real_rows = max(0, min(rows, vocab_size - groups.tensor_rank * rows))
     if real_rows < rows:

@@ -1,4 +1,4 @@
-"""Our models against transformers' MegatronBert and Llama on the same weights: the same function, the same gradients."""
+"""Our models against transformers on the same weights: the same function, the same gradients, for every path."""
 
 from dataclasses import replace
 from typing import Any
@@ -51,7 +51,7 @@ def stage_of(model: ModelSection, groups: ProcessGroups) -> Stage:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in stage.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return stage
 
 

@@ -1,0 +1,94 @@
+"""Launch detection: what each launcher sets decides the rank, and a half-set launch is refused."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.parallel.launch import Launch, detect_launch
+
+_READ_OR_SET = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+    *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
+    *("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
+)
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what started pytest; monkeypatch puts back what detect_launch itself sets, too."""
+    for name in _READ_OR_SET:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Launch:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return detect_launch()
+
+
+def test_a_lone_process_is_a_run_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = launch(monkeypatch)
+    assert (found.rank, found.local_rank, found.world_size, found.launcher) == (0, 0, 1, "none")
+    assert found.master_addr == "127.0.0.1"
+    assert found.master_port > 0
+
+
+def test_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = launch(monkeypatch, RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="node1", MASTER_PORT="29501")
+    assert found == Launch(5, 1, 8, "node1", 29501, "deepspeed")
+
+
+def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = launch(
+        monkeypatch, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="1", TORCHELASTIC_RUN_ID="x"
+    )
+    assert found.launcher == "torchrun"
+
+
+def test_ranks_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        launch(monkeypatch, RANK="0", WORLD_SIZE="2")
+    assert launch(monkeypatch, RANK="0", WORLD_SIZE="1").master_addr == "127.0.0.1"
+
+
+def test_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[7-8]" ] && printf "node7\\nnode8\\n"\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[7-8]"}
+    found = launch(monkeypatch, **slurm, SLURM_JOB_ID="20123", SLURM_RESTART_COUNT="2")
+    assert (found.rank, found.local_rank, found.world_size, found.launcher) == (3, 1, 4, "srun")
+    assert (found.master_addr, found.restart_count) == ("node7", 2)
+    assert found.master_port == 29500 + 1 + 123  # another for each job, the same for all its tasks
+
+
+def test_srun_with_an_address_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "4000"}
+    assert launch(monkeypatch, **slurm) == Launch(0, 0, 2, "node1", 4000, "srun")
+
+
+def test_srun_without_scontrol_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="Set MASTER_ADDR"):
+        launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="node1")
+
+
+def test_a_single_task_in_an_allocation_is_a_run_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="1").launcher == "none"
+
+
+def test_ranks_of_deepspeed_win_inside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    found = launch(monkeypatch, **slurm, RANK="1", WORLD_SIZE="2", MASTER_ADDR="node1")
+    assert (found.launcher, found.rank) == ("deepspeed", 1)
+
+
+def test_deepspeed_finds_the_variables_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(monkeypatch, SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_NTASKS="2", MASTER_ADDR="n", MASTER_PORT="5")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["1", "0", "2", "n", "5"]

@@ -1,0 +1,53 @@
+"""Ranks on the mesh: DeepSpeed's and Megatron's order, and layers over pipeline stages."""
+
+import itertools
+
+import pytest
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.parallel.topology import Topology, stage_layers
+
+
+def test_eight_ranks_by_hand() -> None:
+    topology = Topology.of(8, tensor=2, pipeline=2)
+    assert topology == Topology(tensor=2, pipeline=2, data=2)
+    assert topology.world_size == 8
+    assert [topology.coordinates(rank) for rank in range(8)] == [
+        (pipeline, data, tensor) for pipeline in (0, 1) for data in (0, 1) for tensor in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(1, 1, 1), (4, 1, 2), (2, 3, 2), (1, 4, 3)])
+def test_coordinates_are_those_of_deepspeed(tensor: int, pipeline: int, data: int) -> None:
+    deepspeed_topology = pytest.importorskip("deepspeed.runtime.pipe.topology")
+    theirs = deepspeed_topology.PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    topology = Topology.of(tensor * pipeline * data, tensor, pipeline)
+    for rank in range(topology.world_size):
+        coordinate = theirs.get_coord(rank)
+        assert topology.coordinates(rank) == (coordinate.pipe, coordinate.data, coordinate.model)
+
+
+def test_every_place_has_one_rank() -> None:
+    topology = Topology.of(24, 2, 3)
+    places = {topology.coordinates(rank) for rank in range(24)}
+    assert places == set(itertools.product(range(3), range(4), range(2)))
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(3, 2, 1), (6, 2, 2), (1, 1, 2)])
+def test_sizes_that_do_not_divide_are_refused(world: int, tensor: int, pipeline: int) -> None:
+    with pytest.raises(ConfigError, match=f"{world} processes .*multiple of {tensor * pipeline}"):
+        Topology.of(world, tensor, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "counts"),
+    [(8, 1, [8]), (8, 2, [4, 4]), (5, 2, [3, 2]), (7, 3, [2, 3, 2]), (10, 4, [2, 3, 3, 2]), (3, 3, [1, 1, 1])],
+)
+def test_layers_are_spread_evenly_the_middle_first(num_layers: int, num_stages: int, counts: list[int]) -> None:
+    stages = stage_layers(num_layers, num_stages)
+    assert [len(stage) for stage in stages] == counts
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
+def test_given_counts_are_kept() -> None:
+    assert stage_layers(6, 2, [1, 5]) == [range(1), range(1, 6)]
