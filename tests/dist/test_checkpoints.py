@@ -19,6 +19,7 @@ from tests.dist.trajectory import Case, batch_at, build_engine, full_weights, mo
 from tests.dist.workers import run_distributed
 
 LAST = 9  # three phases of three steps
+RESUMED_STEPS = 3
 LAYOUTS = {
     "reference": (1, Case(engine="reference", micro_batch=12)),
     "dp2-zero0": (2, Case(zero=0)),
@@ -61,19 +62,19 @@ class Resumed:
 
 
 def resume(launch: Launch, case: Case, folder: str, save_at: int) -> Resumed:
-    """Train to the end, saving once on the way; restore that in another engine and train to the end again."""
+    """Train over a phase boundary, saving before it; restore that in another engine and train the rest again."""
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
     checkpoints = Checkpoints(Path(folder), groups, keep=1)
-    engine = build_engine(case, groups)
+    engine, last = build_engine(case, groups), save_at + RESUMED_STEPS
     train(engine, case, groups, 0, save_at)
     checkpoints.save(engine, save_at, model_of(case), {"tokens": 5})
-    expected_losses = train(engine, case, groups, save_at, LAST)  # while it is being written
+    expected_losses = train(engine, case, groups, save_at, last)  # while it is being written
     assert [report.error for report in checkpoints.wait()] == [None]
     again = build_engine(case, groups)
     restored = checkpoints.restore(again, "auto", model_of(case))
     assert restored is not None
     assert restored.run_state == {"tokens": 5}
-    losses = train(again, case, groups, restored.step, LAST)
+    losses = train(again, case, groups, restored.step, last)
     expected, found = state_of(engine), state_of(again)
     different = [str(key) for key in expected if not torch.equal(expected[key], found.get(key, torch.empty(0)))]
     if engine.step_counts() != again.step_counts():
@@ -106,7 +107,7 @@ def test_resume_is_bitwise(layout: str, precision: str, save_at: int, tmp_path: 
     case = dataclasses.replace(case, precision=precision)
     for result in run_distributed(resume, world_size, case, str(tmp_path), save_at):
         assert result.restored_step == save_at
-        assert len(result.losses) == LAST - save_at
+        assert len(result.losses) == RESUMED_STEPS
         assert result.losses == result.expected_losses
         assert result.num_tensors > 0
         assert result.different == []
