@@ -49,9 +49,7 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
     from raptr_ds.runtime.session import open_session
 
     with open_session(config, launch, signals) as session:
-        code = train(session)
-        session.finish(code)
-        return code
+        return session.finish(train(session))
 
 
 def train(session: Session) -> Exit:

@@ -34,10 +34,12 @@ def detect_launch() -> Launch:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
         found = Launch(rank, local, world, _address(), _port(), launcher)
-    elif "OMPI_COMM_WORLD_RANK" in env or "PMI_SIZE" in env:
+    elif "OMPI_COMM_WORLD_RANK" in env:
         found = _mpirun_launch()
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        found = _slurm_launch()
+        found = _slurm_launch()  # before PMI_SIZE: srun sets that too where a site's default is PMI
+    elif "PMI_SIZE" in env:
+        found = _mpirun_launch()
     else:
         found = Launch(0, 0, 1, "127.0.0.1", _free_port(), "none")
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
@@ -55,6 +57,7 @@ def prepare_imports(has_gpu: bool) -> None:
     """Settle what DeepSpeed and megatron-core would find out and print, on every rank, when they are imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
 
 
 def _slurm_launch() -> Launch:
@@ -98,7 +101,10 @@ def _mpirun_launch() -> Launch:
     address = os.environ.get("MASTER_ADDR") or (socket.gethostbyname(socket.gethostname()) if world.rank == 0 else None)
     port = os.environ.get("MASTER_PORT") or (_free_port() if world.rank == 0 else None)
     address, port = world.bcast((address, port), root=0)
-    return Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
+    found = Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
+    # MPI has served: the rest goes through torch.distributed. A process that ends without this is a failure to mpirun.
+    MPI.Finalize()
+    return found
 
 
 def _address() -> str:

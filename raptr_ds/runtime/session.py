@@ -1,6 +1,6 @@
 """A run set up: everything the loop works with, built in one place and closed in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -19,7 +19,7 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path, PathMethod, build_path_method
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
-from raptr_ds.runtime.checkpoints import Checkpoints
+from raptr_ds.runtime.checkpoints import Checkpoints, SaveReport
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
@@ -72,7 +72,7 @@ class Session:
                 full_flops=state.full_flops,
             )
         )
-        self.checkpoints.poll()
+        self._tell_saved(self.checkpoints.poll())
         self.signals.progressed()
 
     def record_evaluation(self, state: RunState, loss: float, path_length: int) -> None:
@@ -89,12 +89,27 @@ class Session:
         self.metrics.sync()
         self.checkpoints.save(self.engine, state.step, self.config.model, state.to_dict())
 
-    def finish(self, code: Exit) -> None:
-        """Wait for what is still being written, and say how the run ended."""
+    def finish(self, code: Exit) -> Exit:
+        """Wait for what is still being written and return how the run ended: a stop without a checkpoint is a fault."""
         self.long_work_ahead()
-        self.checkpoints.wait()
-        if code is Exit.CONTINUE_LATER:
-            self.metrics.say(f"stopped ({self.signals.reason or 'asked by another rank'}); start again to continue")
+        last = self._tell_saved(self.checkpoints.wait())
+        if code is not Exit.CONTINUE_LATER:
+            return code
+        reason = self.signals.reason or "asked by another rank"
+        if last is not None and last.error is not None:
+            self.metrics.say(f"stopped ({reason}) without a checkpoint of the last steps: {last.error}")
+            return Exit.FAULT
+        self.metrics.say(f"stopped ({reason}); start again to continue")
+        return code
+
+    def _tell_saved(self, reports: Sequence[SaveReport]) -> SaveReport | None:
+        for report in reports:
+            if report.error is None:
+                self.metrics.say(
+                    f"checkpoint of step {report.step}: {report.num_bytes / 1e6:.1f} MB, training stood still for "
+                    f"{report.stop_seconds:.3f} s, written in {report.write_seconds:.3f} s"
+                )
+        return reports[-1] if reports else None
 
 
 @contextmanager
@@ -126,13 +141,14 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         stack.enter_context(batches)
         method = together(groups, lambda: _path_method(config))
-        together(groups, lambda: prepare_run_folder(folder, groups.rank, config.checkpoint.load))
+        together(groups, lambda: prepare_run_folder(folder, groups.rank))
         progress = build_progress(config.log.progress) if groups.rank == 0 else None
         if progress is not None:
             for line in _introduction(config, groups):
                 progress.say(line)
         engine = build_engine(config, groups)
-        checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep)
+        tell = progress.say if progress is not None else print
+        checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(engine, config.checkpoint.load, config.model)
         state = RunState() if restored is None else RunState.from_dict(restored.run_state)
@@ -165,9 +181,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             groups, lambda step: method.path_at(step).encode(), lambda: signals.requested, config.train.steps
         )
         signals.progressed()
-        yield Session(
-            config, groups, method, cost, engine, batches, agreement, checkpoints, metrics, signals, state
-        )
+        yield Session(config, groups, method, cost, engine, batches, agreement, checkpoints, metrics, signals, state)
 
 
 def _leave_groups() -> None:

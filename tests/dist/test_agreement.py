@@ -11,7 +11,7 @@ from raptr_ds.paths import Path
 from tests.dist.workers import run_distributed
 
 
-def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):  # noqa: ANN202
+def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):
     def words_at(step: int) -> np.ndarray:
         layers = (0, 2, 3) if rank in odd_ranks and step == odd_step else (0, 1, 3)
         return Path(layers, 4).encode()
@@ -19,7 +19,7 @@ def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):  # noqa: ANN20
     return words_at
 
 
-def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, stop_rank: int, steps: int):  # noqa: ANN201
+def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, stop_rank: int, steps: int):
     """Return (steps agreed on, stopped, the error's text)."""
     groups = initialize_process_groups(launch, 1, 1)
     stop_at = 3
@@ -46,7 +46,9 @@ def test_equal_paths_are_agreed_on_to_the_end() -> None:
     assert run_distributed(agree_for_steps, 3, (), -1, -1, 20) == [(20, False, "")] * 3
 
 
-@pytest.mark.parametrize(("odd_ranks", "named"), [((2,), "rank(s) 2 "), ((1, 2), "rank(s) 1, 2 "), ((0,), "rank(s) 1, 2 ")])
+@pytest.mark.parametrize(
+    ("odd_ranks", "named"), [((2,), "rank(s) 2 "), ((1, 2), "rank(s) 1, 2 "), ((0,), "rank(s) 1, 2 ")]
+)
 def test_a_different_path_stops_all_ranks_and_is_named(odd_ranks: tuple[int, ...], named: str) -> None:
     outcomes = run_distributed(agree_for_steps, 3, odd_ranks, 5, -1, 20)
     assert len(set(outcomes)) == 1

@@ -98,7 +98,7 @@ def test_freeze_leaves_a_skipped_layer_alone(zero: int) -> None:
     assert any(name.startswith("layers.0.") for name in moved)
 
 
-def run_first_step(launch, case):  # noqa: ANN001, ANN201
+def run_first_step(launch, case):
     """Return (before, after) of every weight around the first step (rank 0)."""
     from raptr_ds.parallel.groups import initialize_process_groups
     from tests.dist.trajectory import batch_at, build_engine, full_weights, path_method

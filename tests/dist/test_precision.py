@@ -41,7 +41,9 @@ def test_half_precision_stays_in_its_band(precision: str, layout: str) -> None:
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=20 * BAND[precision])
 
 
-@pytest.mark.parametrize("changes", [{}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"pipeline": 2}, {"pipeline": 2, "zero": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"pipeline": 2}, {"pipeline": 2, "zero": 1}]
+)
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(changes: dict[str, int]) -> None:
     """A loss scale of 2^40 overflows fp16 gradients: steps are skipped on all ranks alike until it fits."""
     case = replace(Case(), precision="fp16", fp16_scale_power=40, steps=30, schedule="5", **changes)

@@ -148,7 +148,9 @@ def sample(case: Case, number: int) -> Sample:
     count = int(rng.integers(1, 6))
     positions = np.sort(rng.choice(length, count, replace=False)).astype(np.int64)
     prefix = int(rng.integers(1, length)) if case.architecture == "ul2" else length
-    return Sample(tokens=tokens, positions=positions, targets=(tokens[positions] * 7 + 3) % VOCAB_SIZE, prefix_length=prefix)
+    return Sample(
+        tokens=tokens, positions=positions, targets=(tokens[positions] * 7 + 3) % VOCAB_SIZE, prefix_length=prefix
+    )
 
 
 def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
@@ -198,4 +200,3 @@ def weights_differ(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """Return the largest difference between two sets of weights; they must have the same names and shapes."""
     assert a.keys() == b.keys(), set(a) ^ set(b)
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
-

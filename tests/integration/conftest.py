@@ -1,0 +1,101 @@
+"""A tiny corpus, a tiny run, and the command line as users call it."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+PATIENCE = 200.0  # seconds; a start takes 10 where nothing else runs
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of made-up words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghiklmnorstu", k=draw.randint(2, 7))) for _ in range(300)]
+    documents = [json.dumps({"text": " ".join(draw.choices(words, k=200))}) for _ in range(60)]
+    (folder / "text.jsonl").write_text("\n".join(documents))
+    command = [sys.executable, "tools/prepare_data.py", "--input", str(folder / "text.jsonl")]
+    command += ["--output", str(folder / "tokens"), "--vocab-size", "600", "--workers", "1"]
+    subprocess.run(command, cwd=REPOSITORY, env=ENV, check=True, timeout=PATIENCE, capture_output=True)
+    return folder / "tokens"
+
+
+def tiny_run(data: Path, save: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Return a run that trains in seconds; `sections` update those of the raptr_ds block."""
+    block: dict[str, dict[str, Any]] = {
+        "model": {
+            "architecture": "bert",
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "seq_length": 32,
+        },
+        "path": {"method": "raptr", "schedule": "2-3-4"},
+        "data": {"path": str(data)},
+        "train": {"steps": 12, "save": str(save)},
+        "eval": {"batches": 1},
+        "log": {"progress": "plain"},
+    }
+    for name, values in sections.items():
+        block.setdefault(name, {}).update(values)
+    return {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "raptr_ds": block,
+    }
+
+
+@pytest.fixture
+def run_file(data_folder: Path, tmp_path: Path) -> Path:
+    """The tiny run, saved to `run` beside the file."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(tiny_run(data_folder, tmp_path / "run")))
+    return path
+
+
+def deepspeed_command(run: Path, *settings: str, processes: int = 2) -> list[str]:
+    """Return the documented command, on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(port)]
+    command += ["raptr_ds/pretrain.py", "--deepspeed_config", str(run)]
+    return command + (["--set", *settings] if settings else [])
+
+
+def plain_command(run: Path, *settings: str) -> list[str]:
+    """Return the command of one process without a launcher."""
+    command = [sys.executable, "raptr_ds/pretrain.py", "--deepspeed_config", str(run)]
+    return command + (["--set", *settings] if settings else [])
+
+
+def call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=ENV, timeout=PATIENCE, capture_output=True, text=True, check=False
+    )
+
+
+def lines_of(save: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    path = save / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def training_lines(save: Path) -> list[dict[str, Any]]:
+    """Return the training lines of a run's metrics.jsonl."""
+    return [line for line in lines_of(save) if "loss" in line]

@@ -1,0 +1,110 @@
+"""Mistakes in run files and data: exit code 2, one message that says what and how to mend it, nothing trained."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import call, deepspeed_command, plain_command, tiny_run
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+CONFIG_MISTAKES = {
+    "unknown key": ("raptr_ds.train.step", 3, ["raptr_ds.train.step", "'steps'"]),
+    "unknown DeepSpeed key": ("zero_optimisation", {"stage": 1}, ["zero_optimisation", "zero_optimization"]),
+    "heads": ("raptr_ds.model.num_attention_heads", 5, ["num_attention_heads", "32", "5"]),
+    "schedule too long": ("raptr_ds.path.schedule", "2-5", ["schedule", "5", "4"]),
+    "schedule not full": ("raptr_ds.path.schedule", "2-3", ["schedule", "3", "4"]),
+    "schedule below fixed": ("raptr_ds.path.schedule", "1-4", ["schedule", "fixed"]),
+    "tensor size": ("raptr_ds.parallel.tensor_model_parallel_size", 3, ["tensor_model_parallel_size", "3"]),
+    "vocabulary": ("raptr_ds.model.vocab_size", 599, ["vocab_size", "599", "600"]),
+    "no data": ("raptr_ds.data.path", "/nowhere/at/all", ["/nowhere/at/all"]),
+    "not writable": ("raptr_ds.train.save", "/proc/run", ["/proc/run", "written"]),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_a_mistake_in_the_run_file(mistake: str, data_folder: Path, tmp_path: Path) -> None:
+    key, value, said = CONFIG_MISTAKES[mistake]
+    tree = tiny_run(data_folder, tmp_path / "run")
+    _set(tree, key, value)
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(tree))
+    done = call(plain_command(run))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("raptr_ds: ") == 1
+    assert "Traceback" not in done.stderr
+    for part in said:
+        assert part in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "train.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _empty(folder: Path) -> None:
+    (folder / "train.idx").write_bytes(b"")
+
+
+def _not_an_index(folder: Path) -> None:
+    (folder / "train.idx").write_bytes(b"something else entirely" * 10)
+
+
+def _missing(folder: Path) -> None:
+    (folder / "validation.bin").unlink()
+
+
+DATA_MISTAKES = {"truncated .bin": _truncate, "empty .idx": _empty, "foreign .idx": _not_an_index, "missing": _missing}
+
+
+@pytest.mark.parametrize("mistake", DATA_MISTAKES)
+def test_a_damaged_data_folder(mistake: str, data_folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "tokens"
+    shutil.copytree(data_folder, damaged)
+    DATA_MISTAKES[mistake](damaged)
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(tiny_run(damaged, tmp_path / "run")))
+    done = call(plain_command(run))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert str(damaged) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_too_few_sentinels(data_folder: Path, tmp_path: Path) -> None:
+    changes = {"model": {"architecture": "ul2", "seq_length": 4096}}
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(tiny_run(data_folder, tmp_path / "run", **changes)))
+    done = call(plain_command(run))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "sentinels" in done.stderr
+
+
+def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
+    """Both kinds of mistake through the launcher: before the processes meet, and after."""
+    world = call(deepspeed_command(run_file, "raptr_ds.parallel.tensor_model_parallel_size=4"))
+    assert world.returncode == 2, world.stderr
+    assert (world.stdout + world.stderr).count("raptr_ds: ConfigError") == 1
+    data = call(deepspeed_command(run_file, "raptr_ds.data.path=/nowhere"))
+    assert data.returncode == 2, data.stderr
+    assert (data.stdout + data.stderr).count("raptr_ds: DataError") == 1
+
+
+def test_a_checkpoint_of_another_model(run_file: Path, tmp_path: Path) -> None:
+    short = ["raptr_ds.train.steps=2", "raptr_ds.eval.batches=0", "raptr_ds.path.schedule=4"]
+    assert call(plain_command(run_file, *short)).returncode == 0
+    other = [*short, "raptr_ds.model.hidden_size=64", f"raptr_ds.checkpoint.load={tmp_path}/run"]
+    done = call(plain_command(run_file, *other, f"raptr_ds.train.save={tmp_path}/other"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "hidden_size" in done.stderr
+    assert "64" in done.stderr
+    assert "32" in done.stderr

@@ -1,0 +1,134 @@
+"""Whole runs through the command line: what a run leaves behind, layouts and launchers alike, and continuing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import (
+    ENV,
+    REPOSITORY,
+    call,
+    deepspeed_command,
+    lines_of,
+    plain_command,
+    tiny_run,
+    training_lines,
+)
+
+TRAINING_KEYS = {
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "path",
+    "path_length",
+    "phase",
+    "tokens",
+    "flops",
+    "step_seconds",
+    "tokens_per_second",
+    "mfu",
+}
+
+
+def test_a_run_leaves_what_the_contract_says(run_file: Path, tmp_path: Path) -> None:
+    done = call(deepspeed_command(run_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    save = tmp_path / "run"
+    training = training_lines(save)
+    assert [line["step"] for line in training] == list(range(1, 13))
+    assert all(line.keys() == TRAINING_KEYS for line in training)
+    assert [line["path_length"] for line in training] == [2] * 4 + [3] * 4 + [4] * 4
+    assert all(0 in line["path"] and 3 in line["path"] for line in training)
+    assert [line["tokens"] for line in training] == [4 * 32 * step for step in range(1, 13)]
+    assert training[-1]["loss"] < training[0]["loss"]
+    evaluation = lines_of(save)[-1]
+    assert evaluation.keys() == {"step", "eval_loss", "path_length"}
+    assert (evaluation["step"], evaluation["path_length"]) == (12, 4)
+    assert list((save / "tensorboard").iterdir())
+    assert [path.name for path in (save / "checkpoints").iterdir()] == ["step-00000012"]
+    resolved = json.loads((save / "config.json").read_text())
+    assert resolved["raptr_ds"]["model"]["vocab_size"] == 600
+    assert resolved["gradient_accumulation_steps"] >= 1
+    assert "checkpoint of step 12" in done.stdout
+
+
+def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file: Path, tmp_path: Path) -> None:
+    settings = ["raptr_ds.train.steps=3", "raptr_ds.eval.batches=0"]
+    assert call(plain_command(run_file, *settings)).returncode == 0
+    again = call(plain_command(tmp_path / "run" / "config.json", f"raptr_ds.train.save={tmp_path}/again"))
+    assert again.returncode == 0, again.stderr
+    first, second = training_lines(tmp_path / "run"), training_lines(tmp_path / "again")
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+def test_layouts_and_launchers_write_the_same_losses(architecture: str, data_folder: Path, tmp_path: Path) -> None:
+    """Tolerance: fp32 summed in other orders over 6 steps, 1e-6 each at the most."""
+    runs = {
+        "plain": (plain_command, []),
+        "tensor": (deepspeed_command, ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
+        "pipeline": (deepspeed_command, ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
+        "zero3": (deepspeed_command, ["zero_optimization.stage=3"]),
+    }
+    losses = {}
+    for name, (command, settings) in runs.items():
+        run = tmp_path / f"{name}.json"
+        changes = {"train": {"steps": 6}, "model": {"architecture": architecture, "num_layers": 5}}
+        run.write_text(json.dumps(tiny_run(data_folder, tmp_path / name, **changes, path={"schedule": "3-4-5"})))
+        done = call(command(run, *settings))
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = lines_of(tmp_path / name)
+        losses[name] = [line.get("loss", line.get("eval_loss")) for line in lines]
+    for name in runs:
+        assert losses[name] == pytest.approx(losses["plain"], rel=6e-6), name
+
+
+def test_torchrun_starts_the_same_script(run_file: Path, tmp_path: Path) -> None:
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", "raptr_ds/pretrain.py"]
+    done = call([*command, "--deepspeed_config", str(run_file), "--set", "raptr_ds.train.steps=3"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_longer_run_continues_a_finished_one_bit_for_bit(run_file: Path, tmp_path: Path) -> None:
+    """Two halves equal the whole: same layout, so the losses are the same numbers."""
+    fixed_rate = ["raptr_ds.eval.batches=0", "raptr_ds.checkpoint.interval=5", "raptr_ds.path.schedule=3-4"]
+    whole = call(deepspeed_command(run_file, *fixed_rate, f"raptr_ds.train.save={tmp_path}/whole"))
+    assert whole.returncode == 0, whole.stderr
+    half = call(deepspeed_command(run_file, *fixed_rate))
+    assert half.returncode == 0, half.stderr
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012"
+    weights = newest / "rank-00000.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-100] ^= 1  # the newest is damaged: the one before is used, and the steps after it are trained again
+    weights.write_bytes(damaged)
+    again = call(deepspeed_command(run_file, *fixed_rate))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "damaged" in again.stdout
+    assert "continuing after step 10" in again.stdout
+    expected, found = training_lines(tmp_path / "whole"), training_lines(tmp_path / "run")
+    assert [line["step"] for line in found] == list(range(1, 13))
+    for key in ("loss", "grad_norm", "lr", "path", "tokens", "flops"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+
+
+def test_the_example_of_the_contract_runs(data_folder: Path, tmp_path: Path) -> None:
+    """A run needs only what differs: a big run file made small by --set."""
+    settings = [
+        "raptr_ds.model.num_layers=5",
+        "raptr_ds.model.hidden_size=32",
+        "raptr_ds.model.num_attention_heads=2",
+        "raptr_ds.model.seq_length=64",
+        "train_batch_size=8",
+        "train_micro_batch_size_per_gpu=2",
+        "raptr_ds.train.steps=3",
+        f"raptr_ds.train.save={tmp_path}/run",
+        f"raptr_ds.data.path={data_folder}",
+        "raptr_ds.eval.batches=1",
+    ]
+    done = call(plain_command(REPOSITORY / "deepspeed_configs" / "ul2_1b_raptr.json", *settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(training_lines(tmp_path / "run")) == 3
+    assert ENV["OMP_NUM_THREADS"] == "1"

@@ -1,0 +1,124 @@
+"""Stops: a signal, a lost launcher or a lost rank ends the run within seconds, with a checkpoint where one can be had."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, deepspeed_command, training_lines
+
+MANY = ["raptr_ds.train.steps=100000", "raptr_ds.eval.batches=0", "raptr_ds.path.schedule=2-4"]
+
+
+def _start(run_file: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        deepspeed_command(run_file, *MANY),
+        cwd=REPOSITORY,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_until_training(save: Path, steps: int = 3) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while len(training_lines_or_none(save)) < steps:
+        assert time.monotonic() < deadline, "the run did not start to train"
+        time.sleep(0.1)
+
+
+def training_lines_or_none(save: Path) -> list[dict]:
+    try:
+        return training_lines(save)
+    except ValueError:  # a line is being written
+        return []
+
+
+def _workers(run_file: Path) -> list[int]:
+    """Return the training processes of this run: they carry its run file on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            str(run_file).encode() in command
+            and b"raptr_ds/pretrain.py" in command
+            and b"--local_rank=0" in b" ".join(command).replace(b"--local_rank=1", b"--local_rank=0")
+        ):
+            found.append(int(entry.name))
+    return found
+
+
+def _is_training_process(pid: int) -> bool:
+    try:
+        return (
+            b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and b"launcher" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    except OSError:
+        return False
+
+
+def _end(process: subprocess.Popen[str], run_file: Path) -> None:
+    for pid in [process.pid, *_workers(run_file)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _wait_for_none(run_file: Path, seconds: float) -> float:
+    started = time.monotonic()
+    while any(_is_training_process(pid) for pid in _workers(run_file)):
+        assert time.monotonic() - started < seconds, "training processes live on"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("how", ["TERM to a worker", "TERM to the launcher", "KILL to the launcher"])
+def test_a_stop_leaves_a_checkpoint_and_no_process(how: str, run_file: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    process = _start(run_file)
+    try:
+        _wait_until_training(save)
+        workers = [pid for pid in _workers(run_file) if _is_training_process(pid)]
+        assert len(workers) == 2
+        number = signal.SIGKILL if how.startswith("KILL") else signal.SIGTERM
+        os.kill(workers[1] if "worker" in how else process.pid, number)
+        _wait_for_none(run_file, 30)
+        if "worker" in how:
+            assert process.wait(30) == 75
+    finally:
+        _end(process, run_file)
+    steps = [line["step"] for line in training_lines(save)]
+    assert steps == list(range(1, steps[-1] + 1))
+    checkpoints = sorted(path.name for path in (save / "checkpoints").iterdir())
+    assert checkpoints == [f"step-{steps[-1]:08}"]
+    more = call(deepspeed_command(run_file, *MANY[1:], f"raptr_ds.train.steps={steps[-1] + 3}"))
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert [line["step"] for line in training_lines(save)] == list(range(1, steps[-1] + 4))
+
+
+def test_a_killed_rank_ends_the_run(run_file: Path, tmp_path: Path) -> None:
+    """kill -9 of one rank: the others do not wait for it for ever."""
+    process = _start(run_file)
+    try:
+        _wait_until_training(tmp_path / "run")
+        workers = [pid for pid in _workers(run_file) if _is_training_process(pid)]
+        os.kill(workers[0], signal.SIGKILL)
+        assert process.wait(60) not in (0, 2, 75)
+        _wait_for_none(run_file, 30)
+    finally:
+        _end(process, run_file)
