@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 export PYTHON
 # A command inside the environment, as if it were activated.
 inside = PATH="$(abspath $(VENV))/bin:$$PATH"
+# Processes that train on one CPU share its cores; left alone, each would take all of them.
+threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check format environment environment-dev system-packages hooks clean
@@ -21,7 +23,8 @@ help:
 	@sed -n 's/^# \{0,1\}//;1,5p' Makefile
 
 quickstart: environment data
-	$(inside) deepspeed --num_accelerators $(PROCESSES) raptr_ds/pretrain.py --deepspeed_config deepspeed_configs/$(RUN).json
+	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} deepspeed --num_accelerators $(PROCESSES) \
+		raptr_ds/pretrain.py --deepspeed_config deepspeed_configs/$(RUN).json
 	$(inside) python tools/plot_run.py runs/$(RUN)
 
 .PHONY: data
