@@ -124,8 +124,8 @@ class RankWrite:
 
     seconds: float = 0.0
     num_bytes: int = 0
-    failure: str | None = None
-    is_fault: bool = False
+    failure: str | None = "a writer ended before it had begun"
+    is_fault: bool = True
     file: TensorFile | None = None
     entries: list[Entry] = field(default_factory=list)
     step_counts: dict[str, float] = field(default_factory=dict)
@@ -148,11 +148,12 @@ class Writer:
             if self._snapshot.numel:
                 self.outcome.file = write_tensor_file(self._path, self._snapshot.content(), self._stop)
                 self.outcome.num_bytes = self.outcome.file.size
+            self.outcome.failure, self.outcome.is_fault = None, False
         except OSError as error:
             self.outcome.failure = f"rank {self._rank} cannot write {self._path}: {error.strerror or error}"
+            self.outcome.is_fault = False
         except Exception:
             self.outcome.failure = f"rank {self._rank}, writing {self._path}:\n{traceback.format_exc()}"
-            self.outcome.is_fault = True
         self.outcome.seconds = time.perf_counter() - begin
 
     @property

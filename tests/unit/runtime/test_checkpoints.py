@@ -1,7 +1,9 @@
 """Saving and restoring in one process: beside training, whole or not at all, and never from a damaged file."""
 
+import contextlib
 import os
 import resource
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -233,3 +235,59 @@ def test_saving_one_step_again_replaces_it(run: Any) -> None:
     assert restored.run_state == {"tokens": 0}
     assert fresh.values() == run.engine.values()
     assert run.names() == ["step-00000002"]
+
+
+class CrashError(BaseException):
+    """The process is gone: nothing catches this, and nothing is done any more."""
+
+
+FILE_OPERATIONS = [
+    (Path, "open"),
+    (Path, "mkdir"),
+    (Path, "rename"),
+    (Path, "replace"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+]
+
+
+def crash_from(operation: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the file operation with this number, and all after it, crash; return the list that counts them."""
+    done: list[str] = []
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            done.append(name)
+            if len(done) > operation:
+                raise CrashError(name)
+            return original(*arguments, **named)
+
+        return call
+
+    for owner, name in FILE_OPERATIONS:
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return done
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("steps", [(3,), (2,)], ids=["a new step", "a step saved before"])
+def test_a_crash_at_any_moment_leaves_a_good_one(
+    new_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+) -> None:
+    restored, operation, has_crashed = set(), 0, True
+    while has_crashed:
+        folder = tmp_path / f"crash-{operation}"
+        run = new_run(keep=1, folder=folder)
+        run.save(2)
+        with monkeypatch.context() as patch:
+            done = crash_from(operation, patch)
+            with contextlib.suppress(CrashError, RuntimeError):
+                run.save(*steps)
+        has_crashed = len(done) > operation
+        again = new_run(keep=1, folder=folder)
+        restored.add(again.restore())
+        assert again.save(4) == [None]
+        assert again.names() == ["step-00000004"]
+        operation += 1
+    assert restored == {2, *steps}
+    assert operation > 8
