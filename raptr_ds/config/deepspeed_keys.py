@@ -64,28 +64,7 @@ def choice(*values: str) -> Check:
 
 Table = dict[str, "Check | Table"]
 
-OFFLOAD_PARAM: Table = {
-    "device": choice("none", "cpu", "nvme"),
-    "nvme_path": text,
-    "buffer_count": whole(0),
-    "buffer_size": whole(0),
-    "max_in_cpu": whole(0),
-    "pin_memory": flag,
-}
-
-OFFLOAD_OPTIMIZER: Table = {
-    "device": choice("none", "cpu", "nvme"),
-    "nvme_path": text,
-    "buffer_count": whole(0),
-    "pin_memory": flag,
-    "pipeline_read": flag,
-    "pipeline_write": flag,
-    "fast_init": flag,
-    "ratio": number(0, 1),
-}
-
 STAGE_3_ONLY: Table = {
-    "offload_param": OFFLOAD_PARAM,
     "sub_group_size": whole(0),
     "stage3_prefetch_bucket_size": whole(0),
     "stage3_param_persistence_threshold": whole(0),
@@ -96,10 +75,6 @@ STAGE_3_ONLY: Table = {
     "stage3_module_granularity_threshold": whole(0),
     "stage3_use_all_reduce_for_fetch_params": flag,
     "stage3_allgather_sequential": flag,
-    "zero_hpz_partition_size": whole(0),
-    "zero_quantized_weights": flag,
-    "zero_quantized_nontrainable_weights": flag,
-    "zero_quantized_gradients": flag,
     "memory_efficient_linear": flag,
     "log_trace_cache_warnings": flag,
     "enable_sanity_checks": flag,
@@ -115,7 +90,6 @@ ZERO: Table = {
     "allgather_bucket_size": whole(0),
     "overlap_comm": flag,
     "load_from_fp32_weights": flag,
-    "offload_optimizer": OFFLOAD_OPTIMIZER,
     "round_robin_gradients": flag,
     "parameter_alignment": flag,
     "override_module_apply": flag,
@@ -182,6 +156,8 @@ KNOWN: Table = {
 
 _METRICS = "the run writes metrics.jsonl and, with raptr_ds.log.tensorboard, TensorBoard events. Remove it"
 _REMOVED = "was removed from DeepSpeed"
+_NO_OFFLOAD = "is not offered: offloaded gradients bypass the norm that every layout shares"
+_UNTESTED = "is not offered: it has not been tested with layers that are skipped"
 
 REFUSED: dict[str, str] = {
     "progressive_layer_drop": f"{_REMOVED}. Write raptr_ds.path.method='pld' with raptr_ds.path.pld_theta and "
@@ -229,9 +205,16 @@ REFUSED: dict[str, str] = {
     "data_types.keep_in_fp32_modules": "is not used. Remove it",
     "optimizer.legacy_fusion": "is not used by the optimizers that are offered. Remove it",
     "optimizer.params.max_grad_norm": "is not an optimizer's parameter. Write gradient_clipping",
-    "zero_optimization.cpu_offload": f"{_REMOVED}. Write zero_optimization.offload_optimizer.device='cpu'",
-    "zero_optimization.cpu_offload_param": f"{_REMOVED}. Write zero_optimization.offload_param.device='cpu'",
-    "zero_optimization.cpu_offload_use_pin_memory": f"{_REMOVED}. Write offload_optimizer.pin_memory",
+    "zero_optimization.cpu_offload": f"{_REMOVED}, and offloading is not offered. Remove it",
+    "zero_optimization.cpu_offload_param": f"{_REMOVED}, and offloading is not offered. Remove it",
+    "zero_optimization.cpu_offload_use_pin_memory": f"{_REMOVED}, and offloading is not offered. Remove it",
+    "zero_optimization.offload_optimizer": f"{_NO_OFFLOAD}. Remove it; stage 3, pipeline stages and "
+    "raptr_ds.parallel.activation_checkpointing save memory",
+    "zero_optimization.offload_param": f"{_NO_OFFLOAD}. Remove it; stage 3 shards the parameters",
+    "zero_optimization.zero_hpz_partition_size": f"{_UNTESTED}. Remove it",
+    "zero_optimization.zero_quantized_weights": f"{_UNTESTED}. Remove it",
+    "zero_optimization.zero_quantized_nontrainable_weights": f"{_UNTESTED}. Remove it",
+    "zero_optimization.zero_quantized_gradients": f"{_UNTESTED}. Remove it",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is an old name. Write "
     "stage3_gather_16bit_weights_on_model_save",
     "zero_optimization.compute_grad_norm": "is fixed: the gradient norm is in every line of metrics. Remove it",
@@ -245,6 +228,4 @@ REFUSED: dict[str, str] = {
     "zero_optimization.mics_shard_size": f"{_REMOVED}. Remove it",
     "zero_optimization.mics_hierarchical_params_gather": f"{_REMOVED}. Remove it",
     "zero_optimization.zeropp_loco_param": f"{_REMOVED}. Remove it",
-    "zero_optimization.offload_optimizer.super_offload": "is not offered: it steps outside the layer groups. Remove it",
-    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "is for super_offload, which is not offered. Remove it",
 }

@@ -17,44 +17,6 @@ def pipeline_allows_zero_stage(draft: Draft) -> str | None:
     )
 
 
-def offload_has_a_stage(draft: Draft) -> str | None:
-    """The optimizer is offloaded by ZeRO 1-3."""
-    device = draft.zero.get("offload_optimizer", {}).get("device", "none")
-    if device == "none" or draft.zero_stage >= 1:
-        return None
-    return (
-        f"zero_optimization.offload_optimizer.device={device!r} needs zero_optimization.stage >= 1; got "
-        f"{draft.zero_stage}. Set zero_optimization.stage to 1, or remove offload_optimizer."
-    )
-
-
-def nvme_has_a_path(draft: Draft) -> str | None:
-    """Offloading to NVMe needs a folder there, and ZeRO 3."""
-    for part in ("offload_optimizer", "offload_param"):
-        offload = draft.zero.get(part, {})
-        if str(offload.get("device", "none")).lower() != "nvme":
-            continue
-        if "nvme_path" not in offload:
-            return f"zero_optimization.{part}.device='nvme' needs a folder. Set zero_optimization.{part}.nvme_path."
-        if draft.zero_stage != 3:
-            return (
-                f"zero_optimization.{part}.device='nvme' needs zero_optimization.stage=3; got {draft.zero_stage}. "
-                "Set device to 'cpu', or stage to 3."
-            )
-    return None
-
-
-def partial_offload_needs_stage_3(draft: Draft) -> str | None:
-    """offload_optimizer.ratio below 1 is ZeRO 3's."""
-    ratio = draft.zero.get("offload_optimizer", {}).get("ratio", 1.0)
-    if ratio == 1 or draft.zero_stage == 3:
-        return None
-    return (
-        f"zero_optimization.offload_optimizer.ratio={ratio} needs zero_optimization.stage=3; got {draft.zero_stage}. "
-        "Remove ratio, or set stage to 3."
-    )
-
-
 def one_precision(draft: Draft) -> str | None:
     """bf16 or fp16, not both."""
     both = all(draft.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
@@ -162,9 +124,6 @@ def evaluation_has_batches(draft: Draft) -> str | None:
 
 TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
     pipeline_allows_zero_stage,
-    offload_has_a_stage,
-    nvme_has_a_path,
-    partial_offload_needs_stage_3,
     one_precision,
     low_precision_masters_need_zero,
     accumulation_dtype_fits,

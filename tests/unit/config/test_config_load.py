@@ -226,7 +226,7 @@ def test_a_key_without_use_is_an_error_with_its_mend(load, method, key, value):
         ["raptr_ds.objective.denoisers=ul2"],
         [f"{M}architecture=ul2", "raptr_ds.objective.mask_rate=0.2"],
         [f"{M}rotary_base=500"],
-        ["zero_optimization.stage=2", "zero_optimization.offload_param.device=cpu"],
+        ["zero_optimization.stage=2", "zero_optimization.sub_group_size=1000"],
     ],
 )
 def test_a_key_of_another_architecture_or_stage_is_an_error(load, overrides):

@@ -161,36 +161,6 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         ),
         (2, f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=3", ["got 3"], "zero_optimization.stage=3"),
     ],
-    "offload_has_a_stage": [
-        (
-            1,
-            "zero_optimization.offload_optimizer.device=cpu",
-            ["'cpu'", "stage >= 1", "got 0"],
-            "zero_optimization.offload_optimizer.device=cpu zero_optimization.stage=1",
-        ),
-    ],
-    "nvme_has_a_path": [
-        (
-            1,
-            "zero_optimization.offload_param.device=nvme zero_optimization.stage=3",
-            ["nvme_path"],
-            'zero_optimization={"stage":3,"offload_param":{"device":"nvme","nvme_path":"/scratch"}}',
-        ),
-        (
-            1,
-            'zero_optimization={"stage":1,"offload_optimizer":{"device":"nvme","nvme_path":"/scratch"}}',
-            ["stage=3", "got 1", "'cpu'"],
-            'zero_optimization={"stage":3,"offload_optimizer":{"device":"nvme","nvme_path":"/scratch"}}',
-        ),
-    ],
-    "partial_offload_needs_stage_3": [
-        (
-            1,
-            'zero_optimization={"stage":2,"offload_optimizer":{"device":"cpu","ratio":0.5}}',
-            ["ratio=0.5", "got 2", "Remove ratio"],
-            'zero_optimization={"stage":3,"offload_optimizer":{"device":"cpu","ratio":0.5}}',
-        ),
-    ],
     "one_precision": [
         (1, "bf16.enabled=true fp16.enabled=true", ["both true", "to false"], "bf16.enabled=true fp16.enabled=false"),
     ],
