@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MegatronBertConfig, MegatronBertForMaskedLM, PreTrainedModel
@@ -116,7 +117,7 @@ def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig
                 f"model is {model.architecture} with raptr_ds.model.{key}={_spelled(value)}. Such a model cannot be "
                 "given to transformers; leave that key at its default to train one that can."
             )
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -130,22 +131,22 @@ def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig
         "eos_token_id": None,
     }
     if model.architecture == "bert":
-        return MegatronBertConfig(
-            **shape,
-            hidden_act="gelu",  # the exact one, as ours
-            hidden_dropout_prob=model.hidden_dropout,
-            attention_probs_dropout_prob=model.attention_dropout,
-            layer_norm_eps=model.norm_epsilon,
-        )
-    return LlamaConfig(
-        **shape,
-        hidden_act="silu",
-        attention_dropout=model.attention_dropout,
-        attention_bias=model.add_bias_linear,
-        mlp_bias=model.add_bias_linear,
-        rms_norm_eps=model.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
-    )
+        bert = {
+            "hidden_act": "gelu",  # the exact one, as ours
+            "hidden_dropout_prob": model.hidden_dropout,
+            "attention_probs_dropout_prob": model.attention_dropout,
+            "layer_norm_eps": model.norm_epsilon,
+        }
+        return MegatronBertConfig(**shape, **bert)
+    llama = {
+        "hidden_act": "silu",
+        "attention_dropout": model.attention_dropout,
+        "attention_bias": model.add_bias_linear,
+        "mlp_bias": model.add_bias_linear,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+    }
+    return LlamaConfig(**shape, **llama)
 
 
 def _spelled(value: object) -> str:
@@ -176,19 +177,23 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
             f"{type(twin).__name__} is none of {', '.join(known.__name__ for known in _CLASSES.values())}: "
             "only these compute what our models compute."
         )
-    dropout = {"attention_dropout": getattr(config, "attention_dropout", 0.0)}
-    extra: dict[str, object] = {"norm_epsilon": getattr(config, "rms_norm_eps", None)}
-    refused: dict[str, tuple[object, object]] = {}
+    extra: dict[str, Any]
+    refused: dict[str, tuple[object, object]]
     if architecture == "bert":
-        dropout = {
-            "hidden_dropout": config.hidden_dropout_prob,
-            "attention_dropout": config.attention_probs_dropout_prob,
+        extra = {
+            "norm_epsilon": config.layer_norm_eps,
+            "hidden_dropout": float(config.hidden_dropout_prob),
+            "attention_dropout": float(config.attention_probs_dropout_prob),
         }
-        extra = {"norm_epsilon": config.layer_norm_eps}
         refused = {"hidden_act": (config.hidden_act, "gelu"), "is_decoder": (config.is_decoder, False)}
     else:
         rope = config.rope_parameters
-        extra |= {"rotary_base": float(rope["rope_theta"]), "add_bias_linear": config.attention_bias}
+        extra = {
+            "norm_epsilon": config.rms_norm_eps,
+            "attention_dropout": float(config.attention_dropout or 0.0),
+            "rotary_base": float(rope["rope_theta"]),
+            "add_bias_linear": config.attention_bias,
+        }
         refused = {
             "hidden_act": (config.hidden_act, "silu"),
             "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
@@ -209,8 +214,7 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
         ffn_hidden_size=config.intermediate_size,
         tie_word_embeddings=config.tie_word_embeddings,
         init_method_std=config.initializer_range,
-        **{key: float(value) for key, value in dropout.items()},
-        **extra,  # type: ignore[arg-type]
+        **extra,
     )
     return derive_model(section)
 

@@ -115,7 +115,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
         if not self.is_split:  # the same without megatron's custom backward and its separate pass for the bias
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(x, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
         return super().forward(x)[0]
 
 
@@ -151,7 +151,7 @@ class _EvenAndOddRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
         x, weight = ctx.saved_tensors
         even, odd = (gradient.flatten(0, -2) for gradient in gradients)
         rows = x.flatten(0, -2)
