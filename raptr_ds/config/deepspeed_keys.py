@@ -105,10 +105,6 @@ KNOWN: Table = {
     "gradient_clipping": number(0),
     "bf16": {
         "enabled": flag,
-        "immediate_grad_update": flag,
-        "check_grad_overflow": flag,
-        "bf16_master_weights_and_grads": flag,
-        "bf16_optimizer_states": flag,
     },
     "fp16": {
         "enabled": flag,
@@ -118,7 +114,6 @@ KNOWN: Table = {
         "hysteresis": whole(1),
         "consecutive_hysteresis": flag,
         "min_loss_scale": whole(1),
-        "fp16_master_weights_and_grads": flag,
     },
     "zero_optimization": ZERO,
     "zero_allow_untested_optimizer": flag,
@@ -157,6 +152,7 @@ KNOWN: Table = {
 _METRICS = "the run writes metrics.jsonl and, with raptr_ds.log.tensorboard, TensorBoard events. Remove it"
 _REMOVED = "was removed from DeepSpeed"
 _NO_OFFLOAD = "is not offered: offloaded gradients bypass the norm that every layout shares"
+_NEEDS_OFFLOAD = "is not offered: DeepSpeed has it with offloading only"
 _UNTESTED = "is not offered: it has not been tested with layers that are skipped"
 
 REFUSED: dict[str, str] = {
@@ -205,6 +201,11 @@ REFUSED: dict[str, str] = {
     "data_types.keep_in_fp32_modules": "is not used. Remove it",
     "optimizer.legacy_fusion": "is not used by the optimizers that are offered. Remove it",
     "optimizer.params.max_grad_norm": "is not an optimizer's parameter. Write gradient_clipping",
+    "bf16.check_grad_overflow": "is fixed: a step that is not finite is skipped on all ranks. Remove it",
+    "bf16.immediate_grad_update": "is for an optimizer that cannot skip layers. Remove it",
+    "bf16.bf16_master_weights_and_grads": f"{_NEEDS_OFFLOAD}. Remove it",
+    "bf16.bf16_optimizer_states": f"{_NEEDS_OFFLOAD}. Remove it",
+    "fp16.fp16_master_weights_and_grads": f"{_NEEDS_OFFLOAD}. Remove it",
     "zero_optimization.cpu_offload": f"{_REMOVED}, and offloading is not offered. Remove it",
     "zero_optimization.cpu_offload_param": f"{_REMOVED}, and offloading is not offered. Remove it",
     "zero_optimization.cpu_offload_use_pin_memory": f"{_REMOVED}, and offloading is not offered. Remove it",

@@ -23,21 +23,6 @@ def one_precision(draft: Draft) -> str | None:
     return "bf16.enabled and fp16.enabled are both true. Set one of them to false." if both else None
 
 
-def low_precision_masters_need_zero(draft: Draft) -> str | None:
-    """Master weights in 16 bits are ZeRO 1-3's."""
-    for name in ("bf16", "fp16"):
-        key = f"{name}_master_weights_and_grads"
-        if draft.precision == name and draft.deepspeed[name].get(key) and draft.zero_stage == 0:
-            return f"{name}.{key}=true needs zero_optimization.stage >= 1; got 0. Set stage to 1, or remove {key}."
-    bf16 = draft.deepspeed.get("bf16", {})
-    if bf16.get("bf16_optimizer_states") and not bf16.get("bf16_master_weights_and_grads"):
-        return (
-            "bf16.bf16_optimizer_states=true needs bf16.bf16_master_weights_and_grads=true. "
-            "Set that too, or remove bf16_optimizer_states."
-        )
-    return None
-
-
 def accumulation_dtype_fits(draft: Draft) -> str | None:
     """Without ZeRO gradients are accumulated in the model's own type."""
     dtype = str(draft.deepspeed.get("data_types", {}).get("grad_accum_dtype", draft.precision)).lower()
@@ -125,7 +110,6 @@ def evaluation_has_batches(draft: Draft) -> str | None:
 TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
     pipeline_allows_zero_stage,
     one_precision,
-    low_precision_masters_need_zero,
     accumulation_dtype_fits,
     adamw_is_adamw,
     nesterov_has_momentum,

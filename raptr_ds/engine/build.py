@@ -7,6 +7,7 @@ from raptr_ds.config.load import RunConfig
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
+from raptr_ds.errors import ConfigError
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.topology import stage_layers
@@ -18,6 +19,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     config: with the vocabulary's size known.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _check_optimizer(config, groups)
     layers = stage_layers(config.model.num_layers, groups.topology.pipeline, config.parallel.pipeline_layers)
     stage = build_stage(
         config.model,
@@ -30,11 +32,16 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)
 
 
+def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
+    if config.optimizer["type"] == "Lion" and groups.device.type == "cpu":
+        raise ConfigError(
+            "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
+            "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
+        )
+
+
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Return DeepSpeed's part of the run, with what our engines need of it."""
     filled = dict(config.deepspeed)
     filled.setdefault("steps_per_print", 1 << 60)  # progress is ours to print
-    if config.precision == "bf16":
-        # Without it DeepSpeed applies non-finite bf16 gradients (runtime/zero/stage_1_and_2.py, step).
-        filled["bf16"] = {**filled["bf16"], "check_grad_overflow": True}
     return filled

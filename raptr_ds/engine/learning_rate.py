@@ -1,7 +1,7 @@
 """The learning rate of a step, a pure function: DeepSpeed's schedules by their names and parameters, and two more.
 
 DeepSpeed's own scheduler lags: its first two steps have the warm-up's minimum, by default 0, and train nothing. Here
-warm-up counts the step being made and decay the steps already made, so that no step has rate 0; the curves are the same.
+warm-up counts the step being made and decay the steps already made, so that no step has rate 0; the curves are theirs.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""One optimizer parameter group for each layer (and weight-decay class), so that an optimizer can step layer by layer."""
+"""One optimizer parameter group for each layer and weight-decay class: an optimizer can step layer by layer."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""How this process was started: its rank as deepspeed, torchrun, srun or mpirun say it. The one reader of os.environ."""
+"""How this process was started: its rank as deepspeed, torchrun, srun or mpirun say. The one reader of os.environ."""
 
 import os
 import socket

@@ -90,7 +90,7 @@ class _TensorFiles:
     """The open files of a checkpoint, each opened once when first needed."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._open, self._stack = folder, {}, ExitStack()
+        self.folder, self._open, self._stack = folder, {}, ExitStack()
 
     def __enter__(self) -> "_TensorFiles":
         return self
@@ -101,7 +101,7 @@ class _TensorFiles:
     def read(self, file: str, key: str, first: int, numel: int) -> torch.Tensor:
         """Return elements first..first + numel of a 1-D tensor."""
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
         tensor: Any = self._open[file].get_slice(key)
         return tensor[first : first + numel]
 
@@ -114,8 +114,9 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> 
             continue
         if entry.geometry.full_shape != target.full_shape:
             raise CheckpointError(
-                f"{fragment.name} has shape {list(entry.geometry.full_shape)} in the checkpoint and "
-                f"{list(target.full_shape)} in this model; it is a checkpoint of another model."
+                f"{fragment.name} has shape {list(entry.geometry.full_shape)} in {files.folder} and "
+                f"{list(target.full_shape)} here: it is a checkpoint of another model. Continue it with its own "
+                "run file, or train this model in another folder (raptr_ds.train.save)."
             )
         for transfer in transfers(entry.geometry, target):
             data = files.read(entry.file, entry.keys[fragment.kind], transfer.read_first, transfer.read_numel)
@@ -124,8 +125,9 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> 
     wanted = num_real_elements(target)
     if filled != wanted:
         raise CheckpointError(
-            f"the checkpoint has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
-            "rank needs; it is a checkpoint of another model or of another version of raptr_ds."
+            f"{files.folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
+            "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with its "
+            "own, or train this model in another folder (raptr_ds.train.save)."
         )
 
 

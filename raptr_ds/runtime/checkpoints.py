@@ -195,7 +195,10 @@ class Checkpoints:
         final = step_folder(self.folder, pending.step)
         self._reports.append(SaveReport(pending.step, final, error, stopped, seconds, num_bytes))
         if error is not None:
-            self._tell(f"checkpoint of step {pending.step} not written, training goes on: {error}")
+            self._tell(
+                f"checkpoint of step {pending.step} not written, training goes on: {error}. "
+                f"raptr_ds.checkpoint.keep={self.keep} needs room for {self.keep + 1} checkpoints in {self.folder}."
+            )
 
     def _finish(self, pending: _Pending, writes: list[RankWrite]) -> tuple[str | None, int, float]:
         """On rank 0: return (error or None, bytes, seconds). Raises: RuntimeError for a fault of a writer."""
@@ -252,8 +255,10 @@ class Checkpoints:
 
         where: `auto` (the run's newest good checkpoint, if it has any), `none`, or a folder: a run's, its checkpoints'
         or one checkpoint. Checkpoints of this run that lie after the restored step are set aside.
+        A save that is still under way is waited for first, so that a run can also roll back.
         Raises: CheckpointError, on all ranks alike: damaged (`auto`: all of them), missing, or of another model.
         """
+        self._conclude_when_written()
         if where == "none":
             self._set_aside(after=-1)
             return None

@@ -1,4 +1,4 @@
-"""Stops: a signal, a lost launcher or a lost rank ends the run within seconds, with a checkpoint where one can be had."""
+"""Stops: a signal, a lost launcher or a lost rank ends the run within seconds, with a checkpoint where possible."""
 
 import os
 import signal

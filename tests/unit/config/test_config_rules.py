@@ -164,21 +164,6 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
     "one_precision": [
         (1, "bf16.enabled=true fp16.enabled=true", ["both true", "to false"], "bf16.enabled=true fp16.enabled=false"),
     ],
-    "low_precision_masters_need_zero": [
-        (
-            1,
-            "fp16.enabled=true fp16.fp16_master_weights_and_grads=true",
-            ["stage >= 1", "Set stage to 1"],
-            "fp16.enabled=true fp16.fp16_master_weights_and_grads=true zero_optimization.stage=1",
-        ),
-        (
-            1,
-            "bf16.enabled=true bf16.bf16_optimizer_states=true zero_optimization.stage=1",
-            ["needs bf16.bf16_master_weights_and_grads"],
-            'bf16={"enabled":true,"bf16_optimizer_states":true,"bf16_master_weights_and_grads":true} '
-            "zero_optimization.stage=1",
-        ),
-    ],
     "accumulation_dtype_fits": [
         (
             1,

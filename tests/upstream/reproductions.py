@@ -1,0 +1,109 @@
+"""Upstream faults in as few lines as they take, without any of our engines; run on the tests' worker pool."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raptr_ds.parallel.launch import Launch
+
+
+class Chain(nn.Module):
+    """Linear layers of which a call runs some."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(num_layers))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+
+    def forward(self, x: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
+        for layer in path:
+            x = x + torch.tanh(self.layers[layer](x))
+        return x.square().mean()
+
+
+def start(launch: Launch) -> None:
+    """Start gloo and hand it to DeepSpeed."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    address = f"tcp://{launch.master_addr}:{launch.master_port}"
+    dist.init_process_group("gloo", init_method=address, rank=launch.rank, world_size=launch.world_size)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
+
+
+def initialize(model: nn.Module, stage: int, optimizer: str = "SGD", **more: Any) -> Any:
+    """Return DeepSpeed's own engine."""
+    import deepspeed
+
+    params: dict[str, Any] = {"lr": 0.1} if optimizer == "SGD" else {"lr": 0.1, "torch_adam": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": optimizer, "params": params},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 60,
+        **more,
+    }
+    return deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
+
+
+def weight_of(engine: Any, layer: int) -> torch.Tensor:
+    """Return the full fp32 weight of a layer."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameter = engine.module.layers[layer].weight
+    full = safe_get_full_fp32_param(parameter)
+    return (parameter.detach() if full is None else full).clone()
+
+
+def moves_of_a_skipped_layer(launch: Launch, stage: int) -> list[float]:
+    """Return how far SGD moves layer 1 in three steps that take it, skip it, skip it."""
+    start(launch)
+    engine = initialize(Chain(3), stage)
+    moves = []
+    for path in ((0, 1, 2), (0, 2), (0, 2)):
+        before = weight_of(engine, 1)
+        engine.backward(engine(torch.ones(1, 8), path))
+        engine.step()
+        moves.append(float((weight_of(engine, 1) - before).norm()))
+    return moves
+
+
+def gradient_of_a_skipped_layer_at_stage_0(launch: Launch) -> bool:
+    """Return whether DeepSpeed made (and so reduced) a gradient for a layer that was skipped."""
+    start(launch)
+    engine = initialize(Chain(3), 0)
+    engine.backward(engine(torch.ones(1, 8), (0, 2)))
+    return engine.module.layers[1].weight.grad is not None
+
+
+def linear_is_replaced_by_zero_3(launch: Launch) -> bool:
+    """Return whether torch.nn.functional.linear is another function after a ZeRO 3 engine was built."""
+    start(launch)
+    before = torch.nn.functional.linear
+    initialize(Chain(2), 3)
+    return torch.nn.functional.linear is not before
+
+
+def learning_rates_of_warmup(launch: Launch) -> list[float]:
+    """Return the learning rates of the first four steps under DeepSpeed's own linear warm-up over four steps."""
+    start(launch)
+    schedule = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"},
+    }
+    engine = initialize(Chain(2), 0, scheduler=schedule)
+    rates = []
+    for _ in range(4):
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        engine.backward(engine(torch.ones(1, 8), (0, 1)))
+        engine.step()
+    return rates

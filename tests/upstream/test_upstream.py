@@ -1,0 +1,56 @@
+"""Each test asserts an upstream fault that we work around; one that fails says that its work-around can go.
+
+docs/upstream.md tells what, where and how we work around it.
+"""
+
+import pytest
+from megatron.core import parallel_state
+
+from raptr_ds.engine.learning_rate import learning_rate_at
+from tests.dist.workers import run_distributed
+from tests.upstream.reproductions import (
+    gradient_of_a_skipped_layer_at_stage_0,
+    learning_rates_of_warmup,
+    linear_is_replaced_by_zero_3,
+    moves_of_a_skipped_layer,
+)
+
+
+def test_zero_3_applies_a_skipped_layers_last_gradient_again() -> None:
+    """Mended: PathAware._norm_groups_zero3 needs to clear nothing."""
+    taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, 3)[0]
+    assert taken > 0
+    assert skipped == pytest.approx([taken, taken], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_other_stages_do_not(stage: int) -> None:
+    """The reproduction's control."""
+    taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, stage)[0]
+    assert taken > 0
+    assert skipped == [0.0, 0.0]
+
+
+def test_stage_0_makes_gradients_for_skipped_layers() -> None:
+    """Mended: ReplicatedOptimizer.reduce_gradients could be DeepSpeed's."""
+    assert all(run_distributed(gradient_of_a_skipped_layer_at_stage_0, 2))
+
+
+def test_zero_3_replaces_linear_for_the_whole_process() -> None:
+    """Mended: tests/dist/workers.py need not put it back."""
+    assert all(run_distributed(linear_is_replaced_by_zero_3, 1))
+
+
+def test_the_first_two_steps_of_warmup_train_nothing() -> None:
+    """Mended: engine/learning_rate.py could be DeepSpeed's schedulers."""
+    theirs = run_distributed(learning_rates_of_warmup, 1)[0]
+    assert theirs[:2] == [0.0, 0.0]
+    params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"}
+    ours = [learning_rate_at({"type": "WarmupLR", "params": params}, 1.0, step) for step in range(4)]
+    assert ours == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_megatron_core_is_no_model_parallel_unit_for_deepspeed() -> None:
+    """Mended: TensorParallelUnit could be megatron.core.parallel_state itself."""
+    assert not hasattr(parallel_state, "get_model_parallel_rank")
+    assert not hasattr(parallel_state, "get_model_parallel_world_size")
