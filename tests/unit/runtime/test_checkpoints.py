@@ -237,6 +237,15 @@ def test_saving_one_step_again_replaces_it(run: Any) -> None:
     assert run.names() == ["step-00000002"]
 
 
+def test_a_run_can_roll_back_while_it_saves(run: Any) -> None:
+    run.save(1)
+    run.engine.step(2)
+    run.checkpoints.save(run.engine, 2, run.model, {"tokens": 20})
+    assert run.restore(str(run.folder / "step-00000001")) == 1
+    assert run.steps() == ["1"]
+    assert [report.step for report in run.checkpoints.poll()] == [2]
+
+
 class CrashError(BaseException):
     """The process is gone: nothing catches this, and nothing is done any more."""
 
