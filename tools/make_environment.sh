@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment that the Makefile's targets run in: tools/make_environment.sh FOLDER REQUIREMENTS [REQUIREMENTS ...]
+# Make the environment that the Makefile's targets run in: tools/make_environment.sh FOLDER REQUIREMENTS
 #
 # A finished installation leaves a stamp named by the requirements' content, so that running this again costs nothing and
 # an edited requirements file is installed again. An interrupted one is done over from the beginning.
@@ -7,7 +7,7 @@
 set -euo pipefail
 
 environment=$1
-shift
+requirements=$2
 installing=$environment/.installing
 
 fail() {
@@ -59,13 +59,15 @@ digest_of_input() {
     if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c 1-16
 }
 
-# All files that count, each with those that it includes by -r.
-digest=$({
-    cat "$@"
-    sed -n 's/^-r *//p' "$@" | while read -r included; do cat "$included"; done
-} | digest_of_input)
-stamp=$environment/.requirements-$digest
+included_by() { # $1: requirements file; prints the files that it includes by -r
+    sed -n 's/^-r *//p' "$1"
+}
 
+stamp_of() { # $1: requirements file; prints the stamp of its content and of what it includes
+    echo "$environment/.requirements-$(included_by "$1" | xargs cat "$1" | digest_of_input)"
+}
+
+stamp=$(stamp_of "$requirements")
 if [ -e "$stamp" ] && is_supported "$environment/bin/python"; then
     exit 0
 fi
@@ -78,13 +80,12 @@ if [ -e "$installing" ] || ! is_supported "$environment/bin/python" || ! "$envir
     create "$python"
 fi
 
-echo "Installing $* into $environment (a minute or two where packages arrive fast)"
+echo "Installing $requirements into $environment (a minute or two where packages arrive fast)"
 touch "$installing"
-arguments=()
-for file in "$@"; do arguments+=(--requirement "$file"); done
+rm -f "$environment"/.requirements-*
 # Bytecode is compiled afterwards by all processors instead of by pip on one.
-"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${arguments[@]}"
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --requirement "$requirements"
 # Some packages carry templates that are no Python: those are reported by an exit code that says nothing more.
 "$environment/bin/python" -m compileall -qq -j 0 "$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+for file in "$requirements" $(included_by "$requirements"); do touch "$(stamp_of "$file")"; done
 rm -f "$installing"
-touch "$stamp"
