@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: worke
 
 TESTS = Path(__file__).parent
 # Kinds that keep one pool of processes, or one cluster: with xdist (--dist loadgroup), one worker runs all of a kind.
-ONE_WORKER = {"dist", "integration", "slurm", "gpu"}
+ONE_WORKER = {"dist", "integration", "slurm", "upstream", "gpu"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ IMPORTERS = {
     "transformers": {"eval"},
     "mpi4py": {"parallel/launch.py"},
     "datasets": {"data"},
-    "sentencepiece": {"data"},
+    "sentencepiece": {"data", "eval"},
     "pyarrow": {"data"},
     "tensorboard": {"runtime"},
     "matplotlib": {"analysis"},
