@@ -109,7 +109,7 @@ class PathAware:
 
     def _do_sanity_check(self: Any) -> None:
         """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""
-        accelerator = get_accelerator()
+        accelerator: Any = get_accelerator()
         is_supported = accelerator.is_fp16_supported
         if accelerator.device_name() == "cpu":
             accelerator.is_fp16_supported = lambda: True
@@ -141,7 +141,7 @@ class PathAware:
         for group, parameters in enumerate(optimizer.params_in_partition):
             real = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
             owned += [g for g, p in zip(real, parameters, strict=False) if is_owner(p, self.process_groups)]
-        return _norm_or_sentinel(global_norm(owned, self.device, dist.group.WORLD))
+        return _norm_or_sentinel(global_norm(owned, self.device, self.process_groups.world))
 
     def _norm_groups_zero3(self: Any) -> list[torch.Tensor]:
         """Return the norm of the gradient partitions, after the stale ones of skipped layers have been cleared.
@@ -157,7 +157,7 @@ class PathAware:
                     gradient.zero_()
                 elif is_owner(parameter, self.process_groups):
                     owned.append(gradient)
-        return [_norm_or_sentinel(global_norm(owned, self.device, dist.group.WORLD))]
+        return [_norm_or_sentinel(global_norm(owned, self.device, self.process_groups.world))]
 
 
 def _norm_or_sentinel(norm: torch.Tensor) -> torch.Tensor:

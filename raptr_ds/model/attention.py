@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.rotary import rotate
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
@@ -14,7 +14,7 @@ from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
 class Attention(nn.Module):
     """Self-attention of this rank's heads; qkv rows are ordered (head, query|key|value, head dim), as Megatron's."""
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, layer: int) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, layer: int) -> None:
         super().__init__()
         hidden, bias = model.hidden_size, model.add_bias_linear
         self.layer = layer

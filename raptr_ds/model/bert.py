@@ -2,9 +2,9 @@
 
 import torch
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model.heads import Head
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 
 
@@ -16,6 +16,6 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
     return (torch.arange(length, device=batch.tokens.device) < batch.lengths[:, None])[:, None, None, :]
 
 
-def build_head(model: ModelSection, groups: ProcessGroups) -> Head:
+def build_head(model: ModelSpec, groups: ProcessGroups) -> Head:
     """Return BERT's masked-language-model head: transform, norm, tied projection with a bias."""
     return Head(model, groups, transform=True, output_bias=True)

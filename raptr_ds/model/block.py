@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.attention import Attention
 from raptr_ds.model.mlp import MLP
 from raptr_ds.model.norm import build_norm
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
 
@@ -14,7 +14,7 @@ from raptr_ds.parallel.groups import ProcessGroups
 class Block(nn.Module):
     """Attention and feed-forward, each on the normalized stream, each added to it."""
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, layer: int) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.dropout_rate = model.hidden_dropout

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from raptr_ds.config.sections import ModelSection
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import vocab_embedding
@@ -14,7 +14,7 @@ EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before l
 class Embedding(nn.Module):
     """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them."""
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
         self.dropout_rate = model.hidden_dropout
         self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.norm import build_norm
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import vocab_bias, vocab_cross_entropy, vocab_embedding
 
@@ -16,7 +16,7 @@ class Head(nn.Module):
     The projection's weight is the word embedding's where they are tied, `self.output` where not.
     """
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, transform: bool, output_bias: bool) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, transform: bool, output_bias: bool) -> None:
         super().__init__()
         hidden, vocab_size = model.hidden_size, model.vocab_size
         self.vocab_size, self.groups = vocab_size, groups

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.config.sections import ModelSection
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
 
@@ -15,7 +15,7 @@ class MLP(nn.Module):
     That order keeps gate and value together on whichever tensor rank holds feature i.
     """
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
         hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
         if model.activation == "swiglu":

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import Block
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
@@ -16,7 +16,7 @@ from raptr_ds.paths.path import Path
 class Stack(nn.ModuleDict):
     """Blocks keyed by their global layer index, so that a parameter has the same name in every layout."""
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, layers: Iterable[int], recompute: bool) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, layers: Iterable[int], recompute: bool) -> None:
         super().__init__({str(layer): Block(model, groups, layer) for layer in layers})
         self.recompute = recompute
 

@@ -9,6 +9,7 @@ from raptr_ds.model import bert, ul2
 from raptr_ds.model.embedding import Embedding
 from raptr_ds.model.initialization import initialize
 from raptr_ds.model.rotary import rotary_table
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
@@ -24,7 +25,7 @@ class Stage(nn.Module):
     the last of several stages holds a copy of it (`embedding.word.weight`, marked `tied_copy`).
     """
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool = False) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, layers: range, recompute: bool = False) -> None:
         super().__init__()
         self.model = model
         self.architecture = _ARCHITECTURES[model.architecture]
@@ -70,6 +71,7 @@ def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
 
 def build_stage(model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int) -> Stage:
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name)."""
-    stage = Stage(model, groups, layers, recompute)
-    initialize(stage, model, seed)
+    spec = ModelSpec.of(model)
+    stage = Stage(spec, groups, layers, recompute)
+    initialize(stage, spec, seed)
     return stage

@@ -2,9 +2,9 @@
 
 import torch
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model.heads import Head
+from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 
 
@@ -20,6 +20,6 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor:
     return (causal[None] | prefix[:, None, :])[:, None]
 
 
-def build_head(model: ModelSection, groups: ProcessGroups) -> Head:
+def build_head(model: ModelSpec, groups: ProcessGroups) -> Head:
     """Return UL2's language-model head: final norm and projection."""
     return Head(model, groups, transform=False, output_bias=False)

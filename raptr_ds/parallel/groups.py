@@ -26,6 +26,7 @@ class ProcessGroups:
     data_rank: int
     tensor_rank: int
     device: torch.device
+    world: dist.ProcessGroup
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
@@ -91,10 +92,16 @@ def make_process_groups(topology: Topology, rank: int, device: torch.device) -> 
         data_rank=data_rank,
         tensor_rank=tensor_rank,
         device=device,
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        world=_made(dist.group.WORLD),
+        tensor=_made(parallel_state.get_tensor_model_parallel_group()),
+        data=_made(parallel_state.get_data_parallel_group()),
+        pipeline=_made(parallel_state.get_pipeline_model_parallel_group()),
+        model=_made(parallel_state.get_model_parallel_group()),
         embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
         control=dist.new_group(backend="gloo"),
     )
+
+
+def _made(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), group
+    return group

@@ -108,9 +108,9 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=groups.tensor,
         )
         self.is_split = groups.topology.tensor > 1
-        _mark(self.weight, 0, out_features, groups)
-        if bias:
-            _mark(self.bias, 0, out_features, groups)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                _mark(parameter, 0, out_features, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""

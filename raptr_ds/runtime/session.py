@@ -13,13 +13,13 @@ from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
-from raptr_ds.errors import Exit
+from raptr_ds.errors import CheckpointError, Exit
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path, PathMethod, build_path_method
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
-from raptr_ds.runtime.checkpoints import Checkpoints, SaveReport
+from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
@@ -27,6 +27,7 @@ from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.throughput import peak_flops
 
+_OPTIMIZER = "optimizer"  # in a checkpoint's run state
 _LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before a lost launcher ends the process
 
 
@@ -87,7 +88,8 @@ class Session:
         """Write a checkpoint."""
         self.long_work_ahead()
         self.metrics.sync()
-        self.checkpoints.save(self.engine, state.step, self.config.model, state.to_dict())
+        run_state = {**state.to_dict(), _OPTIMIZER: self.config.optimizer["type"]}
+        self.checkpoints.save(self.engine, state.step, self.config.model, run_state)
 
     def finish(self, code: Exit) -> Exit:
         """Wait for what is still being written and return how the run ended: a stop without a checkpoint is a fault."""
@@ -150,8 +152,11 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         tell = progress.say if progress is not None else print
         checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore(engine, config.checkpoint.load, config.model)
-        state = RunState() if restored is None else RunState.from_dict(restored.run_state)
+        # A requeued job continues its own run, whatever it was first told to load.
+        load = "auto" if launch.restart_count else config.checkpoint.load
+        state = RunState()
+        if restored := checkpoints.restore(engine, load, config.model):
+            state = _continue_from(restored, config)
         if progress is not None:
             write_config(folder, config.resolved())
             if state.step:
@@ -182,6 +187,17 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         signals.progressed()
         yield Session(config, groups, method, cost, engine, batches, agreement, checkpoints, metrics, signals, state)
+
+
+def _continue_from(restored: RestoredState, config: RunConfig) -> RunState:
+    values = dict(restored.run_state)
+    saved, wanted = values.pop(_OPTIMIZER), config.optimizer["type"]
+    if saved != wanted:
+        raise CheckpointError(
+            f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set optimizer.type "
+            f"to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
+        )
+    return RunState.from_dict(values)
 
 
 def _leave_groups() -> None:

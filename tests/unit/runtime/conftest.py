@@ -26,7 +26,9 @@ def groups() -> Iterator[ProcessGroups]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = dist.group.WORLD
     assert world is not None
-    yield ProcessGroups(Topology(1, 1, 1), 0, 0, 0, 0, torch.device("cpu"), world, world, world, world, None, world)
+    yield ProcessGroups(
+        Topology(1, 1, 1), 0, 0, 0, 0, torch.device("cpu"), world, world, world, world, world, None, world
+    )
     dist.destroy_process_group()
 
 
