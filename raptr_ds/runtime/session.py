@@ -194,8 +194,8 @@ def _continue_from(restored: RestoredState, config: RunConfig) -> RunState:
     saved, wanted = values.pop(_OPTIMIZER), config.optimizer["type"]
     if saved != wanted:
         raise CheckpointError(
-            f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set optimizer.type "
-            f"to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
+            f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set "
+            f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
         )
     return RunState.from_dict(values)
 
