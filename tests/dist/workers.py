@@ -13,9 +13,11 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 MAX_WORKERS = 4
+MAX_THREADS = 150  # pipeline and ZeRO 3 engines leave theirs behind; a worker with more than these is replaced
 
 
 class WorkerFailure(AssertionError):
@@ -43,7 +45,8 @@ def _serve(inbox: Connection) -> None:
         except EOFError:
             return
         try:
-            inbox.send(("done", _run_case(module, name, rank, world_size, port, args)))
+            result = _run_case(module, name, rank, world_size, port, args)
+            inbox.send(("done", (result, len(list(Path("/proc/self/task").iterdir())))))
         except BaseException:
             inbox.send(("failed", traceback.format_exc()))
 
@@ -70,6 +73,7 @@ def _run_case(module: str, name: str, rank: int, world_size: int, port: int, arg
         # replaced gradients arrive in another order, and ZeRO 2 reduces them by order: ranks that served different
         # cases would add up different parameters.
         torch_functional.linear = linear
+        _forget_engines()
         # Leave nothing of this case's groups to the next: DeepSpeed and megatron-core keep them in module globals.
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
@@ -81,6 +85,22 @@ def _run_case(module: str, name: str, rank: int, world_size: int, port: int, arg
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
         Init.param_id = 0
         gc.collect()
+
+
+def _forget_engines() -> None:
+    """Let go of the case's engines.
+
+    ZeRO's gradient hooks hold their engine in a cycle that goes through autograd's C++ side, which Python cannot collect;
+    an engine that stays keeps the threads of a dozen gloo groups, and hundreds of those slow everything down.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    kinds = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    optimizers = [found for found in gc.get_objects() if type(found) in kinds]
+    while optimizers:
+        for hook in optimizers.pop()._grad_acc_hooks:
+            hook.remove()
 
 
 class Pool:
@@ -102,6 +122,7 @@ class Pool:
             waiting[pipe] = rank
         results: list[Any] = [None] * world_size
         deadline = time.monotonic() + timeout
+        tired = False
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -118,7 +139,10 @@ class Pool:
                 if state == "failed":
                     self.kill()
                     raise WorkerFailure(f"rank {rank} of {world_size} failed in {function.__name__}:\n{value}")
-                results[rank] = value
+                results[rank], threads = value
+                tired = tired or threads > MAX_THREADS
+        if tired:
+            self.kill()
         return results
 
     def _start(self, count: int) -> None:
