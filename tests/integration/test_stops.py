@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,12 @@ def _start(run_file: Path) -> subprocess.Popen[str]:
 
 def _wait_until_training(save: Path, steps: int = 3) -> None:
     deadline = time.monotonic() + PATIENCE
-    while len(training_lines_or_none(save)) < steps:
+    while len(_lines_so_far(save)) < steps:
         assert time.monotonic() < deadline, "the run did not start to train"
         time.sleep(0.1)
 
 
-def training_lines_or_none(save: Path) -> list[dict]:
+def _lines_so_far(save: Path) -> list[dict[str, Any]]:
     try:
         return training_lines(save)
     except ValueError:  # a line is being written
@@ -40,32 +41,18 @@ def training_lines_or_none(save: Path) -> list[dict]:
 
 
 def _workers(run_file: Path) -> list[int]:
-    """Return the training processes of this run: they carry its run file on their command line."""
+    """Return this run's training processes: the launcher gives them its run file and a local rank."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
+            words = (entry / "cmdline").read_text(errors="replace").split("\0")
+        except OSError:  # gone meanwhile
             continue
-        if (
-            str(run_file).encode() in command
-            and b"raptr_ds/pretrain.py" in command
-            and b"--local_rank=0" in b" ".join(command).replace(b"--local_rank=1", b"--local_rank=0")
-        ):
+        if str(run_file) in words and any(word.startswith("--local_rank=") for word in words):
             found.append(int(entry.name))
     return found
-
-
-def _is_training_process(pid: int) -> bool:
-    try:
-        return (
-            b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            and b"launcher" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-    except OSError:
-        return False
 
 
 def _end(process: subprocess.Popen[str], run_file: Path) -> None:
@@ -81,7 +68,7 @@ def _end(process: subprocess.Popen[str], run_file: Path) -> None:
 
 def _wait_for_none(run_file: Path, seconds: float) -> float:
     started = time.monotonic()
-    while any(_is_training_process(pid) for pid in _workers(run_file)):
+    while _workers(run_file):
         assert time.monotonic() - started < seconds, "training processes live on"
         time.sleep(0.1)
     return time.monotonic() - started
@@ -93,7 +80,7 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(how: str, run_file: Path, tmp
     process = _start(run_file)
     try:
         _wait_until_training(save)
-        workers = [pid for pid in _workers(run_file) if _is_training_process(pid)]
+        workers = _workers(run_file)
         assert len(workers) == 2
         number = signal.SIGKILL if how.startswith("KILL") else signal.SIGTERM
         os.kill(workers[1] if "worker" in how else process.pid, number)
@@ -116,7 +103,7 @@ def test_a_killed_rank_ends_the_run(run_file: Path, tmp_path: Path) -> None:
     process = _start(run_file)
     try:
         _wait_until_training(tmp_path / "run")
-        workers = [pid for pid in _workers(run_file) if _is_training_process(pid)]
+        workers = _workers(run_file)
         os.kill(workers[0], signal.SIGKILL)
         assert process.wait(60) not in (0, 2, 75)
         _wait_for_none(run_file, 30)
