@@ -1,7 +1,7 @@
 """One optimizer parameter group for each layer and weight-decay class: an optimizer can step layer by layer."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,28 +40,6 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(name)
     return list(groups.values())
-
-
-class LayerwiseStep:
-    """Narrows an optimizer's `step` to the groups of layers for which `moves` is true.
-
-    A group that is left out keeps weights, moments and step count: `skipped_update: freeze`.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.moves: Callable[[int], bool] = lambda _layer: True
-        self._optimizer = optimizer
-        self._step = optimizer.step
-        optimizer.step = self  # type: ignore[method-assign,assignment]
-
-    def __call__(self, closure: Any = None) -> Any:
-        """Step the chosen groups."""
-        optimizer, every = self._optimizer, self._optimizer.param_groups
-        optimizer.param_groups = [group for group in every if self.moves(group["layer"])]
-        try:
-            return self._step(closure) if optimizer.param_groups else None
-        finally:
-            optimizer.param_groups = every
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -38,6 +38,7 @@ class ZeroEngine(DeepSpeedState):
         for micro in batch.micro_batches:
             streams = DropoutStreams(self.seed, step, micro.sample_ids)
             loss = engine(micro.tokens, micro, path, streams).sum() * weight
+            engine.observe_loss(loss)
             self.scale_gradient(loss)
             engine.backward(loss)
             engine.step()
