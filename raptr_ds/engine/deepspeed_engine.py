@@ -20,8 +20,8 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from raptr_ds.engine.parameter_groups import NO_LAYER, layer_of, parameter_groups
-from raptr_ds.engine.path_zero import follow_paths
+from raptr_ds.engine.parameter_groups import parameter_groups
+from raptr_ds.engine.path_zero import PathZero3, follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
@@ -81,8 +81,7 @@ class PathAware:
         a layer out; here stage 0 is ReplicatedOptimizer and every other stage its ZeRO optimizer.
         """
         decay = (self.optimizer_params() or {}).get("weight_decay")
-        named = list(self.stage.named_parameters())
-        self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(named, decay))
+        self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(self.stage.named_parameters(), decay))
         if self.zero_optimization_stage() == 0:
             model_dtype, accumulation_dtype = self.get_data_types()
             self.optimizer = ReplicatedOptimizer(
@@ -99,7 +98,7 @@ class PathAware:
             )
             return
         self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
-        follow_paths(self.optimizer, self.process_groups, {p: layer_of(name) for name, p in named})
+        follow_paths(self.optimizer, self.process_groups, self.stage)
 
     def _do_sanity_check(self: Any) -> None:
         """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""
@@ -114,9 +113,12 @@ class PathAware:
 
     def follow(self: Any, path: Path) -> None:
         """Train the next step along `path`: under `freeze` only its layers move, under `zero_grad` all."""
-        freezes = self.skipped_update == "freeze"
-        self.optimizer.path = path
-        self.optimizer.moves = lambda layer: not freezes or layer == NO_LAYER or path.is_active(layer)
+        self.optimizer.follow(path, freezes=self.skipped_update == "freeze")
+
+    def evaluate_along(self, path: Path) -> None:
+        """Expect forward passes along `path`, without backward passes, until the next `follow`."""
+        if isinstance(self.optimizer, PathZero3):
+            self.optimizer.coordinator.expect(path.layers, training=False)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Take a micro batch's loss, a scalar: one that is not finite makes all ranks skip the step."""

@@ -1,11 +1,13 @@
 """One optimizer parameter group for each layer and weight-decay class: an optimizer can step layer by layer."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from raptr_ds.paths.path import Path
 
 NO_LAYER = -1
 
@@ -40,6 +42,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(name)
     return list(groups.values())
+
+
+def moving_layers(path: Path, freezes: bool) -> Callable[[int], bool]:
+    """Return which layers, and NO_LAYER, an optimizer step moves."""
+    return lambda layer: not freezes or layer == NO_LAYER or path.is_active(layer)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -15,7 +15,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
-from raptr_ds.engine.parameter_groups import NO_LAYER
+from raptr_ds.engine.parameter_groups import NO_LAYER, layer_of, moving_layers
+from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
+from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import Path
@@ -52,6 +54,10 @@ class PathZero:
     path: Path
     moves: Callable[[int], bool]
     loss_check: LossCheck
+
+    def follow(self, path: Path, freezes: bool) -> None:
+        """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
+        self.path, self.moves = path, moving_layers(path, freezes)
 
     def _norm(self, owned: list[torch.Tensor]) -> torch.Tensor:
         """Return the norm over all ranks, negative (DeepSpeed's sign to skip the step) if it or the loss is not finite.
@@ -110,6 +116,13 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
 class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO 3. A group that does not move keeps its partition; its stale gradient is neither counted nor applied."""
 
+    coordinator: PathCoordinator
+
+    def follow(self, path: Path, freezes: bool) -> None:
+        """Train the next step along `path`, fetching weights ahead by it."""
+        super().follow(path, freezes)
+        self.coordinator.expect(path.layers, training=True)
+
     def _get_norm_groups(self: Any) -> list[torch.Tensor]:
         """Return the norm of the gradient partitions, after those of skipped layers have been cleared.
 
@@ -141,16 +154,19 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
             self.persistent_parameters = persistent
 
 
-def follow_paths(optimizer: Any, process_groups: ProcessGroups, layers: Mapping[nn.Parameter, int]) -> None:
-    """Give a ZeRO optimizer that DeepSpeed has built the behaviour of this file; layers: of each parameter.
+def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) -> None:
+    """Give a ZeRO optimizer that DeepSpeed has built for `stage` the behaviour of this file.
 
     DeepSpeed names the class in its own code, so the object takes ours afterwards.
     """
     ours = {DeepSpeedZeroOptimizer: PathZero12, DeepSpeedZeroOptimizer_Stage3: PathZero3}
     optimizer.__class__ = ours[type(optimizer)]
-    optimizer.process_groups, optimizer.layers = process_groups, layers
+    optimizer.process_groups = process_groups
+    optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
     optimizer.loss_check = LossCheck()
     optimizer.check_grad_overflow = True  # in every precision: DeepSpeed would apply a NaN in bf16 if told so
+    if isinstance(optimizer, PathZero3):
+        optimizer.coordinator = prefetch_along_paths(optimizer.parameter_offload.get_param_coordinator(), stage.layers)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
+from raptr_ds.engine.parameter_groups import moving_layers
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import Path
@@ -35,7 +36,6 @@ class ReplicatedOptimizer:
         accumulate_in_fp32: bool,
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
-        self.path: Path | None = None
         self.moves: Callable[[int], bool] = lambda _layer: True
         self.loss_check = LossCheck()
         self.overflow = False
@@ -64,6 +64,10 @@ class ReplicatedOptimizer:
     def loss_scale(self) -> float:
         """What the loss is multiplied by before the backward pass."""
         return self.loss_scaler.loss_scale
+
+    def follow(self, path: Path, freezes: bool) -> None:
+        """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
+        self.moves = moving_layers(path, freezes)
 
     def reduce_gradients(self) -> None:
         """Average the gradients over the data-parallel ranks; skipped layers have none and send nothing."""

@@ -50,6 +50,7 @@ class ZeroEngine(DeepSpeedState):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
+        self.engine.evaluate_along(path)
         sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         for batch in batches:
             for micro in batch.to(self.groups.device).micro_batches:

@@ -40,6 +40,7 @@ class Case:
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
     pipeline_layers: tuple[int, ...] | None = None
+    persistent_elements: int = HIDDEN  # ZeRO 3: norms and small biases stay whole, everything else is sharded
     # the run itself, which a layout must not change
     architecture: str = "bert"
     num_layers: int = 5
@@ -130,6 +131,8 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "gradient_clipping": case.max_norm,
         "zero_optimization": {"stage": case.zero},
     }
+    if case.zero == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistent_elements
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":
