@@ -17,7 +17,8 @@ from tests.dist.workers import run_distributed
 LOSS, NORM = 1e-6, 2e-6
 
 RUNS = {
-    "bert-freeze": Case(),
+    "bert-freeze": Case(steps=50),
+    "bert-freeze-no-dropout": Case(dropout=0.0),
     "bert-zero_grad": Case(skipped_update="zero_grad"),
     "ul2-freeze": Case(architecture="ul2"),
     "ul2-zero_grad-untied": Case(architecture="ul2", skipped_update="zero_grad", tied=False),
