@@ -19,7 +19,7 @@ class Fetches:
 
     late: for each step, visits whose weights were neither there nor under way. restarts: how often DeepSpeed met
     another module than it expected (it compares every visit). whole: weights that are unsharded between the steps,
-    though not small. visits: of the last step.
+    though not small. visits: of the last step. most_live: weights, in elements, that were unsharded at once.
     """
 
     paths: list[tuple[int, ...]]
@@ -27,6 +27,7 @@ class Fetches:
     restarts: int
     whole: list[str]
     visits: int
+    most_live: int
 
 
 def count_fetches(launch: Launch, case: Case) -> Fetches:
@@ -38,12 +39,15 @@ def count_fetches(launch: Launch, case: Case) -> Fetches:
     engine: Any = build_engine(case, groups)
     coordinator = engine.engine.optimizer.coordinator
     fetch = coordinator.fetch_sub_module
-    counts = {"late": 0, "visits": 0}
+    counts = {"late": 0, "visits": 0, "most_live": 0}
+    weights = [p for p in engine.parameters.values() if not p.ds_persist]
 
     def counted(module: torch.nn.Module, forward: bool) -> None:
         counts["visits"] += 1
         counts["late"] += any(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in iter_params(module))
         fetch(module, forward)
+        live = sum(p.ds_numel for p in weights if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        counts["most_live"] = max(live, counts["most_live"])
 
     coordinator.fetch_sub_module = counted
     method, late, paths, whole = path_method(case), [], [], []
@@ -59,7 +63,7 @@ def count_fetches(launch: Launch, case: Case) -> Fetches:
         if step % 3 == 1:
             engine.evaluate([batch_at(case, groups, 1000)], Path.full(case.num_layers))
     del coordinator.fetch_sub_module
-    return Fetches(paths, late, coordinator.num_restarts, whole, counts["visits"])
+    return Fetches(paths, late, coordinator.num_restarts, whole, counts["visits"], counts["most_live"])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,20 @@ def test_weights_are_fetched_ahead_along_every_path(world_size: int, case: Case)
         assert max(seen.late[1:]) <= 2 * micro_batches, seen.late
         assert seen.visits > 20 * micro_batches
         assert seen.whole == []
+
+
+def test_no_more_than_asked_for_is_whole_at_once() -> None:
+    """DeepSpeed's own limits hold along a changing path: what prefetching may have live, and how long it is kept."""
+    layer = 12 * 32 * 32  # about a layer's weights
+    limits = (("max_live_parameters", 2 * layer), ("max_reuse_distance", layer), ("prefetch_bucket_size", layer))
+    case = Case(zero=3, num_layers=8, schedule="4-6-8", steps=9, micro_batch=6)
+    free, limited = (
+        run_distributed(count_fetches, 2, replace(case, zero_3_options=options))[0] for options in ((), limits)
+    )
+    assert free.most_live > 8 * layer
+    assert limited.restarts == 0
+    # What is being used comes on top of what is fetched ahead: a layer's largest matrix, and the embedding.
+    assert limited.most_live < 4 * layer
 
 
 def test_a_wrong_order_is_recorded_anew() -> None:

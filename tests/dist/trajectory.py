@@ -40,7 +40,7 @@ class Case:
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
     pipeline_layers: tuple[int, ...] | None = None
-    persistent_elements: int = HIDDEN  # ZeRO 3: norms and small biases stay whole, everything else is sharded
+    zero_3_options: tuple[tuple[str, int], ...] = ()
     # the run itself, which a layout must not change
     architecture: str = "bert"
     num_layers: int = 5
@@ -132,7 +132,9 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "zero_optimization": {"stage": case.zero},
     }
     if case.zero == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistent_elements
+        # Norms and small biases stay whole; by DeepSpeed's default all of so small a model would.
+        options = {"param_persistence_threshold": HIDDEN, **dict(case.zero_3_options)}
+        config["zero_optimization"] |= {f"stage3_{key}": value for key, value in options.items()}
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":
