@@ -21,11 +21,10 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from raptr_ds.engine.parameter_groups import parameter_groups
-from raptr_ds.engine.path_zero import PathZero3, follow_paths
+from raptr_ds.engine.path_zero import follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
 
 
 class TensorParallelUnit:
@@ -71,7 +70,6 @@ class PathAware:
 
     stage: Stage
     process_groups: ProcessGroups
-    skipped_update: str
     optimizer: Any
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
@@ -110,15 +108,6 @@ class PathAware:
             super()._do_sanity_check()  # type: ignore[misc]
         finally:
             accelerator.is_fp16_supported = is_supported
-
-    def follow(self: Any, path: Path) -> None:
-        """Train the next step along `path`: under `freeze` only its layers move, under `zero_grad` all."""
-        self.optimizer.follow(path, freezes=self.skipped_update == "freeze")
-
-    def evaluate_along(self, path: Path) -> None:
-        """Expect forward passes along `path`, without backward passes, until the next `follow`."""
-        if isinstance(self.optimizer, PathZero3):
-            self.optimizer.coordinator.expect(path.layers, training=False)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Take a micro batch's loss, a scalar: one that is not finite makes all ranks skip the step."""
@@ -174,7 +163,7 @@ def start_deepspeed_comm() -> None:
 
 
 def build_deepspeed_engine(
-    config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups, skipped_update: str
+    config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups
 ) -> PathAwareEngine | PathAwarePipelineEngine:
     """Return the DeepSpeed engine for `module`, which runs `stage`; a PipelineModule gets the pipeline engine."""
     pipelined = isinstance(module, PipelineModule)
@@ -184,7 +173,6 @@ def build_deepspeed_engine(
     # DeepSpeed configures the optimizer inside its constructor, which needs these.
     engine.__dict__.update(
         process_groups=groups,
-        skipped_update=skipped_update,
     )
     engine.__dict__["stage"] = stage
     start_deepspeed_comm()

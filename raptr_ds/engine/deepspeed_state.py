@@ -1,6 +1,6 @@
 """What both DeepSpeed engines share around a step: the loss's weight and scale, the result, the state by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
+from raptr_ds.engine.idle_layers import IdleLayers
+from raptr_ds.engine.parameter_groups import NO_LAYER, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.state_layout import replicated_holders, zero3_holders, zero12_holders
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
+from raptr_ds.paths.path import Path
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -21,10 +24,36 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 class DeepSpeedState:
     """State and bookkeeping of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups) -> None:
+    def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups, skipped_update: str) -> None:
         self.engine, self.stage, self.groups = engine, stage, groups
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
+        self.idle = None
+        if skipped_update == "zero_grad" and IdleLayers.can_serve(engine.basic_optimizer):
+            self.idle = IdleLayers(engine.basic_optimizer, (int(name) for name in stage.layers))
+        self._skipped_stay = skipped_update == "freeze" or self.idle is not None
+        self._learning_rate = 0.0
+
+    def begin_step(self, path: Path, learning_rate: float) -> None:
+        """Get ready to train a step along `path`: only its layers need to be up to date."""
+        self._learning_rate = learning_rate
+        set_learning_rate(self.engine.basic_optimizer, learning_rate)
+        optimizer = self.engine.optimizer
+        optimizer.follow(path, self._skipped_stay)
+        self._make_up(path.is_active)
+        optimizer.gather(lambda layer: layer == NO_LAYER or path.is_active(layer))
+
+    def begin_evaluation(self, path: Path) -> None:
+        """Get ready for forward passes along `path` without backward passes."""
+        optimizer = self.engine.optimizer
+        optimizer.follow_forward(path)
+        self._make_up(path.is_active)
+        optimizer.gather(lambda layer: layer == NO_LAYER or path.is_active(layer))
+
+    def _make_up(self, is_wanted: Callable[[int], bool]) -> None:
+        """Make the optimizer steps that layers have missed under `zero_grad`."""
+        if self.idle is not None and (changed := self.idle.make_up(self._holders(), is_wanted)):
+            self.engine.optimizer.refresh(changed.__contains__)
 
     def count_predictions(self, batch: StepBatch) -> torch.Tensor:
         """Return the predicted positions of the global batch, an fp64 scalar on the device."""
@@ -50,6 +79,8 @@ class DeepSpeedState:
     def result(self, loss: float, num_predictions: torch.Tensor) -> StepResult:
         """Return the step's result, after DeepSpeed has stepped."""
         optimizer = self.engine.optimizer
+        if self.idle is not None and not optimizer.overflow:
+            self.idle.miss(optimizer.moves, self._learning_rate)
         norm = float(optimizer._global_grad_norm)
         return StepResult(
             loss=loss,
@@ -71,6 +102,23 @@ class DeepSpeedState:
         """Return all fp32 weights and optimizer states that this rank holds, live."""
         return fragments_of(self._holders(), self.engine.basic_optimizer)
 
+    def settle(self) -> None:
+        """Bring every layer up to the last step."""
+        self._make_up(_every_layer)
+
+    def missed_steps(self) -> dict[str, list[float]]:
+        """Return, by layer of this rank, the learning rates of the steps that it has still to make."""
+        return {} if self.idle is None else self.idle.missed_steps()
+
+    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
+        """Take over missed steps; where layers are not waited for (`freeze` now, or another optimizer) make them."""
+        if self.idle is not None:
+            self.idle.load(values)
+        elif values:
+            idle = IdleLayers(self.engine.basic_optimizer, (int(name) for name in self.stage.layers))
+            idle.load(values)
+            self.engine.optimizer.refresh(idle.make_up(self._holders(), _every_layer).__contains__)
+
     def owns(self, fragment: Fragment) -> bool:
         """Whether this rank writes the fragment: ZeRO's partitions have one owner each, replicas the first rank."""
         if isinstance(self.engine.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
@@ -87,17 +135,7 @@ class DeepSpeedState:
 
     def refresh_weights(self) -> None:
         """Make the working weights follow from the fp32 ones."""
-        optimizer = self.engine.optimizer
-        if isinstance(optimizer, ReplicatedOptimizer):
-            optimizer.refresh_working_weights()
-        elif self.engine.zero_optimization_stage() == 3:
-            optimizer._partition_all_parameters()
-            for sub_group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        else:
-            optimizer.update_lp_params()
+        self.engine.optimizer.refresh(_every_layer)
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return a dynamic loss scale and its counters; a static one is the run file's."""
@@ -113,3 +151,7 @@ class DeepSpeedState:
             return
         for key, value in values.items():
             setattr(scaler, key, type(getattr(scaler, key))(value))
+
+
+def _every_layer(_layer: int) -> bool:
+    return True

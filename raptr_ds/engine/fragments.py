@@ -105,11 +105,11 @@ def create_state(
         state: dict[str, Any] = {kind: torch.zeros_like(holder.flat).detach() for kind in sorted(wanted)}
         count = next((counts[name] for name in names if name in counts), None)
         if wanted and count is not None:  # without state an optimizer begins to count by itself
-            state = {STEP: _counter(optimizer, holder, count), **state}
+            state = {STEP: counter_like(optimizer, holder, count), **state}
         optimizer.state[holder.flat] = state
 
 
-def _counter(optimizer: torch.optim.Optimizer, holder: Holder, count: float) -> torch.Tensor | int:
+def counter_like(optimizer: torch.optim.Optimizer, holder: Holder, count: float) -> torch.Tensor | int:
     """Return a step count as the optimizer keeps it: torch's in a tensor, DeepSpeed's in an int for their kernels."""
     if not type(optimizer).__module__.startswith("torch."):
         return int(count)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
@@ -59,6 +61,9 @@ class PathZero:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.path, self.moves = path, moving_layers(path, freezes)
 
+    def follow_forward(self, path: Path) -> None:
+        """Run forward passes along `path`, without backward passes."""
+
     def _norm(self, owned: list[torch.Tensor]) -> torch.Tensor:
         """Return the norm over all ranks, negative (DeepSpeed's sign to skip the step) if it or the loss is not finite.
 
@@ -74,7 +79,14 @@ class PathZero:
 
 
 class PathZero12(PathZero, DeepSpeedZeroOptimizer):
-    """ZeRO 1 and 2. A group that does not move gets no zero gradients, no step, no copy and no gather."""
+    """ZeRO 1 and 2. A group that does not move gets no zero gradients, no step, no copy and no gather.
+
+    Weights that have moved are gathered when they are next used (`gather`), not at once: where a layer also moves
+    while it is skipped (`zero_grad`) the first gather would be for nothing.
+    """
+
+    stale: set[int]
+    """Groups whose gathered weights are behind their fp32 partitions."""
 
     def _group_moves(self: Any, group: int) -> bool:
         return self.moves(self.optimizer.param_groups[group]["layer"])
@@ -110,7 +122,36 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
             _only(self, _GROUP_LISTS_12, chosen, taken=("averaged_gradients", "all_grad_tensors")),
             _only(self.optimizer, ("param_groups",), chosen),
         ):
+            self.bit16_groups_flat = []  # DeepSpeed gathers what is listed here
             super().step(closure)
+        if not self.overflow:
+            self.stale.update(chosen)
+
+    def _update_model_bit16_weights(self, group_index: int) -> None:
+        """Do nothing: the weights are views of the flat buffers since DeepSpeed built them."""
+
+    def gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
+        """Gather the weights of the wanted layers where they have moved since they were last gathered."""
+        chosen = [n for n in sorted(self.stale) if is_wanted(self.optimizer.param_groups[n]["layer"])]
+        with _only(self, _GROUP_LISTS_12, chosen):
+            all_gather_dp_groups(
+                groups_flat=self.bit16_groups_flat,
+                partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+                dp_process_group=self.real_dp_process_group,
+                start_alignment_factor=self.nccl_start_alignment_factor,
+                allgather_bucket_size=self.allgather_bucket_size,
+            )
+        self.stale.difference_update(chosen)
+
+    @torch.no_grad()
+    def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
+        """Let the working weights of the wanted layers follow from the fp32 ones."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            if is_wanted(group["layer"]):
+                rank = dist.get_rank(group=self.real_dp_process_group[number])
+                partition = self.parallel_partitioned_bit16_groups[number][rank]
+                partition.data.copy_(self.single_partition_of_fp32_groups[number].data)
+                self.stale.add(number)
 
 
 class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
@@ -122,6 +163,10 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         """Train the next step along `path`, fetching weights ahead by it."""
         super().follow(path, freezes)
         self.coordinator.expect(path.layers, training=True)
+
+    def follow_forward(self, path: Path) -> None:
+        """Run forward passes along `path`, fetching weights ahead by it."""
+        self.coordinator.expect(path.layers, training=False)
 
     def _get_norm_groups(self: Any) -> list[torch.Tensor]:
         """Return the norm of the gradient partitions, after those of skipped layers have been cleared.
@@ -153,6 +198,17 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         finally:
             self.persistent_parameters = persistent
 
+    def gather(self, is_wanted: Callable[[int], bool]) -> None:
+        """Do nothing: weights are gathered as they are used."""
+
+    @torch.no_grad()
+    def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
+        """Let the working weights of the wanted layers follow from the fp32 ones."""
+        self._partition_all_parameters()
+        for number, parameters in enumerate(self.fp16_groups):
+            if is_wanted(self.layers[parameters[0]]):
+                self._reassign_or_swap_out_partitioned_parameters(number)
+
 
 def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) -> None:
     """Give a ZeRO optimizer that DeepSpeed has built for `stage` the behaviour of this file.
@@ -165,6 +221,8 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) ->
     optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
     optimizer.loss_check = LossCheck()
     optimizer.check_grad_overflow = True  # in every precision: DeepSpeed would apply a NaN in bf16 if told so
+    if isinstance(optimizer, PathZero12):
+        optimizer.stale = set()
     if isinstance(optimizer, PathZero3):
         optimizer.coordinator = prefetch_along_paths(optimizer.parameter_offload.get_param_coordinator(), stage.layers)
 

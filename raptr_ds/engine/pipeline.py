@@ -9,7 +9,6 @@ from torch import nn
 from raptr_ds.data.batch import MicroBatch, StepBatch
 from raptr_ds.engine.deepspeed_engine import PipelineStages, build_deepspeed_engine
 from raptr_ds.engine.deepspeed_state import DeepSpeedState
-from raptr_ds.engine.parameter_groups import set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams
@@ -57,15 +56,14 @@ class PipelineEngine(DeepSpeedState):
         self.body = _StepBody(stage)
         self.body.seed = seed
         module = PipelineStages(self.body, groups)
-        super().__init__(build_deepspeed_engine(config, stage, module, groups, skipped_update), stage, groups)
+        super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
         self.body.observe_loss = self.engine.observe_loss
         self.body.scale_gradient = self.scale_gradient
 
     def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         engine: Any = self.engine
-        engine.follow(path)
-        set_learning_rate(engine.basic_optimizer, learning_rate)
+        self.begin_step(path, learning_rate)
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
         self._prepare(batch, path, self.loss_weight(batch, count), step)
@@ -77,6 +75,7 @@ class PipelineEngine(DeepSpeedState):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
+        self.begin_evaluation(path)
         total, count = 0.0, 0.0
         for given in batches:
             batch = given.to(self.groups.device)

@@ -10,6 +10,7 @@ step, of any path, gives the order of every path, and the next path is always kn
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
@@ -140,7 +141,7 @@ class PathCoordinator(PartitionedParameterCoordinator):
         entry = getattr(PartitionedParameterCoordinator, _PRIVATE + "ParamInTrace")
         trace, self._uses, self._numel_before = [], {}, [0]
         for number, module in enumerate(order):
-            parameters = sorted(set(iter_params(module)), key=lambda p: p.ds_id)
+            parameters = _weights_of(module)
             for parameter in parameters:
                 trace.append(entry(param=parameter, step_id_last_used_at=number))
                 self._uses.setdefault(parameter, []).append(number)
@@ -162,7 +163,7 @@ class PathCoordinator(PartitionedParameterCoordinator):
         farthest = self._numel_before[visit] + self._get("max_reuse_dist_in_numel")
         fetched_for = self._get("most_recent_step_id_param_fetched_for")
         released = set()
-        for parameter in iter_params(module):
+        for parameter in _weights_of(module):
             uses = self._uses.get(parameter, [])
             following = bisect_left(uses, visit)
             is_reused = following < len(uses) and self._numel_before[uses[following]] < farthest
@@ -175,6 +176,11 @@ class PathCoordinator(PartitionedParameterCoordinator):
 
     def _set(self, name: str, value: Any) -> None:
         setattr(self, _PRIVATE + name, value)
+
+
+def _weights_of(module: nn.Module) -> list[Any]:
+    """Return the weights that a visit to a module needs, its own and those it borrows, in DeepSpeed's order."""
+    return sorted(set(iter_params(module)), key=attrgetter("ds_id"))
 
 
 def prefetch_along_paths(coordinator: Any, layers: Stack) -> PathCoordinator:

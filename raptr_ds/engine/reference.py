@@ -11,6 +11,7 @@ from torch import nn
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, Piece, create_state, fragments_of, step_counts
+from raptr_ds.engine.idle_layers import IdleLayers
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
@@ -34,7 +35,7 @@ class ReferenceEngine:
         self.stage, self.seed, self.skipped_update, self.max_norm = stage, seed, skipped_update, max_norm
         self.parameters = dict(stage.named_parameters())
         groups = [
-            {"params": [p], "name": name, "weight_decay": weight_decay if is_decayed(p) else 0.0}
+            {"params": [p], "layer": layer_of(name), "weight_decay": weight_decay if is_decayed(p) else 0.0}
             for name, p in self.parameters.items()
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
@@ -83,6 +84,19 @@ class ReferenceEngine:
     def fragments(self) -> list[Fragment]:
         """Return all weights and optimizer states."""
         return fragments_of(self._holders(), self.optimizer)
+
+    def settle(self) -> None:
+        """Do nothing: every step is made at once."""
+
+    def missed_steps(self) -> dict[str, list[float]]:
+        """Return nothing: every step is made at once."""
+        return {}
+
+    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
+        """Make the steps that another engine has put off."""
+        idle = IdleLayers(self.optimizer, (int(layer) for layer in values))
+        idle.load(values)
+        idle.make_up(self._holders(), lambda _layer: True)
 
     def owns(self, fragment: Fragment) -> bool:
         """Return True: there is no other rank."""

@@ -4,7 +4,7 @@ DeepSpeed's own stage 0 creates and reduces zero gradients for skipped layers (r
 _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (runtime/utils.py, clip_grad_norm_).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ class ReplicatedOptimizer:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.moves = moving_layers(path, freezes)
 
+    def follow_forward(self, path: Path) -> None:
+        """Run forward passes along `path`: nothing to prepare."""
+
     def reduce_gradients(self) -> None:
         """Average the gradients over the data-parallel ranks; skipped layers have none and send nothing."""
         if self.groups.topology.data == 1:
@@ -115,18 +118,17 @@ class ReplicatedOptimizer:
             self.inner.step()
         finally:
             self.inner.param_groups = every
-        self._refresh((w, m) for w, m, _ in gradients)
+        self.refresh(self.moves)
 
-    def refresh_working_weights(self) -> None:
-        """Copy all fp32 weights to the working ones, where those are others."""
-        self._refresh((w, m) for w, m, _ in self.pairs)
-
-    @staticmethod
     @torch.no_grad()
-    def _refresh(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
-        for working, master in pairs:
-            if working is not master:
+    def refresh(self, is_wanted: Callable[[int], bool]) -> None:
+        """Let the working weights of the wanted layers follow from the fp32 ones, where those are others."""
+        for working, master, layer in self.pairs:
+            if working is not master and is_wanted(layer):
                 working.copy_(master)
+
+    def gather(self, is_wanted: Callable[[int], bool]) -> None:
+        """Do nothing: every rank has all weights."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

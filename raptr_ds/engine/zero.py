@@ -9,7 +9,6 @@ import torch.distributed as dist
 from raptr_ds.data.batch import MicroBatch, StepBatch
 from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
 from raptr_ds.engine.deepspeed_state import DeepSpeedState
-from raptr_ds.engine.parameter_groups import set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams
@@ -24,13 +23,12 @@ class ZeroEngine(DeepSpeedState):
         self, config: dict[str, Any], stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str
     ) -> None:
         self.groups, self.seed = groups, seed
-        super().__init__(build_deepspeed_engine(config, stage, stage, groups, skipped_update), stage, groups)
+        super().__init__(build_deepspeed_engine(config, stage, stage, groups), stage, groups, skipped_update)
 
     def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         engine: Any = self.engine
-        engine.follow(path)
-        set_learning_rate(engine.basic_optimizer, learning_rate)
+        self.begin_step(path, learning_rate)
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
         weight = self.loss_weight(batch, count)
@@ -50,7 +48,7 @@ class ZeroEngine(DeepSpeedState):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
-        self.engine.evaluate_along(path)
+        self.begin_evaluation(path)
         sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         for batch in batches:
             for micro in batch.to(self.groups.device).micro_batches:

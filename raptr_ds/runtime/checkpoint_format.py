@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Manifest:
     """All that a checkpoint says beside the tensors.
 
     model: the whole ModelSection. run_state: the loop's own, plain JSON. step_counts: optimizer steps by parameter
-    name. layout: what wrote it, for people only.
+    name. layout: what wrote it, for people only. missed_steps: by layer, the learning rates of the steps with zero
+    gradients that are still to be made on the tensors (engine/idle_layers.py).
     """
 
     step: int
@@ -78,6 +79,7 @@ class Manifest:
     layout: dict[str, int]
     files: dict[str, TensorFile]
     entries: tuple[Entry, ...]
+    missed_steps: dict[str, list[float]] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the manifest as JSON in one canonical form, with a checksum of itself."""

@@ -57,6 +57,9 @@ LAYOUTS = {
     "DP2 ZeRO 3": (2, {"zero": 3}),
     "DP2 ZeRO 1, bf16": (2, {"zero": 1, "precision": "bf16"}),
     "DP2 ZeRO 2, fp32 accumulation": (2, {"zero": 2, "precision": "bf16", "accumulate_in_fp32": True}),
+    "DP2, zero_grad": (2, {"skipped_update": "zero_grad"}),
+    "DP2 ZeRO 1, zero_grad": (2, {"zero": 1, "skipped_update": "zero_grad"}),
+    "DP2 ZeRO 3, zero_grad": (2, {"zero": 3, "skipped_update": "zero_grad"}),
     "TP2 DP2 ZeRO 1": (4, {"zero": 1, "tensor": 2}),
 }
 
