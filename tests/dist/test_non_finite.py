@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.batch import StepBatch
@@ -62,8 +63,16 @@ def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Return a copy of all that moves on this rank: fp32 weights, moments, working weights."""
     state = {f"{f.name} {f.kind} {f.offset}": f.data.clone() for f in engine.fragments()}
     for name, parameter in engine.stage.named_parameters():  # type: ignore[attr-defined]
-        state[f"{name} working"] = getattr(parameter, "ds_tensor", parameter).detach().clone()
+        state[f"{name} working"] = _working(parameter).detach().clone()
     return state
+
+
+def _working(parameter: Any) -> torch.Tensor:
+    """Return a working weight, or this rank's part of it under ZeRO 3, without the padding, which holds anything."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    part = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:

@@ -68,7 +68,7 @@ def test_a_rollback_leaves_the_bad_data_out_and_finishes(odd_data_folder: Path, 
         checkpoint={"interval": 3},
         eval={"interval": 4},
     )
-    tree.update(train_batch_size=2, fp16={"enabled": True, "loss_scale": 75_000})
+    tree.update(train_batch_size=2, fp16={"enabled": True, "loss_scale": 60_000})
     run.write_text(json.dumps(tree))
     done = call(deepspeed_command(run))
     assert done.returncode == 0, done.stdout + done.stderr
