@@ -19,6 +19,7 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     Raises: NonFiniteError, on all ranks alike, if the run is to stop or cannot roll back; checkpoints stay.
     """
     happened = what_happened(state, result.loss, result.grad_norm)
+    session.agreement.restart()  # whatever comes now, the step that is being agreed on is not next
     session.finish_saving()
     if not session.non_finite.rolls_back:
         raise NonFiniteError(
@@ -34,7 +35,6 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
             f"{happened}, and {state.rollbacks_there} rollbacks to step {there.step}, each with other data, did not "
             f"help. {MENDS}"
         )
-    session.agreement.restart()
     session.metrics.rewind(there.step)
     rolled_back = state.rolled_back(there)
     session.metrics.say(

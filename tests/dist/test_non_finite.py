@@ -246,6 +246,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def manifest_of(run: Path, step: int) -> dict[str, Any]:
+    """Return the manifest of a run's checkpoint."""
+    return json.loads((step_folder(run / "checkpoints", step) / "manifest.json").read_text())
+
+
 def folder_for(tmp_path: Path, name: str) -> Path:
     """Make a run's folder, with one for each rank's copy of the run file."""
     for rank in range(2):
@@ -261,10 +266,12 @@ ROLLBACK = {"max_non_finite_steps": 2, "on_non_finite": "rollback"}
     [
         ("zero0", "fp32"),
         ("zero0", "bf16"),
+        ("zero0", "fp16"),
         ("zero1", "fp32"),
         ("zero1", "bf16"),
         ("zero2", "fp32"),
         ("zero2", "bf16"),
+        ("zero2", "fp16"),
         ("zero3", "fp32"),
         ("zero3", "bf16"),
         ("pp2", "fp32"),
@@ -290,6 +297,12 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
     expected_lines = lines_of(good / "metrics.jsonl")[:6] + lines_of(clean / "metrics.jsonl")
     for key in ("step", "loss", "grad_norm", "lr", "path", "tokens", "flops"):
         assert [line[key] for line in lines] == [line[key] for line in expected_lines], key
+    saved = [manifest_of(folder, 10) for folder in (rolled, clean)]
+    for key in ("step_counts", "loss_scaler"):  # fp16 halved its scale at each of the bad steps
+        assert saved[0][key] == saved[1][key]
+    # The new course is on the disk at once: a run that is killed after a rollback does not meet the data again.
+    assert manifest_of(rolled, 6)["run_state"]["data_offset_steps"] == 3
+    assert manifest_of(good, 6)["run_state"]["data_offset_steps"] == 0
     aside = lines_of(rolled / "metrics.rolled_back.jsonl")
     assert [(line["step"], line.get("non_finite", False)) for line in aside] == [(7, False), (8, True), (9, True)]
 
