@@ -27,9 +27,9 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
         )
     try:
         restored = _restore(session, state)
+        there = session.run_state_of(restored)
     except CheckpointError as error:
         raise NonFiniteError(f"{happened}, and there is no way back: {error} {MENDS}") from error
-    there = session.run_state_of(restored)
     if not session.non_finite.may_roll_back(state, there.step):
         raise NonFiniteError(
             f"{happened}, and {state.rollbacks_there} rollbacks to step {there.step}, each with other data, did not "
