@@ -20,12 +20,11 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from raptr_ds.engine.gradient_norm import global_norm
-from raptr_ds.engine.parameter_groups import LayerwiseStep, layer_of, parameter_groups
+from raptr_ds.engine.parameter_groups import parameter_groups
+from raptr_ds.engine.path_zero import PathZero3, follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import Path
 
 
@@ -73,8 +72,7 @@ class PathAware:
     stage: Stage
     process_groups: ProcessGroups
     skipped_update: str
-    path: Path
-    layerwise: LayerwiseStep
+    optimizer: Any
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         """Let DeepSpeed build the inner optimizer by name, on one group per layer, and choose its wrapper.
@@ -83,9 +81,7 @@ class PathAware:
         a layer out; here stage 0 is ReplicatedOptimizer and every other stage its ZeRO optimizer.
         """
         decay = (self.optimizer_params() or {}).get("weight_decay")
-        named = list(self.stage.named_parameters())
-        self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(named, decay))
-        self.layerwise = LayerwiseStep(self.basic_optimizer)
+        self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(self.stage.named_parameters(), decay))
         if self.zero_optimization_stage() == 0:
             model_dtype, accumulation_dtype = self.get_data_types()
             self.optimizer = ReplicatedOptimizer(
@@ -102,10 +98,7 @@ class PathAware:
             )
             return
         self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
-        if self.zero_optimization_stage() == 3:
-            self.optimizer._get_norm_groups = self._norm_groups_zero3
-        else:
-            self.optimizer.scaled_global_norm = self._norm_zero12
+        follow_paths(self.optimizer, self.process_groups, self.stage)
 
     def _do_sanity_check(self: Any) -> None:
         """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""
@@ -119,10 +112,17 @@ class PathAware:
             accelerator.is_fp16_supported = is_supported
 
     def follow(self: Any, path: Path) -> None:
-        """Train the next step along `path`."""
-        self.path = path
-        if self.skipped_update == "freeze":
-            self.layerwise.moves = lambda layer: layer < 0 or path.is_active(layer)
+        """Train the next step along `path`: under `freeze` only its layers move, under `zero_grad` all."""
+        self.optimizer.follow(path, freezes=self.skipped_update == "freeze")
+
+    def evaluate_along(self, path: Path) -> None:
+        """Expect forward passes along `path`, without backward passes, until the next `follow`."""
+        if isinstance(self.optimizer, PathZero3):
+            self.optimizer.coordinator.expect(path.layers, training=False)
+
+    def observe_loss(self, loss: torch.Tensor) -> None:
+        """Take a micro batch's loss, a scalar: one that is not finite makes all ranks skip the step."""
+        self.optimizer.loss_check.observe(loss)
 
     def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
         """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
@@ -133,36 +133,6 @@ class PathAware:
 
     def clip_fp32_gradients(self) -> None:
         """Leave clipping to ReplicatedOptimizer: DeepSpeed's norm counts tied and replicated parameters otherwise."""
-
-    def _norm_zero12(self: Any, norm_type: int = 2) -> torch.Tensor:
-        """Return the norm of the gradient partitions, with one collective for all groups instead of one for each."""
-        optimizer = self.optimizer
-        owned = []
-        for group, parameters in enumerate(optimizer.params_in_partition):
-            real = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
-            owned += [g for g, p in zip(real, parameters, strict=False) if is_owner(p, self.process_groups)]
-        return _norm_or_sentinel(global_norm(owned, self.device, self.process_groups.world))
-
-    def _norm_groups_zero3(self: Any) -> list[torch.Tensor]:
-        """Return the norm of the gradient partitions, after the stale ones of skipped layers have been cleared.
-
-        ZeRO 3 keeps the gradient partition of a parameter that got no gradient in this step (runtime/zero/stage3.py,
-        partition_grads): it would count in the norm and be applied again.
-        """
-        optimizer, owned = self.optimizer, []
-        for group, parameters in enumerate(optimizer.fp16_groups):
-            for gradient, parameter in zip(optimizer.averaged_gradients[group], parameters, strict=True):
-                layer = layer_of(self.param_names_of_stage[parameter])
-                if layer >= 0 and not self.path.is_active(layer):
-                    gradient.zero_()
-                elif is_owner(parameter, self.process_groups):
-                    owned.append(gradient)
-        return [_norm_or_sentinel(global_norm(owned, self.device, self.process_groups.world))]
-
-
-def _norm_or_sentinel(norm: torch.Tensor) -> torch.Tensor:
-    # DeepSpeed's ZeRO optimizers take a negative norm for one that is not finite, and skip the step.
-    return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
 
 class PathAwareEngine(PathAware, DeepSpeedEngine):
@@ -215,8 +185,6 @@ def build_deepspeed_engine(
     engine.__dict__.update(
         process_groups=groups,
         skipped_update=skipped_update,
-        param_names_of_stage={parameter: name for name, parameter in stage.named_parameters()},
-        path=Path.full(stage.model.num_layers),
     )
     engine.__dict__["stage"] = stage
     start_deepspeed_comm()

@@ -19,6 +19,27 @@ def global_norm(gradients: Iterable[torch.Tensor], device: torch.device, group: 
     return total.sqrt().float()
 
 
+class LossCheck:
+    """Lets a loss that is not finite spoil the gradient norm, so that it is noticed without a collective of its own.
+
+    A loss can be infinite while its gradients are finite: an fp16 logit that overflows. The step must be skipped then,
+    on all ranks, also where one rank alone saw it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def observe(self, loss: torch.Tensor) -> None:
+        """Take a micro batch's loss, a scalar."""
+        spoiled = loss.detach() * 0.0  # 0 or NaN
+        self._seen = spoiled if self._seen is None else self._seen + spoiled
+
+    def take(self) -> list[torch.Tensor]:
+        """Return what is to be counted in the norm, 0 or NaN, and forget it; empty on a rank without losses."""
+        seen, self._seen = self._seen, None
+        return [] if seen is None else [seen]
+
+
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor | float:
     """Return what gradients of this norm are multiplied by; max_norm 0 clips nothing."""
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else 1.0

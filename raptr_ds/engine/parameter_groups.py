@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raptr_ds.paths.path import Path
+
 NO_LAYER = -1
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
@@ -42,26 +44,9 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return list(groups.values())
 
 
-class LayerwiseStep:
-    """Narrows an optimizer's `step` to the groups of layers for which `moves` is true.
-
-    A group that is left out keeps weights, moments and step count: `skipped_update: freeze`.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.moves: Callable[[int], bool] = lambda _layer: True
-        self._optimizer = optimizer
-        self._step = optimizer.step
-        optimizer.step = self  # type: ignore[method-assign,assignment]
-
-    def __call__(self, closure: Any = None) -> Any:
-        """Step the chosen groups."""
-        optimizer, every = self._optimizer, self._optimizer.param_groups
-        optimizer.param_groups = [group for group in every if self.moves(group["layer"])]
-        try:
-            return self._step(closure) if optimizer.param_groups else None
-        finally:
-            optimizer.param_groups = every
+def moving_layers(path: Path, freezes: bool) -> Callable[[int], bool]:
+    """Return which layers, and NO_LAYER, an optimizer step moves."""
+    return lambda layer: not freezes or layer == NO_LAYER or path.is_active(layer)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -32,6 +32,7 @@ class _StepBody(nn.Module):
         self.weight = torch.ones(())
         self.with_dropout = True
         self.waiting: Iterator[MicroBatch] = iter(())
+        self.observe_loss: Callable[[torch.Tensor], None] = lambda _loss: None
         self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +43,7 @@ class _StepBody(nn.Module):
             return x
         loss = x.sum() * self.weight
         if loss.requires_grad:
+            self.observe_loss(loss)
             self.scale_gradient(loss)
         return loss
 
@@ -56,6 +58,7 @@ class PipelineEngine(DeepSpeedState):
         self.body.seed = seed
         module = PipelineStages(self.body, groups)
         super().__init__(build_deepspeed_engine(config, stage, module, groups, skipped_update), stage, groups)
+        self.body.observe_loss = self.engine.observe_loss
         self.body.scale_gradient = self.scale_gradient
 
     def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:

@@ -3,6 +3,7 @@
 It is written to be read, and to be right: what the other engines do in many ways is here done in one.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -48,7 +49,7 @@ class ReferenceEngine:
             loss.backward()
             total += loss.item()
         norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm) or not math.isfinite(total):
             return StepResult(total, norm, batch.num_predictions, skipped=True)
         for name, parameter in self.parameters.items():
             skipped = layer_of(name) >= 0 and not path.is_active(layer_of(name))

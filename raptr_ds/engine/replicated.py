@@ -4,16 +4,18 @@ DeepSpeed's own stage 0 creates and reduces zero gradients for skipped layers (r
 _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (runtime/utils.py, clip_grad_norm_).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from raptr_ds.engine.gradient_norm import clip_factor, global_norm
+from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
+from raptr_ds.engine.parameter_groups import moving_layers
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
+from raptr_ds.paths.path import Path
 
 _BUCKET_ELEMENTS = 1 << 26
 
@@ -34,7 +36,8 @@ class ReplicatedOptimizer:
         accumulate_in_fp32: bool,
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
-        self.moves: Callable[[int], bool] = lambda _layer: True  # zero_grad: skipped layers move by zero gradients
+        self.moves: Callable[[int], bool] = lambda _layer: True
+        self.loss_check = LossCheck()
         self.overflow = False
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.pairs: list[tuple[nn.Parameter, torch.Tensor, int]] = []
@@ -62,6 +65,10 @@ class ReplicatedOptimizer:
         """What the loss is multiplied by before the backward pass."""
         return self.loss_scaler.loss_scale
 
+    def follow(self, path: Path, freezes: bool) -> None:
+        """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
+        self.moves = moving_layers(path, freezes)
+
     def reduce_gradients(self) -> None:
         """Average the gradients over the data-parallel ranks; skipped layers have none and send nothing."""
         if self.groups.topology.data == 1:
@@ -87,11 +94,13 @@ class ReplicatedOptimizer:
             gradient.copy_(mean.view_as(gradient))
 
     def step(self) -> None:
-        """Apply the reduced gradients, or skip the step on all ranks alike if their norm is not finite."""
+        """Apply the reduced gradients, or skip the step on all ranks alike if their norm or a loss is not finite."""
         scale = self.loss_scale
         gradients = [(w, m, gradient_of(w)) for w, m, layer in self.pairs if self.moves(layer)]
-        owned = [g for w, _, g in gradients if g is not None and is_owner(w, self.groups)]
-        norm = global_norm(owned, self.groups.device, self.groups.model) / scale
+        # All ranks of the data axis hold the same gradients: the first counts them, the others only see their losses.
+        is_counted = self.groups.data_rank == 0
+        owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
+        norm = global_norm([*owned, *self.loss_check.take()], self.groups.device, self.groups.world) / scale
         self.overflow = not bool(torch.isfinite(norm))
         self._global_grad_norm = norm
         self.loss_scaler.update_scale(self.overflow)
@@ -100,13 +109,22 @@ class ReplicatedOptimizer:
         factor = clip_factor(norm, self.max_norm) / scale
         for _, master, gradient in gradients:
             master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype) * factor
-        self.inner.step()
-        self.refresh_working_weights()
+        every = self.inner.param_groups
+        self.inner.param_groups = [group for group in every if self.moves(group["layer"])]
+        try:
+            self.inner.step()
+        finally:
+            self.inner.param_groups = every
+        self._refresh((w, m) for w, m, _ in gradients)
 
-    @torch.no_grad()
     def refresh_working_weights(self) -> None:
-        """Copy the fp32 weights to the working ones, where those are others."""
-        for working, master, _ in self.pairs:
+        """Copy all fp32 weights to the working ones, where those are others."""
+        self._refresh((w, m) for w, m, _ in self.pairs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _refresh(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        for working, master in pairs:
             if working is not master:
                 working.copy_(master)
 

@@ -38,6 +38,7 @@ class ZeroEngine(DeepSpeedState):
         for micro in batch.micro_batches:
             streams = DropoutStreams(self.seed, step, micro.sample_ids)
             loss = engine(micro.tokens, micro, path, streams).sum() * weight
+            engine.observe_loss(loss)
             self.scale_gradient(loss)
             engine.backward(loss)
             engine.step()
@@ -49,6 +50,7 @@ class ZeroEngine(DeepSpeedState):
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
+        self.engine.evaluate_along(path)
         sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
         for batch in batches:
             for micro in batch.to(self.groups.device).micro_batches:

@@ -1,9 +1,9 @@
 """One trajectory: in fp32 every layout gives the losses, norms and weights of plain torch in one process.
 
-Tolerances are fp32 rounding. Layouts sum in other orders, which is about 1e-7 relative a step; AdamW's first steps divide
-by the gradient's size, so an element whose gradient is rounding noise may move by a share of the rate: weights may differ
-by 2% of what the rate allows in all steps together. The errors these tests look for (a stale gradient, a wrong mean, a
-norm that counts twice) are 1e-3 and more in the loss.
+Tolerances are fp32 rounding. Layouts sum in other orders, which is about 1e-7 relative a step: over 50 steps the largest
+differences seen are 2.7e-7 in the loss, 8e-7 in the norm and, in fewer steps of zero_grad, 1.3e-5 in a weight, where
+AdamW divides a gradient that is rounding noise by its own size. The errors these tests look for (a stale gradient, a wrong
+mean, a norm that counts twice) are 1e-3 and more in the loss.
 """
 
 from dataclasses import replace
@@ -14,10 +14,12 @@ import pytest
 from tests.dist.trajectory import Case, Outcome, run_case, weights_differ
 from tests.dist.workers import run_distributed
 
-LOSS, NORM = 1e-6, 2e-6
+LOSS, NORM = 1e-6, 2e-6  # relative
+WEIGHT = 0.05  # of the learning rate, so of what one step may move
 
 RUNS = {
-    "bert-freeze": Case(),
+    "bert-freeze": Case(steps=50),
+    "bert-freeze-no-dropout": Case(dropout=0.0),
     "bert-zero_grad": Case(skipped_update="zero_grad"),
     "ul2-freeze": Case(architecture="ul2"),
     "ul2-zero_grad-untied": Case(architecture="ul2", skipped_update="zero_grad", tied=False),
@@ -51,6 +53,7 @@ LAYOUTS = {
 
 FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 ZeRO 1, recompute", "PP2 TP2 ZeRO 1", "PP4")
 
+# 50 steps across two phase boundaries in every layout; the other runs, shorter, in a few.
 PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [
     (run, layout) for run in RUNS if run != "bert-freeze" for layout in FEW
 ]
@@ -76,7 +79,7 @@ def test_layout_follows_the_reference(run: str, layout: str) -> None:
     assert found.losses == pytest.approx(expected.losses, rel=LOSS)
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=NORM)
     assert found.eval_loss == pytest.approx(expected.eval_loss, rel=LOSS)
-    assert weights_differ(found.weights, expected.weights) < 0.02 * case.steps * case.learning_rate
+    assert weights_differ(found.weights, expected.weights) < WEIGHT * case.learning_rate
 
 
 def test_the_reference_takes_accumulation_for_what_it_is() -> None:

@@ -40,6 +40,7 @@ class Case:
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
     pipeline_layers: tuple[int, ...] | None = None
+    zero_3_options: tuple[tuple[str, int], ...] = ()
     # the run itself, which a layout must not change
     architecture: str = "bert"
     num_layers: int = 5
@@ -130,6 +131,10 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "gradient_clipping": case.max_norm,
         "zero_optimization": {"stage": case.zero},
     }
+    if case.zero == 3:
+        # Norms and small biases stay whole; by DeepSpeed's default all of so small a model would.
+        options = {"param_persistence_threshold": HIDDEN, **dict(case.zero_3_options)}
+        config["zero_optimization"] |= {f"stage3_{key}": value for key, value in options.items()}
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":

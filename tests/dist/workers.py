@@ -97,7 +97,7 @@ def _forget_engines() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     kinds = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-    optimizers = [found for found in gc.get_objects() if type(found) in kinds]
+    optimizers = [found for found in gc.get_objects() if issubclass(type(found), kinds)]
     while optimizers:
         for hook in optimizers.pop()._grad_acc_hooks:
             hook.remove()

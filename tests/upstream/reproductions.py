@@ -107,3 +107,33 @@ def learning_rates_of_warmup(launch: Launch) -> list[float]:
         engine.backward(engine(torch.ones(1, 8), (0, 1)))
         engine.step()
     return rates
+
+
+def restarts_of_the_trace(launch: Launch, paths: tuple[tuple[int, ...], ...]) -> int:
+    """Return how often ZeRO 3 forgets its recorded order while steps take these paths."""
+    start(launch)
+    engine = initialize(Chain(4), 3)
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    forget, restarts = coordinator._invalidate_trace, []
+    coordinator._invalidate_trace = lambda: (restarts.append(1), forget())
+    for path in paths:
+        engine.backward(engine(torch.ones(1, 8), path))
+        engine.step()
+    return len(restarts)
+
+
+def releases_follow_the_order(launch: Launch) -> tuple[set[int], set[int]]:
+    """Return what ZeRO 3 would release after a visit to layer 0, for an order that ends there and one that returns."""
+    start(launch)
+    engine = initialize(Chain(2), 3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0})
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 8), (0, 1)))
+        engine.step()
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator.reset_step()  # as a third step would begin, with a complete order
+    private, layer = "_PartitionedParameterCoordinator__", engine.module.layers[0]
+    answers = []
+    for order in ((layer,), (layer, layer)):
+        setattr(coordinator, private + "submodule_order", order)
+        answers.append(getattr(coordinator, private + "params_to_release")(layer, 1))
+    return answers[0], answers[1]

@@ -13,11 +13,13 @@ from tests.upstream.reproductions import (
     learning_rates_of_warmup,
     linear_is_replaced_by_zero_3,
     moves_of_a_skipped_layer,
+    releases_follow_the_order,
+    restarts_of_the_trace,
 )
 
 
 def test_zero_3_applies_a_skipped_layers_last_gradient_again() -> None:
-    """Mended: PathAware._norm_groups_zero3 needs to clear nothing."""
+    """Mended: PathZero3._get_norm_groups needs to clear nothing."""
     taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, 3)[0]
     assert taken > 0
     assert skipped == pytest.approx([taken, taken], rel=1e-3)
@@ -54,3 +56,18 @@ def test_megatron_core_is_no_model_parallel_unit_for_deepspeed() -> None:
     """Mended: TensorParallelUnit could be megatron.core.parallel_state itself."""
     assert not hasattr(parallel_state, "get_model_parallel_rank")
     assert not hasattr(parallel_state, "get_model_parallel_world_size")
+
+
+def test_zero_3_forgets_its_order_when_a_path_changes() -> None:
+    """Mended: engine/prefetch.py can go."""
+    steady = ((0, 1, 3),) * 8
+    changing = ((0, 1, 3), (0, 1, 3), (0, 1, 3), (0, 2, 3), (0, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 3))
+    assert run_distributed(restarts_of_the_trace, 2, steady)[0] == 0  # the control
+    assert run_distributed(restarts_of_the_trace, 2, changing)[0] > 0
+
+
+def test_zero_3_decides_releases_by_an_order_that_is_gone() -> None:
+    """Mended: PathCoordinator needs no answer of its own to what may be released."""
+    ends, returns = run_distributed(releases_follow_the_order, 1)[0]
+    assert ends
+    assert returns == ends  # right would be nothing: the weights are needed again at once

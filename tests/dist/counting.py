@@ -1,0 +1,52 @@
+"""What a training step sends and computes, counted at torch's dispatcher: exact, and the same on a busy machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Counter(TorchDispatchMode):
+    """Counts bytes handed to collectives, and elements that operators give while `inside` is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent_bytes = 0
+        self.elements = 0
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self.inside and not getattr(func, "is_view", False):
+            given = result if result is not None else args[0]  # in-place operators on lists return nothing
+            tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+            self.elements += sum(tensor.numel() for tensor in tensors)
+        return result
+
+
+@contextmanager
+def counting(optimizer: Any) -> Iterator[Counter]:
+    """Count what happens in the block; elements only inside the optimizer's `step`."""
+    counter = Counter()
+    step = optimizer.step
+
+    def counted(*args: Any, **more: Any) -> Any:
+        counter.inside = True
+        try:
+            return step(*args, **more)
+        finally:
+            counter.inside = False
+
+    optimizer.step = counted
+    try:
+        with counter:
+            yield counter
+    finally:
+        del optimizer.step
