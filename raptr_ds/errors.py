@@ -42,6 +42,10 @@ class AgreementError(RaptrError):
     """Ranks do not hold the same path for a step; training on would corrupt gradients."""
 
 
+class NonFiniteError(RaptrError):
+    """Too many steps in a row had a loss or gradient that is not finite; no weight has moved since before them."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'X'?` for the known name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

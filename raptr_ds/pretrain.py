@@ -53,8 +53,12 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
 
 
 def train(session: Session) -> Exit:
-    """Train from where the session stands to the end, or to a stop that all ranks agreed on."""
+    """Train from where the session stands to the end, or to a stop that all ranks agreed on.
+
+    Raises: NonFiniteError, on all ranks alike, where too many steps in a row were skipped and the run may not go on.
+    """
     from raptr_ds.eval.full_model import evaluate
+    from raptr_ds.runtime.recovery import recover
 
     config, state = session.config, session.state
     while state.step < config.train.steps:
@@ -64,14 +68,17 @@ def train(session: Session) -> Exit:
             return Exit.CONTINUE_LATER
         started = time.perf_counter()
         learning_rate = session.learning_rate_at(state.step)
-        batch = session.batches.at(state.step)
+        batch = session.batches.at(state.data_step)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
-        state = session.cost.after(state, result, path)
+        before, state = state, session.cost.after(state, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)
+        if session.non_finite.is_exhausted(state):
+            state = recover(session, state, result)
+            continue
         done = state.step == config.train.steps
         if config.eval.due(state.step) or (done and config.eval.batches):
             evaluate(session, state)
-        if config.checkpoint.due(state.step) or (done and config.checkpoint.save_on_exit):
+        if session.is_checkpoint_due(before, state) or (done and config.checkpoint.save_on_exit):
             session.save(state)
     return Exit.DONE
 

@@ -1,11 +1,12 @@
 """What follows from other values: derived once, here, so that a run file holds only what differs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection
+from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection, TrainSection
 
 _FFN_MULTIPLE = 64
+_MAX_NON_FINITE_STEPS = 20
 
 _BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "bert": {
@@ -87,3 +88,23 @@ def derive_path(path: PathSection, num_layers: int, num_steps: int) -> PathSecti
         update["full_warmup_steps"] = round(path.full_warmup_ratio * num_steps)
         update["full_warmup_ratio"] = None
     return path.model_copy(update=update)
+
+
+def derive_train(train: TrainSection, fp16: Mapping[str, Any], name: str) -> TrainSection:
+    """Return the train section with its folder, and the steps in a row without finite numbers that are borne."""
+    update: dict[str, Any] = {}
+    if train.save is None:
+        update["save"] = f"runs/{name}"
+    if train.max_non_finite_steps is None:
+        update["max_non_finite_steps"] = max(_MAX_NON_FINITE_STEPS, loss_scale_search_steps(fp16) + 1)
+    return train.model_copy(update=update)
+
+
+def loss_scale_search_steps(fp16: Mapping[str, Any]) -> int:
+    """Return how many steps in a row fp16's dynamic loss scale may skip until it is 1; 0 for a static scale.
+
+    DeepSpeed's defaults are filled in: it starts at 2^16 and bears one overflow (hysteresis 2) before it halves.
+    """
+    if not fp16.get("enabled", False) or fp16.get("loss_scale", 0):
+        return 0
+    return int(fp16.get("initial_scale_power", 16)) + int(fp16.get("hysteresis", 2)) - 1

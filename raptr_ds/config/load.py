@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, solve_batch
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
-from raptr_ds.config.derive import derive_model, derive_parallel, derive_path
+from raptr_ds.config.derive import derive_model, derive_parallel, derive_path, derive_train
 from raptr_ds.config.draft import Draft
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import check_optimizer, check_scheduler, complete_optimizer, complete_scheduler
@@ -123,9 +123,7 @@ def _complete(
     tree: dict[str, Any], sections: dict[str, Section], world_size: int, path: Path
 ) -> tuple[Draft, list[str]]:
     """Return the draft with everything derived but the batch, and a line for each value that was."""
-    train = cast(TrainSection, sections["train"])
-    if train.save is None:
-        train = train.model_copy(update={"save": f"runs/{path.stem}"})
+    train = derive_train(cast(TrainSection, sections["train"]), tree.get("fp16", {}), path.stem)
     model = derive_model(cast(ModelSection, sections["model"]))
     complete = {
         "model": model,

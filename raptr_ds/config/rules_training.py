@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.draft import Draft
 
 
@@ -107,6 +108,35 @@ def evaluation_has_batches(draft: Draft) -> str | None:
     )
 
 
+def non_finite_limit_is_beyond_fp16s_search(draft: Draft) -> str | None:
+    """Steps that fp16 skips while it looks for its loss scale are no fault of the run."""
+    limit, search = draft.train.max_non_finite_steps, loss_scale_search_steps(draft.deepspeed.get("fp16", {}))
+    if not limit or limit > search:
+        return None
+    return (
+        f"raptr_ds.train.max_non_finite_steps={limit} must be more than {search}: fp16 may skip that many steps in a "
+        f"row until its loss scale fits (fp16.initial_scale_power + hysteresis - 1). Set it to {search + 1} or more, "
+        "or to 0, or lower fp16.initial_scale_power."
+    )
+
+
+def rollback_can_happen(draft: Draft) -> str | None:
+    """A rollback has an occasion, and a checkpoint to go back to."""
+    if draft.train.on_non_finite != "rollback":
+        return None
+    if draft.train.max_non_finite_steps == 0:
+        return (
+            "raptr_ds.train.on_non_finite='rollback' with max_non_finite_steps=0 would never act. "
+            "Set max_non_finite_steps to 1 or more, or remove on_non_finite."
+        )
+    if draft.checkpoint.interval == 0:
+        return (
+            "raptr_ds.train.on_non_finite='rollback' needs checkpoints to go back to; got "
+            "raptr_ds.checkpoint.interval=0. Set interval to a number of steps, or on_non_finite to 'stop'."
+        )
+    return None
+
+
 TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
     pipeline_allows_zero_stage,
     one_precision,
@@ -117,4 +147,6 @@ TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
     warmup_starts_below_peak,
     warmup_ends,
     evaluation_has_batches,
+    non_finite_limit_is_beyond_fp16s_search,
+    rollback_can_happen,
 )

@@ -192,6 +192,12 @@ class TrainSection(Section):
     """Decides initial weights, data order, paths and dropout, on every layout alike."""
     save: Text | None = None
     """The run's folder. Derived: runs/ and the run file's name."""
+    max_non_finite_steps: CountOrZero | None = None
+    """Steps in a row whose loss or gradient is not finite (each is skipped on all ranks) before on_non_finite acts;
+    0: never. Derived: 20, or more if fp16's search for its loss scale could skip as many."""
+    on_non_finite: Literal["stop", "rollback"] = "stop"
+    """stop: end with a message and a fault's exit code; the last checkpoint stays. rollback: go back to the newest
+    checkpoint from before the first of these steps and on with the data after the last of them."""
 
 
 class EvalSection(Section):
@@ -219,9 +225,13 @@ class CheckpointSection(Section):
     save_on_exit: bool = True
     """Save when the run ends or is stopped by a signal."""
 
-    def due(self, step: int) -> bool:
-        """Tell whether to save after `step` steps; the end of the run is not counted in."""
-        return _due(self.interval, step)
+    def due(self, step: int, since: int | None = None) -> bool:
+        """Tell whether to save after `step` steps; the end of the run is not counted in.
+
+        since: the last step at which it was possible, if not the one before: what came due meanwhile is due now.
+        """
+        since = max(0, step - 1) if since is None else since
+        return self.interval > 0 and step // self.interval > since // self.interval
 
 
 class LogSection(Section):

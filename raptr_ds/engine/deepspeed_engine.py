@@ -94,9 +94,11 @@ class PathAware:
                 ),
                 accumulate_in_fp32=accumulation_dtype == torch.float32 and model_dtype != torch.float32,
             )
-            return
-        self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
-        follow_paths(self.optimizer, self.process_groups, self.stage)
+        else:
+            self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
+            follow_paths(self.optimizer, self.process_groups, self.stage)
+        # DeepSpeed raises where a dynamic loss scale reaches 1: what to do then is raptr_ds.train.on_non_finite's.
+        self.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _do_sanity_check(self: Any) -> None:
         """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""

@@ -67,6 +67,20 @@ class PathAgreement:
             self._under_way = step + 1
         return answer
 
+    def restart(self) -> None:
+        """Forget what is under way, so that the next step may be any; all ranks call it alike, between two steps.
+
+        The exchange that runs ahead is waited for, so that no rank is left alone in it. A wish to stop that it found
+        is not lost: who has it says so again at the next step.
+        Raises: what that exchange raised.
+        """
+        if self._under_way is None:
+            return
+        self._under_way = None
+        _, answer = self._answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+
     def _serve(self) -> None:
         while True:
             step = self._wanted.get()

@@ -34,12 +34,13 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, newest first."""
+def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
+    """Return the checkpoints in a folder, newest first; with `not_after` those of this step and before."""
     if not folder.is_dir():
         return []
     steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
-    return sorted(steps, key=steps.__getitem__, reverse=True)
+    allowed = [path for path, step in steps.items() if not_after is None or step <= not_after]
+    return sorted(allowed, key=steps.__getitem__, reverse=True)
 
 
 def checkpoints_at(where: Path) -> list[Path]:

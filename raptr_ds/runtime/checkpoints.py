@@ -251,11 +251,14 @@ class Checkpoints:
         )
         self._sweeper.start()
 
-    def restore(self, engine: Engine, where: str, model: ModelSection) -> RestoredState | None:
+    def restore(
+        self, engine: Engine, where: str, model: ModelSection, not_after: int | None = None
+    ) -> RestoredState | None:
         """Load a checkpoint into the engine; return None if the run starts afresh.
 
         where: `auto` (the run's newest good checkpoint, if it has any), `none`, or a folder: a run's, its checkpoints'
-        or one checkpoint. Checkpoints of this run that lie after the restored step are set aside.
+        or one checkpoint. not_after: the last step whose checkpoint `auto` may take, None for any. Checkpoints of this
+        run that lie after the restored step are set aside.
         A save that is still under way is waited for first, so that a run can also roll back.
         Raises: CheckpointError, on all ranks alike: damaged (`auto`: all of them), missing, or of another model.
         """
@@ -264,7 +267,7 @@ class Checkpoints:
             self._set_aside(after=-1)
             return None
         if where == "auto":
-            candidates = on_first_rank(self.groups, lambda: checkpoints_in(self.folder))
+            candidates = on_first_rank(self.groups, lambda: checkpoints_in(self.folder, not_after))
         else:
             candidates = on_first_rank(self.groups, lambda: checkpoints_at(Path(where)))[:1]
         damages = []

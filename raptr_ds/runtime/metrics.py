@@ -1,8 +1,10 @@
 """Metrics: the one place that records what training measures, and hands it to every sink.
 
 Lines of metrics.jsonl (docs and outside checks rely on the keys):
-training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, step_seconds, tokens_per_second, mfu;
-evaluation: step, eval_loss, path_length. Not-finite numbers: see metrics_file.to_line.
+training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, skipped_steps, step_seconds,
+tokens_per_second, mfu; evaluation: step, eval_loss, path_length.
+skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
+The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds import paths
-from raptr_ds.runtime.metrics_file import MetricsFile
+from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
 from raptr_ds.runtime.progress import NoProgress, Progress, ProgressState
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
@@ -23,6 +25,7 @@ class TrainingStep:
 
     step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
     clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
+    skipped: the step moved no weight, as a number was not finite; skipped_steps: how many such steps there were so far.
     """
 
     step: int
@@ -37,6 +40,8 @@ class TrainingStep:
     flops: int
     full_flops: int
     """What the full model would have executed for the same batches."""
+    skipped: bool = False
+    skipped_steps: int = 0
 
 
 class Metrics:
@@ -65,9 +70,10 @@ class Metrics:
         self._progress = progress if progress is not None and folder is not None else NoProgress()
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
+        self._folder = folder
         self._file = self._tensorboard = None
         if folder is not None:
-            self._file = MetricsFile(folder / "metrics.jsonl", resume_step)
+            self._file = MetricsFile(folder / METRICS, resume_step)
             self._tensorboard = TensorBoardSink(folder / "tensorboard", resume_step) if tensorboard else None
 
     def record_step(self, step: TrainingStep) -> None:
@@ -91,6 +97,14 @@ class Metrics:
         if self._tensorboard is not None:
             self._tensorboard.record_evaluation(line)
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
+
+    def rewind(self, step: int) -> None:
+        """Take back all that was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
+        if self._file is not None:
+            self._file.rewind(step)
+        if self._tensorboard is not None and self._folder is not None:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoardSink(self._folder / "tensorboard", step)
 
     def say(self, message: str) -> None:
         """Show a message to whoever watches, without tearing the live line; on rank 0 only."""
@@ -123,7 +137,7 @@ class Metrics:
     def _training_line(self, step: TrainingStep) -> dict[str, Any]:
         # float() and int(): results may be scalars of torch or NumPy, which JSON cannot hold.
         seconds = float(step.step_seconds)
-        return {
+        line = {
             "step": int(step.step),
             "loss": float(step.loss),
             "lr": float(step.lr),
@@ -133,10 +147,12 @@ class Metrics:
             "phase": step.path.phase,
             "tokens": int(step.tokens),
             "flops": int(step.flops),
+            "skipped_steps": int(step.skipped_steps),
             "step_seconds": seconds,
             "tokens_per_second": step.step_tokens / seconds,
             "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
         }
+        return {**line, "non_finite": True} if step.skipped else line
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:
         flops_left = None if self._flops_left is None else self._flops_left(step.step)

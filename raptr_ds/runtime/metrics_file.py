@@ -9,6 +9,9 @@ from typing import Any
 
 from raptr_ds.errors import ConfigError
 
+METRICS = "metrics.jsonl"
+ROLLED_BACK = "metrics.rolled_back.jsonl"
+
 
 def to_line(record: Mapping[str, Any]) -> str:
     """Return a record as one line of JSON; floats with all their digits, so that reading gives the same number.
@@ -26,18 +29,20 @@ class MetricsFile:
     """Appends records to a run's metrics.jsonl.
 
     resume_step: the step that training continues after; later lines, and a last line that was torn, are taken out.
-    0 begins a new run: a file of an earlier one in the same folder is set aside as metrics.1.jsonl, metrics.2.jsonl,
+    0 begins a new run: files of an earlier one in the same folder are set aside as metrics.1.jsonl, metrics.2.jsonl,
     ..., never deleted.
     Raises: ConfigError if the folder cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step:
                 drop_lines_after(path, resume_step)
             else:
                 _set_aside(path)
+                _set_aside(path.with_name(ROLLED_BACK))
             self._stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise ConfigError(
@@ -52,6 +57,19 @@ class MetricsFile:
         """Put all records on the disk; a checkpoint should not outlive the lines that lead to it."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+    def rewind(self, step: int) -> None:
+        """Move all lines after a 1-based step to the end of metrics.rolled_back.jsonl; go on after that step.
+
+        A crash in between leaves lines in both files; the resume that follows takes them out of this one.
+        """
+        self._stream.close()
+        with self._path.open("rb") as lines, self._path.with_name(ROLLED_BACK).open("ab") as aside:
+            aside.writelines(line for line in lines if (_step_of(line) or 0) > step)
+            aside.flush()
+            os.fsync(aside.fileno())
+        drop_lines_after(self._path, step)
+        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         """Close the file; it cannot be appended to any more."""

@@ -21,6 +21,7 @@ from raptr_ds.paths import Path, PathMethod, build_path_method
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
+from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
 from raptr_ds.runtime.signals import StopSignals
@@ -45,6 +46,7 @@ class Session:
     checkpoints: Checkpoints
     metrics: Metrics
     signals: StopSignals
+    non_finite: NonFinitePolicy
     state: RunState
 
     def agreed_path(self, step: int) -> tuple[Path, bool]:
@@ -71,6 +73,8 @@ class Session:
                 tokens=state.tokens,
                 flops=state.flops,
                 full_flops=state.full_flops,
+                skipped=result.skipped,
+                skipped_steps=state.skipped_steps,
             )
         )
         self._tell_saved(self.checkpoints.poll())
@@ -84,6 +88,14 @@ class Session:
         """Say that what follows may take long, so that silence is no sign of a hang."""
         self.signals.progressed(allow_seconds=_LONG_WORK_SECONDS)
 
+    def is_checkpoint_due(self, before: RunState, state: RunState) -> bool:
+        """Tell whether to save after the step from `before` to `state`.
+
+        Not while steps are being skipped: their checkpoints would hold the same weights again, and push those from
+        before them out of `keep`, which a rollback needs. What came due meanwhile is due after the next finite step.
+        """
+        return not state.skipped_in_row and self.config.checkpoint.due(state.step, since=before.last_finite_step)
+
     def save(self, state: RunState) -> None:
         """Write a checkpoint."""
         self.long_work_ahead()
@@ -91,10 +103,18 @@ class Session:
         run_state = {**state.to_dict(), _OPTIMIZER: self.config.optimizer["type"]}
         self.checkpoints.save(self.engine, state.step, self.config.model, run_state)
 
+    def run_state_of(self, restored: RestoredState) -> RunState:
+        """Return where the run stood in a checkpoint."""
+        return _run_state_of(restored, self.config)
+
+    def finish_saving(self) -> SaveReport | None:
+        """Wait for what is still being written; return how the last save ended, if that was not told before."""
+        self.long_work_ahead()
+        return self._tell_saved(self.checkpoints.wait())
+
     def finish(self, code: Exit) -> Exit:
         """Wait for what is still being written and return how the run ended: a stop without a checkpoint is a fault."""
-        self.long_work_ahead()
-        last = self._tell_saved(self.checkpoints.wait())
+        last = self.finish_saving()
         if code is not Exit.CONTINUE_LATER:
             return code
         reason = self.signals.reason or "asked by another rank"
@@ -156,7 +176,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         load = "auto" if launch.restart_count else config.checkpoint.load
         state = RunState()
         if restored := checkpoints.restore(engine, load, config.model):
-            state = _continue_from(restored, config)
+            state = _run_state_of(restored, config)
         if progress is not None:
             write_config(folder, config.resolved())
             if state.step:
@@ -185,11 +205,25 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         agreement = PathAgreement(
             groups, lambda step: method.path_at(step).encode(), lambda: signals.requested, config.train.steps
         )
+        non_finite = NonFinitePolicy(config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback")
         signals.progressed()
-        yield Session(config, groups, method, cost, engine, batches, agreement, checkpoints, metrics, signals, state)
+        yield Session(
+            config,
+            groups,
+            method,
+            cost,
+            engine,
+            batches,
+            agreement,
+            checkpoints,
+            metrics,
+            signals,
+            non_finite,
+            state,
+        )
 
 
-def _continue_from(restored: RestoredState, config: RunConfig) -> RunState:
+def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
     values = dict(restored.run_state)
     saved, wanted = values.pop(_OPTIMIZER), config.optimizer["type"]
     if saved != wanted:

@@ -1,6 +1,6 @@
 """Where a run stands: all that cannot be recomputed from (seed, step), beside the engine's state."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raptr_ds.engine.protocol import StepResult
@@ -13,12 +13,42 @@ class RunState:
     """Steps done, and sums since the first step.
 
     tokens: positions of the sequences trained on; flops: executed; full_flops: what the full model would have executed.
+    skipped_steps: steps so far that moved no weight because a number was not finite, those that were rolled back
+    included; skipped_in_row: how many of them are the last steps. data_offset_steps: batches that rollbacks left out.
+    rolled_back_to, rollbacks_there: the step of the last rollback, -1 for none, and how many in a row went there.
     """
 
     step: int = 0
     tokens: int = 0
     flops: int = 0
     full_flops: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    data_offset_steps: int = 0
+    rolled_back_to: int = -1
+    rollbacks_there: int = 0
+
+    @property
+    def data_step(self) -> int:
+        """The batch of the next step, a number for the loader."""
+        return self.step + self.data_offset_steps
+
+    @property
+    def last_finite_step(self) -> int:
+        """The steps done when the last row of skipped steps, which may be empty, began."""
+        return self.step - self.skipped_in_row
+
+    def rolled_back(self, restored: "RunState") -> "RunState":
+        """Return how the run goes on from a checkpoint's state: with the first batch that it has not seen yet."""
+        is_same_place = restored.step == self.rolled_back_to
+        return replace(
+            restored,
+            skipped_steps=self.skipped_steps,
+            skipped_in_row=0,
+            data_offset_steps=self.data_step - restored.step,
+            rolled_back_to=restored.step,
+            rollbacks_there=self.rollbacks_there + 1 if is_same_place else 1,
+        )
 
     def to_dict(self) -> dict[str, int]:
         """Return plain JSON values."""
@@ -26,7 +56,7 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        """Return the state that `to_dict` gave."""
+        """Return the state that `to_dict` gave, of this version or of one that had fewer fields."""
         return cls(**values)
 
 
@@ -49,9 +79,12 @@ class StepCost:
 
     def after(self, state: RunState, result: StepResult, path: Path) -> RunState:
         """Return where the run stands after a step along `path`."""
-        return RunState(
+        return replace(
+            state,
             step=state.step + 1,
             tokens=state.tokens + self.tokens,
             flops=state.flops + self.flops(path.length, result.num_predictions),
             full_flops=state.full_flops + self.flops(path.num_layers, result.num_predictions),
+            skipped_steps=state.skipped_steps + int(result.skipped),
+            skipped_in_row=state.skipped_in_row + 1 if result.skipped else 0,
         )

@@ -14,6 +14,7 @@ _TRAINING_TAGS = {
     "phase": "path/phase",
     "tokens": "progress/tokens",
     "flops": "progress/executed_flops",
+    "skipped_steps": "progress/skipped_steps",
     "step_seconds": "speed/step_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",

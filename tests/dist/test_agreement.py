@@ -67,6 +67,31 @@ def test_one_rank_asks_and_all_stop_before_the_same_step(stop_rank: int) -> None
     assert 3 <= done <= 5  # the wish of step n is known when step n + 1 is agreed on
 
 
+def agree_after_a_restart(launch: Launch, stop_rank: int) -> list[tuple[int, bool]]:
+    """Agree on steps 0 to 4, go back to step 2 and on to the end; a rank asks to stop just before it goes back."""
+    groups = initialize_process_groups(launch, 1, 1)
+    asked, done = [False], []
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), lambda: asked[0], 8)
+    for step in range(5):
+        done.append((step, agreement.at(step).stop))
+    asked[0] = launch.rank == stop_rank
+    agreement.restart()  # step 5 is under way
+    agreement.restart()  # nothing is
+    for step in range(2, 8):
+        done.append((step, agreement.at(step).stop))
+        if done[-1][1]:
+            break
+    agreement.restart()  # after the last step there is nothing to forget
+    return done
+
+
+def test_after_a_restart_the_next_step_may_be_any() -> None:
+    first = [(step, False) for step in range(5)]
+    assert run_distributed(agree_after_a_restart, 3, -1) == [first + [(step, False) for step in range(2, 8)]] * 3
+    # What was under way may or may not have seen the wish; step 2 does.
+    assert run_distributed(agree_after_a_restart, 3, 1) == [[*first, (2, True)]] * 3
+
+
 def fail_on(launch: Launch, failing: tuple[int, ...]) -> str:
     """Return the error that `together` raised here."""
 

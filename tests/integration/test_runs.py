@@ -26,6 +26,7 @@ TRAINING_KEYS = {
     "phase",
     "tokens",
     "flops",
+    "skipped_steps",
     "step_seconds",
     "tokens_per_second",
     "mfu",

@@ -278,6 +278,9 @@ def test_due():
 
     assert [step for step in range(12) if CheckpointSection(interval=5).due(step)] == [5, 10]
     assert not any(CheckpointSection(interval=0).due(step) for step in range(12))
+    assert [step for step in range(9, 21) if CheckpointSection(interval=10).due(step, since=9)] == list(range(10, 21))
+    assert not CheckpointSection(interval=10).due(19, since=10)
+    assert not CheckpointSection(interval=0).due(19, since=1)
     assert [step for step in range(12) if EvalSection(interval=5).due(step)] == [5, 10]
     assert not any(EvalSection(interval=5, batches=0).due(step) for step in range(12))
 
@@ -328,3 +331,17 @@ def test_missing_file_and_other_encodings(tmp_path):
 def test_comma_after_a_string_without_quotes_is_explained(load):
     with pytest.raises(ConfigError, match="runs to the end of its line"):
         load(f"{P}method=full,")
+
+
+def test_the_limit_of_steps_that_are_not_finite_is_beyond_fp16s_search_for_its_scale(load):
+    limits = {
+        "": 20,
+        "bf16.enabled=true": 20,
+        "fp16.enabled=true": 20,  # a search from 2^16 skips 17 steps at the most
+        "fp16.enabled=true fp16.loss_scale=1024": 20,
+        "fp16.enabled=true fp16.initial_scale_power=32": 34,
+        "fp16.enabled=true fp16.initial_scale_power=32 fp16.hysteresis=4": 36,
+        "fp16.enabled=true fp16.initial_scale_power=32 raptr_ds.train.max_non_finite_steps=0": 0,
+    }
+    assert {said: load(*said.split()).train.max_non_finite_steps for said in limits} == limits
+    assert load().train.on_non_finite == "stop"

@@ -5,7 +5,7 @@ import pytest
 from raptr_ds.config.rules import RULES
 from raptr_ds.errors import ConfigError
 
-P, M, R = "raptr_ds.path.", "raptr_ds.model.", "raptr_ds.parallel."
+P, M, R, T = "raptr_ds.path.", "raptr_ds.model.", "raptr_ds.parallel.", "raptr_ds.train."
 SPAN = '"name":"a","kind":"span"'
 DENOISERS = f"{M}architecture=ul2 raptr_ds.objective.denoisers="
 SCHEDULE_LR = "scheduler.type=WarmupLR scheduler.params."
@@ -219,6 +219,34 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             "raptr_ds.eval.batches=0 raptr_ds.eval.interval=10",
             ["nothing", "batches to 1"],
             "raptr_ds.eval.batches=0",
+        ),
+    ],
+    "non_finite_limit_is_beyond_fp16s_search": [
+        (
+            1,
+            f"fp16.enabled=true {T}max_non_finite_steps=17",
+            ["=17 must be more than 17", "Set it to 18", "or to 0", "initial_scale_power"],
+            f"fp16.enabled=true {T}max_non_finite_steps=18",
+        ),
+        (
+            1,
+            f"fp16.enabled=true fp16.initial_scale_power=20 fp16.hysteresis=1 {T}max_non_finite_steps=1",
+            ["more than 20"],
+            f"fp16.enabled=true fp16.loss_scale=1024 {T}max_non_finite_steps=1",
+        ),
+    ],
+    "rollback_can_happen": [
+        (
+            1,
+            f"{T}on_non_finite=rollback {T}max_non_finite_steps=0 raptr_ds.checkpoint.interval=5",
+            ["never act", "Set max_non_finite_steps to 1"],
+            f"{T}on_non_finite=rollback {T}max_non_finite_steps=1 raptr_ds.checkpoint.interval=5",
+        ),
+        (
+            1,
+            f"{T}on_non_finite=rollback",
+            ["raptr_ds.checkpoint.interval=0", "to 'stop'"],
+            f"{T}on_non_finite=stop",
         ),
     ],
 }

@@ -13,8 +13,8 @@ from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import PlainProgress
 
 TRAINING_KEYS = [
-    "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops", "step_seconds",
-    "tokens_per_second", "mfu",
+    "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops",
+    "skipped_steps", "step_seconds", "tokens_per_second", "mfu",
 ]  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def test_lines_have_exactly_the_contracts_keys(tmp_path):
     assert list(training) == TRAINING_KEYS
     assert training == {
         "step": 1, "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": [0, 2, 5], "path_length": 3, "phase": 1,
-        "tokens": 100, "flops": 3000, "step_seconds": 0.5, "tokens_per_second": 200.0, "mfu": 0.25,
+        "tokens": 100, "flops": 3000, "skipped_steps": 0, "step_seconds": 0.5, "tokens_per_second": 200.0,
+        "mfu": 0.25,
     }  # fmt: skip
     assert evaluation == {"step": 1, "eval_loss": 0.25, "path_length": 6}
 
@@ -59,6 +60,16 @@ def test_not_finite_and_missing_values(tmp_path):
     assert (first["loss"], first["grad_norm"], first["non_finite"]) == (None, None, True)
     assert second["grad_norm"] is None
     assert "non_finite" not in second
+
+
+def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
+    with Metrics(tmp_path, num_steps=3, tensorboard=False) as metrics:
+        metrics.record_step(training_step(1))
+        metrics.record_step(training_step(2, skipped=True, skipped_steps=1))
+        metrics.record_step(training_step(3, skipped_steps=1))
+    lines = lines_of(tmp_path)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert [line.get("non_finite") for line in lines] == [None, True, None]
 
 
 def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
@@ -93,6 +104,32 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
         "step 1/5  loss 0.3333  phase 1  path 3/6  200 tok/s  saved 25.0%  left 0:10\n"
         "step 1/5  eval loss 1.5000  path 6\n"
     )
+
+
+def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
+    with Metrics(tmp_path, num_steps=6) as metrics:
+        for step in range(1, 6):
+            metrics.record_step(training_step(step, loss=float(step), skipped_steps=step))
+        metrics.record_evaluation(3, 8.0, 6)
+        metrics.record_evaluation(5, 9.0, 6)
+        metrics.rewind(3)
+        for step in range(4, 7):
+            metrics.record_step(training_step(step, loss=float(10 * step), skipped_steps=5))
+    found = [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines_of(tmp_path)]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (3, 8.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    aside = [json.loads(line) for line in (tmp_path / "metrics.rolled_back.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("loss", line.get("eval_loss"))) for line in aside] == [(4, 4.0), (5, 5.0), (5, 9.0)]
+    scalars = events(tmp_path)
+    assert scalars["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    assert [value for _, value in scalars["progress/skipped_steps"]] == [1, 2, 3, 5, 5, 5]
+    assert scalars["eval/loss_of_6_layers"] == [(3, 8.0)]
+
+
+def test_other_ranks_rewind_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Metrics(None, num_steps=2) as metrics:
+        metrics.rewind(1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -93,3 +93,36 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"raptr_ds\.train\.save"):
         MetricsFile(tmp_path / "file" / "metrics.jsonl")
+
+
+def test_what_is_rolled_back_is_kept_aside_in_order_and_with_every_byte(tmp_path):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.rolled_back.jsonl"
+    metrics = MetricsFile(path)
+    for step in (1, 2, 3):
+        metrics.append({"step": step, "loss": step / 3})
+    before = path.read_text().splitlines()
+    metrics.rewind(1)
+    assert steps_of(path) == [1]
+    for step in (2, 3):
+        metrics.append({"step": step, "loss": step / 7})
+    metrics.rewind(2)
+    metrics.append({"step": 3, "loss": 0.5})
+    metrics.close()
+    assert steps_of(path) == [1, 2, 3]
+    assert steps_of(aside) == [2, 3, 3]
+    assert aside.read_text().splitlines()[:2] == before[1:]
+
+
+def test_a_new_run_sets_what_an_earlier_one_rolled_back_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.append({"step": 1})
+    metrics.rewind(0)
+    metrics.append({"step": 1})
+    metrics.close()
+    MetricsFile(path, resume_step=1).close()
+    assert (tmp_path / "metrics.rolled_back.jsonl").exists()
+    MetricsFile(path).close()
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        "metrics.1.jsonl", "metrics.jsonl", "metrics.rolled_back.1.jsonl",
+    ]  # fmt: skip

@@ -1,0 +1,128 @@
+"""Steps that are not finite: when the policy acts, what it says, and how the run's state counts and rolls back."""
+
+from dataclasses import replace
+
+import pytest
+
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.paths import Path
+from raptr_ds.paths.cost import ModelShape
+from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, NonFinitePolicy, what_happened
+from raptr_ds.runtime.state import RunState, StepCost
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def cost() -> StepCost:
+    shape = ModelShape(
+        architecture="bert",
+        num_layers=4,
+        hidden_size=8,
+        seq_length=16,
+        vocab_size=32,
+        ffn_hidden_size=32,
+        activation="gelu",
+        normalization="layernorm",
+        position_embedding="learned",
+        add_bias_linear=True,
+        tie_word_embeddings=True,
+    )
+    return StepCost(shape, num_sequences=2, recompute=False)
+
+
+def after(cost: StepCost, state: RunState, skipped: str) -> RunState:
+    """Return the state after steps that are skipped where `skipped` has an x."""
+    for mark in skipped:
+        result = StepResult(NAN, NAN, 5, skipped=True) if mark == "x" else StepResult(1.0, 1.0, 5)
+        state = cost.after(state, result, Path.full(4))
+    return state
+
+
+def exhausted_at(cost: StepCost, skipped: str, max_steps: int) -> list[int]:
+    """Return the steps after which the policy acts."""
+    policy, state, found = NonFinitePolicy(max_steps, rolls_back=False), RunState(), []
+    for mark in skipped:
+        state = after(cost, state, mark)
+        if policy.is_exhausted(state):
+            found.append(state.step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("skipped", "max_steps", "expected"),
+    [
+        (".........", 1, []),
+        ("..x..x..x", 1, [3, 6, 9]),
+        ("..x..x..x", 2, []),
+        ("xx.xxx...", 3, [6]),  # in a row: a finite step begins to count anew
+        ("xxx......", 3, [3]),
+        ("xxxxx", 4, [4, 5]),
+        ("xxxxxxxxx", 0, []),  # never
+    ],
+)
+def test_the_policy_acts_after_so_many_in_a_row(
+    cost: StepCost, skipped: str, max_steps: int, expected: list[int]
+) -> None:
+    assert exhausted_at(cost, skipped, max_steps) == expected
+
+
+def test_the_state_counts_skipped_steps_and_where_the_row_began(cost: StepCost) -> None:
+    state = after(cost, RunState(), "x..xx")
+    assert (state.step, state.skipped_steps, state.skipped_in_row, state.last_finite_step) == (5, 3, 2, 3)
+    assert state.tokens == 5 * 2 * 16  # the data of skipped steps are used up
+    state = after(cost, state, ".")
+    assert (state.skipped_steps, state.skipped_in_row, state.last_finite_step) == (3, 0, 6)
+
+
+def test_a_rollback_goes_back_in_everything_but_data_and_skipped_steps(cost: StepCost) -> None:
+    saved = after(cost, RunState(), "x...")
+    failed = after(cost, saved, "..xx")
+    state = failed.rolled_back(saved)
+    assert (state.step, state.tokens, state.flops, state.full_flops) == (4, saved.tokens, saved.flops, saved.full_flops)
+    assert (state.skipped_steps, state.skipped_in_row) == (3, 0)
+    assert state.data_step == failed.data_step == 8  # batches 4 to 7 are left out, and no other
+    again = after(cost, state, "xx").rolled_back(saved)
+    assert (again.step, again.data_step, again.skipped_steps) == (4, 10, 5)
+
+
+def test_offsets_of_rollbacks_to_different_places_add_up(cost: StepCost) -> None:
+    first = after(cost, RunState(), "..")
+    state = after(cost, first, "x").rolled_back(first)
+    second = after(cost, state, "...")
+    state = after(cost, second, ".xx").rolled_back(second)
+    assert (state.step, state.data_offset_steps, state.data_step) == (5, 4, 9)
+    assert (state.rolled_back_to, state.rollbacks_there) == (5, 1)
+
+
+def test_rollbacks_to_one_place_are_limited_and_to_another_are_not(cost: StepCost) -> None:
+    policy = NonFinitePolicy(1, rolls_back=True)
+    place = after(cost, RunState(), "....")
+    state, rollbacks = after(cost, place, "x"), 0
+    while policy.may_roll_back(state, place.step):
+        # What is restored is the state as it was saved right after the last rollback: the counts are in it.
+        place = state.rolled_back(place)
+        state, rollbacks = after(cost, place, "x"), rollbacks + 1
+    assert rollbacks == MAX_ROLLBACKS_TO_ONE_STEP
+    assert state.data_step == 4 + rollbacks + 1
+    assert policy.may_roll_back(state, 3)
+    further = after(cost, place, "..")
+    assert policy.may_roll_back(after(cost, further, "x"), further.step)
+
+
+def test_a_state_survives_its_dictionary_and_old_ones_are_read(cost: StepCost) -> None:
+    saved = after(cost, RunState(), "x.")
+    state = after(cost, saved, ".x").rolled_back(saved)
+    assert RunState.from_dict(state.to_dict()) == state
+    old = {"step": 7, "tokens": 70, "flops": 700, "full_flops": 1400}
+    assert RunState.from_dict(old) == replace(RunState(), **old)
+    assert RunState.from_dict(old).data_step == 7
+
+
+def test_people_are_told_which_steps_and_numbers(cost: StepCost) -> None:
+    one = what_happened(after(cost, RunState(), "...x"), 2.5, float("inf"))
+    assert one.startswith("step 4 had a loss or a gradient that is not finite (last: loss 2.5, gradient norm inf)")
+    assert one.endswith("the weights are those after step 3")
+    several = what_happened(after(cost, RunState(), ".xxx"), NAN, NAN)
+    assert several.startswith("steps 2 to 4, 3 in a row, had a loss or a gradient that is not finite")
+    assert several.endswith("the weights are those after step 1")
