@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from raptr_ds.errors import NonFiniteError
 from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.paths import Path
 from raptr_ds.paths.cost import ModelShape
 from raptr_ds.pretrain import train
 from raptr_ds.runtime.checkpoint_folder import checkpoints_in, step_folder
@@ -40,11 +41,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 class PoisonedBatches:
-    """The batches of a case; on one rank the gradients of some of them are NaN, while every loss is finite."""
+    """The batches of a case; on one rank either the gradients of some are NaN, or their loss is infinite."""
 
-    def __init__(self, case: Case, groups: ProcessGroups, engine: Engine, bad: tuple[int, ...], rank: int) -> None:
+    def __init__(
+        self, case: Case, groups: ProcessGroups, engine: Engine, bad: tuple[int, ...], rank: int, what: str = "gradient"
+    ) -> None:
         self._case, self._groups = case, groups
-        self._bad = bad if groups.rank == rank else ()
+        self._bad, self._what = bad if groups.rank == rank else (), what
         self._active = False
         self.asked: list[int] = []
         engine.stage.register_forward_hook(self._poison)  # type: ignore[attr-defined]
@@ -54,13 +57,18 @@ class PoisonedBatches:
         self._active = step in self._bad
         return batch_at(self._case, self._groups, step)
 
-    def _poison(self, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        if self._active and output.requires_grad:
-            output.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+    def _poison(self, _module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if not self._active or not output.requires_grad:
+            return None
+        if self._what == "loss":
+            return output + float("inf")
+        output.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+        return None
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Return a copy of all that moves on this rank: fp32 weights, moments, working weights."""
+    engine.begin_evaluation(Path.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
     state = {f"{f.name} {f.kind} {f.offset}": f.data.clone() for f in engine.fragments()}
     for name, parameter in engine.stage.named_parameters():  # type: ignore[attr-defined]
         state[f"{name} working"] = _working(parameter).detach().clone()
@@ -103,8 +111,8 @@ class Skip:
     different: list[str]
 
 
-def skip_a_step(launch: Launch, case: Case, rank: int) -> Skip:
-    """Train steps 0 to 6, of which step 3 has a NaN gradient on one rank; again in another engine without step 3."""
+def skip_a_step(launch: Launch, case: Case, rank: int, what: str = "gradient") -> Skip:
+    """Train steps 0 to 6, of which step 3 is poisoned on one rank; again in another engine without step 3."""
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
     method, bad = path_method(case), 3
 
@@ -112,7 +120,7 @@ def skip_a_step(launch: Launch, case: Case, rank: int) -> Skip:
         return engine.train_step(batches.at(number), method.path_at(number), number, case.learning_rate)
 
     engine = build_engine(case, groups)
-    batches = PoisonedBatches(case, groups, engine, (bad,), rank)
+    batches = PoisonedBatches(case, groups, engine, (bad,), rank, what)
     results = [step(engine, batches, number) for number in range(bad)]
     before, counts = state_of(engine), engine.step_counts()
     results.append(step(engine, batches, bad))
@@ -154,6 +162,15 @@ def test_it_does_not_matter_which_rank_it_came_from(layout: str) -> None:
         assert seen.moved == seen.different == []
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_infinite_loss_with_finite_gradients_is_skipped_too(layout: str) -> None:
+    """As an fp16 logit that overflows gives."""
+    for seen in run_distributed(skip_a_step, 2, replace(Case(), **LAYOUTS[layout]), 1, "loss"):
+        assert seen.skipped == [False] * 3 + [True] + [False] * 3
+        assert not torch.tensor(seen.bad_loss).isfinite()
+        assert seen.moved == seen.different == []
+
+
 # Rows of them, in the loop
 
 
@@ -166,7 +183,7 @@ class Ran:
     state: dict[str, str]
 
 
-def run_file(case: Case, folder: Path, settings: dict[str, Any]) -> Path:
+def run_file(case: Case, folder: FilePath, settings: dict[str, Any]) -> FilePath:
     """Write the case as a run file; the loop reads little of it."""
     block = {
         "model": {
@@ -189,7 +206,7 @@ def run_file(case: Case, folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def open_loop(
-    launch: Launch, case: Case, folder: Path, bad: tuple[int, ...], settings: dict[str, Any]
+    launch: Launch, case: Case, folder: FilePath, bad: tuple[int, ...], settings: dict[str, Any]
 ) -> tuple[Session, PoisonedBatches]:
     """Return a session of real parts around the case's engine and batches, whose gradients are NaN on rank 1."""
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
@@ -218,7 +235,7 @@ def open_loop(
 
 def run_loop(launch: Launch, case: Case, folder: str, bad: tuple[int, ...], settings: dict[str, Any]) -> Ran:
     """Run the loop to its end or to its error."""
-    session, batches = open_loop(launch, case, Path(folder), bad, settings)
+    session, batches = open_loop(launch, case, FilePath(folder), bad, settings)
     error = ""
     try:
         session.finish(train(session))
@@ -231,7 +248,7 @@ def run_loop(launch: Launch, case: Case, folder: str, bad: tuple[int, ...], sett
 
 def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int) -> Ran:
     """Run the loop from a checkpoint of another run, without faults, with the data moved on by `offset` batches."""
-    session, batches = open_loop(launch, case, Path(folder), (), {})
+    session, batches = open_loop(launch, case, FilePath(folder), (), {})
     restored = session.checkpoints.restore(session.engine, source, session.config.model)
     assert restored is not None
     session.state = replace(session.run_state_of(restored), data_offset_steps=offset)
@@ -241,17 +258,17 @@ def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int)
     return Ran("", batches.asked, fingerprints(state_of(session.engine)))
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def lines_of(path: FilePath) -> list[dict[str, Any]]:
     """Return the lines of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def manifest_of(run: Path, step: int) -> dict[str, Any]:
+def manifest_of(run: FilePath, step: int) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint."""
     return json.loads((step_folder(run / "checkpoints", step) / "manifest.json").read_text())
 
 
-def folder_for(tmp_path: Path, name: str) -> Path:
+def folder_for(tmp_path: FilePath, name: str) -> FilePath:
     """Make a run's folder, with one for each rank's copy of the run file."""
     for rank in range(2):
         (tmp_path / name / f"rank-{rank}").mkdir(parents=True)
@@ -278,7 +295,7 @@ ROLLBACK = {"max_non_finite_steps": 2, "on_non_finite": "rollback"}
         ("pp2-zero1", "bf16"),
     ],
 )
-def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: str, tmp_path: Path) -> None:
+def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: str, tmp_path: FilePath) -> None:
     """Batches 7 and 8 are bad, checkpoints come every 3 steps: back to step 6, and on with batch 9."""
     case = replace(Case(precision=precision, steps=10), **LAYOUTS[layout])
     rolled, good, clean = (folder_for(tmp_path, name) for name in ("rolled", "good", "clean"))
@@ -307,7 +324,7 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
     assert [(line["step"], line.get("non_finite", False)) for line in aside] == [(7, False), (8, True), (9, True)]
 
 
-def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: Path) -> None:
+def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: FilePath) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     ran = run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (4, 5, 6), {"max_non_finite_steps": 3})
     for result in ran:
@@ -320,7 +337,7 @@ def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: Path
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 8))
 
 
-def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -> None:
+def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: FilePath) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (1, 2), ROLLBACK):
         assert result.error.startswith("1: steps 2 to 3, 2 in a row,")
@@ -328,7 +345,7 @@ def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -
         assert "has no checkpoint of step 1 or before" in result.error
 
 
-def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) -> None:
+def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: FilePath) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), tuple(range(4, 99)), ROLLBACK):
         assert "3 rollbacks to step 3, each with other data, did not help" in result.error
@@ -338,7 +355,7 @@ def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) 
     assert lines[-1]["skipped_steps"] == 2 + 3 * 2
 
 
-def test_what_came_due_in_a_row_is_saved_after_it(tmp_path: Path) -> None:
+def test_what_came_due_in_a_row_is_saved_after_it(tmp_path: FilePath) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (5, 6), {}):
         assert result.error == ""
