@@ -127,10 +127,12 @@ def _complete(
     if train.save is None:
         train = train.model_copy(update={"save": f"runs/{path.stem}"})
     model = derive_model(cast(ModelSection, sections["model"]))
+    parallel = derive_parallel(cast(ParallelSection, sections["parallel"]), model.num_layers)
+    num_stages = parallel.pipeline_model_parallel_size
     complete = {
         "model": model,
-        "parallel": derive_parallel(cast(ParallelSection, sections["parallel"]), model.num_layers),
-        "path": derive_path(cast(PathSection, sections["path"]), model.num_layers, train.steps),
+        "parallel": parallel,
+        "path": derive_path(cast(PathSection, sections["path"]), model.num_layers, train.steps, num_stages),
         "train": train,
     }
     optimizer = complete_optimizer(tree.get("optimizer"), tree.get("scheduler"))

@@ -46,6 +46,15 @@ def layer_forward_flops(shape: ModelShape) -> int:
     return attention + 2 * mlp_matrices * tokens * hidden * shape.ffn_hidden_size
 
 
+def head_cost_in_layers(shape: ModelShape, predicted_per_sequence: float) -> float:
+    """Return the head's cost in units of one layer's; predicted_per_sequence may be an expectation.
+
+    Forward and backward are in the same proportion. The embedding is a look-up, which costs nothing in these units.
+    """
+    per_position = head_forward_flops(shape, 1)
+    return predicted_per_sequence * per_position / layer_forward_flops(shape)
+
+
 def head_forward_flops(shape: ModelShape, num_predicted: int) -> int:
     """Return the FLOPs of the head's forward pass over num_predicted positions, the only ones it runs on."""
     transform = 2 * shape.hidden_size**2 if shape.has_head_transform else 0
