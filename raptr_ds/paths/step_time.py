@@ -24,12 +24,18 @@ class Device:
 
     flops_per_second: float = 400e12
     memory_bytes_per_second: float = 2e12
-    tensor_bytes_per_second: float = 300e9
-    """Links inside a machine, which tensor parallelism uses."""
+    machine_bytes_per_second: float = 300e9
+    """Links inside a machine."""
     network_bytes_per_second: float = 40e9
-    """Links between machines, for one device: pipeline transfers and gradients."""
+    """Links between machines, for one device."""
+    ranks_per_machine: int = 8
     latency_seconds: float = 10e-6
     """Of one message or collective."""
+
+    def link_bytes_per_second(self, num_ranks: int) -> float:
+        """Return the speed between ranks of a group that spans num_ranks neighbours."""
+        inside = num_ranks <= self.ranks_per_machine
+        return self.machine_bytes_per_second if inside else self.network_bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def step_seconds(
     forward[..., -1] += head_seconds
     backward[..., -1] += 2 * head_seconds
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
-    transfer = device.latency_seconds + stream_bytes / device.network_bytes_per_second if layout.num_stages > 1 else 0.0
+    transfer = device.latency_seconds + stream_bytes / device.link_bytes_per_second(layout.num_ranks)
     pipeline = pipeline_seconds(
         forward,
         backward,
@@ -137,7 +143,7 @@ def _layer_forward_seconds(shape: ModelShape, layout: Layout, device: Device) ->
     if layout.tensor == 1:
         return seconds, 0.0
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
-    ring = 2 * (layout.tensor - 1) / layout.tensor * stream_bytes / device.tensor_bytes_per_second
+    ring = 2 * (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
     return seconds, 2 * (ring + device.latency_seconds)
 
 
@@ -156,7 +162,7 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
     times = layout.num_micro_batches if layout.zero_stage >= 2 else 1
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
     size = parameters * width * ring * (layout.data - 1) / layout.data
-    return times * (size / device.network_bytes_per_second + device.latency_seconds)
+    return times * (size / _data_link(layout, device) + device.latency_seconds)
 
 
 def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
@@ -165,7 +171,12 @@ def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> n
         return np.zeros_like(parameters)
     times = 2 * layout.num_micro_batches if layout.zero_stage == 3 else 1
     size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
-    return times * (size / device.network_bytes_per_second + device.latency_seconds)
+    return times * (size / _data_link(layout, device) + device.latency_seconds)
+
+
+def _data_link(layout: Layout, device: Device) -> float:
+    # Ranks count tensor fastest, then data, then pipeline.
+    return device.link_bytes_per_second(layout.tensor * layout.data)
 
 
 def _optimizer_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:

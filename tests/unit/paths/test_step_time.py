@@ -11,7 +11,7 @@ from raptr_ds.paths.step_time import Device, Layout, active_in_parts, activity_t
 
 SHAPE = ModelShape("ul2", 8, 64, 32, 1000, 192, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
 PATHS = [Path.full(8), Path((0, 1, 4, 7), 8), Path((0, 7), 8)]
-NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, 0.0)
+NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -46,7 +46,7 @@ def test_interleaved_chunks_shorten_the_bubble():
 
 
 def test_communication_follows_bytes_and_active_layers():
-    links = Device(np.inf, 1e9, 1e9, 1e9, 0.0)
+    links = Device(np.inf, 1e9, np.inf, 1e9, ranks_per_machine=2, latency_seconds=0.0)
     for stage, reductions, gathers in ((0, 2, 0), (1, 1, 1), (2, 3, 1), (3, 3, 6)):
         layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
         times = step_seconds(activity_table(PATHS), SHAPE, layout, links, 10)
