@@ -4,8 +4,9 @@ The fullest stage sets a pipeline's pace. So the counts first make the largest l
 of embedding or head, in layers) as small as it can be; what freedom is left makes the free layers' probabilities of
 being active as equal as possible. The two goals contradict each other where fixed layers or the head take room in
 some stages only: 24 layers in 4 stages at length 12, first and last fixed, give 3 layers a stage, which is 2 of 5 free
-layers at the ends (0.4) and 3 of 6 in the middle (0.5). Balance wins, but never starves a layer: no stage's free
-layers fall below half of the probability that uniform sampling would give them.
+layers at the ends (0.4) and 3 of 6 in the middle (0.5). Balance wins: no path has a heavier slowest stage than it must.
+Where a fixed layer and the head fill all that a stage may hold, its free layers are never active at that length;
+marginals say so (balanced_marginals), and a run and tools/plan.py tell it.
 """
 
 import math
@@ -16,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 
-_LEAST_SHARE = Fraction(1, 2)  # of uniform sampling's marginal, which every free layer keeps
 _TOLERANCE = 1e-9  # of a layer, for comparing loads
 
 
@@ -86,18 +86,16 @@ def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_len
 
     A stage may hold what keeps its load at the least possible maximum. Under that cap all free layers get the same
     probability (water-filling), which is the fairest choice: none could get more but at the cost of one with less.
-    A cap that would starve its stage is raised to half of uniform sampling's probability.
     """
     fixed = [sum(layer in layers for layer in fixed_layers) for layers in stages.layers()]
     free = [count - f for count, f in zip(stages.num_layers, fixed, strict=True)]
     wanted = path_length - len(fixed_layers)
     assert 0 <= wanted <= sum(free), f"path_length={path_length}, {len(fixed_layers)} of {sum(stages.num_layers)} fixed"
     limit = _least_maximum(stages, fixed, path_length)
-    least_share = _LEAST_SHARE * Fraction(wanted, max(1, sum(free)))
-    caps = []
-    for room, f, cost in zip(free, fixed, stages.costs, strict=True):
-        within = min(room, max(0, math.floor(limit - cost + _TOLERANCE) - f))
-        caps.append(max(Fraction(within), least_share * room))
+    caps = [
+        min(room, math.floor(limit - cost + _TOLERANCE) - f)
+        for room, f, cost in zip(free, fixed, stages.costs, strict=True)
+    ]
     means = _water_filled(caps, free, wanted)
     denominator = math.lcm(*(mean.denominator for mean in means))
     least = tuple(math.floor(mean) for mean in means)
@@ -121,14 +119,14 @@ def _least_maximum(stages: BalancedStages, fixed: Sequence[int], path_length: in
     raise AssertionError(f"{path_length} layers do not fit into {stages}")
 
 
-def _water_filled(caps: Sequence[Fraction], room: Sequence[int], total: int) -> list[Fraction]:
+def _water_filled(caps: Sequence[int], room: Sequence[int], total: int) -> list[Fraction]:
     """Return min(cap, level * room) of each stage, the level such that they add up to total."""
     # Stages in the order in which a rising level fills them: a stage is full at level cap / room.
-    order = sorted((s for s in range(len(room)) if room[s]), key=lambda s: caps[s] / room[s])
+    order = sorted((s for s in range(len(room)) if room[s]), key=lambda s: Fraction(caps[s], room[s]))
     shares = [Fraction(0)] * len(room)
     left, room_left = Fraction(total), sum(room)
     for stage in order:
-        shares[stage] = min(caps[stage], left / room_left * room[stage])
+        shares[stage] = min(Fraction(caps[stage]), left / room_left * room[stage])
         left -= shares[stage]
         room_left -= room[stage]
     assert left == 0, f"{total} do not fit into {caps}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -152,5 +153,5 @@ def propose_schedule(
 
 def _unevenness(lengths: Sequence[int]) -> int:
     """Return how far the lengths are from growing by equal steps: the squares of what the steps differ by, summed."""
-    steps = [after - before for before, after in zip(lengths, lengths[1:], strict=False)]
-    return sum((after - before) ** 2 for before, after in zip(steps, steps[1:], strict=False))
+    steps = [after - before for before, after in pairwise(lengths)]
+    return sum((after - before) ** 2 for before, after in pairwise(steps))

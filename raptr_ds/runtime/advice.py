@@ -8,7 +8,7 @@ from raptr_ds.config.load import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.plan import RunPlan, plan_run
 from raptr_ds.paths.step_time import Device
-from raptr_ds.runtime.method import path_method_of, setting_of
+from raptr_ds.runtime.method import left_out_layers, path_method_of, setting_of
 
 _WORTH = 0.03  # of the run's time: less is within the cost model's error
 _GIB = 1 << 30
@@ -32,7 +32,7 @@ def advice(config: RunConfig, device: Device) -> list[str]:
                 f"raptr_ds.path.sampling=balanced it is {_percent(faster)}: {faster.seconds / 3600:,.4g} h instead of "
                 f"{plan.seconds / 3600:,.4g} h."
             )
-    lines += _uneven_lengths(better, device)
+    lines += left_out_layers(path_method_of(config)) + _uneven_lengths(better, device)
     return lines + _other_pipelines(better, device)
 
 

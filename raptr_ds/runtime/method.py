@@ -1,5 +1,7 @@
 """From a run's configuration to its path method, and the numbers that the method's costs follow from."""
 
+import numpy as np
+
 from raptr_ds.config.derive import balanced_stage_layers
 from raptr_ds.config.load import RunConfig
 from raptr_ds.config.sections import PathSection
@@ -50,6 +52,20 @@ def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMe
         constant_length=section.constant_length,
         stages=balanced_stages_of(config),
     )
+
+
+def left_out_layers(method: PathMethod) -> list[str]:
+    """Return a line for each phase in which some layers are never active."""
+    lines = []
+    for phase in method.phases.phases:
+        layers = np.flatnonzero(method.marginals_at(phase.first_step) == 0.0).tolist()
+        if layers and phase.num_steps:
+            lines.append(
+                f"layers {', '.join(map(str, layers))} are never active in phase {phase.index} (paths of "
+                f"{phase.path_length}): raptr_ds.path.fixed_layers and the head leave no room in their stage. Lengthen "
+                "the phase, fix fewer layers, or lower raptr_ds.path.balance_stages."
+            )
+    return lines
 
 
 def balanced_stages_of(config: RunConfig) -> BalancedStages | None:

@@ -20,7 +20,7 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path, PathMethod
 from raptr_ds.paths.cost import expected_flops_left, num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
-from raptr_ds.runtime.method import path_method_of, shape_of
+from raptr_ds.runtime.method import left_out_layers, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
@@ -147,7 +147,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         together(groups, lambda: prepare_run_folder(folder, groups.rank))
         progress = build_progress(config.log.progress) if groups.rank == 0 else None
         if progress is not None:
-            for line in _introduction(config, groups):
+            for line in (*_introduction(config, groups), *left_out_layers(method)):
                 progress.say(line)
         engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print

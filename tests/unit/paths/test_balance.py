@@ -61,11 +61,16 @@ def test_enumerated_paths_have_the_marginals_and_the_least_slowest_stage(layers,
     free = [layer for layer in range(total) if layer not in fixed]
     every = [(*fixed, *rest) for rest in itertools.combinations(free, length - len(fixed))]
     least = min(largest_load(stages, path) for path in every)
-    uniform = (length - len(fixed)) / len(free)
-    starved = min(exact[layer] for layer in free) < uniform / 2 + 1e-12
-    # Beyond the least load only where a stage would otherwise be starved, whose marginal is then half of uniform's.
-    assert starved or max(largest_load(stages, path) for path in paths) <= least + 1e-9
-    assert min(exact[layer] for layer in free) >= uniform / 2 - 1e-12
+    assert max(largest_load(stages, path) for path in paths) <= least + 1e-9
+    # As equal as that allows: the smallest marginal is the largest that any mixture of such paths has.
+    lightest = [path for path in every if largest_load(stages, path) <= least + 1e-9]
+    assert set(paths) <= {tuple(sorted(path)) for path in lightest}
+    for layers_of_stage in stages.layers():
+        in_stage = [layer for layer in layers_of_stage if layer in free]
+        most = max((sum(layer in path for layer in in_stage) for path in lightest), default=0)
+        for layer in in_stage:
+            # A layer with less than another one's marginal is in a stage that always holds its most.
+            assert exact[layer] * len(in_stage) == most or exact[layer] == max(exact[other] for other in free)
 
 
 def test_the_trade_that_fixed_layers_force():
@@ -92,9 +97,15 @@ def test_the_head_counts_as_load():
     stages = BalancedStages.of((6, 6, 6, 6), head_cost=1.2)
     means = stage_counts(stages, (), 14).means()
     assert means == (4, 4, 4, 2)
-    # A head as heavy as the other stages together does not starve its stage: half of uniform's probability stays.
+
+
+def test_what_fixed_layers_and_head_fill_leaves_the_other_layers_of_their_stage_out():
+    # BERT-base on four stages: the head is half a layer, so that the last stage has room for its fixed layer alone.
+    marginals = balanced_marginals(BalancedStages.of((3, 3, 3, 3), head_cost=0.46), (0, 11), 6)
+    assert marginals[9:].tolist() == [0.0, 0.0, 1.0]
+    assert marginals[1:9].tolist() == [0.5] * 8
     heavy = BalancedStages.of((6, 6, 6, 6), head_cost=20.0)
-    assert balanced_marginals(heavy, (), 12)[18:].tolist() == [0.25] * 6
+    assert balanced_marginals(heavy, (), 12).tolist() == [12 / 18] * 18 + [0.0] * 6
 
 
 @pytest.mark.parametrize("length", range(3, 25))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.runtime.method import balanced_stages_of, path_method_of, predictions_per_sequence
+from raptr_ds.runtime.method import balanced_stages_of, left_out_layers, path_method_of, predictions_per_sequence
 
 P, R = "raptr_ds.path.", "raptr_ds.parallel."
 
@@ -52,6 +52,15 @@ def test_the_head_is_weighed_by_the_objective(load):
     assert stages is not None
     assert stages.costs == (0.0, pytest.approx(head / layer, rel=1e-12))
     assert stages.num_layers == (6, 6)
+
+
+def test_layers_that_a_phase_leaves_out_are_told(load):
+    stages = f"{P}balance_stages=4"
+    lines = left_out_layers(path_method_of(load(f"{P}sampling=balanced", stages, f"{P}schedule=4-8-12")))
+    assert len(lines) == 1
+    assert lines[0].startswith("layers 1, 2, 9, 10 are never active in phase 0 (paths of 4)")
+    assert "Lengthen" in lines[0]
+    assert left_out_layers(path_method_of(load(f"{P}schedule=4-8-12"))) == []
 
 
 def test_expected_predictions_are_the_objectives(load):
