@@ -63,6 +63,17 @@ def derive_parallel(parallel: ParallelSection, num_layers: int) -> ParallelSecti
     return parallel.model_copy(update={"pipeline_layers": layers})
 
 
+def balanced_stage_layers(path: PathSection, parallel: ParallelSection, num_layers: int) -> tuple[int, ...]:
+    """Return the layers of each stage that balanced sampling balances.
+
+    These are the run's own pipeline stages where their number is balance_stages, else stages as even as possible.
+    """
+    assert path.balance_stages is not None
+    if parallel.pipeline_layers is not None and len(parallel.pipeline_layers) == path.balance_stages:
+        return parallel.pipeline_layers
+    return derive_pipeline_layers(num_layers, path.balance_stages)
+
+
 def count_fixed(fixed_layers: Sequence[int], num_layers: int) -> int:
     """Return how many different layers are fixed; those outside the model count too, as a rule refuses them."""
     return len({layer % num_layers if -num_layers <= layer < num_layers else layer for layer in fixed_layers})
@@ -76,14 +87,16 @@ def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
 
 
-def derive_path(path: PathSection, num_layers: int, num_steps: int) -> PathSection:
-    """Return the path section with its schedule, constant length and warm-up in steps, where the method uses them."""
+def derive_path(path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1) -> PathSection:
+    """Return the path section with its schedule, constant length, warm-up in steps and stages, where it uses them."""
     update: dict[str, Any] = {}
     lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
     if path.method == "raptr" and path.schedule is None:
         update["schedule"] = "-".join(map(str, lengths))
     if path.method == "constant" and path.constant_length is None:
         update["constant_length"] = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
+    if path.method in {"raptr", "constant"} and path.sampling == "balanced" and path.balance_stages is None:
+        update["balance_stages"] = num_stages
     if path.full_warmup_ratio is not None and not path.full_warmup_steps:
         update["full_warmup_steps"] = round(path.full_warmup_ratio * num_steps)
         update["full_warmup_ratio"] = None

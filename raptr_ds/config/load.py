@@ -125,10 +125,12 @@ def _complete(
     """Return the draft with everything derived but the batch, and a line for each value that was."""
     train = derive_train(cast(TrainSection, sections["train"]), tree.get("fp16", {}), path.stem)
     model = derive_model(cast(ModelSection, sections["model"]))
+    parallel = derive_parallel(cast(ParallelSection, sections["parallel"]), model.num_layers)
+    num_stages = parallel.pipeline_model_parallel_size
     complete = {
         "model": model,
-        "parallel": derive_parallel(cast(ParallelSection, sections["parallel"]), model.num_layers),
-        "path": derive_path(cast(PathSection, sections["path"]), model.num_layers, train.steps),
+        "parallel": parallel,
+        "path": derive_path(cast(PathSection, sections["path"]), model.num_layers, train.steps, num_stages),
         "train": train,
     }
     optimizer = complete_optimizer(tree.get("optimizer"), tree.get("scheduler"))

@@ -12,7 +12,7 @@ from raptr_ds.errors import nearest
 
 Place = Callable[[str], str]
 
-NOT_BUILT = {"stacking", "balanced"}
+NOT_BUILT = {"stacking"}
 """Values of the design that this version does not have."""
 
 _TYPES = {

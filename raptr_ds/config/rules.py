@@ -119,6 +119,17 @@ def bernoulli_path_is_never_empty(draft: Draft) -> str | None:
     )
 
 
+def balanced_stages_have_layers(draft: Draft) -> str | None:
+    """Every stage that paths are balanced over holds a layer."""
+    stages, layers = draft.path.balance_stages, draft.model.num_layers
+    if stages is None or stages <= layers or stages == draft.parallel.pipeline_model_parallel_size:
+        return None  # too many pipeline stages are stages_have_layers' to tell
+    return (
+        f"raptr_ds.path.balance_stages={stages} needs at least {stages} layers, one for each stage; "
+        f"raptr_ds.model.num_layers={layers}. Set it to {layers} or less, or remove it: it is derived."
+    )
+
+
 def schedule_is_written_well(draft: Draft) -> str | None:
     """A schedule is whole numbers joined by '-'."""
     schedule = draft.path.schedule
@@ -246,6 +257,7 @@ RULES: tuple[Rule, ...] = (
     pipeline_layers_fit,
     fixed_layers_exist,
     bernoulli_path_is_never_empty,
+    balanced_stages_have_layers,
     schedule_is_written_well,
     schedule_fits_depth,
     schedule_never_shrinks,

@@ -102,8 +102,12 @@ class PathSection(Section):
     """The same as a fraction of raptr_ds.train.steps; say one of the two."""
     fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
     """raptr, constant: layers that are in every path; 0-based, negative ones count from the end."""
-    sampling: Literal["uniform", "bernoulli"] = "uniform"
-    """raptr, constant: all subsets of the phase's length alike, or each layer kept by an independent draw."""
+    sampling: Literal["uniform", "bernoulli", "balanced"] = "uniform"
+    """raptr, constant: all subsets of the phase's length alike; each layer kept by an independent draw; or as many
+    layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py says at what price)."""
+    balance_stages: Count | None = None
+    """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: say it
+    to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4."""
     residual_scale: Literal["none", "sqrt"] = "none"
     """sqrt multiplies each active residual branch by sqrt(L / path length)."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"

@@ -10,6 +10,7 @@ from raptr_ds.config.overrides import is_touched
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
 POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
+SAMPLING = "raptr_ds.path.sampling"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ USED_ONLY: dict[str, Use] = {
     "raptr_ds.path.full_warmup_steps": Use(METHOD, ("raptr",)),
     "raptr_ds.path.full_warmup_ratio": Use(METHOD, ("raptr",)),
     "raptr_ds.path.fixed_layers": _RANDOM,
-    "raptr_ds.path.sampling": _RANDOM,
+    SAMPLING: _RANDOM,
+    "raptr_ds.path.balance_stages": Use(SAMPLING, ("balanced",)),
     "raptr_ds.path.residual_scale": _SKIPPING,
     "raptr_ds.path.skipped_update": _SKIPPING,
     "raptr_ds.path.pld_gamma": Use(METHOD, ("pld",)),
@@ -43,6 +45,9 @@ USED_ONLY: dict[str, Use] = {
 }
 
 
+_DECIDED_BY = {POSITION: ARCHITECTURE, SAMPLING: METHOD}
+"""Selectors that get or lose their value by another one."""
+
 RIVALS = (
     ("raptr_ds.path.full_warmup_steps", "raptr_ds.path.full_warmup_ratio"),
     ("scheduler.params.warmup_num_steps", "scheduler.params.warmup_ratio"),
@@ -55,9 +60,12 @@ RIVALS = (
 def selector_values(tree: dict[str, Any]) -> dict[str, Any]:
     """Return what each selector is in a run file's tree, defaults filled in; None where it cannot be told."""
     architecture = look_up(tree, ARCHITECTURE)
+    method = look_up(tree, METHOD) or "full"
+    sampling = look_up(tree, SAMPLING) if method in _RANDOM.values else None
     position = look_up(tree, POSITION) or {"bert": "learned", "ul2": "rotary"}.get(str(architecture))
     return {
-        METHOD: look_up(tree, METHOD) or "full",
+        METHOD: method,
+        SAMPLING: sampling or "uniform",
         ARCHITECTURE: architecture,
         POSITION: position,
         STAGE: look_up(tree, STAGE) or 0,
@@ -77,7 +85,7 @@ def settle_unused(
         value = selected[use.selector]
         if look_up(tree, key) is None or value is None or value in use.values:
             continue
-        changed = use.selector in touched or (use.selector == POSITION and ARCHITECTURE in touched)
+        changed = not touched.isdisjoint({use.selector, _DECIDED_BY.get(use.selector)})
         if changed and not is_touched(key, touched):
             tree = without(tree, key)
             notes.append(f"{key}: left out, as {use.selector}={value!r} (from --set) does not use it")

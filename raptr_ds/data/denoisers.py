@@ -59,6 +59,17 @@ class Denoiser:
         overhead = 2 * self.num_spans(text_length) + 1 if self.kind == "span" else 0
         return (self.mode is not None) + text_length + overhead
 
+    def num_predictions(self, text_length: int) -> int:
+        """Return the number of predicted tokens of the sample made from a text (of at least two tokens)."""
+        if self.kind == "causal":
+            return text_length - (self.mode is None)
+        assert self.rate is not None
+        if self.kind == "prefix":
+            return min(max(round(text_length * self.rate), 1), text_length - 1)
+        assert self.mean_span is not None
+        num_noise, num_spans = count_spans(text_length, self.rate, self.mean_span)
+        return num_noise + num_spans + 1
+
     def text_length(self, seq_length: int) -> int:
         """Return the length of the longest text whose sample fits into `seq_length` tokens.
 
@@ -125,6 +136,13 @@ def resolve_denoisers(choice: str | Sequence[DenoiserSection]) -> tuple[Denoiser
 def required_sentinels(seq_length: int, denoisers: Sequence[Denoiser]) -> int:
     """Return the most sentinels that one sample can take."""
     return max(denoiser.num_spans(denoiser.text_length(seq_length)) for denoiser in denoisers)
+
+
+def mean_predictions(seq_length: int, denoisers: Sequence[Denoiser]) -> float:
+    """Return the expected number of predicted tokens of a sample, its denoiser drawn by weight."""
+    counts = [denoiser.num_predictions(denoiser.text_length(seq_length)) for denoiser in denoisers]
+    weights = [denoiser.weight for denoiser in denoisers]
+    return sum(count * weight for count, weight in zip(counts, weights, strict=True)) / sum(weights)
 
 
 class MixtureOfDenoisers:

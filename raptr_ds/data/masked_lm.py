@@ -10,6 +10,11 @@ MASKED_SHARE = 0.8
 RANDOM_SHARE = 0.1
 
 
+def mean_predictions(seq_length: int, mask_rate: float) -> float:
+    """Return the number of predicted tokens of a sequence full of text, of which [CLS] and [SEP] are no part."""
+    return float(max(1, round(mask_rate * (seq_length - 2))))
+
+
 class MaskedLM:
     """Makes samples [CLS] text [SEP] of which exactly round(mask_rate * n) of the n text tokens are predicted.
 

@@ -20,7 +20,8 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_optimizer(config, groups)
-    layers = stage_layers(config.model.num_layers, groups.topology.pipeline, config.parallel.pipeline_layers)
+    assert config.parallel.pipeline_layers is not None, "not derived"
+    layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
         config.model,
         groups,

@@ -37,16 +37,7 @@ class Topology:
         return rank // (self.tensor * self.data), data, tensor
 
 
-def stage_layers(num_layers: int, num_stages: int, layers_per_stage: Sequence[int] | None = None) -> list[range]:
-    """Return each pipeline stage's contiguous layers, as even as possible unless the counts are given.
-
-    Where the depth does not divide, the middle stages take the remainder: the first and last also hold the
-    embedding and the head.
-    """
-    if layers_per_stage is None:
-        base, extra = divmod(num_layers, num_stages)
-        from_the_middle = sorted(range(num_stages), key=lambda s: (abs(2 * s - num_stages + 1), s))
-        more = set(from_the_middle[:extra])
-        layers_per_stage = [base + (s in more) for s in range(num_stages)]
-    starts = [sum(layers_per_stage[:s]) for s in range(num_stages)]
+def stage_layers(layers_per_stage: Sequence[int]) -> list[range]:
+    """Return each pipeline stage's contiguous layers, 0-based and global, from their counts."""
+    starts = [sum(layers_per_stage[:s]) for s in range(len(layers_per_stage))]
     return [range(start, start + count) for start, count in zip(starts, layers_per_stage, strict=True)]

@@ -36,6 +36,11 @@ class FullPaths:
         """Return the number of layers times the steps from this one on."""
         return float(self.num_layers * max(0, self.num_steps - step))
 
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return one for every layer, (num_layers,) float64."""
+        self.phase_at(step)
+        return np.ones(self.num_layers)
+
     def path_at(self, step: int) -> Path:
         """Return the full path."""
         return Path.full(self.num_layers, self.phase_at(step).index)
@@ -72,14 +77,14 @@ class ProgressiveLayerDropping:
         """Return the single phase; its path length is None, as it falls with every step."""
         return self.phases.at(step)
 
-    def keep_probabilities(self, step: int) -> np.ndarray:
+    def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""
         theta = (1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta
         return 1.0 - np.arange(self.num_layers) / self.num_layers * (1.0 - theta)
 
     def expected_length_at(self, step: int) -> float:
         """Return the expected number of active layers at a 0-based step."""
-        return float(self.keep_probabilities(step).sum())
+        return float(self.marginals_at(step).sum())
 
     def expected_layers_from(self, step: int) -> float:
         """Return the sum of the expected path lengths of this step and all later ones.
@@ -97,6 +102,6 @@ class ProgressiveLayerDropping:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)
         uniforms = stream(self.seed, "path", step).random(self.num_layers)
-        layers = tuple(np.flatnonzero(uniforms < self.keep_probabilities(step)).tolist())
+        layers = tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
         return Path(layers, self.num_layers, phase.index, scale)

@@ -46,6 +46,15 @@ def layer_forward_flops(shape: ModelShape) -> int:
     return attention + 2 * mlp_matrices * tokens * hidden * shape.ffn_hidden_size
 
 
+def head_cost_in_layers(shape: ModelShape, predicted_per_sequence: float) -> float:
+    """Return the head's cost in units of one layer's; predicted_per_sequence may be an expectation.
+
+    Forward and backward are in the same proportion. The embedding is a look-up, which costs nothing in these units.
+    """
+    per_position = head_forward_flops(shape, 1)
+    return predicted_per_sequence * per_position / layer_forward_flops(shape)
+
+
 def head_forward_flops(shape: ModelShape, num_predicted: int) -> int:
     """Return the FLOPs of the head's forward pass over num_predicted positions, the only ones it runs on."""
     transform = 2 * shape.hidden_size**2 if shape.has_head_transform else 0
@@ -95,22 +104,43 @@ def expected_flops_left(
     return method.expected_layers_from(step) * layer + head * max(0, method.num_steps - step)
 
 
+def layer_parameters(shape: ModelShape) -> int:
+    """Return the number of parameters of one layer: four projections, the MLP, two norms, biases."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    mlp_inputs = 2 if shape.activation == "swiglu" else 1
+    layer = 4 * hidden**2 + (mlp_inputs + 1) * hidden * ffn + 2 * _norm_parameters(shape)
+    return layer + (4 * hidden + mlp_inputs * ffn + hidden if shape.add_bias_linear else 0)
+
+
+def _norm_parameters(shape: ModelShape) -> int:
+    return 2 * shape.hidden_size if shape.normalization == "layernorm" else shape.hidden_size
+
+
 def num_parameters(shape: ModelShape) -> int:
     """Return the number of parameters of the unsplit model, tied weights counted once.
 
     BERT as Megatron's pre-layer-norm encoder without token types: a final norm after the last layer, and a head of
     dense, gelu, layer norm, tied projection and output bias. UL2: rotary positions hold no parameters, no biases.
     """
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    norm = 2 * hidden if shape.normalization == "layernorm" else hidden
-    mlp_inputs = 2 if shape.activation == "swiglu" else 1
-    layer = 4 * hidden**2 + (mlp_inputs + 1) * hidden * ffn + 2 * norm
-    if shape.add_bias_linear:
-        layer += 4 * hidden + mlp_inputs * ffn + hidden
+    hidden, norm = shape.hidden_size, _norm_parameters(shape)
     positions = shape.seq_length * hidden if shape.position_embedding == "learned" else 0
-    total = shape.vocab_size * hidden + positions + shape.num_layers * layer + norm
+    total = shape.vocab_size * hidden + positions + shape.num_layers * layer_parameters(shape) + norm
     if not shape.tie_word_embeddings:
         total += shape.vocab_size * hidden
     if shape.has_head_transform:
         total += hidden**2 + hidden + norm + shape.vocab_size
     return total
+
+
+def outer_parameters(shape: ModelShape, stage: int = 0, num_stages: int = 1) -> int:
+    """Return the parameters beside the layers that a pipeline stage holds: embedding on the first, head on the last.
+
+    Where the embedding is tied, the last of several stages has a copy of it.
+    """
+    outer = num_parameters(shape) - shape.num_layers * layer_parameters(shape)
+    if num_stages == 1:
+        return outer
+    words = shape.vocab_size * shape.hidden_size
+    first = words + (shape.seq_length * shape.hidden_size if shape.position_embedding == "learned" else 0)
+    last = outer - first + (words if shape.tie_word_embeddings else 0)
+    return {0: first, num_stages - 1: last}.get(stage, 0)

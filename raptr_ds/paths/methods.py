@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.baselines import FullPaths, ProgressiveLayerDropping
 from raptr_ds.paths.path import Path
 from raptr_ds.paths.raptr import RandomPaths
@@ -54,6 +57,19 @@ class PathMethod(Protocol):
         """Return the sum of the expected path lengths of this step and all later ones; cheap, in closed form."""
         ...
 
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return each layer's exact probability of being in the path of a step, (num_layers,) float64."""
+        ...
+
+
+def _check_stages(stages: BalancedStages | None, num_layers: int) -> None:
+    if stages is None or sum(stages.num_layers) != num_layers:
+        given = "none were given" if stages is None else f"got {list(stages.num_layers)}"
+        raise ConfigError(
+            f"raptr_ds.path.sampling='balanced' needs the layers of each pipeline stage, which add up to num_layers="
+            f"{num_layers}; {given}. Set raptr_ds.path.balance_stages, or sampling to 'uniform'."
+        )
+
 
 def build_path_method(
     *,
@@ -70,11 +86,12 @@ def build_path_method(
     pld_gamma: float = 0.001,
     pld_theta: float = 0.5,
     constant_length: int | None = None,
+    stages: BalancedStages | None = None,
 ) -> PathMethod:
     """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
 
     raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last four
-    and constant_length; pld residual_scale, pld_gamma and pld_theta; full none.
+    and constant_length; pld residual_scale, pld_gamma and pld_theta; full none. Balanced sampling balances `stages`.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """
     if method == "full":
@@ -88,13 +105,15 @@ def build_path_method(
         phases = one_phase(None, num_steps)
         return ProgressiveLayerDropping(phases, num_layers, seed, pld_gamma, pld_theta, residual_scale)
     fixed = resolve_fixed_layers(fixed_layers, num_layers)
+    if sampling == "balanced":
+        _check_stages(stages, num_layers)
     if method == "raptr":
         if schedule is None:
             raise ConfigError("raptr_ds.path.method='raptr' needs raptr_ds.path.schedule, for example '6-8-10-12'.")
         lengths = parse_schedule(schedule)
         check_lengths(lengths, num_layers, len(fixed))
         phases = split_phases(lengths, num_layers, num_steps, split, full_warmup_steps)
-        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale)
+        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale, stages)
     if method == "constant":
         if constant_length is None or not max(1, len(fixed)) <= constant_length <= num_layers:
             raise ConfigError(
@@ -102,5 +121,5 @@ def build_path_method(
                 f"method 'constant' (fixed layers .. num_layers)."
             )
         phases = split_phases((constant_length,), num_layers, num_steps, full_warmup_steps=full_warmup_steps)
-        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale)
+        return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale, stages)
     raise ConfigError(f"raptr_ds.path.method={method!r} must be one of {', '.join(METHODS)}{nearest(method, METHODS)}.")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
 from raptr_ds.paths.path import Path
 from raptr_ds.paths.schedule import Phase, Phases
 from raptr_ds.rng import stream
 
-SAMPLINGS = ("uniform", "bernoulli")
+SAMPLINGS = ("uniform", "bernoulli", "balanced")
 RESIDUAL_SCALES = ("none", "sqrt")
 
 
@@ -19,7 +20,8 @@ class RandomPaths:
     """Random paths by phases: RaPTr with a schedule's phases, constant-rate depth with a single phase.
 
     path_at is a pure function of (seed, step): every rank computes the same path, and resuming needs the step alone.
-    fixed_layers: 0-based, sorted, in every path. Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
+    fixed_layers: 0-based, sorted, in every path. stages: what balanced sampling balances.
+    Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
     """
 
     phases: Phases
@@ -28,10 +30,13 @@ class RandomPaths:
     fixed_layers: tuple[int, ...]
     sampling: str = "uniform"
     residual_scale: str = "none"
+    stages: BalancedStages | None = None
 
     def __post_init__(self) -> None:
         check_choice("sampling", self.sampling, SAMPLINGS)
         check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+        assert self.sampling != "balanced" or self.stages is not None
+        assert self.stages is None or sum(self.stages.num_layers) == self.num_layers
 
     @property
     def num_steps(self) -> int:
@@ -51,6 +56,16 @@ class RandomPaths:
         phases = self.phases.phases
         return float(sum(_scheduled_length(p) * max(0, p.end_step - max(p.first_step, step)) for p in phases))
 
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return each layer's exact probability of being in the path of a 0-based step, (num_layers,) float64."""
+        length = _scheduled_length(self.phase_at(step))
+        if self.sampling == "balanced":
+            assert self.stages is not None
+            return balanced_marginals(self.stages, self.fixed_layers, length)
+        marginals = np.full(self.num_layers, _free_share(self.num_layers, length, self.fixed_layers))
+        marginals[list(self.fixed_layers)] = 1.0
+        return marginals
+
     def path_at(self, step: int) -> Path:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)
@@ -58,10 +73,16 @@ class RandomPaths:
         if length == self.num_layers:
             return Path.full(self.num_layers, phase.index)
         generator = stream(self.seed, "path", step)
-        draw = draw_uniform if self.sampling == "uniform" else draw_bernoulli
-        layers = draw(generator, self.num_layers, length, self.fixed_layers)
+        layers = self._draw(generator, length)
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
         return Path(layers, self.num_layers, phase.index, scale)
+
+    def _draw(self, generator: np.random.Generator, length: int) -> tuple[int, ...]:
+        if self.sampling == "balanced":
+            assert self.stages is not None
+            return draw_balanced(generator, self.stages, length, self.fixed_layers)
+        draw = draw_uniform if self.sampling == "uniform" else draw_bernoulli
+        return draw(generator, self.num_layers, length, self.fixed_layers)
 
 
 def _scheduled_length(phase: Phase) -> int:
@@ -88,7 +109,7 @@ def draw_bernoulli(
     p solves p (L - |I|) + |I| = path_length, where I are the fixed layers. Without fixed layers a path can be empty.
     """
     free = _free_layers(num_layers, fixed_layers)
-    keep_probability = (path_length - len(fixed_layers)) / max(free.size, 1)
+    keep_probability = _free_share(num_layers, path_length, fixed_layers)
     return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
 
 
@@ -106,6 +127,11 @@ def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` of raptr_ds.path.<key> is one of `known`."""
     if value not in known:
         raise ConfigError(f"raptr_ds.path.{key}={value!r} must be one of {', '.join(known)}{nearest(value, known)}.")
+
+
+def _free_share(num_layers: int, path_length: int, fixed_layers: tuple[int, ...]) -> float:
+    """Return the share of the free layers that a path holds in expectation."""
+    return (path_length - len(fixed_layers)) / max(num_layers - len(fixed_layers), 1)
 
 
 def _free_layers(num_layers: int, fixed_layers: tuple[int, ...]) -> np.ndarray:

@@ -17,9 +17,10 @@ from raptr_ds.errors import CheckpointError, Exit
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path, PathMethod, build_path_method
-from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
+from raptr_ds.paths import Path, PathMethod
+from raptr_ds.paths.cost import expected_flops_left, num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
+from raptr_ds.runtime.method import left_out_layers, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.progress import build_progress
@@ -162,11 +163,11 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             ),
         )
         stack.enter_context(batches)
-        method = together(groups, lambda: _path_method(config))
+        method = together(groups, lambda: path_method_of(config))
         together(groups, lambda: prepare_run_folder(folder, groups.rank))
         progress = build_progress(config.log.progress) if groups.rank == 0 else None
         if progress is not None:
-            for line in _introduction(config, groups):
+            for line in (*_introduction(config, groups), *left_out_layers(method)):
                 progress.say(line)
         engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print
@@ -181,7 +182,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             write_config(folder, config.resolved())
             if state.step:
                 progress.say(f"continuing after step {state.step}")
-        cost = StepCost(_shape(config), config.batch.global_batch, parallel.activation_checkpointing)
+        cost = StepCost(shape_of(config), config.batch.global_batch, parallel.activation_checkpointing)
         typical_predictions = batches.validation(0).num_predictions * config.batch.data_parallel
         metrics = Metrics(
             folder if groups.rank == 0 else None,
@@ -239,30 +240,6 @@ def _leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def _path_method(config: RunConfig) -> PathMethod:
-    section = config.path
-    return build_path_method(
-        method=section.method,
-        num_layers=config.model.num_layers,
-        num_steps=config.train.steps,
-        seed=config.train.seed,
-        schedule=section.schedule,
-        split=section.split,
-        full_warmup_steps=section.full_warmup_steps,
-        fixed_layers=section.fixed_layers,
-        sampling=section.sampling,
-        residual_scale=section.residual_scale,
-        pld_gamma=section.pld_gamma,
-        pld_theta=section.pld_theta,
-        constant_length=section.constant_length,
-    )
-
-
-def _shape(config: RunConfig) -> ModelShape:
-    names = ModelShape.__dataclass_fields__
-    return ModelShape(**{name: getattr(config.model, name) for name in names})
-
-
 def _peak(config: RunConfig, groups: ProcessGroups) -> float | None:
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops * 1e12
@@ -273,7 +250,7 @@ def _peak(config: RunConfig, groups: ProcessGroups) -> float | None:
 def _introduction(config: RunConfig, groups: ProcessGroups) -> list[str]:
     topology = groups.topology
     model, path = config.model, config.path
-    shape = _shape(config)
+    shape = shape_of(config)
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",

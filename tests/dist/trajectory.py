@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from raptr_ds.config.derive import derive_model
+from raptr_ds.config.derive import derive_model, derive_pipeline_layers
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import StepBatch, collate
 from raptr_ds.data.sample import Sample
@@ -115,7 +115,7 @@ def model_of(case: Case) -> ModelSection:
 def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    layers = stage_layers(case.num_layers, case.pipeline, case.pipeline_layers)
+    layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
     stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED)
     if case.engine == "reference":
         return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 import pydantic
 import pytest
 
-from raptr_ds.config.derive import derive_pipeline_layers, derive_schedule
+from raptr_ds.config.derive import balanced_stage_layers, derive_pipeline_layers, derive_schedule
 from raptr_ds.config.load import load_run_config
 from raptr_ds.errors import ConfigError
 
@@ -59,7 +59,7 @@ def test_components_read_no_none(load):
     config = load(world_size=2)
     for section in (config.model, config.parallel, config.path, config.train):
         left = {key for key, value in section if value is None}
-        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length"}
+        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages"}
     assert config.parallel.pipeline_layers == (12,)
     assert config.train.save == "runs/run"
     assert (config.precision, config.zero_stage, config.gradient_clipping) == ("fp32", 0, 1.0)
@@ -132,6 +132,7 @@ RESOLVABLE = {
     "schedule": "scheduler.type=WarmupCosineLR scheduler.params.warmup_ratio=0.1 fp16.enabled=true",
     "stable": "scheduler.type=WarmupStableDecayLR scheduler.params.decay_ratio=0.2 optimizer.type=SGD",
     "blend": 'raptr_ds.data.path={"data/a.b":1,"c":0.5} raptr_ds.log.peak_tflops=10 raptr_ds.data.tokenizer=t.model',
+    "balanced": f"{P}sampling=balanced raptr_ds.parallel.pipeline_model_parallel_size=2",
     "warmup": f"{P}full_warmup_ratio=0.1 {P}schedule=3-12 {P}split=proportional",
 }
 
@@ -158,7 +159,7 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("raptr_ds.train.train_batch_size=3", ["it belongs to the top level"]),
         ("path.method=full", ["it belongs into raptr_ds: raptr_ds.path"]),
         (f"{P}method=stacking", ["'stacking'", "not built yet", "full, raptr, pld, constant"]),
-        (f"{P}sampling=balanced", ["not built yet", "uniform, bernoulli"]),
+        (f"{P}sampling=balance", ["must be one of", "did you mean 'balanced'?"]),
         (f"{P}method=rapter", ["must be one of", "did you mean 'raptr'?"]),
         (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "a whole number"]),
         (f"{M}num_layers=0", ["raptr_ds.model.num_layers=0", "greater than 0"]),
@@ -283,6 +284,30 @@ def test_due():
     assert not CheckpointSection(interval=0).due(19, since=1)
     assert [step for step in range(12) if EvalSection(interval=5).due(step)] == [5, 10]
     assert not any(EvalSection(interval=5, batches=0).due(step) for step in range(12))
+
+
+def test_balanced_paths_follow_the_pipeline_unless_they_are_pinned(load):
+    pipeline = "raptr_ds.parallel.pipeline_model_parallel_size"
+    derived = load(f"{P}sampling=balanced", f"{pipeline}=4", world_size=4)
+    assert derived.path.balance_stages == 4
+    assert f"{P}balance_stages=4" in derived.derived
+    pinned = load(f"{P}sampling=balanced", f"{P}balance_stages=4", f"{pipeline}=2", world_size=2)
+    assert (pinned.path.balance_stages, pinned.parallel.pipeline_layers) == (4, (6, 6))
+    assert balanced_stage_layers(pinned.path, pinned.parallel, 12) == (3, 3, 3, 3)
+    own = load(f"{P}sampling=balanced", f"{pipeline}=2", "raptr_ds.parallel.pipeline_layers=[5,7]", world_size=2)
+    assert balanced_stage_layers(own.path, own.parallel, 12) == (5, 7)
+    assert load().path.balance_stages is None
+
+
+def test_stages_to_balance_over_are_for_balanced_sampling(load, small_run):
+    for unused in ([], [f"{P}sampling=bernoulli"]):
+        with pytest.raises(ConfigError, match=rf"{P}balance_stages=4.*has no use with {P}sampling=.*'balanced'"):
+            load(f"{P}balance_stages=4", *unused)
+    small_run["raptr_ds"]["path"] |= {"sampling": "balanced", "balance_stages": 4}
+    assert load(f"{P}sampling=uniform").path.balance_stages is None
+    config = load(f"{P}method=full")
+    assert config.path.balance_stages is None
+    assert any(line.startswith(f"{P}balance_stages: left out") for line in config.derived)
 
 
 def test_a_null_is_a_default(load, small_run):

@@ -77,6 +77,14 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
     "bernoulli_path_is_never_empty": [
         (1, f"{P}sampling=bernoulli {P}fixed_layers=[]", ["without layers", "Fix a layer"], f"{P}fixed_layers=[]"),
     ],
+    "balanced_stages_have_layers": [
+        (
+            1,
+            f"{P}sampling=balanced {P}balance_stages=13",
+            ["balance_stages=13", "num_layers=12", "Set it to 12", "remove it"],
+            f"{P}sampling=balanced {P}balance_stages=12",
+        ),
+    ],
     "schedule_is_written_well": [
         (1, f"{P}schedule=6,8,12", ["'6,8,12'", "joined by '-'", "'6-8-10-12'"], f"{P}schedule=6-8-12"),
         (1, f"{P}schedule=0-12", ["'0-12'", "from 1"], f"{P}schedule=2-12"),

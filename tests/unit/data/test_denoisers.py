@@ -156,10 +156,9 @@ def test_short_texts_still_work(tokenizer: Tokenizer) -> None:
     for length in (2, 3, 10):
         for denoiser in UL2:
             text = text_of(tokenizer, length)
-            assert (
-                put_together(objective.corrupt(denoiser, text, np.random.default_rng(0)), denoiser, tokenizer)
-                == text.tolist()
-            )
+            sample = objective.corrupt(denoiser, text, np.random.default_rng(0))
+            assert len(sample.targets) == denoiser.num_predictions(length)
+            assert put_together(sample, denoiser, tokenizer) == text.tolist()
 
 
 def test_the_sentinel_budget_follows_from_seq_length(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,167 @@
+"""Balance: how many layers of a path each pipeline stage gets, so that the slowest stage is as light as possible.
+
+The fullest stage sets a pipeline's pace. So the counts first make the largest load (active layers plus the fixed cost
+of embedding or head, in layers) as small as it can be; what freedom is left makes the free layers' probabilities of
+being active as equal as possible. The two goals contradict each other where fixed layers or the head take room in
+some stages only: 24 layers in 4 stages at length 12, first and last fixed, give 3 layers a stage, which is 2 of 5 free
+layers at the ends (0.4) and 3 of 6 in the middle (0.5). Balance wins: no path has a heavier slowest stage than it must.
+Where a fixed layer and the head fill all that a stage may hold, its free layers are never active at that length;
+marginals say so (balanced_marginals), and a run and tools/plan.py tell it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+_TOLERANCE = 1e-9  # of a layer, for comparing loads
+
+
+@dataclass(frozen=True)
+class BalancedStages:
+    """The stages that paths are balanced over.
+
+    num_layers: layers of each stage, in order. costs: what each stage does beside its layers (embedding, head), in
+    units of one layer.
+    """
+
+    num_layers: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.num_layers) == len(self.costs) >= 1
+        assert min(self.num_layers) >= 1, f"num_layers={self.num_layers}"
+        assert min(self.costs) >= 0.0, f"costs={self.costs}"
+
+    @classmethod
+    def of(cls, num_layers: Sequence[int], embedding_cost: float = 0.0, head_cost: float = 0.0) -> "BalancedStages":
+        """Return the stages with the embedding's cost on the first and the head's on the last."""
+        costs = [0.0] * len(num_layers)
+        costs[0] += embedding_cost
+        costs[-1] += head_cost
+        return cls(tuple(num_layers), tuple(costs))
+
+    def layers(self) -> tuple[range, ...]:
+        """Return each stage's layers, 0-based and global."""
+        starts = [sum(self.num_layers[:stage]) for stage in range(len(self.num_layers))]
+        return tuple(range(start, start + count) for start, count in zip(starts, self.num_layers, strict=True))
+
+
+@dataclass(frozen=True)
+class StageCounts:
+    """The distribution of the number of active free layers of each stage, for one path length.
+
+    Stage s has least[s] of them, and one more with probability extra[s] / denominator. The extras add up to a whole
+    number, and just so many stages get one more in every draw.
+    """
+
+    least: tuple[int, ...]
+    extra: tuple[int, ...]
+    denominator: int
+
+    def means(self) -> tuple[Fraction, ...]:
+        """Return the expected number of active free layers of each stage, exactly."""
+        return tuple(n + Fraction(e, self.denominator) for n, e in zip(self.least, self.extra, strict=True))
+
+    def draw(self, order: Sequence[int], offset: int) -> tuple[int, ...]:
+        """Return counts by systematic sampling along `order`, a permutation of the stages.
+
+        offset: uniform in 0..denominator-1. Laid end to end, the extras of the stages cover a line of whole length; the
+        stages under the points offset, offset + denominator, ... get one more: each with its own probability, and their
+        number is always the same.
+        """
+        counts, end = list(self.least), offset
+        for stage in order:
+            start, end = end, end + self.extra[stage]
+            counts[stage] += end // self.denominator - start // self.denominator
+        return tuple(counts)
+
+
+@lru_cache(maxsize=1024)
+def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_length: int) -> StageCounts:
+    """Return how path_length layers, the fixed ones among them, are shared out to the stages.
+
+    A stage may hold what keeps its load at the least possible maximum. Under that cap all free layers get the same
+    probability (water-filling), which is the fairest choice: none could get more but at the cost of one with less.
+    """
+    fixed = [sum(layer in layers for layer in fixed_layers) for layers in stages.layers()]
+    free = [count - f for count, f in zip(stages.num_layers, fixed, strict=True)]
+    wanted = path_length - len(fixed_layers)
+    assert 0 <= wanted <= sum(free), f"path_length={path_length}, {len(fixed_layers)} of {sum(stages.num_layers)} fixed"
+    limit = _least_maximum(stages, fixed, path_length)
+    caps = [
+        min(room, math.floor(limit - cost + _TOLERANCE) - f)
+        for room, f, cost in zip(free, fixed, stages.costs, strict=True)
+    ]
+    means = _water_filled(caps, free, wanted)
+    denominator = math.lcm(*(mean.denominator for mean in means))
+    least = tuple(math.floor(mean) for mean in means)
+    extra = tuple(int((mean - floor) * denominator) for mean, floor in zip(means, least, strict=True))
+    return StageCounts(least, extra, denominator)
+
+
+def _least_maximum(stages: BalancedStages, fixed: Sequence[int], path_length: int) -> float:
+    """Return the smallest possible load of the fullest stage, in layers."""
+    least = max(f + cost for f, cost in zip(fixed, stages.costs, strict=True))
+    loads = {least}
+    for num_layers, f, cost in zip(stages.num_layers, fixed, stages.costs, strict=True):
+        loads.update(count + cost for count in range(f, num_layers + 1) if count + cost > least)
+    for limit in sorted(loads):
+        room = (
+            min(num_layers, math.floor(limit - cost + _TOLERANCE))
+            for num_layers, cost in zip(stages.num_layers, stages.costs, strict=True)
+        )
+        if sum(room) >= path_length:
+            return limit
+    raise AssertionError(f"{path_length} layers do not fit into {stages}")
+
+
+def _water_filled(caps: Sequence[int], room: Sequence[int], total: int) -> list[Fraction]:
+    """Return min(cap, level * room) of each stage, the level such that they add up to total."""
+    # Stages in the order in which a rising level fills them: a stage is full at level cap / room.
+    order = sorted((s for s in range(len(room)) if room[s]), key=lambda s: Fraction(caps[s], room[s]))
+    shares = [Fraction(0)] * len(room)
+    left, room_left = Fraction(total), sum(room)
+    for stage in order:
+        shares[stage] = min(Fraction(caps[stage]), left / room_left * room[stage])
+        left -= shares[stage]
+        room_left -= room[stage]
+    assert left == 0, f"{total} do not fit into {caps}"
+    return shares
+
+
+def balanced_marginals(stages: BalancedStages, fixed_layers: tuple[int, ...], path_length: int) -> np.ndarray:
+    """Return each layer's probability of being in a balanced path, (num_layers,) float64: closed form, exact.
+
+    It is 1 for a fixed layer, else the expected number of active free layers of its stage over all its free layers:
+    within a stage every subset of a size is alike.
+    """
+    means = stage_counts(stages, fixed_layers, path_length).means()
+    marginals = []
+    for layers, mean in zip(stages.layers(), means, strict=True):
+        free = sum(layer not in fixed_layers for layer in layers)
+        marginals += [1.0 if layer in fixed_layers else float(mean / free) for layer in layers]
+    return np.array(marginals)
+
+
+def draw_balanced(
+    generator: np.random.Generator, stages: BalancedStages, path_length: int, fixed_layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return exactly path_length layers: the fixed ones, and in each stage its count of free ones, drawn uniformly.
+
+    Over a single stage these are, layer for layer, the paths of uniform sampling.
+    """
+    counts = stage_counts(stages, fixed_layers, path_length)
+    num_layers = sum(stages.num_layers)
+    fixed = set(fixed_layers)
+    free = [layer for layer in range(num_layers) if layer not in fixed]
+    keys = dict(zip(free, generator.random(len(free)).tolist(), strict=True))
+    order = np.argsort(generator.random(len(stages.num_layers)), kind="stable").tolist()
+    offset = int(generator.random() * counts.denominator)
+    path = list(fixed_layers)
+    for layers, count in zip(stages.layers(), counts.draw(order, offset), strict=True):
+        path += sorted((layer for layer in layers if layer in keys), key=keys.__getitem__)[:count]
+    return tuple(sorted(path))

@@ -1,0 +1,152 @@
+"""Memory: what one rank holds, by formula: weights, gradients, optimizer state, and the activations of a path.
+
+Activations are the tensors that torch keeps for the backward pass, as the model is written (raptr_ds/model) and a CPU
+runs it; fused kernels on a GPU keep the same or less. Not counted: the allocator's slack, kernels' workspaces, and the
+framework itself.
+"""
+
+from dataclasses import dataclass
+
+from raptr_ds.paths.cost import ModelShape, layer_parameters, outer_parameters
+from raptr_ds.paths.step_time import Layout
+
+_MASTER_BYTES = 4  # an fp32 weight
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What decides memory beside the model's shape and the layout.
+
+    optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of ZeRO's buffer.
+    """
+
+    num_attention_heads: int
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    optimizer_bytes: int = 8
+    reduce_bucket: int = 0
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank of a pipeline stage, along paths with a given number of active layers there."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Bytes altogether."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int, num_active: int | None = None) -> float:
+    """Return the parameters of one rank of a stage: its layers (only num_active of them, if said), embedding, head.
+
+    The tensor ranks' shares are counted as equal; norms and some biases are replicated, a fraction of a percent.
+    """
+    num_layers = sum(layout.stage_layers[stage :: layout.num_stages]) if num_active is None else num_active
+    outer = outer_parameters(shape, stage, layout.num_stages)
+    return (num_layers * layer_parameters(shape) + outer) / layout.tensor
+
+
+def layer_activation_bytes(shape: ModelShape, layout: Layout, state: TrainingState) -> float:
+    """Return the bytes that one layer keeps of one micro batch for its backward pass, without recomputation.
+
+    In units of the residual stream: 4 tensors of the whole stream (both norms' inputs and outputs), query, key, value
+    and the attention's output, 2 inner ones of the MLP (4 for swiglu); then what rotary positions, RMS norms as torch
+    composes them, dropout masks, and attention spelled out with dropout keep.
+    """
+    value = layout.bytes_per_value
+    positions = layout.micro_batch * shape.seq_length
+    stream = positions * shape.hidden_size
+    inner = positions * shape.ffn_hidden_size / layout.tensor
+    split = stream / layout.tensor
+    total = 4 * stream * value + 4 * split * value
+    total += (4 if shape.activation == "swiglu" else 2) * inner * value
+    if shape.normalization == "rmsnorm":
+        total += 2 * stream * (4 if value == 4 else 4 + value)
+    if state.hidden_dropout:
+        total += 2 * stream
+    if state.attention_dropout:
+        scores = positions * shape.seq_length * state.num_attention_heads / layout.tensor
+        total += scores * (5 + value)  # softmax in fp32, mask, weights
+    elif shape.position_embedding == "rotary":
+        total += 3 * split * value  # rotated query and key beside the ones that value is a view of; the output's copy
+    return total
+
+
+def activation_bytes(
+    shape: ModelShape,
+    layout: Layout,
+    state: TrainingState,
+    stage: int,
+    num_active: float,
+    predicted_per_sequence: float,
+) -> float:
+    """Return the bytes that a rank of a stage keeps at the peak, with num_active of its layers in the path.
+
+    In 1F1B a stage has as many micro batches under way as stages follow it, itself included. With recomputation a
+    layer keeps its input alone, and one layer at a time its whole set.
+    """
+    in_flight = _micro_batches_in_flight(layout, stage)
+    stream = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
+    layer = layer_activation_bytes(shape, layout, state)
+    if layout.recompute:
+        total = in_flight * num_active * stream + (layer if num_active else 0.0)
+    else:
+        total = in_flight * num_active * layer
+    if layout.num_stages > 1:
+        total += 2 * in_flight * stream  # the pipeline's buffers: what came in and what goes out
+    if stage == layout.num_stages - 1:
+        logits = layout.micro_batch * predicted_per_sequence * shape.vocab_size / layout.tensor
+        total += logits * (8 + layout.bytes_per_value)  # logits, their fp32 copy, and log-probabilities
+    return total
+
+
+def _micro_batches_in_flight(layout: Layout, stage: int) -> float:
+    """Return how many micro batches' forward passes a stage holds, in whole stages' worth."""
+    if layout.num_stages == 1:
+        return 1
+    if layout.num_chunks == 1:
+        return min(layout.num_stages - stage, layout.num_micro_batches)
+    ahead = 2 * (layout.num_stages - stage - 1) + (layout.num_chunks - 1) * layout.num_stages + 1
+    return min(ahead, layout.num_micro_batches * layout.num_chunks) / layout.num_chunks
+
+
+def rank_memory(
+    shape: ModelShape,
+    layout: Layout,
+    state: TrainingState,
+    stage: int,
+    num_active: int,
+    predicted_per_sequence: float,
+) -> RankMemory:
+    """Return what a rank of a pipeline stage holds while training paths with num_active of the stage's layers.
+
+    ZeRO stage 0 keeps everything whole; 1 shares the optimizer state and the fp32 weights, 2 also gradients, 3 also
+    weights, over the data-parallel ranks. fp32 training at ZeRO 0 needs no second copy of the weights. Gradients are
+    those of the active layers; ZeRO 1 and 2 keep the rank's share of them once more to accumulate or step on.
+    """
+    parameters = stage_parameters(shape, layout, stage)
+    active = stage_parameters(shape, layout, stage, num_active)
+    value, gradient = layout.bytes_per_value, layout.gradient_bytes_per_value or layout.bytes_per_value
+    zero, shards = layout.zero_stage, layout.data
+    shared = parameters / shards if zero >= 1 else parameters
+    has_master = zero >= 1 or value < _MASTER_BYTES
+    optimizer = shared * (state.optimizer_bytes + (_MASTER_BYTES if has_master else 0))
+    bucket = state.reduce_bucket * value if zero >= 1 else 0
+    gradients = {
+        0: active * gradient,
+        1: active * gradient + active / shards * gradient + bucket,
+        2: active / shards * gradient + bucket,
+        3: parameters / shards * gradient + bucket,
+    }[zero]
+    weights = parameters * value / (shards if zero == 3 else 1)
+    if zero == 3 and num_active:
+        weights += 2 * layer_parameters(shape) / layout.tensor * value  # a layer that is gathered, and the next
+    return RankMemory(
+        weights, gradients, optimizer, activation_bytes(shape, layout, state, stage, num_active, predicted_per_sequence)
+    )

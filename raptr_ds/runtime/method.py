@@ -1,0 +1,117 @@
+"""From a run's configuration to its path method, and the numbers that the method's costs follow from."""
+
+import numpy as np
+
+from raptr_ds.config.derive import balanced_stage_layers
+from raptr_ds.config.load import RunConfig
+from raptr_ds.config.sections import PathSection
+from raptr_ds.data.denoisers import mean_predictions, resolve_denoisers
+from raptr_ds.data.masked_lm import mean_predictions as mean_masked
+from raptr_ds.paths import PathMethod, build_path_method
+from raptr_ds.paths.balance import BalancedStages
+from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
+from raptr_ds.paths.memory import TrainingState
+from raptr_ds.paths.plan import Setting
+from raptr_ds.paths.step_time import Device, Layout
+
+_REDUCE_BUCKET = 5e8  # DeepSpeed's default, in elements (runtime/zero/config.py)
+
+
+def shape_of(config: RunConfig) -> ModelShape:
+    """Return the model's shape; the vocabulary's size must be known."""
+    names = ModelShape.__dataclass_fields__
+    return ModelShape(**{name: getattr(config.model, name) for name in names})
+
+
+def predictions_per_sequence(config: RunConfig) -> float:
+    """Return the expected number of predicted positions of a full sequence: the objective's, whatever the data."""
+    if config.model.architecture == "bert":
+        return mean_masked(config.model.seq_length, config.objective.mask_rate)
+    return mean_predictions(config.model.seq_length, resolve_denoisers(config.objective.denoisers))
+
+
+def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMethod:
+    """Return the run's path method, or that of another path section on the same run.
+
+    The vocabulary's size must be known. Raises: ConfigError.
+    """
+    section = config.path if path is None else path
+    return build_path_method(
+        method=section.method,
+        num_layers=config.model.num_layers,
+        num_steps=config.train.steps,
+        seed=config.train.seed,
+        schedule=section.schedule,
+        split=section.split,
+        full_warmup_steps=section.full_warmup_steps,
+        fixed_layers=section.fixed_layers,
+        sampling=section.sampling,
+        residual_scale=section.residual_scale,
+        pld_gamma=section.pld_gamma,
+        pld_theta=section.pld_theta,
+        constant_length=section.constant_length,
+        stages=balanced_stages_of(config),
+    )
+
+
+def left_out_layers(method: PathMethod) -> list[str]:
+    """Return a line for each phase in which some layers are never active."""
+    lines = []
+    for phase in method.phases.phases:
+        layers = np.flatnonzero(method.marginals_at(phase.first_step) == 0.0).tolist()
+        if layers and phase.num_steps:
+            lines.append(
+                f"layers {', '.join(map(str, layers))} are never active in phase {phase.index} (paths of "
+                f"{phase.path_length}): raptr_ds.path.fixed_layers and the head leave no room in their stage. Lengthen "
+                "the phase, fix fewer layers, or lower raptr_ds.path.balance_stages."
+            )
+    return lines
+
+
+def balanced_stages_of(config: RunConfig) -> BalancedStages | None:
+    """Return the stages that paths are balanced over, None for other sampling.
+
+    What the head costs follows from the model and its objective alone, so that no layout changes a path.
+    """
+    if config.path.balance_stages is None:
+        return None
+    layers = balanced_stage_layers(config.path, config.parallel, config.model.num_layers)
+    head = head_cost_in_layers(shape_of(config), predictions_per_sequence(config))
+    return BalancedStages.of(layers, head_cost=head)
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """Return how the run's steps are spread out."""
+    assert config.parallel.pipeline_layers is not None, "not derived"
+    accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
+    return Layout(
+        stage_layers=config.parallel.pipeline_layers,
+        micro_batch=config.batch.micro_batch,
+        num_micro_batches=config.batch.accumulation,
+        tensor=config.parallel.tensor_model_parallel_size,
+        data=config.batch.data_parallel,
+        zero_stage=config.zero_stage,
+        recompute=config.parallel.activation_checkpointing,
+        bytes_per_value=4 if config.precision == "fp32" else 2,
+        gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
+    )
+
+
+def training_state_of(config: RunConfig) -> TrainingState:
+    """Return what decides the run's memory beside shape and layout."""
+    momentum = 4 if config.optimizer["params"].get("momentum") else 0
+    zero = config.deepspeed.get("zero_optimization", {})
+    return TrainingState(
+        num_attention_heads=config.model.num_attention_heads,
+        hidden_dropout=config.model.hidden_dropout or 0.0,
+        attention_dropout=config.model.attention_dropout or 0.0,
+        optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
+        reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
+    )
+
+
+def setting_of(config: RunConfig, device: Device) -> Setting:
+    """Return what a plan of the run needs beside its paths."""
+    return Setting(
+        shape_of(config), layout_of(config), device, training_state_of(config), predictions_per_sequence(config)
+    )

@@ -1,0 +1,77 @@
+"""The memory formulas against really built engines: weights and optimizer state of each ZeRO stage, counted tensors."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+
+from raptr_ds.parallel.groups import initialize_process_groups
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.paths import Path
+from raptr_ds.paths.cost import ModelShape, num_parameters
+from raptr_ds.paths.memory import TrainingState, rank_memory
+from raptr_ds.paths.step_time import Layout
+from tests.dist.trajectory import Case, batch_at, build_engine, model_of
+from tests.dist.workers import run_distributed
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python can reach, shared storages counted once."""
+    gc.collect()
+    storages = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for found in gc.get_objects():
+            if type(found) in (torch.Tensor, torch.nn.Parameter) and found.layout == torch.strided:
+                storage = found.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(launch: Launch, case: Case) -> tuple[int, int]:
+    """Return this rank's bytes after building the engine and after a full step, beside what was there before."""
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    batch = batch_at(case, groups, 0)
+    before = live_bytes()
+    engine = build_engine(case, groups)
+    built = live_bytes() - before
+    engine.train_step(batch, Path.full(case.num_layers), 0, 1e-3)
+    return built, live_bytes() - before
+
+
+CASES = {
+    "ZeRO 0": (2, {"zero": 0}),
+    "ZeRO 0 bf16": (2, {"zero": 0, "precision": "bf16"}),
+    "ZeRO 1": (2, {"zero": 1}),
+    "ZeRO 1 bf16": (2, {"zero": 1, "precision": "bf16"}),
+    "ZeRO 2": (2, {"zero": 2}),
+    "TP2": (2, {"zero": 0, "tensor": 2}),
+    "PP2 bf16": (2, {"zero": 1, "pipeline": 2, "pipeline_layers": (4, 4), "precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_optimizer_are_as_the_formula_says(name):
+    world_size, values = CASES[name]
+    case = Case(num_layers=8, schedule="2-8", **values)
+    model = model_of(case)
+    shape = ModelShape(**{field: getattr(model, field) for field in ModelShape.__dataclass_fields__})
+    layout = Layout(
+        case.pipeline_layers or (8,),
+        case.micro_batch,
+        3,
+        tensor=case.tensor,
+        data=world_size // (case.tensor * case.pipeline),
+        zero_stage=case.zero,
+        bytes_per_value=2 if case.precision == "bf16" else 4,
+    )
+    for rank, (built, trained) in enumerate(run_distributed(measure, world_size, case)):
+        stage = rank if case.pipeline > 1 else 0
+        # Adam makes its two moments at the first step. Beside what the formula counts there are norms and biases that
+        # both tensor ranks hold (3% of this narrow model), step counts and small buffers.
+        for held, optimizer_bytes in ((built, 0), (trained, 8)):
+            state = TrainingState(4, optimizer_bytes=optimizer_bytes)
+            memory = rank_memory(shape, layout, state, stage, 8 // case.pipeline, 2)
+            assert held == pytest.approx(memory.weights + memory.optimizer, rel=0.04)
+    assert num_parameters(shape) > 100_000

@@ -1,0 +1,73 @@
+"""From a configuration to its path method: what balanced paths depend on, and expected predictions."""
+
+import json
+
+import pytest
+
+from raptr_ds.config.load import load_run_config
+from raptr_ds.runtime.method import balanced_stages_of, left_out_layers, path_method_of, predictions_per_sequence
+
+P, R = "raptr_ds.path.", "raptr_ds.parallel."
+
+
+@pytest.fixture
+def load(tmp_path):
+    block = {
+        "model": {
+            "architecture": "bert",
+            "num_layers": 12,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "seq_length": 66,
+            "vocab_size": 640,
+        },
+        "path": {"method": "raptr"},
+        "data": {"path": "data/docs"},
+        "train": {"steps": 100},
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"train_batch_size": 8, "raptr_ds": block}))
+    return lambda *overrides, world_size=1: load_run_config(file, overrides, world_size)
+
+
+def test_pinned_paths_are_the_same_in_every_layout(load):
+    balanced = (f"{P}sampling=balanced", f"{P}balance_stages=4")
+    layouts = [
+        load(*balanced),
+        load(*balanced, f"{R}pipeline_model_parallel_size=2", f"{R}activation_checkpointing=true", world_size=4),
+        load(*balanced, f"{R}pipeline_model_parallel_size=4", f"{R}tensor_model_parallel_size=2", world_size=8),
+        load(f"{P}sampling=balanced", f"{R}pipeline_model_parallel_size=4", world_size=4),
+    ]
+    methods = [path_method_of(config) for config in layouts]
+    for step in range(0, 100, 3):
+        assert len({method.path_at(step).digest() for method in methods}) == 1
+    assert balanced_stages_of(load()) is None
+    assert path_method_of(load()).path_at(3) != methods[0].path_at(3)
+
+
+def test_the_head_is_weighed_by_the_objective(load):
+    stages = balanced_stages_of(load(f"{P}sampling=balanced", f"{P}balance_stages=2"))
+    # 10 of the 64 text positions; BERT's head: 2 h^2 + 2 h V each. A layer: 8 T h^2 + 4 T^2 h + 16 T h^2.
+    layer, head = 24 * 66 * 32**2 + 4 * 66**2 * 32, 10 * (2 * 32**2 + 2 * 32 * 640)
+    assert stages is not None
+    assert stages.costs == (0.0, pytest.approx(head / layer, rel=1e-12))
+    assert stages.num_layers == (6, 6)
+
+
+def test_layers_that_a_phase_leaves_out_are_told(load):
+    stages = f"{P}balance_stages=4"
+    lines = left_out_layers(path_method_of(load(f"{P}sampling=balanced", stages, f"{P}schedule=4-8-12")))
+    assert len(lines) == 1
+    assert lines[0].startswith("layers 1, 2, 9, 10 are never active in phase 0 (paths of 4)")
+    assert "Lengthen" in lines[0]
+    assert left_out_layers(path_method_of(load(f"{P}schedule=4-8-12"))) == []
+
+
+def test_expected_predictions_are_the_objectives(load):
+    ul2 = "raptr_ds.model.architecture=ul2"
+    assert predictions_per_sequence(load()) == 10.0
+    # UL2's one causal denoiser without a mode: a text of 66 tokens, all but the first predicted; the other's: 16 of 65.
+    prefix = '{"name":"p","kind":"prefix","rate":0.25,"mode":"[S2S]","weight":3}'
+    mixture = f'raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}},{prefix}]'
+    assert predictions_per_sequence(load(ul2, mixture)) == (65 + 3 * 16) / 4
+    assert predictions_per_sequence(load(ul2)) > 10

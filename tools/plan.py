@@ -1,0 +1,150 @@
+"""Plan a run without launching it: python tools/plan.py RUN_FILE --processes N [--set KEY=VALUE ...] [--save 25%]
+
+Prints, as Markdown: parameters; executed FLOPs, predicted time and memory of each phase, and the whole against the
+standard run; and warnings where the layout wastes what the paths save, with what would be better. --save proposes a
+schedule of four phases with that saving of FLOPs and plans it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import _command_line
+
+from raptr_ds.config.derive import count_fixed
+from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.data.loader import folders_of, load_tokenizer
+from raptr_ds.errors import ConfigError
+from raptr_ds.paths.cost import num_parameters
+from raptr_ds.paths.plan import RunPlan, Setting, plan_run, propose_schedule
+from raptr_ds.paths.step_time import Device
+from raptr_ds.runtime.advice import advice
+from raptr_ds.runtime.method import path_method_of, setting_of
+
+DEFAULT_VOCAB_SIZE = 32_000
+DEFAULT_TFLOPS = 400.0
+_GIB = 1 << 30
+
+
+def main() -> None:
+    """Parse the command line, plan and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", type=Path, help="run file, as for training")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the launch (default 1)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
+    parser.add_argument(
+        "--tflops", type=float, default=DEFAULT_TFLOPS, help="effective TFLOP/s of one device (default 400)"
+    )
+    parser.add_argument("--network", type=float, default=40.0, help="GB/s between machines, for a device (default 40)")
+    parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes {arguments.processes}: a run has at least one process.")
+    if not (arguments.tflops > 0 and arguments.network > 0):
+        raise ConfigError(f"--tflops {arguments.tflops} --network {arguments.network}: speeds must be above 0.")
+    device = Device(flops_per_second=arguments.tflops * 1e12, network_bytes_per_second=arguments.network * 1e9)
+    config, notes = _load(arguments.run_file, arguments.set, arguments.processes)
+    if arguments.save is not None:
+        schedule = _proposal(arguments, config, device)
+        notes.append(f"proposed: raptr_ds.path.schedule={schedule}")
+        overrides = [*arguments.set, "raptr_ds.path.method=raptr", f"raptr_ds.path.schedule={schedule}"]
+        config, _ = _load(arguments.run_file, overrides, arguments.processes)
+    setting = setting_of(config, device)
+    print("\n".join(_report(config, setting, plan_run(path_method_of(config), setting), notes)))
+    for line in advice(config, device):
+        print(f"\n**Warning.** {line}")
+
+
+def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConfig, list[str]]:
+    """Return the run with a vocabulary, and where that came from."""
+    config = load_run_config(file, overrides, processes)
+    if all(Path(folder).is_dir() for folder in folders_of(config.data.path)):
+        return config.with_vocab_size(load_tokenizer(config.data).vocab_size), []
+    if config.model.vocab_size is not None:
+        return config, []
+    note = f"vocabulary: {DEFAULT_VOCAB_SIZE:,} assumed, as the data are not prepared here (raptr_ds.model.vocab_size)"
+    return config.with_vocab_size(DEFAULT_VOCAB_SIZE), [note]
+
+
+def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) -> str:
+    saving = _fraction(arguments.save)
+    setting, layers = setting_of(config, device), config.model.num_layers
+
+    def saved_by(lengths: tuple[int, ...]) -> float:
+        schedule = "-".join(map(str, lengths))
+        path = config.path.model_copy(update={"method": "raptr", "schedule": schedule})
+        method = path_method_of(config, path)
+        return 1 - setting.flops(method.expected_layers_from(0) / method.num_steps) / setting.flops(layers)
+
+    least = max(1, count_fixed(config.path.fixed_layers, layers))
+    lengths = propose_schedule(layers, least, saving, saved_by)
+    if lengths is None:
+        most = saved_by((least, *[least + round((layers - least) * share / 3) for share in (1, 2)], layers))
+        raise ConfigError(
+            f"--save {arguments.save}: four evenly growing phases that end at {layers} layers save at most "
+            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, or shorten the full-model warm-up."
+        )
+    return "-".join(map(str, lengths))
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ConfigError(
+            f"--save {text!r} is not a share of the FLOPs between 0 and 1. Write --save 25% or --save 0.25."
+        )
+    return value
+
+
+def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]) -> list[str]:
+    layout, path = setting.layout, config.path
+    sampling = f", {path.sampling} sampling" if path.method in {"raptr", "constant"} else ""
+    over = f" over {path.balance_stages} stages" if path.balance_stages else ""
+    lines = [
+        f"- {config.model.architecture}, {config.model.num_layers} layers x {config.model.hidden_size}: "
+        f"{num_parameters(setting.shape) / 1e6:,.1f}M parameters, vocabulary {config.model.vocab_size:,}, "
+        f"{config.precision}",
+        f"- {layout.num_ranks} processes: tensor {layout.tensor} x pipeline {layout.num_stages} "
+        f"{list(layout.stage_layers)} x data {layout.data}, ZeRO {layout.zero_stage}; micro batches of "
+        f"{layout.micro_batch}, {layout.num_micro_batches} a step; "
+        f"recomputation {'on' if layout.recompute else 'off'}",
+        f"- paths: {path.method}{f' {path.schedule}' if path.schedule else ''}{sampling}{over}",
+        f"- predicted at {setting.device.flops_per_second / 1e12:g} effective TFLOP/s a device (--tflops; "
+        f"tools/bench.py measures yours) and {setting.device.network_bytes_per_second / 1e9:g} GB/s between machines",
+        *(f"- {note}" for note in notes),
+        "",
+        "| phase | steps | path length | PFLOP a step | seconds a step | speed-up | by FLOPs | hours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for phase in plan.phases:
+        lines.append(
+            f"| {phase.phase.index} | {phase.phase.num_steps:,} | {phase.path_length:.4g} | "
+            f"{phase.step_flops / 1e15:.4g} | {phase.step_seconds:.4g} | "
+            f"{plan.full_step_seconds / phase.step_seconds:.2f} | {plan.full_step_flops / phase.step_flops:.2f} | "
+            f"{phase.phase.num_steps * phase.step_seconds / 3600:,.4g} |"
+        )
+    standard = plan.num_steps * plan.full_step_seconds / 3600
+    lines += [
+        "",
+        f"- FLOPs: {plan.flops:.4g} executed, {plan.flops_saved:.1%} less than the standard run's",
+        f"- time: {plan.seconds / 3600:,.4g} h, {plan.seconds_saved:.1%} less than the standard run's "
+        f"{standard:,.4g} h",
+        "",
+        "Memory of the fullest rank, GiB:",
+        "",
+        "| phase | of pipeline stage | weights | gradients | optimizer | activations | total |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for phase in plan.phases:
+        memory = phase.memory
+        values = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        cells = " | ".join(f"{value / _GIB:.2f}" for value in values)
+        lines.append(f"| {phase.phase.index} | {phase.fullest_stage} | {cells} |")
+    return lines
+
+
+if __name__ == "__main__":
+    _command_line.run(main)

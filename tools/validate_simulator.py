@@ -1,0 +1,120 @@
+"""Hold the pipeline simulator against DeepSpeed: torchrun --nproc-per-node STAGES tools/validate_simulator.py
+
+Real processes, one for each pipeline stage, run real steps of DeepSpeed's pipeline engine along paths of several
+lengths and samplings; rank 0 prints a Markdown table of measured and simulated times. By default layers sleep for
+their time instead of computing, so that the result does not depend on how many cores are free; --compute lets them
+compute, and fits the one time of a layer that the simulator then needs to half of the steps; the other half is the
+test.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import median
+
+import _command_line
+
+from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.errors import ConfigError
+from raptr_ds.eval.pipeline_timing import TimedStep, fit_layer_seconds, time_steps
+from raptr_ds.parallel.groups import initialize_process_groups
+from raptr_ds.parallel.launch import detect_launch
+from raptr_ds.paths import Path as LayerPath
+from raptr_ds.paths import build_path_method
+from raptr_ds.paths.balance import BalancedStages
+
+RUN_FILE = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
+SAMPLINGS = ("uniform", "bernoulli", "balanced")
+
+
+def main() -> None:
+    """Run the steps and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model (default 24)")
+    parser.add_argument("--micro-batches", type=int, default=8, help="micro batches of a step (default 8)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 16, 20], help="path lengths (default 12 16 20)")
+    parser.add_argument("--steps", type=int, default=4, help="paths of each length and sampling (default 4)")
+    parser.add_argument("--repetitions", type=int, default=3, help="steps along each path; the best counts (default 3)")
+    parser.add_argument(
+        "--layer-ms", type=float, default=10.0, help="forward of a sleeping layer, backward 2x (default 10)"
+    )
+    parser.add_argument("--compute", action="store_true", help="let the layers compute")
+    parser.add_argument("--hidden-size", type=int, default=256, help="width of layers that compute (default 256)")
+    arguments = parser.parse_args()
+    launch = detect_launch()
+    if launch.world_size < 2:
+        raise ConfigError("one process has no pipeline. Start with torchrun --nproc-per-node 2 (or 4).")
+    config = _config(arguments, launch.world_size)
+    kinds = [("full", arguments.layers)]
+    kinds += [(sampling, length) for length in arguments.lengths for sampling in SAMPLINGS]
+    labels = [kind for _ in range(arguments.steps) for kind in kinds]  # in turns: a busy machine disturbs all alike
+    paths = [_path(config, *kind, number // len(kinds)) for number, kind in enumerate(labels)]
+    groups = initialize_process_groups(launch, 1, launch.world_size)
+    forward = 1 / 3 if arguments.compute else arguments.layer_ms / 1000
+    steps = time_steps(
+        config, groups, paths, forward, 2 * forward, sleeps=not arguments.compute, repetitions=arguments.repetitions
+    )
+    if groups.rank == 0:
+        print(_report(config, kinds, labels, steps, arguments.compute))
+
+
+def _config(arguments: argparse.Namespace, num_stages: int) -> RunConfig:
+    hidden, sequences = (arguments.hidden_size, 4) if arguments.compute else (32, 1)
+    overrides = [
+        f"raptr_ds.model.num_layers={arguments.layers}",
+        f"raptr_ds.model.hidden_size={hidden}",
+        f"raptr_ds.model.seq_length={128 if arguments.compute else 16}",
+        "raptr_ds.model.vocab_size=64",
+        f"raptr_ds.parallel.pipeline_model_parallel_size={num_stages}",
+        f"train_batch_size={sequences * arguments.micro_batches}",
+        f"train_micro_batch_size_per_gpu={sequences}",
+        "zero_optimization.stage=0",
+    ]
+    return load_run_config(RUN_FILE, overrides, num_stages)
+
+
+def _path(config: RunConfig, sampling: str, length: int, number: int) -> LayerPath:
+    if sampling == "full":
+        return LayerPath.full(length)
+    method = build_path_method(
+        method="constant",
+        num_layers=config.model.num_layers,
+        num_steps=1,
+        seed=1,
+        constant_length=length,
+        sampling=sampling,
+        stages=BalancedStages.of(config.parallel.pipeline_layers or ()),
+    )
+    return method.path_at(number)
+
+
+def _report(
+    config: RunConfig, kinds: list[tuple[str, int]], labels: list[tuple[str, int]], steps: list[TimedStep], fit: bool
+) -> str:
+    of_kind = {kind: [step for label, step in zip(labels, steps, strict=True) if label == kind] for kind in kinds}
+    layer, rest, said = 1.0, 0.0, ""
+    if fit:
+        layer, rest = fit_layer_seconds([step for found in of_kind.values() for step in found[::2]])
+        said = f"; fitted on every other step: {layer * 1e3:.2f} ms a layer, {rest * 1e3:.1f} ms a step beside them"
+        of_kind = {kind: found[1::2] for kind, found in of_kind.items()}
+    full = median(step.measured_seconds for step in of_kind[kinds[0]])
+    full_simulated = layer * of_kind[kinds[0]][0].simulated_seconds + rest
+    stages = len(config.parallel.pipeline_layers or ())
+    lines = [
+        f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{said}",
+        "",
+        "| paths | length | measured, s | simulated, s | largest difference | speed-up, measured | simulated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (sampling, length), found in of_kind.items():
+        measured = sum(step.measured_seconds for step in found) / len(found)
+        simulated = sum(layer * step.simulated_seconds + rest for step in found) / len(found)
+        worst = max(abs(s.measured_seconds / (layer * s.simulated_seconds + rest) - 1) for s in found)
+        lines.append(
+            f"| {sampling} | {length} | {measured:.3f} | {simulated:.3f} | {worst:.1%} | {full / measured:.2f} | "
+            f"{full_simulated / simulated:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _command_line.run(main)
