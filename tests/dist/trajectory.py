@@ -125,7 +125,14 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "steps_per_print": 1 << 60,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+            "params": {
+                "lr": 1e-3,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "torch_adam": True,
+                "fused": True,  # as a run file's is by default; the reference has torch's plain one
+            },
         },
         "gradient_clipping": case.max_norm,
         "zero_optimization": {"stage": case.zero},
