@@ -36,6 +36,7 @@ class Case:
     micro_batch: int = 2
     global_batch: int = 12
     recompute: bool = False
+    compile: bool = False
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
@@ -115,7 +116,7 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.num_layers, case.pipeline, case.pipeline_layers)
-    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED)
+    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED, case.compile)
     if case.engine == "reference":
         return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)
     config: dict[str, Any] = {
