@@ -1,35 +1,90 @@
 """Measure a training step: python tools/bench.py [--config RUN_FILE] [--set KEY=VALUE ...] [--repetitions N].
 
-One process, CPU or GPU. Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what executed
-FLOPs promise; the same model in Hugging Face transformers, same weights, batch and optimizer; the time that path
-agreement costs; memory. Everything takes turns, so that a busy machine disturbs all rows alike.
+Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what executed FLOPs promise; the same
+model in Hugging Face transformers and with megatron-core's layers, both under plain DeepSpeed, on the same weights and
+batch; the time that path agreement and loader cost; memory. Everything takes turns, so that a busy machine disturbs all
+rows alike. --layouts measures our paths in several processes too, --text tokenizing and indexing against megatron's
+recipe. A launcher can also start it: torchrun --nproc_per_node 2 tools/bench.py --set
+raptr_ds.parallel.tensor_model_parallel_size=2.
 """
 
 import argparse
+import contextlib
+import json
 import logging
+import re
+import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import _command_line
 import numpy as np
 
+from raptr_ds.analysis.benchmark_plot import plot_benchmark
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.batch import StepBatch, collate
-from raptr_ds.data.loader import build_loader, folders_of, load_tokenizer
+from raptr_ds.data.loader import Loader, build_loader, folders_of, load_tokenizer
 from raptr_ds.data.sample import Sample
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
+from raptr_ds.eval.preparation_benchmark import measure_preparation
 from raptr_ds.eval.step_benchmark import measure_steps
-from raptr_ds.eval.step_report import step_report
+from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
 from raptr_ds.rng import stream
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
 DEFAULT_VOCAB_SIZE = 8192
+_SIZES = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size"}
 
 
 def main() -> None:
     """Parse the command line, measure, print and write the report."""
+    options = parse()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    launch = detect_launch()
+    overrides = [*options.set, *_precision_overrides(options.precision)]
+    config = load_run_config(options.config, overrides, world_size=launch.world_size)
+    if config.precision == "fp16":
+        raise ConfigError("the benchmark compares fp32 and bf16, not fp16. Add --precision bf16.")
+    parallel = config.parallel
+    groups = initialize_process_groups(
+        launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    with contextlib.ExitStack() as stack:
+        config, batch, loader, origin = _batch(config, options.random_tokens, groups.data_rank)
+        if loader is not None:
+            stack.enter_context(loader)
+        result = measure_steps(config, groups, batch, options.repetitions, options.clock, loader)
+    if launch.rank > 0:
+        return
+    rows = rows_of(result)
+    for layout in options.layouts:
+        rows += _rows_of_layout(layout)
+    lines = [*describe(config, result, groups.device, origin), "", *table(rows), "", *conclusions(result, rows)]
+    if options.text is not None:
+        tokenizer = options.tokenizer or config.data.tokenizer or Path(next(iter(folders_of(config.data.path))))
+        path = Path(tokenizer)
+        path = path / "tokenizer.model" if path.is_dir() else path
+        lines += preparation_lines(measure_preparation(options.text, path, options.repetitions, options.clock))
+    report = "\n".join(lines) + "\n"
+    print(report)
+    if options.output is not None:
+        options.output.write_text(report, encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows), encoding="utf-8")
+    if options.plot is not None:
+        plot_benchmark(rows, options.plot)
+
+
+def parse() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="run file (default: bert_quickstart)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
@@ -39,23 +94,54 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, for a busy machine"
     )
     parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="do without prepared data")
+    parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="TP2, PP2, TP2PP2: started here")
+    parser.add_argument("--text", type=Path, help="a JSONL file to tokenize and index, against megatron's recipe")
+    parser.add_argument("--tokenizer", type=Path, help="for --text (default: that of the run's data)")
     parser.add_argument("--output", type=Path, help="write the report there too")
-    arguments = parser.parse_args()
-    if arguments.repetitions < 1:
-        raise ConfigError(f"--repetitions {arguments.repetitions}: at least one round must count.")
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    overrides = [*arguments.set, *_precision_overrides(arguments.precision)]
-    config = load_run_config(arguments.config, overrides, world_size=1)
-    config, batch, origin = _batch(config, arguments.random_tokens)
-    if config.precision == "fp16":
-        raise ConfigError("the benchmark compares fp32 and bf16, not fp16. Add --precision bf16.")
-    groups = initialize_process_groups(detect_launch(), 1, 1)
-    result = measure_steps(config, groups, batch, arguments.repetitions, arguments.clock)
-    report = step_report(result, groups.device, origin)
-    print(report)
-    if arguments.output is not None:
-        arguments.output.write_text(report, encoding="utf-8")
+    parser.add_argument("--plot", type=Path, help="draw the rows as a PNG there")
+    parser.add_argument("--json", type=Path, help="write the rows there, with every sample")
+    options = parser.parse_args()
+    if options.repetitions < 1:
+        raise ConfigError(f"--repetitions {options.repetitions}: at least one round must count.")
+    for layout in options.layouts:
+        _sizes_of(layout)
+    return options
+
+
+def _sizes_of(layout: str) -> dict[str, int]:
+    """Return the sizes that a layout names. Raises: ConfigError if it is not written as TP2, PP2 or TP2PP2."""
+    parts = re.findall(r"(TP|PP)(\d+)", layout.upper())
+    if not parts or "".join(name + size for name, size in parts) != layout.upper():
+        raise ConfigError(f"--layouts {layout}: a layout is written as TP2, PP4 or TP2PP2.")
+    return {name: int(size) for name, size in parts}
+
+
+def _rows_of_layout(layout: str) -> list[dict[str, Any]]:
+    """Run this command in the processes of a layout and return its rows; --layouts and what reports are left out."""
+    sizes = _sizes_of(layout)
+    processes = int(np.prod(list(sizes.values())))
+    settings = [f"raptr_ds.parallel.{_SIZES[name]}={size}" for name, size in sizes.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        kept = _without(sys.argv[1:], ("--layouts", "--text", "--tokenizer", "--output", "--plot", "--json"))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launcher, __file__, *kept, "--json", str(file), "--set", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not file.exists():
+            raise ConfigError(f"--layouts {layout} failed: {done.stderr[-2000:]}")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return command line arguments without some options and their values."""
+    kept: list[str] = []
+    leaving = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            leaving = argument.split("=")[0] in options
+        if not leaving:
+            kept.append(argument)
+    return kept
 
 
 def _precision_overrides(precision: str | None) -> list[str]:
@@ -64,22 +150,24 @@ def _precision_overrides(precision: str | None) -> list[str]:
     return [f"bf16.enabled={str(precision == 'bf16').lower()}", "fp16.enabled=false"]
 
 
-def _batch(config: RunConfig, random_vocab_size: int | None) -> tuple[RunConfig, StepBatch, str]:
-    """Return the run with its vocabulary, a step's batch and where it is from; real data where they are prepared."""
+def _batch(
+    config: RunConfig, random_vocab_size: int | None, data_rank: int
+) -> tuple[RunConfig, StepBatch, Loader | None, str]:
+    """Return the run with its vocabulary, a step's batch, the loader and where they are from; real data if prepared."""
     prepared = all(Path(folder).is_dir() for folder in folders_of(config.data.path))
     if random_vocab_size is None and prepared:
-        tokenizer = load_tokenizer(config.data)
+        tokenizer: Tokenizer = load_tokenizer(config.data)
         config = config.with_vocab_size(tokenizer.vocab_size)
-        with build_loader(
-            config.data, config.objective, config.model, config.batch, seed=config.train.seed, dp_rank=0
-        ) as loader:
-            return config, loader.at(0), f"text of {', '.join(folders_of(config.data.path))}"
+        loader = build_loader(
+            config.data, config.objective, config.model, config.batch, seed=config.train.seed, dp_rank=data_rank
+        )
+        return config, loader.at(0), loader, f"text of {', '.join(folders_of(config.data.path))}"
     vocab_size = random_vocab_size or config.model.vocab_size or DEFAULT_VOCAB_SIZE
-    return config.with_vocab_size(vocab_size), _random_batch(config, vocab_size), "random tokens"
+    return config.with_vocab_size(vocab_size), _random_batch(config, vocab_size, data_rank), None, "random tokens"
 
 
-def _random_batch(config: RunConfig, vocab_size: int) -> StepBatch:
-    """Return full sequences of random tokens, with as many predictions as text would have."""
+def _random_batch(config: RunConfig, vocab_size: int, data_rank: int) -> StepBatch:
+    """Return a rank's full sequences of random tokens, with as many predictions as text would have."""
     model, batch = config.model, config.batch
     ul2 = model.architecture == "ul2"
     count = model.seq_length // 4 if ul2 else max(1, round(config.objective.mask_rate * model.seq_length))
@@ -98,7 +186,7 @@ def _random_batch(config: RunConfig, vocab_size: int) -> StepBatch:
             )
         )
     size = batch.micro_batch
-    starts = range(0, batch.global_batch, size)
+    starts = range(data_rank * size, batch.global_batch, size * batch.data_parallel)
     return StepBatch(tuple(collate(samples[i : i + size], range(i, i + size), model.seq_length, 0) for i in starts))
 
 

@@ -184,7 +184,8 @@ REFUSED: dict[str, str] = {
     "use_data_before_expert_parallelism": "is not offered: the models have no experts. Remove it",
     "hybrid_engine": "is for generation during training, which is not done. Remove it",
     "weight_quantization": "is for inference. Remove it",
-    "compile": "is not offered: the layers that run change at each step. Remove it",
+    "compile": "is not used: it would compile the whole step, whose layers change. Write raptr_ds.train.compile=true, "
+    "which compiles each layer",
     "autotuning": "is not offered. Remove it; tools/bench.py measures a step",
     "data_efficiency": "is not used: batches are a function of seed and step. Remove it",
     "dataloader_drop_last": "is not used: batches are a function of seed and step. Remove it",

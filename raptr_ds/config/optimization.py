@@ -116,10 +116,16 @@ def canonical(name: Any, known: dict[str, Any]) -> str | None:
 
 
 def complete_optimizer(optimizer: dict[str, Any] | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the optimizer with its canonical type and a learning rate; AdamW if the file has none."""
+    """Return the optimizer with its canonical type and a learning rate; AdamW if the file has none.
+
+    torch's Adam is its fused one unless the file says `foreach` or `fused` itself: one pass over weights, gradients and
+    moments instead of about ten, the same to rounding, on CPUs and GPUs.
+    """
     optimizer = optimizer or {}
     params = {**_defaults(optimizer), **optimizer.get("params", {})}
     params.setdefault("lr", (scheduler or {}).get("params", {}).get("warmup_max_lr", DEFAULT_LR))
+    if params.get("torch_adam") and not params.get("foreach"):
+        params.setdefault("fused", True)
     return {"type": canonical(optimizer.get("type", _DEFAULT_TYPE), OPTIMIZERS), "params": params}
 
 

@@ -18,6 +18,17 @@ def pipeline_allows_zero_stage(draft: Draft) -> str | None:
     )
 
 
+def compile_allows_zero_stage(draft: Draft) -> str | None:
+    """ZeRO 3 empties a layer's parameters between its uses; a graph is compiled for tensors that are there."""
+    if not draft.train.compile or draft.zero_stage <= 2:
+        return None
+    return (
+        f"raptr_ds.train.compile=true needs zero_optimization.stage <= 2; got {draft.zero_stage}, which gathers each "
+        "parameter while its layer runs, by hooks that a compiled layer does not call. Set zero_optimization.stage to "
+        "2, or raptr_ds.train.compile to false."
+    )
+
+
 def one_precision(draft: Draft) -> str | None:
     """bf16 or fp16, not both."""
     both = all(draft.deepspeed.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
@@ -139,6 +150,7 @@ def rollback_can_happen(draft: Draft) -> str | None:
 
 TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
     pipeline_allows_zero_stage,
+    compile_allows_zero_stage,
     one_precision,
     accumulation_dtype_fits,
     adamw_is_adamw,

@@ -181,6 +181,9 @@ class DataSection(Section):
     """One prepared folder, or {folder: weight} to blend several."""
     tokenizer: Text | None = None
     """Tokenizer model file. Left out: tokenizer.model of the first folder."""
+    packing: bool = False
+    """Make each document of a sequence an example of its own, which attention does not leave and whose positions start
+    at 0; false: documents run on, as one text."""
     num_workers: CountOrZero = 1
     """Threads that prepare batches ahead of training; 0: none."""
     prefetch: Count = 2
@@ -194,6 +197,9 @@ class TrainSection(Section):
     """Optimizer steps of the whole run."""
     seed: CountOrZero = 1234
     """Decides initial weights, data order, paths and dropout, on every layout alike."""
+    compile: bool = False
+    """Compile the layers with torch.compile: one graph, whatever the path. Needs zero_optimization.stage <= 2 and a
+    C++ compiler; on a CPU it pays with dropout and for ul2 (docs/performance.md)."""
     save: Text | None = None
     """The run's folder. Derived: runs/ and the run file's name."""
     max_non_finite_steps: CountOrZero | None = None

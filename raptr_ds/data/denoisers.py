@@ -160,6 +160,7 @@ class MixtureOfDenoisers:
         self.denoisers = tuple(denoisers)
         self._lengths = [denoiser.text_length(seq_length) for denoiser in denoisers]
         self.window = max(self._lengths)
+        self.smallest_room = max(denoiser.total_length(2) for denoiser in denoisers)
         tokenizer.require_sentinels(
             required_sentinels(seq_length, denoisers),
             f"this mixture of denoisers at raptr_ds.model.seq_length={seq_length}",
@@ -170,10 +171,14 @@ class MixtureOfDenoisers:
         weights = np.array([denoiser.weight for denoiser in denoisers], np.float64)
         self._cumulative = np.cumsum(weights / weights.sum())[:-1]
 
-    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample:
-        """Draw a denoiser and corrupt a stretch of `text` (at most `window` tokens, int64) with it."""
+    def sample(self, text: np.ndarray, rng: np.random.Generator, room: int | None = None) -> Sample:
+        """Draw a denoiser and corrupt a stretch of `text` (at most `window` tokens, int64) with it.
+
+        room: tokens that the sample may take, at least `smallest_room`; by default seq_length.
+        """
         choice = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
-        length = min(self._lengths[choice], len(text))
+        fits = self._lengths[choice] if room is None else self.denoisers[choice].text_length(room)
+        length = min(fits, len(text))
         start = int(rng.integers(len(text) - length + 1))
         return self.corrupt(self.denoisers[choice], text[start : start + length], rng)
 

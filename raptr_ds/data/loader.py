@@ -13,7 +13,8 @@ from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER, Manifest
 from raptr_ds.data.masked_lm import MaskedLM
 from raptr_ds.data.mixture import Mixture
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.packing import PackedDocuments
+from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.data.token_stream import TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
@@ -28,7 +29,7 @@ class Objective(Protocol):
 
     window: int
 
-    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample:
+    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample | PackedSample:
         """Corrupt at most `window` tokens."""
         ...
 
@@ -40,6 +41,8 @@ class DataSection(Protocol):
     def path(self) -> str | Mapping[str, float]: ...
     @property
     def tokenizer(self) -> str | None: ...
+    @property
+    def packing(self) -> bool: ...
     @property
     def num_workers(self) -> int: ...
     @property
@@ -106,7 +109,7 @@ class Samples:
             for number, folder in enumerate(folders)
         ]
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample | PackedSample:
         corpus, index = self._mixture.locate(number)
         return self._objective.sample(
             self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number)
@@ -225,14 +228,20 @@ def check_vocabulary(vocab_size: int | None, tokenizer: Tokenizer) -> None:
         )
 
 
-def build_objective(objective: ObjectiveSection, model: ModelSection, tokenizer: Tokenizer) -> Objective:
-    """Return BERT's or UL2's way of making samples.
+def build_objective(
+    objective: ObjectiveSection, model: ModelSection, tokenizer: Tokenizer, packing: bool = False
+) -> Objective:
+    """Return BERT's or UL2's way of making samples; packing makes one of each document.
 
     Raises: ConfigError or DataError if seq_length or the sentinels do not suffice.
     """
+    maker: MaskedLM | MixtureOfDenoisers
     if model.architecture == "bert":
-        return MaskedLM(tokenizer, model.seq_length, objective.mask_rate, objective.whole_word)
-    return MixtureOfDenoisers(tokenizer, model.seq_length, resolve_denoisers(objective.denoisers))  # type: ignore[arg-type]
+        maker = MaskedLM(tokenizer, model.seq_length, objective.mask_rate, objective.whole_word)
+    else:
+        denoisers = resolve_denoisers(objective.denoisers)  # type: ignore[arg-type]
+        maker = MixtureOfDenoisers(tokenizer, model.seq_length, denoisers)
+    return PackedDocuments(maker, model.seq_length, tokenizer.eos_id) if packing else maker
 
 
 def build_loader(
@@ -251,7 +260,7 @@ def build_loader(
     """
     tokenizer = tokenizer or load_tokenizer(data)
     check_vocabulary(model.vocab_size, tokenizer)
-    maker = build_objective(objective, model, tokenizer)
+    maker = build_objective(objective, model, tokenizer, data.packing)
     folders = folders_of(data.path)
     return Loader(
         Samples(folders, "train", maker, tokenizer, seed),

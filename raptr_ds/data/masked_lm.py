@@ -38,6 +38,7 @@ class MaskedLM:
                 f"raptr_ds.objective.mask_rate={mask_rate} must lie between 0 and 1. The usual rate is 0.15."
             )
         self.window = seq_length - 2
+        self.smallest_room = 4
         self.mask_rate = mask_rate
         self.whole_word = whole_word
         self._ends = tokenizer.cls_id, tokenizer.sep_id
@@ -46,8 +47,9 @@ class MaskedLM:
         self._starts_word = tokenizer.starts_word
         self._text_ids = tokenizer.text_ids
 
-    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample:
-        """Corrupt `text` (at most `window` tokens, int64)."""
+    def sample(self, text: np.ndarray, rng: np.random.Generator, room: int | None = None) -> Sample:
+        """Corrupt `text` (at most `window` tokens, int64), or the beginning that fits with its ends into `room`."""
+        text = text if room is None else text[: room - 2]
         tokens = np.concatenate([[self._ends[0]], text, [self._ends[1]]]).astype(np.int64)
         candidates = np.flatnonzero(~self._is_special[tokens])
         if len(candidates) == 0:

@@ -17,3 +17,10 @@ class Sample:
     positions: np.ndarray
     targets: np.ndarray
     prefix_length: int
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """Several samples in one sequence, one after the other; none sees another. At least one."""
+
+    parts: tuple[Sample, ...]

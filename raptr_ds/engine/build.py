@@ -8,6 +8,7 @@ from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.errors import ConfigError
+from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.topology import stage_layers
@@ -20,6 +21,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_optimizer(config, groups)
+    _check_compiler(config)
     assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
@@ -28,6 +30,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         layers[groups.pipeline_rank],
         recompute=config.parallel.activation_checkpointing,
         seed=config.train.seed,
+        compiled=config.train.compile,
     )
     engine_class = PipelineEngine if groups.topology.pipeline > 1 else ZeroEngine
     return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)
@@ -38,6 +41,15 @@ def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
         raise ConfigError(
             "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
             "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
+        )
+
+
+def _check_compiler(config: RunConfig) -> None:
+    if config.train.compile and (reason := missing_compiler()) is not None:
+        raise ConfigError(
+            f"raptr_ds.train.compile=true needs a C++ compiler, and there is none here ({reason}). Install one "
+            "(Debian: apt-get install g++), name it in the environment variable CXX, or set raptr_ds.train.compile to "
+            "false."
         )
 
 

@@ -285,14 +285,26 @@ def _put_together(parts: list[torch.Tensor], model: ModelSection, name: str) -> 
 def hugging_face_inputs(model: ModelSection, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """Return the keyword arguments that give the twin this micro batch; its `loss` is the mean over the predictions.
 
-    Llama is told the prefix by a 4-D mask, and the targets by `shift_labels`, as ours need not be the next tokens.
+    Llama is told the prefix by a 4-D mask, and the targets by `shift_labels`, as ours need not be the next tokens;
+    packed sequences are told by mask and position ids.
     """
     batch_size, length = batch.tokens.shape
     labels = torch.full((batch_size * length,), _IGNORED_LABEL, device=batch.tokens.device)
     labels = labels.index_copy(0, batch.positions, batch.targets).view(batch_size, length)
+    inputs = {"input_ids": batch.tokens, "labels": labels}
     position = torch.arange(length, device=batch.tokens.device)
+    causal = position[None, :] <= position[:, None]
+    if batch.segments is not None:
+        ids = batch.segments.ids
+        inputs["position_ids"] = batch.segments.positions
+        seen = ids[:, :, None] == ids[:, None, :]
+        prefix = batch.segments.in_prefix
+    else:
+        seen = position < batch.lengths[:, None]
+        prefix = position < batch.prefix_lengths[:, None]
     if model.architecture == "bert":
-        real = (position < batch.lengths[:, None]).long()
-        return {"input_ids": batch.tokens, "attention_mask": real, "labels": labels}
-    seen = (position[None, :] <= position[:, None]) | (position < batch.prefix_lengths[:, None])[:, None, :]
-    return {"input_ids": batch.tokens, "attention_mask": seen[:, None], "labels": labels, "shift_labels": labels}
+        if seen.ndim == 3:  # MegatronBert adds a mask of its own shape to the scores, in fp32
+            seen = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, torch.finfo().min)[:, None]
+        return {**inputs, "attention_mask": seen if seen.ndim == 4 else seen.long()}
+    both = causal | prefix[:, None, :]
+    return {**inputs, "shift_labels": labels, "attention_mask": (both if seen.ndim == 2 else both & seen)[:, None]}

@@ -1,4 +1,4 @@
-"""Step times: a model at several path lengths beside its Hugging Face twin, interleaved in one process."""
+"""Step times: a model at several path lengths beside the same model in other stacks, all taking turns."""
 
 import ctypes
 import ctypes.util
@@ -10,180 +10,127 @@ from pathlib import Path as FilePath
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
-from raptr_ds.data.batch import MicroBatch, StepBatch
+from raptr_ds.data.batch import StepBatch
+from raptr_ds.data.loader import Loader
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.fragments import WEIGHT
-from raptr_ds.engine.parameter_groups import is_decayed
-from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.huggingface import hugging_face_inputs, to_hugging_face
-from raptr_ds.parallel.agreement import PathAgreement
+from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
-from raptr_ds.paths.cost import ModelShape, step_flops
-from raptr_ds.paths.raptr import draw_uniform
-from raptr_ds.rng import stream
+from raptr_ds.paths.cost import ModelShape, num_parameters, step_flops
 
 WARMUP_ROUNDS = 2
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_STEPS_AHEAD = 1 << 40  # agreement never reaches the run's end
 
 
 @dataclass
 class Measured:
-    """One contestant's samples, one for each round; memory_bytes is a step's peak above what was held before it."""
+    """One contestant's samples, one for each round.
+
+    seconds: of the slowest rank. agreement_seconds, loader_seconds: what the step waited, on the wall's clock.
+    memory_bytes: a step's peak above what was held before it, on the first rank. loss: of the batch before any step,
+    through the full model; None where it was not evaluated.
+    """
 
     name: str
+    layout: str
     path_length: int
     flops: int
     seconds: list[float] = field(default_factory=list)
     agreement_seconds: list[float] = field(default_factory=list)
+    loader_seconds: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
 class StepBenchmark:
-    """What was measured.
+    """What was measured. paths: ours, the full path first. others: the same model elsewhere; absent: why some are not.
 
-    paths: ours, the full path first. twin: Hugging Face, None where it has no such model (no_twin says why).
-    losses: (ours, twin's) full-model loss of the batch before any step, to show that they compute the same.
+    has_loader: whether the batches came from prepared data, so that waiting for them was measured.
     """
 
-    config: RunConfig
     num_parameters: int
     num_predictions: int
     paths: list[Measured]
-    twin: Measured | None
-    no_twin: str
-    losses: tuple[float, float]
+    others: list[Measured]
+    absent: dict[str, str]
     peak_bytes: int
     clock: str
-
-
-class OurStep:
-    """A training step as the training loop makes it: agree on the path, then the engine's step."""
-
-    def __init__(self, engine: Engine, groups: ProcessGroups, config: RunConfig, lengths: Sequence[int]) -> None:
-        self._engine, self._config, self._lengths = engine, config, lengths
-        self._agreement = PathAgreement(groups, self._words_at, lambda: False, _STEPS_AHEAD)
-        self._step = 0
-
-    def _words_at(self, step: int) -> np.ndarray:
-        """Return the path of a step: the lengths in turn, first and last layer fixed where they have room."""
-        depth, length = self._config.model.num_layers, self._lengths[step % len(self._lengths)]
-        fixed = (0, depth - 1) if length >= 2 and depth > 1 else ()
-        return Path(draw_uniform(stream(0, "bench", step), depth, length, fixed), depth).encode()
-
-    def run(self, batch: StepBatch, path_length: int) -> float:
-        """Train the next step, which is of this length, and return the seconds that agreement kept it waiting."""
-        start = time.perf_counter()
-        path = Path.decode(self._agreement.at(self._step).words)
-        waited = time.perf_counter() - start
-        assert path.length == path_length, (path, path_length)
-        self._engine.train_step(batch, path, self._step, self._config.optimizer["params"]["lr"])
-        self._step += 1
-        return waited
-
-
-class TwinStep:
-    """A training step of the transformers model, as its users write one; bf16 is autocast, as in its Trainer."""
-
-    def __init__(self, config: RunConfig, weights: dict[str, torch.Tensor], device: torch.device) -> None:
-        self._config, self._device = config, device
-        self.model: nn.Module = to_hugging_face(config.model, weights).to(device).train()  # type: ignore[arg-type]
-        self._optimizer = _adamw(self.model, config.optimizer)
-        self._dtype = {"bf16": torch.bfloat16}.get(config.precision, torch.float32)
-
-    def loss(self, micro: MicroBatch) -> torch.Tensor:
-        """Return the mean loss of a micro batch."""
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            return self.model(**hugging_face_inputs(self._config.model, micro)).loss
-
-    def run(self, batch: StepBatch) -> float:
-        """Train one step and return its loss."""
-        batch, total = batch.to(self._device), torch.zeros((), device=self._device)
-        for micro in batch.micro_batches:
-            loss = self.loss(micro) * (micro.num_predictions / batch.num_predictions)
-            loss.backward()
-            total += loss.detach()
-        if self._config.gradient_clipping > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._config.gradient_clipping)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return total.item()
-
-
-def _adamw(model: nn.Module, optimizer: dict[str, Any]) -> torch.optim.AdamW:
-    """Return torch's AdamW with the run file's values, biases and norms without decay, as our engines have it.
-
-    Raises: ConfigError if the run has another optimizer.
-    """
-    if optimizer["type"] not in {"Adam", "AdamW"}:
-        raise ConfigError(
-            f"the comparison with Hugging Face is written for AdamW, but optimizer.type={optimizer['type']}. "
-            "Add --set optimizer.type=AdamW."
-        )
-    params = optimizer["params"]
-    chosen = {key: params[key] for key in ("lr", "betas", "eps") if key in params}
-    chosen["betas"] = tuple(chosen.get("betas", (0.9, 0.999)))
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if is_decayed(p)], "weight_decay": params.get("weight_decay", 0.01)},
-        {"params": [p for p in parameters if not is_decayed(p)], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, **chosen)
+    has_loader: bool
 
 
 def measure_steps(
-    config: RunConfig, groups: ProcessGroups, batch: StepBatch, repetitions: int, clock: str = "wall"
+    config: RunConfig,
+    groups: ProcessGroups,
+    batch: StepBatch,
+    repetitions: int,
+    clock: str = "wall",
+    loader: Loader | None = None,
 ) -> StepBenchmark:
-    """Measure the full path, 3/4 and 1/2 of it, and the Hugging Face twin: one step of each in every round.
+    """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
 
-    Each round makes one step of everybody, so that what else the machine does meets all alike; the first rounds are
-    not counted. config: one process, with the vocabulary's size. clock: `wall`, or `cpu`, the process's own time on
-    the processors, which a busy machine disturbs less (for one thread on a CPU the two are the same on an idle one).
+    What else the machine does meets all alike; the first rounds are not counted. All ranks call it alike. config: with
+    the vocabulary's size. clock: `wall`, or `cpu`, the process's own time on the processors, which a busy machine
+    disturbs less; it leaves out what a rank waits for others. loader: asked for each step's batch, as in training.
     """
     engine: Any = build_engine(config, groups)
-    full = Path.full(config.model.num_layers)
-    lengths = _path_lengths(config.model.num_layers)
-    weights = {f.name: f.data.view(f.local_shape).cpu().clone() for f in engine.fragments() if f.kind == WEIGHT}
-    twin, no_twin, twin_loss = None, "", float("nan")
-    try:
-        twin = TwinStep(config, weights, groups.device)
-    except ConfigError as error:
-        no_twin = str(error)
-    num_parameters = sum(weight.numel() for weight in weights.values())
-    del weights
-    if twin is not None:
-        twin_loss = _evaluate_twin(twin, batch.to(groups.device))
-    losses = engine.evaluate([batch], full), twin_loss
+    layout, depth = layout_name(groups), config.model.num_layers
+    paths = [Measured("raptr_ds", layout, length, _flops(config, batch, length)) for length in _path_lengths(depth)]
+    others, absent = _others(config, groups, engine)
+    rows = [Measured(other.name, layout, depth, _flops(config, batch, depth)) for other in others]
+    paths[0].loss = engine.evaluate([batch], Path.full(depth))
+    for row, other in zip(rows, others, strict=True):
+        row.loss = _evaluate(other, batch.to(groups.device))
 
-    ours = OurStep(engine, groups, config, lengths)
-    paths = [Measured("raptr_ds", length, _flops(config, batch, length)) for length in lengths]
-    theirs = None if twin is None else Measured("Hugging Face", full.length, _flops(config, batch, full.length))
+    ours = OurStep(engine, groups, config, [measured.path_length for measured in paths], loader)
     for number in range(WARMUP_ROUNDS + repetitions):
         counted = number >= WARMUP_ROUNDS
         for measured in paths:
             length = measured.path_length
-            _sample(measured, groups.device, counted, clock, lambda length=length: ours.run(batch, length))
-        if twin is not None and theirs is not None:
-            _sample(theirs, groups.device, counted, clock, lambda: twin.run(batch) and 0.0)
+            _sample(measured, groups, counted, clock, lambda length=length: ours.run(batch, length))
+        for row, other in zip(rows, others, strict=True):
+            _sample(row, groups, counted, clock, lambda other=other: (other.run(batch) * 0.0, 0.0))
     return StepBenchmark(
-        config=config,
-        num_parameters=num_parameters,
+        num_parameters=num_parameters(_shape(config)),
         num_predictions=batch.num_predictions,
         paths=paths,
-        twin=theirs,
-        no_twin=no_twin,
-        losses=losses,
+        others=rows,
+        absent=absent,
         peak_bytes=_process_peak(groups.device),
         clock=clock,
+        has_loader=loader is not None,
     )
+
+
+def layout_name(groups: ProcessGroups) -> str:
+    """Return a layout in short: TP2, PP2, TP2 PP2, one process."""
+    topology = groups.topology
+    parts = {"TP": topology.tensor, "PP": topology.pipeline, "DP": topology.data}
+    return " ".join(f"{name}{size}" for name, size in parts.items() if size > 1) or "one process"
+
+
+def _others(config: RunConfig, groups: ProcessGroups, engine: Any) -> tuple[list[Contestant], dict[str, str]]:
+    """Return who else can take part, on the engine's weights, and why the others cannot."""
+    if groups.topology.world_size > 1:
+        return [], {}
+    weights = {f.name: f.data.view(f.local_shape).cpu().clone() for f in engine.fragments() if f.kind == WEIGHT}
+    makers: dict[str, Callable[[], Contestant]] = {
+        HuggingFaceStep.name: lambda: HuggingFaceStep(config, weights),
+        MegatronStep.name: lambda: MegatronStep(config, weights, groups),
+    }
+    others, absent = [], {}
+    for name, make in makers.items():
+        try:
+            others.append(make())
+        except ConfigError as error:
+            absent[name] = str(error)
+    return others, absent
 
 
 def _path_lengths(num_layers: int) -> list[int]:
@@ -191,34 +138,45 @@ def _path_lengths(num_layers: int) -> list[int]:
     return sorted({num_layers, max(1, 3 * num_layers // 4), max(1, num_layers // 2)}, reverse=True)
 
 
+def _shape(config: RunConfig) -> ModelShape:
+    return ModelShape(**{f.name: getattr(config.model, f.name) for f in fields(ModelShape)})
+
+
 def _flops(config: RunConfig, batch: StepBatch, path_length: int) -> int:
-    shape = ModelShape(**{f.name: getattr(config.model, f.name) for f in fields(ModelShape)})
+    predictions = batch.num_predictions * config.batch.data_parallel
     recomputing = config.parallel.activation_checkpointing
-    return step_flops(shape, path_length, config.batch.global_batch, batch.num_predictions, recomputing)
+    return step_flops(_shape(config), path_length, config.batch.global_batch, predictions, recomputing)
 
 
 @torch.no_grad()
-def _evaluate_twin(twin: TwinStep, batch: StepBatch) -> float:
-    twin.model.eval()
-    losses = [twin.loss(micro).item() * micro.num_predictions for micro in batch.micro_batches]
-    twin.model.train()
+def _evaluate(other: Contestant, batch: StepBatch) -> float:
+    other.model.eval()
+    losses = [other.loss(micro).item() * micro.num_predictions for micro in batch.micro_batches]
+    other.model.train()
     return sum(losses) / batch.num_predictions
 
 
-def _sample(measured: Measured, device: torch.device, counted: bool, clock: str, step: Callable[[], float]) -> None:
-    """Run one step and keep its time, its wait for agreement and its memory."""
-    now = _CLOCKS[clock]
+def _sample(
+    measured: Measured, groups: ProcessGroups, counted: bool, clock: str, step: Callable[[], tuple[float, float]]
+) -> None:
+    """Run one step and keep its time, its waits for agreement and loader, and its memory."""
+    now, device = _CLOCKS[clock], groups.device
     gc.collect()
     memory = _StepMemory(device)
     _synchronize(device)
+    if groups.topology.world_size > 1:
+        dist.barrier(group=groups.control)
     start = now()
-    waited = step()
+    agreement, loader = step()
     _synchronize(device)
-    seconds = now() - start
+    seconds = torch.tensor(now() - start, dtype=torch.float64)
+    peak = memory.peak_above_start()
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     if counted:
-        measured.seconds.append(seconds)
-        measured.agreement_seconds.append(waited)
-        measured.memory_bytes.append(memory.peak_above_start())
+        measured.seconds.append(seconds.item())
+        measured.agreement_seconds.append(agreement)
+        measured.loader_seconds.append(loader)
+        measured.memory_bytes.append(peak)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from raptr_ds.model.rotary import rotate
 from raptr_ds.model.spec import ModelSpec
-from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
+from raptr_ds.parallel.dropout import LayerDropout, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
 
@@ -14,10 +14,9 @@ from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
 class Attention(nn.Module):
     """Self-attention of this rank's heads; qkv rows are ordered (head, query|key|value, head dim), as Megatron's."""
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, layer: int) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
         hidden, bias = model.hidden_size, model.add_bias_linear
-        self.layer = layer
         self.head_dim = hidden // model.num_attention_heads
         self.num_local_heads = model.num_attention_heads // groups.topology.tensor
         self.first_head = groups.tensor_rank * self.num_local_heads
@@ -30,7 +29,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         mask: torch.Tensor | None,
         rotary: torch.Tensor | None,
-        streams: DropoutStreams | None,
+        dropout: LayerDropout | None,
     ) -> torch.Tensor:
         """Attend; shapes: x (b, T, H); mask, added to the scores, broadcastable to (b, heads, T, T), None for none."""
         batch, length, _ = x.shape
@@ -38,10 +37,10 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        if streams is None or self.dropout_rate == 0.0:
+        if dropout is None or self.dropout_rate == 0.0:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
-            mixed = self._attend_with_dropout(query, key, value, mask, streams)
+            mixed = self._attend_with_dropout(query, key, value, mask, dropout)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def _attend_with_dropout(
@@ -50,7 +49,7 @@ class Attention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        streams: DropoutStreams,
+        dropout: LayerDropout,
     ) -> torch.Tensor:
         """Return what scaled_dot_product_attention would, spelled out: its kernels draw dropout that a layout changes.
 
@@ -62,8 +61,7 @@ class Attention(nn.Module):
             scores = scores.add_(mask)
         keep = attention_keep_mask(
             self.dropout_rate,
-            streams,
-            self.layer,
+            dropout,
             query.shape[2],
             first_head=self.first_head,
             num_heads=self.num_local_heads,

@@ -7,19 +7,22 @@ from raptr_ds.model.attention import Attention
 from raptr_ds.model.mlp import MLP
 from raptr_ds.model.norm import build_norm
 from raptr_ds.model.spec import ModelSpec
-from raptr_ds.parallel.dropout import DropoutStreams, dropout
+from raptr_ds.parallel.dropout import LayerDropout, dropout
 from raptr_ds.parallel.groups import ProcessGroups
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalized stream, each added to it."""
+    """Attention and feed-forward, each on the normalized stream, each added to it.
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, layer: int) -> None:
+    A block does not know which layer it is, nor which path it is on: what differs comes as tensors, so that compiling
+    one block compiles all.
+    """
+
+    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
-        self.layer = layer
         self.dropout_rate = model.hidden_dropout
         self.attention_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
-        self.attention = Attention(model, groups, layer)
+        self.attention = Attention(model, groups)
         self.mlp_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, groups)
 
@@ -28,12 +31,15 @@ class Block(nn.Module):
         x: torch.Tensor,
         mask: torch.Tensor | None,
         rotary: torch.Tensor | None,
-        streams: DropoutStreams | None,
-        residual_scale: float,
+        masks: LayerDropout | None,
+        residual_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the stream after this layer, shape (b, T, H); each branch is multiplied by residual_scale."""
-        attended = self.attention(self.attention_norm(x), mask, rotary, streams)
-        attended = dropout(attended, self.dropout_rate, streams, self.layer, "attention_output")
-        x = x + (attended if residual_scale == 1.0 else attended * residual_scale)
-        processed = dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, streams, self.layer, "mlp_output")
-        return x + (processed if residual_scale == 1.0 else processed * residual_scale)
+        """Return the stream after this layer, shape (b, T, H).
+
+        Each branch is multiplied by residual_scale, a number in a tensor, or by nothing. masks: dropout's.
+        """
+        attended = self.attention(self.attention_norm(x), mask, rotary, masks)
+        attended = dropout(attended, self.dropout_rate, masks, "attention_output")
+        x = x + (attended if residual_scale is None else attended * residual_scale)
+        processed = dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, masks, "mlp_output")
+        return x + (processed if residual_scale is None else processed * residual_scale)

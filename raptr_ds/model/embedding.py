@@ -21,9 +21,15 @@ class Embedding(nn.Module):
         learned = model.position_embedding == "learned"
         self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
 
-    def forward(self, tokens: torch.Tensor, streams: DropoutStreams | None) -> torch.Tensor:
-        """Map (b, T) ids to (b, T, H)."""
+    def forward(
+        self, tokens: torch.Tensor, streams: DropoutStreams | None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map (b, T) ids to (b, T, H); positions (b, T) where they do not just count up (packed sequences)."""
         x = self.word(tokens)
         if self.position is not None:
-            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-        return dropout(x, self.dropout_rate, streams, EMBEDDING_LAYER, "embedding")
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.position(positions)
+        if streams is None or self.dropout_rate == 0.0:
+            return x
+        return dropout(x, self.dropout_rate, streams.of_layer(EMBEDDING_LAYER), "embedding")

@@ -16,9 +16,15 @@ from raptr_ds.paths.path import Path
 class Stack(nn.ModuleDict):
     """Blocks keyed by their global layer index, so that a parameter has the same name in every layout."""
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, layers: Iterable[int], recompute: bool) -> None:
-        super().__init__({str(layer): Block(model, groups, layer) for layer in layers})
+    def __init__(
+        self, model: ModelSpec, groups: ProcessGroups, layers: Iterable[int], recompute: bool, compiled: bool
+    ) -> None:
+        super().__init__({str(layer): Block(model, groups) for layer in layers})
         self.recompute = recompute
+        self.has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
+        if compiled:
+            for block in self.values():
+                block.compile(dynamic=False)  # one graph serves all: sizes are fixed, and a block holds nothing else
 
     def forward(
         self,
@@ -29,21 +35,16 @@ class Stack(nn.ModuleDict):
         streams: DropoutStreams | None,
     ) -> torch.Tensor:
         """Run the layers of the path that are here, in order; the others do no work. Shapes: x (b, T, H)."""
+        # Tensors on the CPU, whose values no graph contains and no device waits for; fp64 leaves x's type alone.
+        scale = None if path.residual_scale == 1.0 else torch.tensor(path.residual_scale, dtype=torch.float64)
         for name, block in self.items():
-            if not path.is_active(int(name)):
+            layer = int(name)
+            if not path.is_active(layer):
                 continue
+            masks = streams.of_layer(layer) if streams is not None and self.has_dropout else None
             if self.recompute and torch.is_grad_enabled():
                 # Path and dropout are arguments, never drawn inside: the recomputation sees the same ones.
-                x = checkpoint(
-                    block,
-                    x,
-                    mask,
-                    rotary,
-                    streams,
-                    path.residual_scale,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                x = checkpoint(block, x, mask, rotary, masks, scale, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask, rotary, streams, path.residual_scale)
+                x = block(x, mask, rotary, masks, scale)
         return x

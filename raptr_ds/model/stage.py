@@ -25,7 +25,9 @@ class Stage(nn.Module):
     the last of several stages holds a copy of it (`embedding.word.weight`, marked `tied_copy`).
     """
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, layers: range, recompute: bool = False) -> None:
+    def __init__(
+        self, model: ModelSpec, groups: ProcessGroups, layers: range, recompute: bool = False, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.architecture = _ARCHITECTURES[model.architecture]
@@ -33,7 +35,7 @@ class Stage(nn.Module):
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
             self.embedding = Embedding(model, groups)
-        self.layers = Stack(model, groups, layers, recompute)
+        self.layers = Stack(model, groups, layers, recompute, compiled)
         self.head = self.architecture.build_head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
@@ -47,14 +49,17 @@ class Stage(nn.Module):
         Shapes: x is (b, T) token ids on the first stage and the (b, T, H) stream elsewhere; returns the stream, or on
         the last stage the losses of the predicted positions, (N,) fp32.
         """
+        positions = None if batch.segments is None else batch.segments.positions
         if self.is_first:
             assert self.embedding is not None
-            x = self.embedding(x, streams)
+            x = self.embedding(x, streams, positions)
         mask = _to_be_added(self.architecture.attention_mask(batch), x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
             head_dim = self.model.hidden_size // self.model.num_attention_heads
             rotary = rotary_table(x.shape[1], head_dim, self.model.rotary_base, x.device)
+            if positions is not None:
+                rotary = rotary[:, positions][:, :, None]
         x = self.layers(x, path, mask, rotary, streams)
         if self.head is None:
             return x
@@ -69,9 +74,14 @@ def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def build_stage(model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int) -> Stage:
-    """Return this rank's stage with its initial weights, a pure function of (seed, parameter name)."""
+def build_stage(
+    model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int, compiled: bool = False
+) -> Stage:
+    """Return this rank's stage with its initial weights, a pure function of (seed, parameter name).
+
+    recompute: activations in the backward pass. compiled: by torch.compile, each block when it first runs.
+    """
     spec = ModelSpec.of(model)
-    stage = Stage(spec, groups, layers, recompute)
+    stage = Stage(spec, groups, layers, recompute, compiled)
     initialize(stage, spec, seed)
     return stage

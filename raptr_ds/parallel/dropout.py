@@ -6,6 +6,7 @@ tensor ranks hold different features their masks differ, where they hold copies 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,10 @@ from raptr_ds.rng import stream_key
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
+_ROUNDS = ((16, _MIX_1), (15, _MIX_2), (16, None))
+
+SITES = ("embedding", "attention", "attention_output", "mlp_output")
+"""Where the model drops something."""
 
 # Masks are hashed in pieces: of what fits a core's second-level cache, and elsewhere of what bounds the scratch memory.
 _CPU_PIECE_ELEMENTS = 1 << 17
@@ -23,12 +28,16 @@ _PIECE_ELEMENTS = 1 << 25
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble int32 values, each to one that looks independent of its neighbours'; products wrap."""
-    return _mix_in_place(x.clone(), torch.empty_like(x))
+    for bits, multiplier in _ROUNDS:
+        x = x ^ ((x >> bits) & ((1 << (32 - bits)) - 1))
+        if multiplier is not None:
+            x = x * multiplier
+    return x
 
 
 def _mix_in_place(x: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
     """Scramble x; `shifted` is room for as many values. The masks make torch's signed shift an unsigned one."""
-    for bits, multiplier in ((16, _MIX_1), (15, _MIX_2), (16, None)):
+    for bits, multiplier in _ROUNDS:
         torch.bitwise_right_shift(x, bits, out=shifted)
         x ^= shifted.bitwise_and_((1 << (32 - bits)) - 1)
         if multiplier is not None:
@@ -52,17 +61,33 @@ class DropoutStreams:
     step: int
     sample_ids: torch.Tensor
 
-    def keep_mask(self, rate: float, layer: int, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
+    def of_layer(self, layer: int) -> "LayerDropout":
+        """Return the masks of one layer; layers are global indices, the embedding is -1."""
+        keys = (stream_key(self.seed, "dropout", self.step, layer, site) for site in SITES)
+        halves = [(_to_int32(key), _to_int32(key >> 32)) for key in keys]
+        return LayerDropout(self.sample_ids.to(torch.int32), torch.tensor(halves, dtype=torch.int32))
+
+
+class LayerDropout(NamedTuple):
+    """The dropout masks of one layer. Layer and step are values of tensors, so that a compiled block serves them all.
+
+    Shapes: sample_ids (b,) int32; keys (sites, 2) int32, on the CPU: arithmetic takes its elements as plain numbers.
+    """
+
+    sample_ids: torch.Tensor
+    keys: torch.Tensor
+
+    def keep_mask(self, rate: float, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
         """Return which elements to keep, bool (b, G, T, F / G) for features (G, F / G) and (b, T, F) for (F,).
 
         Shapes: features (F,) or (G, F / G) int64, global indices of this rank's features. Units: rate, the share
         dropped.
         """
-        key = stream_key(self.seed, "dropout", self.step, layer, site)
+        low, high = self.keys[SITES.index(site)].unbind()
         device = features.device
         positions = torch.arange(num_positions, device=device, dtype=torch.int32)
-        samples = _mix(self.sample_ids.to(device=device, dtype=torch.int32) + _to_int32(key))
-        rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ _to_int32(key >> 32))
+        samples = _mix(self.sample_ids.to(device) + low)
+        rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
         columns = _mix(features.to(torch.int32) * _GOLDEN + 1)
         threshold = round((1.0 - rate) * (1 << 31))
         if features.ndim == 1:
@@ -76,8 +101,11 @@ class DropoutStreams:
 def _keep(rows: torch.Tensor, columns: torch.Tensor, threshold: int) -> torch.Tensor:
     """Return whether the hash of each row and column is below threshold / 2^31, bool (n, R, C).
 
-    Shapes: rows (n, R, 1), columns (n or 1, 1, C), int32. Worked off in pieces that stay in a core's cache.
+    Shapes: rows (n, R, 1), columns (n or 1, 1, C), int32. Worked off in pieces that stay in a core's cache; a compiler
+    makes one pass of the plain formula.
     """
+    if torch.compiler.is_compiling():
+        return (_mix(rows ^ columns) & 0x7FFFFFFF) < threshold
     count, height, width = rows.shape[0], rows.shape[1], columns.shape[2]
     keep = torch.empty(count, height, width, dtype=torch.bool, device=rows.device)
     if threshold >= 1 << 31:
@@ -100,32 +128,31 @@ def _keep(rows: torch.Tensor, columns: torch.Tensor, threshold: int) -> torch.Te
 def dropout(
     x: torch.Tensor,
     rate: float,
-    streams: DropoutStreams | None,
-    layer: int,
+    layer: LayerDropout | None,
     site: str,
     *,
     features: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without streams (evaluation).
+    """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without a layer's masks (evaluation).
 
     Shapes: x (b, T, F); features (F,) global feature indices, by default all of them in order.
     """
-    if streams is None or rate == 0.0:
+    if layer is None or rate == 0.0:
         return x
     if features is None:
         features = torch.arange(x.shape[-1], device=x.device)
-    keep = streams.keep_mask(rate, layer, site, x.shape[1], features)
+    keep = layer.keep_mask(rate, site, x.shape[1], features)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 
 def attention_keep_mask(
-    rate: float, streams: DropoutStreams, layer: int, num_positions: int, *, first_head: int, num_heads: int
+    rate: float, layer: LayerDropout, num_positions: int, *, first_head: int, num_heads: int
 ) -> torch.Tensor:
     """Return which attention probabilities to keep, bool (b, num_heads, T, T), each head by its global index.
 
     The heads are this rank's, the first of which is head `first_head` of the model. The kept ones are to be multiplied
     by 1 / (1 - rate).
     """
-    heads = torch.arange(first_head, first_head + num_heads, device=streams.sample_ids.device)
+    heads = torch.arange(first_head, first_head + num_heads, device=layer.sample_ids.device)
     keys = torch.arange(num_positions, device=heads.device)
-    return streams.keep_mask(rate, layer, "attention", num_positions, heads[:, None] * num_positions + keys)
+    return layer.keep_mask(rate, "attention", num_positions, heads[:, None] * num_positions + keys)

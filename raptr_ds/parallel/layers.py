@@ -1,7 +1,8 @@
 """Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -94,6 +95,14 @@ def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -
     parameter.shard = shard  # type: ignore[attr-defined]
 
 
+_Tensors = ParamSpec("_Tensors")
+
+
+def _outside_graphs(method: Callable[_Tensors, torch.Tensor]) -> Callable[_Tensors, torch.Tensor]:
+    """Keep a method out of compiled graphs: those that wait for other ranks, in megatron-core's functions."""
+    return torch.compiler.disable(method)  # type: ignore[return-value]
+
+
 class ColumnLinear(ColumnParallelLinear):
     """A linear whose outputs are split over the tensor ranks; forward: (..., in) -> (..., out / tensor)."""
 
@@ -116,6 +125,10 @@ class ColumnLinear(ColumnParallelLinear):
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
         if not self.is_split:  # the same without megatron's custom backward and its separate pass for the bias
             return functional.linear(x, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
+        return self._forward_split(x)
+
+    @_outside_graphs
+    def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
 
 
@@ -130,11 +143,15 @@ class GatedColumnLinear(ColumnLinear):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
         """Map (..., in) to gate and value, each (..., out / 2 / tensor)."""
         if self.is_split:
-            x = copy_to_tensor_model_parallel_region(x, self.tp_group)
+            x = self._for_all_ranks(x)
         gate, value = _EvenAndOddRows.apply(x, self.weight)
         if self.bias is not None:
             gate, value = gate + self.bias[0::2], value + self.bias[1::2]
         return gate, value
+
+    @_outside_graphs
+    def _for_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        return copy_to_tensor_model_parallel_region(x, self.tp_group)
 
 
 class _EvenAndOddRows(torch.autograd.Function):
@@ -180,6 +197,10 @@ class RowLinear(RowParallelLinear):
         """Return the summed outputs, the same on every tensor rank."""
         if not self.is_split:
             return functional.linear(x, self.weight, self.bias)
+        return self._forward_split(x)
+
+    @_outside_graphs
+    def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
 
 

@@ -36,6 +36,7 @@ class Case:
     micro_batch: int = 2
     global_batch: int = 12
     recompute: bool = False
+    compile: bool = False
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
@@ -116,7 +117,7 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
-    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED)
+    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED, case.compile)
     if case.engine == "reference":
         return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)
     config: dict[str, Any] = {
@@ -126,7 +127,14 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "steps_per_print": 1 << 60,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+            "params": {
+                "lr": 1e-3,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "torch_adam": True,
+                "fused": True,  # as a run file's is by default; the reference has torch's plain one
+            },
         },
         "gradient_clipping": case.max_norm,
         "zero_optimization": {"stage": case.zero},

@@ -14,7 +14,7 @@ MAX_LINES = 400
 # and megatron-core: tools are thin command lines over the library.
 IMPORTERS = {
     "deepspeed": {"engine"},
-    "megatron": {"parallel"},
+    "megatron": {"parallel", "data/megatron_recipe.py"},
     "transformers": {"eval"},
     "mpi4py": {"parallel/launch.py"},
     "datasets": {"data"},

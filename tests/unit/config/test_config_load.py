@@ -270,7 +270,7 @@ def test_another_type_from_the_command_line_leaves_parameters_of_the_file_out(lo
 
 
 def test_a_learning_rate_is_all_an_optimizer_needs(load):
-    expected = {"weight_decay": 0.01, "torch_adam": True, "lr": 0.01}
+    expected = {"weight_decay": 0.01, "torch_adam": True, "lr": 0.01, "fused": True}
     assert load("optimizer.params.lr=0.01").optimizer == {"type": "AdamW", "params": expected}
 
 

@@ -169,6 +169,14 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         ),
         (2, f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=3", ["got 3"], "zero_optimization.stage=3"),
     ],
+    "compile_allows_zero_stage": [
+        (
+            1,
+            "raptr_ds.train.compile=true zero_optimization.stage=3",
+            ["compile=true needs zero_optimization.stage <= 2", "got 3", "to 2"],
+            "raptr_ds.train.compile=true zero_optimization.stage=2",
+        ),
+    ],
     "one_precision": [
         (1, "bf16.enabled=true fp16.enabled=true", ["both true", "to false"], "bf16.enabled=true fp16.enabled=false"),
     ],

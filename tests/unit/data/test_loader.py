@@ -19,7 +19,7 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 
 SEQ_LENGTH = 64
-TENSORS = [field.name for field in dataclasses.fields(MicroBatch) if field.name != "is_full"]
+TENSORS = [field.name for field in dataclasses.fields(MicroBatch) if field.name not in {"is_full", "segments"}]
 
 
 def geometry(micro: int, accumulation: int, data_parallel: int) -> SimpleNamespace:
@@ -30,7 +30,7 @@ def geometry(micro: int, accumulation: int, data_parallel: int) -> SimpleNamespa
 def loader(path: Any, architecture: str = "bert", batch: Any = None, **changes: Any) -> Loader:
     """Build a loader; `changes` go to whichever section has the key."""
     data = SimpleNamespace(
-        path=path if isinstance(path, dict) else str(path), tokenizer=None, num_workers=0, prefetch=2
+        path=path if isinstance(path, dict) else str(path), tokenizer=None, packing=False, num_workers=0, prefetch=2
     )
     objective = SimpleNamespace(mask_rate=0.15, whole_word=False, denoisers="ul2")
     model = SimpleNamespace(architecture=architecture, seq_length=SEQ_LENGTH, vocab_size=None)

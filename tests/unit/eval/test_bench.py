@@ -1,11 +1,16 @@
 """tools/bench.py on a tiny model: it runs, compares like with like, and says what it cannot compare."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from raptr_ds.eval.contestants import balanced_path
+from raptr_ds.parallel.topology import stage_layers
 
 ROOT = Path(__file__).parents[3]
 TINY = ["train_batch_size=4", "train_micro_batch_size_per_gpu=2", "raptr_ds.model.num_layers=4"]
@@ -18,35 +23,81 @@ def bench(architecture: str, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
 
 
+def rows_of(report: str) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "|" in line]
+    return rows[2:]
+
+
 @pytest.mark.parametrize(("architecture", "precision"), [("bert", "fp32"), ("ul2", "bf16")])
-def test_a_table_with_our_paths_and_the_twin(tmp_path: Path, architecture: str, precision: str) -> None:
-    report = tmp_path / "report.md"
-    done = bench(architecture, "--precision", precision, "--output", str(report), "--set", *TINY, *SMALL)
+def test_a_table_with_our_paths_and_the_others(tmp_path: Path, architecture: str, precision: str) -> None:
+    report, plot = tmp_path / "report.md", tmp_path / "plot.png"
+    done = bench(
+        architecture, "--precision", precision, "--output", str(report), "--plot", str(plot), "--set", *TINY, *SMALL
+    )
     assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.read_text().splitlines() if "|" in line]
-    assert [row[:2] for row in rows[2:]] == [
-        ["raptr_ds", "4"],
-        ["raptr_ds", "3"],
-        ["raptr_ds", "2"],
-        ["Hugging Face", "4"],
+    text = report.read_text()
+    assert [row[:3] for row in rows_of(text)] == [
+        ["raptr_ds", "one process", "4"],
+        ["raptr_ds", "one process", "3"],
+        ["raptr_ds", "one process", "2"],
+        ["Hugging Face + DeepSpeed", "one process", "4"],
+        ["megatron-core layers + DeepSpeed", "one process", "4"],
     ]
-    assert all(float(row[2]) > 0 for row in rows[2:])
-    losses = re.search(r"raptr_ds ([\d.]+), Hugging Face ([\d.]+)", report.read_text())
+    assert all(float(row[3]) > 0 for row in rows_of(text))
+    losses = re.search(r"raptr_ds ([\d.]+), Hugging Face \+ DeepSpeed ([\d.]+), megatron-core.* ([\d.]+)$", text, re.M)
     assert losses is not None
-    ours, theirs = map(float, losses.groups())
-    # The same weights and batch; bf16 weights here, autocast there.
-    assert abs(ours - theirs) < (2e-5 if precision == "fp32" else 2e-2)
-    assert f"precision {precision}" in report.read_text()
+    ours, *others = map(float, losses.groups())
+    # The same weights and batch; bf16 rounds where each stack's own order of operations lets it.
+    assert all(abs(ours - theirs) < (2e-5 if precision == "fp32" else 2e-2) for theirs in others)
+    assert f"precision {precision}" in text
+    assert 0 < plot.stat().st_size < 150_000
 
 
-def test_a_model_without_a_twin_is_measured_alone() -> None:
+@pytest.mark.slow
+def test_layouts_and_preparation(tmp_path: Path) -> None:
+    """Several processes are started from here; tokenizing is compared on a text of one's own."""
+    from raptr_ds.data.corpus import FileSource
+    from raptr_ds.data.readers import ReadingOptions
+    from raptr_ds.data.tokenizer_training import TokenizerSettings, train_tokenizer
+
+    text, tokenizer = tmp_path / "text.jsonl", tmp_path / "tokenizer.model"
+    lines = [f"line {number} of a text about {number % 7} things" for number in range(400)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    source = FileSource(text, ReadingOptions())
+    train_tokenizer([source], TokenizerSettings(vocab_size=300, num_sentinels=2)).save(tokenizer)
+    more = ["--layouts", "TP2", "PP2", "--text", str(text), "--tokenizer", str(tokenizer)]
+    done = bench("bert", *more, "--set", *TINY, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert [row[1] for row in rows_of(done.stdout) if row[0] == "raptr_ds"] == [
+        *["one process"] * 3,
+        *["TP2"] * 3,
+        *["PP2"] * 3,
+    ]
+    assert "tokenizing and indexing on one core: raptr_ds" in done.stdout
+
+
+@pytest.mark.parametrize("stages", [[8], [4, 4], [3, 3, 2]])
+def test_the_benchmarks_paths_give_each_stage_its_share(stages: list[int]) -> None:
+    layers = stage_layers(8, len(stages), stages)
+    for length in range(1, 9):
+        path = balanced_path(layers, length, np.random.default_rng(length))
+        assert path.length == length
+        for stage in layers:
+            assert abs(len(path.active_in(stage)) - len(stage) * length / 8) < 1
+
+
+def test_a_model_without_a_twin_is_measured_without() -> None:
     done = bench("ul2", "--set", *TINY, *SMALL, "raptr_ds.model.normalization=layernorm")
     assert done.returncode == 0, done.stderr
-    assert "no Hugging Face row" in done.stdout
-    assert "| Hugging Face |" not in done.stdout
+    assert "no row for Hugging Face + DeepSpeed: LlamaForCausalLM" in done.stdout
+    assert "| Hugging Face" not in done.stdout
 
 
-def test_nothing_to_measure_is_a_mistake() -> None:
-    done = bench("bert", "--repetitions", "0")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--repetitions", "0"], "at least one round"), (["--layouts", "DP2"], "written as TP2, PP4 or TP2PP2")],
+)
+def test_what_cannot_be_measured_is_a_mistake(arguments: list[str], says: str) -> None:
+    done = bench("bert", *arguments)
     assert done.returncode == 2
-    assert "at least one round" in done.stderr
+    assert says in done.stderr

@@ -11,6 +11,7 @@ from raptr_ds.parallel import dropout as dropout_module
 from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask, dropout
 
 STREAMS = DropoutStreams(seed=1234, step=17, sample_ids=torch.tensor([40, 41, 90, 7]))
+LAYER = STREAMS.of_layer(2)
 # A correct mask passes this in all but 1e-5 of seeds; the seed here is fixed.
 SIGMAS = 4.4
 PINNED = ["1111100001010101", "1011100001001111"]
@@ -19,7 +20,7 @@ PINNED = ["1111100001010101", "1011100001001111"]
 def mask(
     streams: DropoutStreams = STREAMS, rate: float = 0.1, layer: int = 3, site: str = "mlp_output", features: int = 512
 ) -> torch.Tensor:
-    return streams.keep_mask(rate, layer, site, 64, torch.arange(features))
+    return streams.of_layer(layer).keep_mask(rate, site, 64, torch.arange(features))
 
 
 def assert_share(kept: torch.Tensor, probability: float) -> None:
@@ -85,28 +86,28 @@ def test_each_sample_has_its_mask_wherever_it_stands() -> None:
 
 
 def test_a_shorter_sequence_has_the_same_beginning() -> None:
-    short = STREAMS.keep_mask(0.1, 3, "mlp_output", 10, torch.arange(512))
+    short = STREAMS.of_layer(3).keep_mask(0.1, "mlp_output", 10, torch.arange(512))
     assert torch.equal(short, mask()[:, :10])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_features_get_their_slices(ranks: int) -> None:
     parts = torch.arange(512).chunk(ranks)
-    together = torch.cat([STREAMS.keep_mask(0.1, 3, "mlp_output", 64, part) for part in parts], dim=2)
+    together = torch.cat([STREAMS.of_layer(3).keep_mask(0.1, "mlp_output", 64, part) for part in parts], dim=2)
     assert torch.equal(together, mask())
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_heads_get_their_slices(ranks: int) -> None:
-    whole = attention_keep_mask(0.1, STREAMS, 2, 24, first_head=0, num_heads=8)
+    whole = attention_keep_mask(0.1, LAYER, 24, first_head=0, num_heads=8)
     assert whole.shape == (4, 8, 24, 24)
     size = 8 // ranks
-    parts = [attention_keep_mask(0.1, STREAMS, 2, 24, first_head=r * size, num_heads=size) for r in range(ranks)]
+    parts = [attention_keep_mask(0.1, LAYER, 24, first_head=r * size, num_heads=size) for r in range(ranks)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
 def test_heads_are_independent() -> None:
-    heads = attention_keep_mask(0.1, STREAMS, 2, 96, first_head=0, num_heads=6)
+    heads = attention_keep_mask(0.1, LAYER, 96, first_head=0, num_heads=6)
     assert_share(heads, 0.9)
     for a, b in itertools.combinations(range(6), 2):
         assert_independent(heads[:, a], heads[:, b], 0.1)
@@ -114,22 +115,22 @@ def test_heads_are_independent() -> None:
 
 @pytest.mark.parametrize("piece", [1, 1000, 1 << 12])
 def test_the_size_of_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    hidden, heads = mask(), attention_keep_mask(0.1, STREAMS, 2, 24, first_head=1, num_heads=3)
+    hidden, heads = mask(), attention_keep_mask(0.1, LAYER, 24, first_head=1, num_heads=3)
     monkeypatch.setattr(dropout_module, "_CPU_PIECE_ELEMENTS", piece)
     assert torch.equal(mask(), hidden)
-    assert torch.equal(attention_keep_mask(0.1, STREAMS, 2, 24, first_head=1, num_heads=3), heads)
+    assert torch.equal(attention_keep_mask(0.1, LAYER, 24, first_head=1, num_heads=3), heads)
 
 
 def test_the_mask_of_this_version_is_the_mask_of_the_last() -> None:
     """A resumed run must drop what it would have dropped: these bits are part of what a checkpoint promises."""
-    bits = STREAMS.keep_mask(0.5, 0, "attention_output", 2, torch.arange(16))[0].int()
+    bits = STREAMS.of_layer(0).keep_mask(0.5, "attention_output", 2, torch.arange(16))[0].int()
     assert ["".join(map(str, row.tolist())) for row in bits] == PINNED
 
 
 def test_kept_elements_are_scaled_and_pass_gradients() -> None:
     x = torch.randn(4, 64, 512, requires_grad=True)
-    dropped = dropout(x, 0.25, STREAMS, 1, "embedding")
-    kept = STREAMS.keep_mask(0.25, 1, "embedding", 64, torch.arange(512))
+    dropped = dropout(x, 0.25, STREAMS.of_layer(1), "embedding")
+    kept = STREAMS.of_layer(1).keep_mask(0.25, "embedding", 64, torch.arange(512))
     torch.testing.assert_close(dropped, torch.where(kept, x / 0.75, 0.0))
     dropped.sum().backward()
     torch.testing.assert_close(x.grad, kept / 0.75)
@@ -137,6 +138,6 @@ def test_kept_elements_are_scaled_and_pass_gradients() -> None:
 
 def test_evaluation_and_rate_zero_drop_nothing() -> None:
     x = torch.randn(4, 8, 16)
-    assert dropout(x, 0.1, None, 0, "embedding") is x
-    assert dropout(x, 0.0, STREAMS, 0, "embedding") is x
+    assert dropout(x, 0.1, None, "embedding") is x
+    assert dropout(x, 0.0, LAYER, "embedding") is x
     assert mask(rate=1e-12).all()

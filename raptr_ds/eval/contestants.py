@@ -1,0 +1,152 @@
+"""Who takes part in the benchmark: our training step, and two other stacks on the same weights and batch."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.batch import MicroBatch, StepBatch
+from raptr_ds.data.loader import Loader
+from raptr_ds.engine.plain_deepspeed import PlainDeepSpeed
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.errors import ConfigError
+from raptr_ds.eval.huggingface import hugging_face_inputs, to_hugging_face
+from raptr_ds.model.stage import build_stage
+from raptr_ds.parallel.agreement import PathAgreement
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.megatron_stack import MegatronStack, rename_to_megatron
+from raptr_ds.parallel.topology import stage_layers
+from raptr_ds.paths import Path
+from raptr_ds.rng import stream
+
+_STEPS_AHEAD = 1 << 40  # agreement never reaches the run's end
+
+Weights = dict[str, torch.Tensor]
+
+
+class OurStep:
+    """A training step as the training loop makes it: agree on the path, take the batch, then the engine's step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        groups: ProcessGroups,
+        config: RunConfig,
+        lengths: Sequence[int],
+        loader: Loader | None,
+    ) -> None:
+        self._engine, self._config, self._lengths, self._loader = engine, config, lengths, loader
+        depth, parallel = config.model.num_layers, config.parallel
+        self._stages = stage_layers(depth, groups.topology.pipeline, parallel.pipeline_layers)
+        self._agreement = PathAgreement(groups, self._words_at, lambda: False, _STEPS_AHEAD)
+        self._step = 0
+
+    def _words_at(self, step: int) -> np.ndarray:
+        """Return the path of a step: the lengths in turn, the same share of layers in every pipeline stage."""
+        length = self._lengths[step % len(self._lengths)]
+        return balanced_path(self._stages, length, stream(0, "bench", step)).encode()
+
+    def run(self, batch: StepBatch, path_length: int) -> tuple[float, float]:
+        """Train the next step, which is of this length; return the seconds that agreement and loader kept it waiting.
+
+        The loader's batch is taken and left: all steps train on the same one.
+        """
+        start = time.perf_counter()
+        path = Path.decode(self._agreement.at(self._step).words)
+        agreed = time.perf_counter()
+        if self._loader is not None:
+            self._loader.at(self._step)
+        loaded = time.perf_counter()
+        assert path.length == path_length, (path, path_length)
+        self._engine.train_step(batch, path, self._step, self._config.optimizer["params"]["lr"])
+        self._step += 1
+        return agreed - start, loaded - agreed
+
+
+def balanced_path(stages: Sequence[range], length: int, rng: np.random.Generator) -> Path:
+    """Return a random path of `length` layers, as nearly as it divides the same share of each stage's layers."""
+    depth = stages[-1].stop
+    layers: list[int] = []
+    for stage in stages:
+        # Rounding what all layers up to here should give keeps the sum exact.
+        count = (2 * stage.stop * length + depth) // (2 * depth) - len(layers)
+        layers += sorted(stage.start + int(n) for n in rng.permutation(len(stage))[:count])
+    return Path(tuple(layers), depth)
+
+
+class Contestant(Protocol):
+    """Another stack: the loss of a micro batch, and a whole training step."""
+
+    name: str
+    model: Any
+
+    def loss(self, micro: MicroBatch) -> torch.Tensor:
+        """Return the mean loss of a micro batch, through every layer."""
+        ...
+
+    def run(self, batch: StepBatch) -> float:
+        """Train one step and return its loss."""
+        ...
+
+
+class _PlainStep:
+    """A step by plain DeepSpeed with the run's own optimizer, ZeRO stage and precision."""
+
+    def __init__(self, module: nn.Module, config: RunConfig) -> None:
+        self._deepspeed = PlainDeepSpeed(module.train(), config.deepspeed)
+        self.model: Any = self._deepspeed.engine
+
+    def loss(self, micro: MicroBatch) -> torch.Tensor:
+        raise NotImplementedError
+
+    def run(self, batch: StepBatch) -> float:
+        """Train one step and return its loss, the mean over all predicted positions."""
+        batch = batch.to(self.model.device)
+        share = len(batch.micro_batches) / batch.num_predictions
+        return self._deepspeed.step(self.loss(m) * (m.num_predictions * share) for m in batch.micro_batches)
+
+
+class HuggingFaceStep(_PlainStep):
+    """The same model in transformers, which computes the logits of every position, as its users get them."""
+
+    name = "Hugging Face + DeepSpeed"
+
+    def __init__(self, config: RunConfig, weights: Weights) -> None:
+        """Raises: ConfigError if transformers has no such model."""
+        self._model = config.model
+        super().__init__(to_hugging_face(config.model, weights), config)
+
+    def loss(self, micro: MicroBatch) -> torch.Tensor:
+        """Return the mean loss of a micro batch."""
+        return self.model(**hugging_face_inputs(self._model, micro)).loss
+
+
+class MegatronStep(_PlainStep):
+    """Megatron-core's transformer layers between our embedding and our head."""
+
+    name = "megatron-core layers + DeepSpeed"
+
+    def __init__(self, config: RunConfig, weights: Weights, groups: ProcessGroups) -> None:
+        """Raises: ConfigError for what the layers cannot do here."""
+        model = config.model
+        if model.hidden_dropout or model.attention_dropout:
+            raise ConfigError("megatron-core draws its dropout from a CUDA generator; compare without dropout.")
+        if config.parallel.activation_checkpointing:
+            raise ConfigError("megatron-core's layers are compared without activation checkpointing.")
+        assert model.ffn_hidden_size is not None
+        stage = build_stage(model, groups, range(model.num_layers), recompute=False, seed=0)
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "norm_epsilon")
+        kinds = ("normalization", "activation", "add_bias_linear")
+        layers = MegatronStack(groups, **{key: getattr(model, key) for key in (*names, *kinds)})
+        stage.layers = layers  # type: ignore[assignment]
+        stage.load_state_dict(rename_to_megatron(weights, is_gated=model.activation == "swiglu"))
+        self._path = Path.full(model.num_layers)
+        super().__init__(stage.to(groups.device), config)
+
+    def loss(self, micro: MicroBatch) -> torch.Tensor:
+        """Return the mean loss of a micro batch."""
+        return self.model(micro.tokens, micro, self._path, None).mean()

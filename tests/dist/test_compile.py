@@ -1,0 +1,35 @@
+"""Compiled layers in layouts: the trajectory of plain torch in one process, as every layout has without compiling."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raptr_ds.model.compiler import missing_compiler
+from tests.dist.test_layouts import LOSS, NORM, RUNS, reference
+from tests.dist.trajectory import run_case, weights_differ
+from tests.dist.workers import run_distributed
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_compiler() is not None, reason=f"cannot compile here: {missing_compiler()}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [
+        ("bert-freeze", {"zero": 2}),
+        ("ul2-freeze", {"tensor": 2, "zero": 1, "recompute": True}),
+        ("bert-zero_grad", {"pipeline": 2, "zero": 1}),
+    ],
+    ids=["DP2 ZeRO 2", "TP2 ZeRO 1, recompute", "PP2 ZeRO 1"],
+)
+def test_a_compiled_layout_follows_the_reference(run: str, changes: dict[str, Any]) -> None:
+    case = RUNS[run]
+    expected = reference(case)
+    found = run_distributed(run_case, 2, replace(case, compile=True, **changes), timeout=280)[0]
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=NORM)
+    assert found.eval_loss == pytest.approx(expected.eval_loss, rel=LOSS)
+    assert weights_differ(found.weights, expected.weights) < 0.02 * case.steps * case.learning_rate
