@@ -247,6 +247,43 @@ def mask_predicts_something(draft: Draft) -> str | None:
     )
 
 
+def kept_activations_are_recomputed_otherwise(draft: Draft) -> str | None:
+    """keep_activations_up_to is an exception from activation_checkpointing."""
+    kept = draft.parallel.keep_activations_up_to
+    if not kept or draft.parallel.activation_checkpointing:
+        return None
+    return (
+        f"raptr_ds.parallel.keep_activations_up_to={kept} has no use with activation_checkpointing=false, which keeps "
+        "all activations. Set activation_checkpointing to true, or remove keep_activations_up_to."
+    )
+
+
+def micro_batch_can_grow(draft: Draft) -> str | None:
+    """grow_micro_batch needs phases of known path length, one pipeline stage, and activations that are kept."""
+    path, parallel = draft.path, draft.parallel
+    if not parallel.grow_micro_batch:
+        return None
+    if path.method not in {"raptr", "constant"} or path.sampling == "bernoulli":
+        found = f"method='{path.method}'" + (f", sampling='{path.sampling}'" if path.method != "pld" else "")
+        return (
+            "raptr_ds.parallel.grow_micro_batch=true needs paths of a known length, raptr_ds.path.method 'raptr' or "
+            f"'constant' with sampling 'uniform' or 'balanced'; got {found}. Change these, or remove grow_micro_batch."
+        )
+    if parallel.pipeline_model_parallel_size > 1:
+        return (
+            "raptr_ds.parallel.grow_micro_batch=true with pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} would leave fewer micro batches to fill the pipeline. Set "
+            "pipeline_model_parallel_size to 1, or remove grow_micro_batch."
+        )
+    if parallel.activation_checkpointing:
+        return (
+            "raptr_ds.parallel.grow_micro_batch=true with activation_checkpointing=true: recomputation leaves few "
+            "activations for a short path to free. Remove one; keep_activations_up_to switches recomputation off for "
+            "short paths."
+        )
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden,
     rotary_needs_even_head,
@@ -265,6 +302,8 @@ RULES: tuple[Rule, ...] = (
     constant_length_fits,
     full_warmup_said_once,
     full_warmup_ends,
+    kept_activations_are_recomputed_otherwise,
+    micro_batch_can_grow,
     denoisers_are_complete,
     mask_predicts_something,
     *TRAINING_RULES,

@@ -84,6 +84,12 @@ class ParallelSection(Section):
     """Layers of each pipeline stage. Derived: as even as possible, larger stages first."""
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass instead of keeping them."""
+    keep_activations_up_to: CountOrZero = 0
+    """With activation_checkpointing: where a path has at most so many layers on a pipeline stage nothing is recomputed.
+    Short paths then use the memory that recomputation of the full path needs; tools/plan.py tells what fits."""
+    grow_micro_batch: bool = False
+    """raptr, constant: in phases of shorter paths take larger micro batches, and fewer of them, as far as a micro batch
+    then keeps no more activations than train_micro_batch_size_per_gpu does on the full path. Same global batch."""
 
 
 class PathSection(Section):

@@ -1,6 +1,6 @@
 """The loader: a step's batch is a pure function of (seed, step, data-parallel rank), made ahead of time in threads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -134,8 +134,12 @@ class Loader:
         pad_id: int,
         num_workers: int,
         prefetch: int,
+        micro_batch_at: Callable[[int], int] | None = None,
     ) -> None:
-        """Start `num_workers` threads that keep the next `prefetch` steps ready; none if it is 0."""
+        """Start `num_workers` threads that keep the next `prefetch` steps ready; none if it is 0.
+
+        micro_batch_at: the sequences of a micro batch in a training step, where they are not the geometry's.
+        """
         assert 0 <= dp_rank < geometry.data_parallel, (dp_rank, geometry.data_parallel)
         self._train = train
         self._validation = validation
@@ -144,6 +148,7 @@ class Loader:
         self._seq_length = seq_length
         self._pad_id = pad_id
         self._prefetch = prefetch
+        self._micro_batch_at = micro_batch_at
         self._threads = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
         self._ahead: dict[int, Future[StepBatch]] = {}
 
@@ -153,19 +158,19 @@ class Loader:
         Raises: what making this batch raised, also if it was made ahead in a thread; DataError for damaged tokens.
         """
         if self._threads is None:
-            return self._make(self._train, step)
+            return self._training_batch(step)
         ready = self._ahead.pop(step, None)
         wanted = range(step + 1, step + 1 + self._prefetch)
         for other in [n for n in self._ahead if n not in wanted]:
             self._ahead.pop(other).cancel()
         for other in wanted:
             if other not in self._ahead:
-                self._ahead[other] = self._threads.submit(self._make, self._train, other)
-        return ready.result() if ready is not None else self._make(self._train, step)
+                self._ahead[other] = self._threads.submit(self._training_batch, other)
+        return ready.result() if ready is not None else self._training_batch(step)
 
     def validation(self, index: int) -> StepBatch:
         """Return validation batch `index`: held-out text, the same at every step and for every seed."""
-        return self._make(self._validation, index)
+        return self._make(self._validation, index, self._geometry.micro_batch)
 
     def close(self) -> None:
         """End the threads."""
@@ -179,14 +184,19 @@ class Loader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _make(self, samples: Samples, step: int) -> StepBatch:
-        micro_batches = (self._micro_batch(samples, step, number) for number in range(self._geometry.accumulation))
-        return StepBatch(tuple(micro_batches))
+    def _training_batch(self, step: int) -> StepBatch:
+        size = self._geometry.micro_batch if self._micro_batch_at is None else self._micro_batch_at(step)
+        return self._make(self._train, step, size)
 
-    def _micro_batch(self, samples: Samples, step: int, number: int) -> MicroBatch:
-        geometry = self._geometry
-        first = step * geometry.global_batch + (number * geometry.data_parallel + self._dp_rank) * geometry.micro_batch
-        ids = range(first, first + geometry.micro_batch)
+    def _make(self, samples: Samples, step: int, size: int) -> StepBatch:
+        share = size * self._geometry.data_parallel
+        assert self._geometry.global_batch % share == 0, (self._geometry, size)
+        first = step * self._geometry.global_batch + self._dp_rank * size
+        starts = (first + number * share for number in range(self._geometry.global_batch // share))
+        return StepBatch(tuple(self._micro_batch(samples, start, size) for start in starts))
+
+    def _micro_batch(self, samples: Samples, first: int, size: int) -> MicroBatch:
+        ids = range(first, first + size)
         return collate([samples[i] for i in ids], ids, self._seq_length, self._pad_id)
 
 
@@ -253,6 +263,7 @@ def build_loader(
     seed: int,
     dp_rank: int,
     tokenizer: Tokenizer | None = None,
+    micro_batch_at: Callable[[int], int] | None = None,
 ) -> Loader:
     """Open the data of a run for one data-parallel rank; everything is checked here, before the first step.
 
@@ -271,4 +282,5 @@ def build_loader(
         pad_id=tokenizer.pad_id,
         num_workers=data.num_workers,
         prefetch=data.prefetch,
+        micro_batch_at=micro_batch_at,
     )

@@ -31,6 +31,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         recompute=config.parallel.activation_checkpointing,
         seed=config.train.seed,
         compiled=config.train.compile,
+        keep_activations_up_to=config.parallel.keep_activations_up_to,
     )
     engine_class = PipelineEngine if groups.topology.pipeline > 1 else ZeroEngine
     return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)

@@ -29,6 +29,7 @@ class ZeroEngine(DeepSpeedState):
         """Train step `step` along `path`."""
         engine: Any = self.engine
         self.begin_step(path, learning_rate)
+        self._accumulate_over(len(batch.micro_batches))
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
         weight = self.loss_weight(batch, count)
@@ -44,6 +45,13 @@ class ZeroEngine(DeepSpeedState):
         dist.all_reduce(total, group=self.groups.data)
         share = len(batch.micro_batches) * self.groups.topology.data
         return self.result(total.item() / share, count)
+
+    def _accumulate_over(self, num_micro_batches: int) -> None:
+        """Tell DeepSpeed how many micro batches make this step; it counts them to know when to reduce and step."""
+        engine: Any = self.engine
+        if engine.gradient_accumulation_steps() != num_micro_batches:
+            engine._config.gradient_accumulation_steps = num_micro_batches
+            engine.micro_steps = 0  # it looks at the remainder by the number of micro batches
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:

@@ -40,8 +40,8 @@ class OurStep:
         loader: Loader | None,
     ) -> None:
         self._engine, self._config, self._lengths, self._loader = engine, config, lengths, loader
-        depth, parallel = config.model.num_layers, config.parallel
-        self._stages = stage_layers(depth, groups.topology.pipeline, parallel.pipeline_layers)
+        assert config.parallel.pipeline_layers is not None, "not derived"
+        self._stages = stage_layers(config.parallel.pipeline_layers)
         self._agreement = PathAgreement(groups, self._words_at, lambda: False, _STEPS_AHEAD)
         self._step = 0
 

@@ -17,10 +17,17 @@ class Stack(nn.ModuleDict):
     """Blocks keyed by their global layer index, so that a parameter has the same name in every layout."""
 
     def __init__(
-        self, model: ModelSpec, groups: ProcessGroups, layers: Iterable[int], recompute: bool, compiled: bool
+        self,
+        model: ModelSpec,
+        groups: ProcessGroups,
+        layers: Iterable[int],
+        recompute: bool,
+        compiled: bool,
+        keep_activations_up_to: int = 0,
     ) -> None:
+        """recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here."""
         super().__init__({str(layer): Block(model, groups) for layer in layers})
-        self.recompute = recompute
+        self.recompute, self.keep_activations_up_to = recompute, keep_activations_up_to
         self.has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
         if compiled:
             for block in self.values():
@@ -37,12 +44,12 @@ class Stack(nn.ModuleDict):
         """Run the layers of the path that are here, in order; the others do no work. Shapes: x (b, T, H)."""
         # Tensors on the CPU, whose values no graph contains and no device waits for; fp64 leaves x's type alone.
         scale = None if path.residual_scale == 1.0 else torch.tensor(path.residual_scale, dtype=torch.float64)
-        for name, block in self.items():
-            layer = int(name)
-            if not path.is_active(layer):
-                continue
+        active = path.active_in(map(int, self))
+        recompute = self.recompute and len(active) > self.keep_activations_up_to and torch.is_grad_enabled()
+        for layer in active:
+            block = self[str(layer)]
             masks = streams.of_layer(layer) if streams is not None and self.has_dropout else None
-            if self.recompute and torch.is_grad_enabled():
+            if recompute:
                 # Path and dropout are arguments, never drawn inside: the recomputation sees the same ones.
                 x = checkpoint(block, x, mask, rotary, masks, scale, use_reentrant=False, preserve_rng_state=False)
             else:

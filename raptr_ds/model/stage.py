@@ -26,7 +26,13 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, model: ModelSpec, groups: ProcessGroups, layers: range, recompute: bool = False, compiled: bool = False
+        self,
+        model: ModelSpec,
+        groups: ProcessGroups,
+        layers: range,
+        recompute: bool = False,
+        compiled: bool = False,
+        keep_activations_up_to: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -35,7 +41,7 @@ class Stage(nn.Module):
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
             self.embedding = Embedding(model, groups)
-        self.layers = Stack(model, groups, layers, recompute, compiled)
+        self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to)
         self.head = self.architecture.build_head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
@@ -75,13 +81,20 @@ def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor 
 
 
 def build_stage(
-    model: ModelSection, groups: ProcessGroups, layers: range, recompute: bool, seed: int, compiled: bool = False
+    model: ModelSection,
+    groups: ProcessGroups,
+    layers: range,
+    recompute: bool,
+    seed: int,
+    compiled: bool = False,
+    keep_activations_up_to: int = 0,
 ) -> Stage:
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name).
 
-    recompute: activations in the backward pass. compiled: by torch.compile, each block when it first runs.
+    recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here.
+    compiled: by torch.compile, each block when it first runs.
     """
     spec = ModelSpec.of(model)
-    stage = Stage(spec, groups, layers, recompute, compiled)
+    stage = Stage(spec, groups, layers, recompute, compiled, keep_activations_up_to)
     initialize(stage, spec, seed)
     return stage

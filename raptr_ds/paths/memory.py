@@ -5,7 +5,7 @@ runs it; fused kernels on a GPU keep the same or less. Not counted: the allocato
 framework itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raptr_ds.paths.cost import ModelShape, layer_parameters, outer_parameters
 from raptr_ds.paths.step_time import Layout
@@ -114,6 +114,24 @@ def _micro_batches_in_flight(layout: Layout, stage: int) -> float:
         return min(layout.num_stages - stage, layout.num_micro_batches)
     ahead = 2 * (layout.num_stages - stage - 1) + (layout.num_chunks - 1) * layout.num_stages + 1
     return min(ahead, layout.num_micro_batches * layout.num_chunks) / layout.num_chunks
+
+
+def largest_micro_batch(
+    shape: ModelShape, layout: Layout, state: TrainingState, path_length: int, predicted_per_sequence: float
+) -> int:
+    """Return the largest micro batch that keeps no more activations on a path than the layout's does on the full path.
+
+    It is the layout's times a divisor of the number of micro batches, so that the global batch stays. One stage only.
+    """
+    assert layout.num_stages == 1, layout
+
+    def needed(times: int, num_active: int) -> float:
+        larger = replace(layout, micro_batch=times * layout.micro_batch)
+        return activation_bytes(shape, larger, state, 0, num_active, predicted_per_sequence)
+
+    most = needed(1, shape.num_layers)
+    divisors = (times for times in range(1, layout.num_micro_batches + 1) if layout.num_micro_batches % times == 0)
+    return layout.micro_batch * max(times for times in divisors if times == 1 or needed(times, path_length) <= most)
 
 
 def rank_memory(

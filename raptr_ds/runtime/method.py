@@ -10,7 +10,7 @@ from raptr_ds.data.masked_lm import mean_predictions as mean_masked
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
-from raptr_ds.paths.memory import TrainingState
+from raptr_ds.paths.memory import TrainingState, largest_micro_batch
 from raptr_ds.paths.plan import Setting
 from raptr_ds.paths.step_time import Device, Layout
 
@@ -95,6 +95,17 @@ def layout_of(config: RunConfig) -> Layout:
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
     )
+
+
+def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
+    """Return the sequences of a micro batch in each phase: the run file's, or more where it may grow."""
+    phases, base = method.phases.phases, config.batch.micro_batch
+    if not config.parallel.grow_micro_batch:
+        return tuple(base for _ in phases)
+    layout, shape, state = layout_of(config), shape_of(config), training_state_of(config)
+    predicted = predictions_per_sequence(config)
+    lengths = [config.model.num_layers if phase.path_length is None else phase.path_length for phase in phases]
+    return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
 
 
 def training_state_of(config: RunConfig) -> TrainingState:

@@ -17,10 +17,11 @@ from raptr_ds.errors import CheckpointError, Exit
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod
 from raptr_ds.paths.cost import expected_flops_left, num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
-from raptr_ds.runtime.method import left_out_layers, path_method_of, shape_of
+from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.progress import build_progress
@@ -70,7 +71,7 @@ class Session:
                 path=path,
                 step_seconds=seconds,
                 step_tokens=self.cost.tokens,
-                step_flops=self.cost.flops(path.length, result.num_predictions),
+                step_flops=self.cost.flops(path, result.num_predictions),
                 tokens=state.tokens,
                 flops=state.flops,
                 full_flops=state.full_flops,
@@ -150,6 +151,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         folder = FilePath(str(config.train.save))
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
+        method = together(groups, lambda: path_method_of(config))
+        micro_batches = micro_batches_of(config, method)
         batches = together(
             groups,
             lambda: build_loader(
@@ -160,15 +163,17 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 seed=config.train.seed,
                 dp_rank=groups.data_rank,
                 tokenizer=tokenizer,
+                micro_batch_at=lambda step: micro_batches[method.phase_at(step).index],
             ),
         )
         stack.enter_context(batches)
-        method = together(groups, lambda: path_method_of(config))
         together(groups, lambda: prepare_run_folder(folder, groups.rank))
         progress = build_progress(config.log.progress) if groups.rank == 0 else None
         if progress is not None:
             for line in (*_introduction(config, groups), *left_out_layers(method)):
                 progress.say(line)
+            if config.parallel.grow_micro_batch:
+                progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
         engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print
         checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
@@ -182,7 +187,13 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             write_config(folder, config.resolved())
             if state.step:
                 progress.say(f"continuing after step {state.step}")
-        cost = StepCost(shape_of(config), config.batch.global_batch, parallel.activation_checkpointing)
+        cost = StepCost(
+            shape_of(config),
+            config.batch.global_batch,
+            parallel.activation_checkpointing,
+            parallel.keep_activations_up_to,
+            tuple(stage_layers(parallel.pipeline_layers or ())),
+        )
         typical_predictions = batches.validation(0).num_predictions * config.batch.data_parallel
         metrics = Metrics(
             folder if groups.rank == 0 else None,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raptr_ds.engine.protocol import StepResult
-from raptr_ds.paths.cost import ModelShape, step_flops
+from raptr_ds.paths.cost import ModelShape, layer_forward_flops, step_flops
 from raptr_ds.paths.path import Path
 
 
@@ -62,20 +62,33 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What steps of this run cost: the model's shape, sequences in a global batch, recomputation."""
+    """What steps of this run cost: the model's shape, sequences in a global batch, recomputation.
+
+    keep_up_to: active layers of a pipeline stage up to which none is recomputed; stages: the layers of each.
+    """
 
     shape: ModelShape
     num_sequences: int
     recompute: bool
+    keep_up_to: int = 0
+    stages: tuple[range, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Positions of a global batch."""
         return self.num_sequences * self.shape.seq_length
 
-    def flops(self, path_length: int, num_predicted: int) -> int:
-        """Return the FLOPs of a step."""
-        return step_flops(self.shape, path_length, self.num_sequences, num_predicted, self.recompute)
+    def flops(self, path: Path, num_predicted: int) -> int:
+        """Return the FLOPs of a step along `path`."""
+        recomputed = self._recomputed_layers(path) * self.num_sequences * layer_forward_flops(self.shape)
+        return recomputed + step_flops(self.shape, path.length, self.num_sequences, num_predicted)
+
+    def _recomputed_layers(self, path: Path) -> int:
+        if not self.recompute:
+            return 0
+        stages = self.stages or (range(path.num_layers),)
+        counts = [len(path.active_in(layers)) for layers in stages]
+        return sum(count for count in counts if count > self.keep_up_to)
 
     def after(self, state: RunState, result: StepResult, path: Path) -> RunState:
         """Return where the run stands after a step along `path`."""
@@ -83,8 +96,8 @@ class StepCost:
             state,
             step=state.step + 1,
             tokens=state.tokens + self.tokens,
-            flops=state.flops + self.flops(path.length, result.num_predictions),
-            full_flops=state.full_flops + self.flops(path.num_layers, result.num_predictions),
+            flops=state.flops + self.flops(path, result.num_predictions),
+            full_flops=state.full_flops + self.flops(Path.full(path.num_layers), result.num_predictions),
             skipped_steps=state.skipped_steps + int(result.skipped),
             skipped_in_row=state.skipped_in_row + 1 if result.skipped else 0,
         )

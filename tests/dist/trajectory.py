@@ -36,6 +36,8 @@ class Case:
     micro_batch: int = 2
     global_batch: int = 12
     recompute: bool = False
+    keep_activations_up_to: int = 0
+    micro_batches: tuple[int, ...] = ()  # of each phase, where they grow
     compile: bool = False
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
@@ -117,7 +119,7 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
-    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED, case.compile)
+    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED, case.compile, case.keep_activations_up_to)
     if case.engine == "reference":
         return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)
     config: dict[str, Any] = {
@@ -168,11 +170,12 @@ def sample(case: Case, number: int) -> Sample:
 
 def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
     """Return this rank's share of a step's batch."""
-    share = case.micro_batch * groups.topology.data
+    size = case.micro_batches[path_method(case).phase_at(step).index] if case.micro_batches else case.micro_batch
+    share = size * groups.topology.data
     micro_batches = []
     for number in range(case.global_batch // share):
-        first = step * case.global_batch + number * share + groups.data_rank * case.micro_batch
-        ids = range(first, first + case.micro_batch)
+        first = step * case.global_batch + number * share + groups.data_rank * size
+        ids = range(first, first + size)
         micro_batches.append(collate([sample(case, i) for i in ids], ids, SEQ_LENGTH, 0))
     return StepBatch(tuple(micro_batches))
 

@@ -85,6 +85,29 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             f"{P}sampling=balanced {P}balance_stages=12",
         ),
     ],
+    "kept_activations_are_recomputed_otherwise": [
+        (
+            1,
+            f"{R}keep_activations_up_to=4",
+            ["keep_activations_up_to=4", "activation_checkpointing=false", "Set activation_checkpointing to true"],
+            f"{R}keep_activations_up_to=4 {R}activation_checkpointing=true",
+        ),
+    ],
+    "micro_batch_can_grow": [
+        (1, f"{R}grow_micro_batch=true {P}sampling=bernoulli", ["sampling='bernoulli'"], f"{R}grow_micro_batch=true"),
+        (
+            2,
+            f"{R}grow_micro_batch=true {R}pipeline_model_parallel_size=2",
+            ["pipeline_model_parallel_size=2", "Set pipeline_model_parallel_size to 1"],
+            f"{R}grow_micro_batch=true",
+        ),
+        (
+            1,
+            f"{R}grow_micro_batch=true {R}activation_checkpointing=true",
+            ["keep_activations_up_to switches recomputation off"],
+            f"{R}activation_checkpointing=true {R}keep_activations_up_to=6",
+        ),
+    ],
     "schedule_is_written_well": [
         (1, f"{P}schedule=6,8,12", ["'6,8,12'", "joined by '-'", "'6-8-10-12'"], f"{P}schedule=6-8-12"),
         (1, f"{P}schedule=0-12", ["'0-12'", "from 1"], f"{P}schedule=2-12"),

@@ -134,6 +134,25 @@ def test_the_same_samples_whatever_the_batch_size(data_folder: Path) -> None:
     assert small == large
 
 
+def test_micro_batches_of_other_sizes_hold_the_same_samples(data_folder: Path) -> None:
+    """A step may be cut up in another way: each rank still has its share, and evaluation keeps the geometry's."""
+    sizes, steps = {0: 6, 1: 3, 2: 1}, range(3)
+    usual = [loader(data_folder, batch=geometry(1, 6, 2), dp_rank=rank) for rank in range(2)]
+    other = [
+        loader(
+            data_folder, batch=geometry(1, 6, 2), dp_rank=rank, micro_batch_at=sizes.__getitem__, num_workers=workers
+        )
+        for rank, workers in ((0, 0), (1, 1))
+    ]
+    for step in steps:
+        batches = [one.at(step) for one in other]
+        assert [[len(m.tokens) for m in b.micro_batches] for b in batches] == [[sizes[step]] * (6 // sizes[step])] * 2
+        assert by_sample(batches) == by_sample([one.at(step) for one in usual])
+    assert same(other[0].validation(0), usual[0].validation(0))
+    for one in other:
+        one.close()
+
+
 def test_blends_take_their_share_of_each_folder(data_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     settings = PreparationSettings(tokenizer_path=str(data_folder / "tokenizer.model"))
@@ -160,10 +179,10 @@ def test_an_error_in_a_thread_surfaces_in_the_caller(data_folder: Path, monkeypa
     one = loader(data_folder, num_workers=1)
     make = one._make
 
-    def fail_at_two(samples: Any, step: int) -> StepBatch:
+    def fail_at_two(samples: Any, step: int, size: int) -> StepBatch:
         if step == 2:
             raise DataError("damaged")
-        return make(samples, step)
+        return make(samples, step, size)
 
     monkeypatch.setattr(one, "_make", fail_at_two)
     with one:

@@ -5,7 +5,7 @@ import pytest
 from raptr_ds.paths import Path, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
-from raptr_ds.paths.memory import TrainingState, activation_bytes, rank_memory
+from raptr_ds.paths.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
 from raptr_ds.paths.plan import Setting, fullest_rank, plan_run, propose_schedule
 from raptr_ds.paths.step_time import Device, Layout
 
@@ -112,3 +112,22 @@ def test_a_saving_out_of_reach_has_no_schedule():
     assert propose_schedule(12, 2, 0.25, saved_by) == (6, 8, 10, 12)
     assert propose_schedule(12, 2, 0.8, saved_by) is None
     assert propose_schedule(2, 2, 0.2, saved_by) is None
+
+
+def test_micro_batches_grow_into_what_a_short_path_frees():
+    state = TrainingState(4)
+    layout = Layout((12,), 2, 12)
+
+    def kept(micro_batch, path_length):
+        return activation_bytes(SHAPE, Layout((12,), micro_batch, 1), state, 0, path_length, 5)
+
+    sizes = {length: largest_micro_batch(SHAPE, layout, state, length, 5) for length in (1, 3, 4, 6, 8, 12)}
+    assert sizes[12] == 2
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for length, size in sizes.items():
+        assert 24 % size == 0  # the sequences of a step on this rank
+        assert kept(size, length) <= kept(2, 12)
+        larger = min((times * 2 for times in (1, 2, 3, 4, 6, 12) if times * 2 > size), default=None)
+        assert larger is None or kept(larger, length) > kept(2, 12)
+    assert sizes[6] == 2  # the head's logits do not shrink with the path, so twice as many do not quite fit
+    assert largest_micro_batch(SHAPE, layout, state, 6, 0) == 4

@@ -1,0 +1,27 @@
+"""What a step costs where layers are recomputed, some or all."""
+
+from raptr_ds.paths import Path
+from raptr_ds.paths.cost import ModelShape, step_flops
+from raptr_ds.runtime.state import StepCost
+
+SHAPE = ModelShape("bert", 8, 16, 8, 50, 64)
+STAGES = (range(0, 4), range(4, 8))
+PATH = Path((0, 1, 3, 4, 7), 8)  # three layers on the first stage, two on the second
+
+
+def test_recomputed_layers_count_a_forward_pass_more() -> None:
+    plain, all_of_them = (StepCost(SHAPE, 4, recompute).flops(PATH, 9) for recompute in (False, True))
+    assert plain == step_flops(SHAPE, 5, 4, 9)
+    assert all_of_them == step_flops(SHAPE, 5, 4, 9, activation_checkpointing=True)
+
+
+def test_short_paths_are_not_recomputed() -> None:
+    def flops(keep_up_to: int, stages: tuple[range, ...] = ()) -> int:
+        return StepCost(SHAPE, 4, recompute=True, keep_up_to=keep_up_to, stages=stages).flops(PATH, 9)
+
+    kept, recomputed = step_flops(SHAPE, 5, 4, 9), step_flops(SHAPE, 5, 4, 9, activation_checkpointing=True)
+    assert flops(4) == recomputed
+    assert flops(5) == kept
+    assert flops(1, STAGES) == recomputed
+    assert flops(2, STAGES) == kept + (recomputed - kept) * 3 // 5  # the first stage has more
+    assert flops(3, STAGES) == kept
