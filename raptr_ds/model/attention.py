@@ -6,9 +6,10 @@ from torch.nn import functional
 
 from raptr_ds.model.rotary import rotate
 from raptr_ds.model.spec import ModelSpec
+from raptr_ds.parallel.cross_entropy import at_least_fp32
 from raptr_ds.parallel.dropout import LayerDropout, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, RowLinear, at_least_fp32
+from raptr_ds.parallel.layers import ColumnLinear, RowLinear
 
 
 class Attention(nn.Module):

@@ -11,12 +11,12 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
 
 
@@ -204,11 +204,6 @@ class RowLinear(RowParallelLinear):
         return super().forward(x)[0]
 
 
-def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Return x in fp32, or as it is where it is fp64 (tests compare formulas there)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
     """Return the vocabulary rows including the padding that makes the tensor ranks' shares equal."""
     tensor = groups.topology.tensor
@@ -251,14 +246,9 @@ def vocab_cross_entropy(
     Shapes: hidden (N, H); weight (V / tensor, H), this rank's rows; bias (V / tensor,); targets (N,) global token
     ids; returns (N,). Rows of padding take no part.
     """
-    if groups.topology.tensor == 1:
-        logits = at_least_fp32(functional.linear(hidden, weight, bias))
-        return functional.cross_entropy(logits, targets, reduction="none")
-    hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)
-    logits = at_least_fp32(functional.linear(hidden, weight, bias))
+    if groups.topology.tensor > 1:
+        hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)
     rows = weight.shape[0]
-    real_rows = max(0, min(rows, vocab_size - groups.tensor_rank * rows))
-    if real_rows < rows:
-        padding = torch.arange(rows, device=logits.device) >= real_rows
-        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-    return vocab_parallel_cross_entropy(logits, targets)
+    first_row = groups.tensor_rank * rows
+    real_rows = max(0, min(rows, vocab_size - first_row))
+    return cross_entropy(hidden, weight, bias, targets, first_row=first_row, real_rows=real_rows, group=groups.tensor)

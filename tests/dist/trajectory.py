@@ -10,7 +10,7 @@ import torch.distributed as dist
 from raptr_ds.config.derive import derive_model, derive_pipeline_layers
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import StepBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.reference import ReferenceEngine
@@ -39,6 +39,7 @@ class Case:
     keep_activations_up_to: int = 0
     micro_batches: tuple[int, ...] = ()  # of each phase, where they grow
     compile: bool = False
+    packed: bool = False
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
@@ -168,6 +169,17 @@ def sample(case: Case, number: int) -> Sample:
     )
 
 
+def packed_sample(case: Case, number: int) -> PackedSample:
+    """Return the same tokens as two examples that share the sequence."""
+    whole, cut = sample(case, number), 7
+    parts = []
+    for start, end in ((0, cut), (cut, len(whole.tokens))):
+        here = (whole.positions >= start) & (whole.positions < end)
+        prefix = end - start if case.architecture == "bert" else 1 + number % 3
+        parts.append(Sample(whole.tokens[start:end], whole.positions[here] - start, whole.targets[here], prefix))
+    return PackedSample(tuple(parts))
+
+
 def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
     """Return this rank's share of a step's batch."""
     size = case.micro_batches[path_method(case).phase_at(step).index] if case.micro_batches else case.micro_batch
@@ -176,7 +188,8 @@ def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
     for number in range(case.global_batch // share):
         first = step * case.global_batch + number * share + groups.data_rank * size
         ids = range(first, first + size)
-        micro_batches.append(collate([sample(case, i) for i in ids], ids, SEQ_LENGTH, 0))
+        make = packed_sample if case.packed else sample
+        micro_batches.append(collate([make(case, i) for i in ids], ids, SEQ_LENGTH, 0))
     return StepBatch(tuple(micro_batches))
 
 

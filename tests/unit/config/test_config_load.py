@@ -175,6 +175,8 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("raptr_ds.train.save=2024", ["raptr_ds.train.save=2024", "must be a string; put it in double quotes"]),
         ("raptr_ds.train.steps=-1", ["raptr_ds.train.steps=-1", "greater than 0"]),
         ("raptr_ds.log.tensorboard=yes", ["raptr_ds.log.tensorboard='yes'", "true or false"]),
+        ("raptr_ds.data.packing=documents", ["raptr_ds.data.packing='documents'", "true or false"]),
+        ("raptr_ds.train.compile=1", ["raptr_ds.train.compile=1", "true or false"]),
         ("raptr_ds.train=5", ["raptr_ds.train=5 (from --set) must be an object"]),
         ("raptr_ds=5", ["raptr_ds =5 is not an object"]),
         ("raptr_ds=null", ["raptr_ds is missing", "deepspeed_configs/"]),

@@ -1,0 +1,104 @@
+"""Cross-entropy over a vocabulary that may be split over tensor ranks: one buffer of logits, reused for everything.
+
+Plain torch holds logits, log-probabilities, the gradient of each and, below fp32, their fp32 copies. Here the logits
+become their exponentials where they stand, in pieces that stay in a core's cache, and these become the logits' gradient
+in the backward pass. The arithmetic is the same, to rounding.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+# On a CPU a piece of logits stays in a core's second-level cache; elsewhere it bounds the fp32 copies.
+_CPU_PIECE_ELEMENTS = 1 << 18
+_PIECE_ELEMENTS = 1 << 26
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    first_row: int,
+    real_rows: int,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Return each position's cross-entropy over the whole vocabulary, fp32 (fp64 for an fp64 model).
+
+    Shapes: hidden (N, H), the same on every rank of `group`; weight (rows, H) and bias (rows,), this rank's rows of
+    the vocabulary, from row `first_row` of it on, of which those from `real_rows` on are padding; targets (N,) global
+    ids; returns (N,). The gradient by `hidden` is this rank's part: whoever sums over the ranks does so before.
+    """
+    return _CrossEntropy.apply(hidden, weight, bias, targets, first_row, real_rows, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Saves exponentials of the logits; its backward pass consumes them, so it runs once."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        first_row: int,
+        real_rows: int,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        local = targets - first_row
+        is_here = (local >= 0) & (local < real_rows)
+        local = local.clamp(0, max(0, real_rows - 1))
+        weight_t = weight.t()
+        logits = hidden @ weight_t if bias is None else torch.addmm(bias, hidden, weight_t)
+        if real_rows < len(weight):
+            logits[:, real_rows:] = -torch.inf
+        largest = logits.amax(1)
+        if group.size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = _to_exponentials(logits, largest, local, is_here)
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(hidden, weight, local, is_here, sums)
+        ctx.exponentials, ctx.has_bias = logits, bias is not None
+        return sums[0].log() - sums[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
+        hidden, weight, local, is_here, (total, of_target) = ctx.saved_tensors
+        by_logits, ctx.exponentials = ctx.exponentials, None
+        assert by_logits is not None, "the backward pass of a cross-entropy runs once"
+        scale = gradients[0] / total
+        by_logits.mul_(scale.to(by_logits.dtype)[:, None])
+        # In fp32 from its parts: a probability near one, rounded to bf16, would leave nothing of the difference to one.
+        at_target = (scale * of_target.exp() - gradients[0]).to(by_logits.dtype)
+        elsewhere = by_logits.gather(1, local[:, None])
+        by_logits.scatter_(1, local[:, None], torch.where(is_here[:, None], at_target[:, None], elsewhere))
+        by_bias = by_logits.sum(0) if ctx.has_bias else None
+        return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None, None
+
+
+def _to_exponentials(
+    logits: torch.Tensor, largest: torch.Tensor, local: torch.Tensor, is_here: torch.Tensor
+) -> torch.Tensor:
+    """Turn logits (n, rows) into exp(logits - largest) in place; return this rank's sums and targets' logits (2, n)."""
+    sums = torch.empty(2, len(logits), dtype=at_least_fp32(largest).dtype, device=logits.device)
+    piece = _CPU_PIECE_ELEMENTS if logits.device.type == "cpu" else _PIECE_ELEMENTS
+    for start in range(0, len(logits), max(1, piece // logits.shape[1])):
+        here = slice(start, start + max(1, piece // logits.shape[1]))
+        working = at_least_fp32(logits[here])  # the same memory in fp32 and fp64
+        working -= largest[here, None]
+        sums[1, here] = torch.where(is_here[here], working.gather(1, local[here, None])[:, 0], 0.0)
+        torch.sum(working.exp_(), 1, out=sums[0, here])
+        if working.dtype != logits.dtype:
+            logits[here] = working
+    return sums
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Return x in fp32, or as it is where it is fp64 (tests compare formulas there)."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,67 @@
+"""Cross-entropy against plain torch: losses and all gradients, with and without bias and padding, in every type."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from raptr_ds.parallel import cross_entropy as module
+from raptr_ds.parallel.cross_entropy import cross_entropy
+
+N, HIDDEN, VOCAB = 37, 16, 61
+# Sums of tens of terms in another order; bf16 keeps 8 bits of each gradient.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+class Alone(dist.ProcessGroup):
+    """A group of one rank, in which nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+
+def inputs(dtype: torch.dtype, has_bias: bool, rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(N, HIDDEN), (rows, HIDDEN), *([(rows,)] if has_bias else [])]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("piece", [1, 200, 1 << 20])
+def test_losses_and_gradients_are_torchs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_bias: bool, padding: int, piece: int
+) -> None:
+    monkeypatch.setattr(module, "_CPU_PIECE_ELEMENTS", piece)
+    targets = torch.randint(0, VOCAB, (N,), generator=torch.Generator().manual_seed(2))
+    weights = torch.linspace(-1.0, 2.0, N, dtype=torch.float64)  # of each position: the gradient must follow it
+    given = inputs(dtype, has_bias, VOCAB + padding)
+    hidden, weight, *bias = given
+    losses = cross_entropy(
+        hidden, weight, bias[0] if bias else None, targets, first_row=0, real_rows=VOCAB, group=Alone()
+    )
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (losses * weights).sum().backward()
+
+    plain = [tensor.detach().double().requires_grad_() for tensor in given]
+    logits = functional.linear(plain[0], plain[1], plain[2] if has_bias else None)[:, :VOCAB]
+    expected = functional.cross_entropy(logits, targets, reduction="none")
+    (expected * weights).sum().backward()
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+    for tensor, oracle in zip(given, plain, strict=True):
+        assert tensor.grad is not None
+        assert oracle.grad is not None
+        assert (tensor.grad.double() - oracle.grad).abs().max() < tolerance * oracle.grad.abs().max()
+
+
+def test_a_sure_prediction_keeps_its_gradient_in_bf16() -> None:
+    """The gradient at a target of probability p is p - 1: 0.999 in bf16 is 1, and would leave none."""
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16)
+    weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    cross_entropy(hidden, weight, None, torch.tensor([0]), first_row=0, real_rows=2, group=Alone()).sum().backward()
+    assert weight.grad is not None
+    expected = torch.tensor(-7.0).exp() / (1 + torch.tensor(-7.0).exp())
+    torch.testing.assert_close(weight.grad[:, 0].float(), torch.stack([-expected, expected]), rtol=1e-2, atol=0)
