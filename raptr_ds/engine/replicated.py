@@ -111,7 +111,8 @@ class ReplicatedOptimizer:
             return
         factor = clip_factor(norm, self.max_norm) / scale
         for _, master, gradient in gradients:
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype) * factor
+            # In place where the gradient has the master's type already: nobody else reads it after this.
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype).mul_(factor)
         every = self.inner.param_groups
         self.inner.param_groups = [group for group in every if self.moves(group["layer"])]
         try:
