@@ -16,7 +16,7 @@ from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.paths.plan import RunPlan, Setting, plan_run, propose_schedule
+from raptr_ds.paths.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
 from raptr_ds.paths.step_time import Device
 from raptr_ds.runtime.advice import advice
 from raptr_ds.runtime.method import path_method_of, setting_of
@@ -36,6 +36,7 @@ def main() -> None:
         "--tflops", type=float, default=DEFAULT_TFLOPS, help="effective TFLOP/s of one device (default 400)"
     )
     parser.add_argument("--network", type=float, default=40.0, help="GB/s between machines, for a device (default 40)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device: tell what fits into it")
     parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
     arguments = parser.parse_args()
     if arguments.processes < 1:
@@ -51,6 +52,8 @@ def main() -> None:
         config, _ = _load(arguments.run_file, overrides, arguments.processes)
     setting = setting_of(config, device)
     print("\n".join(_report(config, setting, plan_run(path_method_of(config), setting), notes)))
+    if arguments.memory is not None:
+        print(f"\n{_what_fits(setting, arguments.memory)}")
     for line in advice(config, device):
         print(f"\n**Warning.** {line}")
 
@@ -85,6 +88,17 @@ def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) 
             f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, or shorten the full-model warm-up."
         )
     return "-".join(map(str, lengths))
+
+
+def _what_fits(setting: Setting, memory_gib: float) -> str:
+    count = keepable_layers(setting, memory_gib * _GIB)
+    deepest = max(setting.layout.stage_layers)
+    if count == deepest:
+        return f"- {memory_gib:g} GiB hold the full path without recomputation (raptr_ds.parallel.activation_checkpointing)"
+    return (
+        f"- {memory_gib:g} GiB hold {count} active layers of a pipeline stage without recomputation, of {deepest}: "
+        f"raptr_ds.parallel.activation_checkpointing=true keep_activations_up_to={count}"
+    )
 
 
 def _fraction(text: str) -> float:
@@ -135,14 +149,17 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         "",
         "Memory of the fullest rank, GiB:",
         "",
-        "| phase | of pipeline stage | weights | gradients | optimizer | activations | total |",
-        "|---|---|---|---|---|---|---|",
+        "| phase | micro batch | recomputation | of pipeline stage | weights | gradients | optimizer | activations | total |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for phase in plan.phases:
         memory = phase.memory
         values = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         cells = " | ".join(f"{value / _GIB:.2f}" for value in values)
-        lines.append(f"| {phase.phase.index} | {phase.fullest_stage} | {cells} |")
+        recomputation = "on" if phase.layout.recompute else "off"
+        lines.append(
+            f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputation} | {phase.fullest_stage} | {cells} |"
+        )
     return lines
 
 

@@ -1,7 +1,7 @@
 """Plan: what a run will execute, take and hold, phase by phase, against the standard run; nothing is launched."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +20,8 @@ _SAMPLED_STEPS = 64  # of a phase, whose paths stand for all of it
 class Setting:
     """All that a plan needs beside the paths: model, layout, device, and what one step trains on.
 
-    predicted_per_sequence: expected predicted positions of a sequence.
+    predicted_per_sequence: expected predicted positions of a sequence. keep_up_to: active layers of a pipeline stage up
+    to which none is recomputed. micro_batches: sequences of a micro batch in each phase, where they grow.
     """
 
     shape: ModelShape
@@ -28,6 +29,17 @@ class Setting:
     device: Device
     state: TrainingState
     predicted_per_sequence: float
+    keep_up_to: int = 0
+    micro_batches: tuple[int, ...] = ()
+
+    def in_phase(self, phase: Phase, most_active: int) -> "Setting":
+        """Return the setting of a phase whose paths have up to most_active layers on a pipeline stage."""
+        layout = self.layout
+        if self.micro_batches:
+            size = self.micro_batches[phase.index]
+            number = layout.micro_batch * layout.num_micro_batches // size
+            layout = replace(layout, micro_batch=size, num_micro_batches=number)
+        return replace(self, layout=replace(layout, recompute=layout.recompute and most_active > self.keep_up_to))
 
     @property
     def num_sequences(self) -> int:
@@ -51,6 +63,7 @@ class PhasePlan:
 
     phase: Phase
     path_length: float
+    layout: Layout
     step_flops: float
     step_seconds: float
     fullest_stage: int
@@ -113,21 +126,42 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     paths = [method.path_at(step) for step in steps]
     expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
     length = expected / phase.num_steps
+    setting = setting.in_phase(phase, int(active_by_stage(paths, setting.layout).max()))
     stage, memory = fullest_rank(paths, setting)
-    return PhasePlan(phase, length, setting.flops(length), float(setting.seconds(paths).total.mean()), stage, memory)
+    seconds = float(setting.seconds(paths).total.mean())
+    return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
+
+
+def active_by_stage(paths: Sequence[Path], layout: Layout) -> np.ndarray:
+    """Return the active layers of each pipeline stage, (paths, stages)."""
+    parts = active_in_parts(activity_table(paths), layout.stage_layers)
+    return parts.reshape(len(paths), layout.num_chunks, layout.num_stages).sum(axis=1)
 
 
 def fullest_rank(paths: Sequence[Path], setting: Setting) -> tuple[int, RankMemory]:
     """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
     layout = setting.layout
-    parts = active_in_parts(activity_table(paths), layout.stage_layers)
-    most = parts.reshape(len(paths), layout.num_chunks, layout.num_stages).sum(axis=1).max(axis=0)
+    most = active_by_stage(paths, layout).max(axis=0)
     held = [
         rank_memory(setting.shape, layout, setting.state, stage, int(count), setting.predicted_per_sequence)
         for stage, count in enumerate(most)
     ]
     stage = int(np.argmax([memory.total for memory in held]))
     return stage, held[stage]
+
+
+def keepable_layers(setting: Setting, memory_bytes: float) -> int:
+    """Return up to how many active layers on any pipeline stage fit into a rank's memory without recomputation."""
+    layout = replace(setting.layout, recompute=False)
+    deepest = max(sum(layout.stage_layers[stage :: layout.num_stages]) for stage in range(layout.num_stages))
+    for count in range(deepest, 0, -1):
+        needed = max(
+            rank_memory(setting.shape, layout, setting.state, stage, count, setting.predicted_per_sequence).total
+            for stage in range(layout.num_stages)
+        )
+        if needed <= memory_bytes:
+            return count
+    return 0
 
 
 def propose_schedule(

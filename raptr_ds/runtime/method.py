@@ -124,5 +124,11 @@ def training_state_of(config: RunConfig) -> TrainingState:
 def setting_of(config: RunConfig, device: Device) -> Setting:
     """Return what a plan of the run needs beside its paths."""
     return Setting(
-        shape_of(config), layout_of(config), device, training_state_of(config), predictions_per_sequence(config)
+        shape_of(config),
+        layout_of(config),
+        device,
+        training_state_of(config),
+        predictions_per_sequence(config),
+        keep_up_to=config.parallel.keep_activations_up_to,
+        micro_batches=micro_batches_of(config, path_method_of(config)),
     )
