@@ -94,7 +94,7 @@ def _what_fits(setting: Setting, memory_gib: float) -> str:
     count = keepable_layers(setting, memory_gib * _GIB)
     deepest = max(setting.layout.stage_layers)
     if count == deepest:
-        return f"- {memory_gib:g} GiB hold the full path without recomputation (raptr_ds.parallel.activation_checkpointing)"
+        return f"- {memory_gib:g} GiB hold the full path without recomputation"
     return (
         f"- {memory_gib:g} GiB hold {count} active layers of a pipeline stage without recomputation, of {deepest}: "
         f"raptr_ds.parallel.activation_checkpointing=true keep_activations_up_to={count}"
@@ -149,16 +149,16 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         "",
         "Memory of the fullest rank, GiB:",
         "",
-        "| phase | micro batch | recomputation | of pipeline stage | weights | gradients | optimizer | activations | total |",
+        "| phase | micro batch | recomputed | of pipeline stage | weights | gradients | optimizer | activations | total |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for phase in plan.phases:
         memory = phase.memory
         values = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         cells = " | ".join(f"{value / _GIB:.2f}" for value in values)
-        recomputation = "on" if phase.layout.recompute else "off"
+        recomputed = "yes" if phase.layout.recompute else "no"
         lines.append(
-            f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputation} | {phase.fullest_stage} | {cells} |"
+            f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputed} | {phase.fullest_stage} | {cells} |"
         )
     return lines
 

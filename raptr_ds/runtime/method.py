@@ -90,7 +90,8 @@ def layout_of(config: RunConfig) -> Layout:
         num_micro_batches=config.batch.accumulation,
         tensor=config.parallel.tensor_model_parallel_size,
         data=config.batch.data_parallel,
-        zero_stage=config.zero_stage,
+        # Stages 1 and 2 are left out where there is nobody to share with (engine/deepspeed_engine.py).
+        zero_stage=config.zero_stage if config.batch.data_parallel > 1 or config.zero_stage == 3 else 0,
         recompute=config.parallel.activation_checkpointing,
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
