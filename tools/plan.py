@@ -149,7 +149,7 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         "",
         "Memory of the fullest rank, GiB:",
         "",
-        "| phase | micro batch | recomputed | of pipeline stage | weights | gradients | optimizer | activations | total |",
+        "| phase | micro batch | recomputed | pipeline stage | weights | gradients | optimizer | activations | total |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for phase in plan.phases:
