@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,23 +66,35 @@ def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layout"),
+    ("architecture", "sampling", "layout"),
     [
-        ("bert", "raptr_ds.parallel.pipeline_model_parallel_size=2"),
-        ("ul2", "raptr_ds.parallel.tensor_model_parallel_size=2"),
-        ("ul2", "zero_optimization.stage=3"),
+        ("bert", "balanced", ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
+        ("ul2", "uniform", ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
+        ("ul2", "uniform", ["zero_optimization.stage=3"]),
+        (
+            "bert",
+            "uniform",
+            [
+                "zero_optimization.stage=2",
+                "train_micro_batch_size_per_gpu=1",
+                "raptr_ds.parallel.grow_micro_batch=true",
+            ],
+        ),
     ],
 )
 def test_a_layout_writes_the_losses_of_one_process(
-    architecture: str, layout: str, data_folder: Path, tmp_path: Path
+    architecture: str, sampling: str, layout: list[str], data_folder: Path, tmp_path: Path
 ) -> None:
     """Tolerance: fp32 summed in other orders over 6 steps, 1e-6 each at the most."""
     losses = {}
+    path: dict[str, Any] = {"schedule": "3-4-5", "sampling": sampling}
+    if sampling == "balanced":
+        path["balance_stages"] = 2  # or one process would balance over one
     for name in ("one", "two"):
         run = tmp_path / f"{name}.json"
         changes = {"train": {"steps": 6}, "model": {"architecture": architecture, "num_layers": 5}}
-        run.write_text(json.dumps(tiny_run(data_folder, tmp_path / name, **changes, path={"schedule": "3-4-5"})))
-        done = call(plain_command(run) if name == "one" else deepspeed_command(run, layout))
+        run.write_text(json.dumps(tiny_run(data_folder, tmp_path / name, **changes, path=path)))
+        done = call(plain_command(run) if name == "one" else deepspeed_command(run, *layout))
         assert done.returncode == 0, done.stdout + done.stderr
         losses[name] = [line.get("loss", line.get("eval_loss")) for line in lines_of(tmp_path / name)]
     assert len(losses["one"]) == 7
