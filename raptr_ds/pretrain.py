@@ -68,7 +68,7 @@ def train(session: Session) -> Exit:
             return Exit.CONTINUE_LATER
         started = time.perf_counter()
         learning_rate = session.learning_rate_at(state.step)
-        batch = session.batches.at(state.data_step)
+        batch = session.batches.at(state.step, state.data_offset_steps)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
         before, state = state, session.cost.after(state, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)

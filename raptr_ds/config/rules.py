@@ -263,11 +263,10 @@ def micro_batch_can_grow(draft: Draft) -> str | None:
     path, parallel = draft.path, draft.parallel
     if not parallel.grow_micro_batch:
         return None
-    if path.method not in {"raptr", "constant"} or path.sampling == "bernoulli":
-        found = f"method='{path.method}'" + (f", sampling='{path.sampling}'" if path.method != "pld" else "")
+    if path.sampling == "bernoulli":
         return (
-            "raptr_ds.parallel.grow_micro_batch=true needs paths of a known length, raptr_ds.path.method 'raptr' or "
-            f"'constant' with sampling 'uniform' or 'balanced'; got {found}. Change these, or remove grow_micro_batch."
+            "raptr_ds.parallel.grow_micro_batch=true needs paths of a known length; got raptr_ds.path.sampling="
+            "'bernoulli'. Set sampling to 'uniform' or 'balanced', or remove grow_micro_batch."
         )
     if parallel.pipeline_model_parallel_size > 1:
         return (

@@ -36,13 +36,13 @@ def one_precision(draft: Draft) -> str | None:
 
 
 def accumulation_dtype_fits(draft: Draft) -> str | None:
-    """Without ZeRO gradients are accumulated in the model's own type."""
+    """Gradients are accumulated in the model's own type, or in fp32."""
     dtype = str(draft.deepspeed.get("data_types", {}).get("grad_accum_dtype", draft.precision)).lower()
-    if draft.zero_stage >= 1 or dtype == draft.precision:
+    if dtype in {draft.precision, "fp32"}:
         return None
     return (
-        f"data_types.grad_accum_dtype={dtype!r} with {draft.precision} training needs zero_optimization.stage >= 1; "
-        f"got 0. Set stage to 1, or remove grad_accum_dtype."
+        f"data_types.grad_accum_dtype={dtype!r} must be 'fp32' or the training's own precision, {draft.precision!r}. "
+        "Set it to one of them, or remove it."
     )
 
 

@@ -81,7 +81,7 @@ class ParallelSection(Section):
     pipeline_model_parallel_size: Count = 1
     """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
     pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
-    """Layers of each pipeline stage. Derived: as even as possible, larger stages first."""
+    """Layers of each pipeline stage. Derived: as even as possible, larger stages in the middle."""
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass instead of keeping them."""
     keep_activations_up_to: CountOrZero = 0
@@ -103,7 +103,7 @@ class PathSection(Section):
     split: Literal["uniform", "proportional"] = "uniform"
     """raptr: phases of equal length in steps, or in proportion to their path length."""
     full_warmup_steps: CountOrZero = 0
-    """raptr, constant: steps on the full model before the first path is drawn."""
+    """raptr: steps on the full model before the first path is drawn."""
     full_warmup_ratio: Probability | None = None
     """The same as a fraction of raptr_ds.train.steps; say one of the two."""
     fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
@@ -113,7 +113,8 @@ class PathSection(Section):
     layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py says at what price)."""
     balance_stages: Count | None = None
     """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: say it
-    to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4."""
+    to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
+    stages end where raptr_ds.parallel.pipeline_layers says if that has as many, else they are as even as possible."""
     residual_scale: Literal["none", "sqrt"] = "none"
     """sqrt multiplies each active residual branch by sqrt(L / path length)."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"

@@ -37,6 +37,7 @@ USED_ONLY: dict[str, Use] = {
     "raptr_ds.path.pld_gamma": Use(METHOD, ("pld",)),
     "raptr_ds.path.pld_theta": Use(METHOD, ("pld",)),
     "raptr_ds.path.constant_length": Use(METHOD, ("constant",)),
+    "raptr_ds.parallel.grow_micro_batch": Use(METHOD, ("raptr", "constant")),
     "raptr_ds.model.rotary_base": Use(POSITION, ("rotary",)),
     "raptr_ds.objective.mask_rate": Use(ARCHITECTURE, ("bert",)),
     "raptr_ds.objective.whole_word": Use(ARCHITECTURE, ("bert",)),

@@ -150,23 +150,23 @@ class Loader:
         self._prefetch = prefetch
         self._micro_batch_at = micro_batch_at
         self._threads = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
-        self._ahead: dict[int, Future[StepBatch]] = {}
+        self._ahead: dict[tuple[int, int], Future[StepBatch]] = {}
 
-    def at(self, step: int) -> StepBatch:
-        """Return the micro batches of step `step` (0-based).
+    def at(self, step: int, data_offset: int = 0) -> StepBatch:
+        """Return the micro batches of step `step` (0-based); data_offset: batches that the run has left out before it.
 
         Raises: what making this batch raised, also if it was made ahead in a thread; DataError for damaged tokens.
         """
         if self._threads is None:
-            return self._training_batch(step)
-        ready = self._ahead.pop(step, None)
-        wanted = range(step + 1, step + 1 + self._prefetch)
-        for other in [n for n in self._ahead if n not in wanted]:
+            return self._training_batch(step, data_offset)
+        ready = self._ahead.pop((step, data_offset), None)
+        wanted = [(later, data_offset) for later in range(step + 1, step + 1 + self._prefetch)]
+        for other in [key for key in self._ahead if key not in wanted]:
             self._ahead.pop(other).cancel()
         for other in wanted:
             if other not in self._ahead:
-                self._ahead[other] = self._threads.submit(self._training_batch, other)
-        return ready.result() if ready is not None else self._training_batch(step)
+                self._ahead[other] = self._threads.submit(self._training_batch, *other)
+        return ready.result() if ready is not None else self._training_batch(step, data_offset)
 
     def validation(self, index: int) -> StepBatch:
         """Return validation batch `index`: held-out text, the same at every step and for every seed."""
@@ -184,9 +184,9 @@ class Loader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _training_batch(self, step: int) -> StepBatch:
+    def _training_batch(self, step: int, data_offset: int) -> StepBatch:
         size = self._geometry.micro_batch if self._micro_batch_at is None else self._micro_batch_at(step)
-        return self._make(self._train, step, size)
+        return self._make(self._train, step + data_offset, size)
 
     def _make(self, samples: Samples, step: int, size: int) -> StepBatch:
         share = size * self._geometry.data_parallel

@@ -178,19 +178,19 @@ def build_deepspeed_engine(
     )
     engine.__dict__["stage"] = stage
     start_deepspeed_comm()
-    config = _without_idle_zero(config, groups)
+    config = without_idle_zero(config, groups.topology.data)
     parsed = DeepSpeedConfig(config, unit)
     engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)
     return engine
 
 
-def _without_idle_zero(config: dict[str, Any], groups: ProcessGroups) -> dict[str, Any]:
+def without_idle_zero(config: dict[str, Any], data_parallel: int) -> dict[str, Any]:
     """Return the configuration with stage 0 where stages 1 and 2 have one rank to share with, and only copy.
 
     DeepSpeed then still sends each gradient through three flat buffers, and each weight through two.
     """
     zero = config.get("zero_optimization", {})
-    if groups.topology.data > 1 or zero.get("stage", 0) not in (1, 2):
+    if data_parallel > 1 or zero.get("stage", 0) not in (1, 2):
         return config
     return {**config, "zero_optimization": {**zero, "stage": 0}}
 

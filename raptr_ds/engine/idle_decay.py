@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 _NEGLIGIBLE = 1e-9  # of the update, which itself is a small part of the weight: far below fp32's 6e-8
+_GONE = 1e-13  # momentum of so long ago, beside what there was
 
 
 def make_up_for(
@@ -55,8 +56,8 @@ def _condensed(terms: list[tuple[float, float]]) -> list[tuple[float, float]]:
     a / (b s + eps) is (a / b) / (s + eps / b), so the sum is an integral over x = 1 / b with the masses a / b; what
     the two nodes leave out is at most the mean of ((x - x_1) (x - x_2))^2 over the smallest x^4, whatever s is.
     """
-    terms = [(a, b) for a, b in terms if a > 0.0]
-    if len(terms) <= 2:
+    terms = _without_late_terms(terms)
+    if len(terms) <= 2 or min(b for _, b in terms) == 0.0:  # beta_2 = 0 leaves nothing but eps
         return terms
     masses, places = [a / b for a, b in terms], [1.0 / b for _, b in terms]
     total = sum(masses)
@@ -77,3 +78,10 @@ def _condensed(terms: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [
         (mass / place, 1.0 / place) for mass, place in ((total - high_mass, center + low), (high_mass, center + high))
     ]
+
+
+def _without_late_terms(terms: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Drop terms that are lost beside the others where s is small (there they are a / eps) and large (a / (b s))."""
+    for_small = sum(a for a, _ in terms)
+    for_large = sum(a / b for a, b in terms if b > 0.0)
+    return [(a, b) for a, b in terms if a > _GONE * for_small or (b > 0.0 and a / b > _GONE * for_large)]

@@ -5,9 +5,10 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from raptr_ds.engine.deepspeed_engine import start_deepspeed_comm
+from raptr_ds.engine.deepspeed_engine import start_deepspeed_comm, without_idle_zero
 from raptr_ds.engine.parameter_groups import is_decayed
 
 _NOT_PRINTING = 1 << 60
@@ -17,8 +18,12 @@ class PlainDeepSpeed:
     """`deepspeed.initialize` on a module, and its engine's backward and step; data parallel only."""
 
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
-        """Train `module` by DeepSpeed's configuration `config`, in place; biases and norms without weight decay."""
+        """Train `module` by DeepSpeed's configuration `config`, in place; biases and norms without weight decay.
+
+        As in our engines ZeRO 1 and 2 are left out where they only copy.
+        """
         start_deepspeed_comm()
+        config = without_idle_zero(config, dist.get_world_size())
         parameters = list(module.parameters())
         groups = [
             {"params": [p for p in parameters if is_decayed(p)]},

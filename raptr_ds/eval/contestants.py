@@ -1,6 +1,7 @@
 """Who takes part in the benchmark: our training step, and two other stacks on the same weights and batch."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -93,15 +94,16 @@ class Contestant(Protocol):
         ...
 
 
-class _PlainStep:
-    """A step by plain DeepSpeed with the run's own optimizer, ZeRO stage and precision."""
+class _PlainStep(ABC):
+    """A step by plain DeepSpeed with the run's own optimizer and precision, and the ZeRO stage that ours runs."""
 
     def __init__(self, module: nn.Module, config: RunConfig) -> None:
         self._deepspeed = PlainDeepSpeed(module.train(), config.deepspeed)
         self.model: Any = self._deepspeed.engine
 
+    @abstractmethod
     def loss(self, micro: MicroBatch) -> torch.Tensor:
-        raise NotImplementedError
+        """Return the mean loss of a micro batch."""
 
     def run(self, batch: StepBatch) -> float:
         """Train one step and return its loss, the mean over all predicted positions."""

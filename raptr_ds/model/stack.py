@@ -12,6 +12,8 @@ from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 
+_MOST_GRAPHS = 64
+
 
 class Stack(nn.ModuleDict):
     """Blocks keyed by their global layer index, so that a parameter has the same name in every layout."""
@@ -30,8 +32,10 @@ class Stack(nn.ModuleDict):
         self.recompute, self.keep_activations_up_to = recompute, keep_activations_up_to
         self.has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
         if compiled:
+            # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
+            torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
             for block in self.values():
-                block.compile(dynamic=False)  # one graph serves all: sizes are fixed, and a block holds nothing else
+                block.compile(dynamic=False)  # one graph of a size serves all: a block holds nothing else
 
     def forward(
         self,

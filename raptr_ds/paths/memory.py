@@ -102,7 +102,7 @@ def activation_bytes(
         total += 2 * in_flight * stream  # the pipeline's buffers: what came in and what goes out
     if stage == layout.num_stages - 1:
         logits = layout.micro_batch * predicted_per_sequence * shape.vocab_size / layout.tensor
-        total += logits * (8 + layout.bytes_per_value)  # logits, their fp32 copy, and log-probabilities
+        total += logits * layout.bytes_per_value  # one buffer of logits (raptr_ds/parallel/cross_entropy.py)
     return total
 
 

@@ -90,7 +90,7 @@ def build_path_method(
 ) -> PathMethod:
     """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
 
-    raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last four
+    raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
     and constant_length; pld residual_scale, pld_gamma and pld_theta; full none. Balanced sampling balances `stages`.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """

@@ -19,7 +19,7 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod
-from raptr_ds.paths.cost import expected_flops_left, num_parameters
+from raptr_ds.paths.cost import num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
@@ -204,14 +204,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             progress=progress,
             num_devices=groups.topology.world_size,
             peak=_peak(config, groups),
-            flops_left=lambda step: expected_flops_left(
-                cost.shape,
-                method,
-                step,
-                cost.num_sequences,
-                typical_predictions,
-                activation_checkpointing=cost.recompute,
-            ),
+            flops_left=lambda step: cost.flops_left(method, step, typical_predictions),
         )
         stack.enter_context(metrics)
         agreement = PathAgreement(
@@ -261,12 +254,14 @@ def _peak(config: RunConfig, groups: ProcessGroups) -> float | None:
 def _introduction(config: RunConfig, groups: ProcessGroups) -> list[str]:
     topology = groups.topology
     model, path = config.model, config.path
+    alone = topology.data == 1 and config.zero_stage in (1, 2)
+    zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
     shape = shape_of(config)
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
         f"layout: tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
-        f"ZeRO {config.zero_stage}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
+        f"ZeRO {zero}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
         f"{config.batch.accumulation} accumulated x {config.batch.data_parallel}",
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
         *(f"  derived: {line}" for line in config.derived),

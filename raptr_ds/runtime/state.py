@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raptr_ds.engine.protocol import StepResult
-from raptr_ds.paths.cost import ModelShape, layer_forward_flops, step_flops
+from raptr_ds.paths import PathMethod
+from raptr_ds.paths.cost import ModelShape, expected_flops_left, layer_forward_flops, step_flops
 from raptr_ds.paths.path import Path
 
 
@@ -89,6 +90,21 @@ class StepCost:
         stages = self.stages or (range(path.num_layers),)
         counts = [len(path.active_in(layers)) for layers in stages]
         return sum(count for count in counts if count > self.keep_up_to)
+
+    def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
+        """Return the FLOPs expected from a 0-based step on; num_predicted: expected positions of a global batch."""
+        counts = self.num_sequences, num_predicted
+        left = expected_flops_left(self.shape, method, step, *counts)
+        if not self.recompute:
+            return left
+        stages = max(1, len(self.stages))
+        for phase in method.phases.phases:
+            first = max(step, phase.first_step)
+            if first < phase.end_step:
+                layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
+                if layers / (phase.end_step - first) / stages > self.keep_up_to:
+                    left += layers * self.num_sequences * layer_forward_flops(self.shape)
+        return left
 
     def after(self, state: RunState, result: StepResult, path: Path) -> RunState:
         """Return where the run stands after a step along `path`."""

@@ -28,7 +28,7 @@ LAYOUTS = {
     "dp2-zero3": (2, Case(zero=3)),
     "tp2": (2, Case(tensor=2)),
     "tp2-zero3": (2, Case(tensor=2, zero=3)),
-    "pp2-zero1": (2, Case(pipeline=2, zero=1)),
+    "pp2-zero1": (4, Case(pipeline=2, zero=1)),
     "tp2-pp2": (4, Case(tensor=2, pipeline=2)),
 }
 

@@ -42,21 +42,21 @@ LAYOUTS = {
     "DP3 ZeRO 3": (3, {"zero": 3, "micro_batch": 2}),
     "DP4 ZeRO 2": (4, {"zero": 2, "micro_batch": 3}),
     "TP2": (2, {"tensor": 2}),
-    "TP2 ZeRO 1, recompute": (2, {"tensor": 2, "zero": 1, "recompute": True}),
-    "TP4 ZeRO 1": (4, {"tensor": 4, "zero": 1}),
+    "TP2 DP2 ZeRO 1, recompute": (4, {"tensor": 2, "zero": 1, "recompute": True}),
+    "TP4": (4, {"tensor": 4}),
     "TP2 DP2 ZeRO 2": (4, {"tensor": 2, "zero": 2}),
     "TP2 DP2 ZeRO 3": (4, {"tensor": 2, "zero": 3}),
     "PP2": (2, {"pipeline": 2}),
-    "PP2 ZeRO 1, recompute": (2, {"pipeline": 2, "zero": 1, "recompute": True}),
+    "PP2 DP2 ZeRO 1, recompute": (4, {"pipeline": 2, "zero": 1, "recompute": True}),
     "PP2 uneven": (2, {"pipeline": 2, "pipeline_layers": (1, 4)}),
     "PP2 DP2": (4, {"pipeline": 2, "micro_batch": 1}),
     "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),
-    "PP2 TP2 ZeRO 1": (4, {"pipeline": 2, "tensor": 2, "zero": 1}),
+    "PP2 TP2": (4, {"pipeline": 2, "tensor": 2}),
     "PP4": (4, {"pipeline": 4}),
-    "PP4 ZeRO 1": (4, {"pipeline": 4, "zero": 1, "micro_batch": 3}),
+    "PP4, four micro batches": (4, {"pipeline": 4, "micro_batch": 3}),
 }
 
-FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 ZeRO 1, recompute", "PP2 TP2 ZeRO 1", "PP4")
+FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 DP2 ZeRO 1, recompute", "PP2 TP2", "PP4")
 
 # 50 steps across two phase boundaries in every layout; the other runs, shorter, in a few.
 PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [

@@ -47,7 +47,8 @@ CASES = {
     "ZeRO 1 bf16": (2, {"zero": 1, "precision": "bf16"}),
     "ZeRO 2": (2, {"zero": 2}),
     "TP2": (2, {"zero": 0, "tensor": 2}),
-    "PP2 bf16": (2, {"zero": 1, "pipeline": 2, "pipeline_layers": (4, 4), "precision": "bf16"}),
+    "PP2 bf16": (2, {"pipeline": 2, "pipeline_layers": (4, 4), "precision": "bf16"}),
+    "PP2 DP2 ZeRO 1 bf16": (4, {"zero": 1, "pipeline": 2, "pipeline_layers": (4, 4), "precision": "bf16"}),
 }
 
 
@@ -67,7 +68,7 @@ def test_weights_and_optimizer_are_as_the_formula_says(name):
         bytes_per_value=2 if case.precision == "bf16" else 4,
     )
     for rank, (built, trained) in enumerate(run_distributed(measure, world_size, case)):
-        stage = rank if case.pipeline > 1 else 0
+        stage = rank // (world_size // case.pipeline)
         # Adam makes its two moments at the first step. Beside what the formula counts there are norms and biases that
         # both tensor ranks hold (3% of this narrow model), step counts and small buffers.
         for held, optimizer_bytes in ((built, 0), (trained, 8)):

@@ -22,8 +22,8 @@ LAYOUTS = {
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
     "PP2, fp32 accumulation": (2, {"pipeline": 2, "accumulate_in_fp32": True}),
-    "PP2 ZeRO 1": (2, {"pipeline": 2, "zero": 1}),
-    "PP2 ZeRO 1, fp32 accumulation": (2, {"pipeline": 2, "zero": 1, "accumulate_in_fp32": True}),
+    "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),
+    "PP2 DP2 ZeRO 1, fp32 accumulation": (4, {"pipeline": 2, "zero": 1, "accumulate_in_fp32": True}),
 }
 
 
@@ -42,13 +42,21 @@ def test_half_precision_stays_in_its_band(precision: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"pipeline": 2}, {"pipeline": 2, "zero": 1}]
+    ("world_size", "changes"),
+    [
+        (2, {}),
+        (2, {"zero": 1}),
+        (2, {"zero": 2}),
+        (2, {"zero": 3}),
+        (2, {"pipeline": 2}),
+        (4, {"pipeline": 2, "zero": 1}),
+    ],
 )
-def test_fp16_overflow_skips_the_step_and_lowers_the_scale(changes: dict[str, int]) -> None:
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(world_size: int, changes: dict[str, int]) -> None:
     """A loss scale of 2^40 overflows fp16 gradients: steps are skipped on all ranks alike until it fits."""
     case = replace(Case(), precision="fp16", fp16_scale_power=40, steps=30, schedule="5", **changes)
-    outcomes = run_distributed(run_case, 2, case)
-    assert outcomes[0].skipped == outcomes[1].skipped
+    outcomes = run_distributed(run_case, world_size, case)
+    assert all(outcome.skipped == outcomes[0].skipped for outcome in outcomes)
     skipped = outcomes[0].skipped
     first_good = skipped.index(False)
     assert 10 < first_good < 30

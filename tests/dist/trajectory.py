@@ -153,7 +153,9 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     if case.accumulate_in_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine_class = PipelineEngine if case.pipeline > 1 else ZeroEngine
-    return engine_class(config, stage, groups, SEED, case.skipped_update)
+    engine = engine_class(config, stage, groups, SEED, case.skipped_update)
+    assert engine.engine.zero_optimization_stage() == case.zero, "one data-parallel rank runs stages 1 and 2 as 0"
+    return engine
 
 
 def sample(case: Case, number: int) -> Sample:

@@ -206,9 +206,9 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
     "accumulation_dtype_fits": [
         (
             1,
+            "bf16.enabled=true data_types.grad_accum_dtype=fp16",
+            ["'fp16'", "'bf16'", "remove it"],
             "bf16.enabled=true data_types.grad_accum_dtype=fp32",
-            ["'fp32'", "bf16 training", "Set stage to 1"],
-            "bf16.enabled=true data_types.grad_accum_dtype=fp32 zero_optimization.stage=1",
         ),
     ],
     "adamw_is_adamw": [

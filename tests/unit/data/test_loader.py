@@ -148,6 +148,10 @@ def test_micro_batches_of_other_sizes_hold_the_same_samples(data_folder: Path) -
         batches = [one.at(step) for one in other]
         assert [[len(m.tokens) for m in b.micro_batches] for b in batches] == [[sizes[step]] * (6 // sizes[step])] * 2
         assert by_sample(batches) == by_sample([one.at(step) for one in usual])
+    for one in other:  # after a rollback: the micro batches are those of the step, the samples later ones
+        moved = one.at(0, data_offset=2)
+        assert {len(micro.tokens) for micro in moved.micro_batches} == {sizes[0]}
+        assert moved.micro_batches[0].sample_ids.min() >= 2 * 12
     assert same(other[0].validation(0), usual[0].validation(0))
     for one in other:
         one.close()

@@ -69,6 +69,22 @@ def test_late_in_a_run_two_terms_stand_for_many() -> None:
     assert _condensed(terms(1000, 2)) == terms(1000, 2)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.9, 0.9), (0.95, 0.9), (0.9, 0.0)])
+def test_layers_that_sit_out_a_whole_phase(betas: tuple[float, float]) -> None:
+    """Thousands of steps: nothing overflows, and no more terms are added up than momentum lasts."""
+    weight, optimizer = after_some_steps(20, 1e-2, torch.float64)
+    state = optimizer.state[weight]
+    found = weight.detach().clone(), state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+    stepped = weight.detach().clone().requires_grad_()
+    other = torch.optim.AdamW([stepped], lr=1e-4, betas=betas, eps=EPS, weight_decay=DECAY)
+    other.state[stepped] = {"step": torch.tensor(20.0), "exp_avg": found[1].clone(), "exp_avg_sq": found[2].clone()}
+    make_up_for(*found, 20.0, [1e-4] * 8000, betas=betas, eps=EPS, weight_decay=DECAY)
+    for _ in range(8000):
+        stepped.grad = torch.zeros_like(stepped)
+        other.step()
+    torch.testing.assert_close(found[0], stepped.detach(), rtol=1e-9, atol=1e-12)
+
+
 def test_a_layer_that_never_moved_only_decays() -> None:
     weight, zeros = torch.ones(3), torch.zeros(3)
     make_up_for(weight, zeros.clone(), zeros.clone(), 0.0, [0.1, 0.2], betas=BETAS, eps=EPS, weight_decay=0.5)
