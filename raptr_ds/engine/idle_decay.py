@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 _NEGLIGIBLE = 1e-9  # of the update, which itself is a small part of the weight: far below fp32's 6e-8
-_GONE = 1e-13  # momentum of so long ago, beside what there was
+_GONE = 1e-13  # of a sum: nothing that its other terms would show
+_FORGOTTEN = 1e-28  # of the first numerators: over eps still nothing beside them over any gradient's size
 
 
 def make_up_for(
@@ -84,4 +85,5 @@ def _without_late_terms(terms: list[tuple[float, float]]) -> list[tuple[float, f
     """Drop terms that are lost beside the others where s is small (there they are a / eps) and large (a / (b s))."""
     for_small = sum(a for a, _ in terms)
     for_large = sum(a / b for a, b in terms if b > 0.0)
+    terms = [(a, b) for a, b in terms if a > _FORGOTTEN * for_small]
     return [(a, b) for a, b in terms if a > _GONE * for_small or (b > 0.0 and a / b > _GONE * for_large)]
