@@ -118,9 +118,9 @@ class PathSection(Section):
     residual_scale: Literal["none", "sqrt"] = "none"
     """sqrt multiplies each active residual branch by sqrt(L / path length)."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
-    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with zero
-    gradients are made up for when the layer is next active or evaluated, exact to rounding: evaluating at other steps
-    changes a zero_grad run in the last bits."""
+    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
+    zero gradients are made up for when the layer is next active or evaluated, exact to rounding: evaluating at other
+    steps changes a zero_grad run in the last bits."""
     pld_gamma: Positive = 0.001
     """pld: decay rate of the keep probability, per step."""
     pld_theta: OpenFraction = 0.5
