@@ -1,4 +1,5 @@
-"""DeepSpeed's engines, made to follow a path. What we override in them, and why, stands here and nowhere else.
+"""DeepSpeed's engines, made to follow a path. What we override in them, and why, stands here and nowhere else; what we
+override in its ZeRO optimizers in path_zero.py, and in ZeRO 3's fetching in prefetch.py.
 
 Written against deepspeed 0.19.8; tests/upstream says when an override can go.
 """
