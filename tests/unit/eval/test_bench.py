@@ -78,7 +78,7 @@ def test_layouts_and_preparation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", [[8], [4, 4], [3, 3, 2]])
 def test_the_benchmarks_paths_give_each_stage_its_share(stages: list[int]) -> None:
-    layers = stage_layers(8, len(stages), stages)
+    layers = stage_layers(stages)
     for length in range(1, 9):
         path = balanced_path(layers, length, np.random.default_rng(length))
         assert path.length == length
