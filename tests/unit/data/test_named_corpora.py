@@ -128,6 +128,11 @@ def test_a_damaged_cache_is_fetched_again(pip_offers: Path, tmp_path: Path) -> N
     assert hashlib.sha256(file.read_bytes()).hexdigest() == fetched.sha256
 
 
+def test_the_installed_documentation_needs_no_package(tmp_path: Path) -> None:
+    (source,) = named_sources(["embedded"], tmp_path, report=quiet)
+    assert source.name == "embedded:installed"
+
+
 def test_an_unknown_name_is_told_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'film-reviews'"):
         named_sources(["film-review"], tmp_path)
