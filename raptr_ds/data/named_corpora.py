@@ -179,7 +179,7 @@ def named_sources(
     for index, name in enumerate(names):
         if name not in NAMED_CORPORA:
             raise ConfigError(
-                f"--corpus {name}: no such corpus{nearest(name, NAMED_CORPORA)}. There are {', '.join(NAMED_CORPORA)}."
+                f"--corpus {name} must be one of {', '.join(NAMED_CORPORA)}{nearest(name, NAMED_CORPORA)}."
             )
         if name in names[:index]:
             raise ConfigError(f"--corpus names {name} twice. Name it once.")

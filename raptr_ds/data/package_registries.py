@@ -102,6 +102,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _debian_members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     client = _client("dpkg-deb", "Debian packages need it to be unpacked (Debian and Ubuntu have it)")
     with subprocess.Popen([client, "--fsys-tarfile", str(file)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member in archive:

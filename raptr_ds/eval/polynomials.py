@@ -8,6 +8,7 @@ dropping more and more layers loses the high ones). Sizes and target are ours.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -77,17 +78,19 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
     """
     lengths = parse_schedule(settings.schedule)
     check_lengths(lengths, settings.num_layers, 0)
-    shared = {"num_layers": settings.num_layers, "num_steps": settings.steps, "seed": seed, "fixed_layers": ()}
+    build = partial(
+        build_path_method, num_layers=settings.num_layers, num_steps=settings.steps, seed=seed, fixed_layers=()
+    )
     backwards = split_phases(lengths[::-1], settings.num_layers, settings.steps)
     mean = round(sum(lengths) / len(lengths))
-    # gamma as in the paper for a run of our length: theta comes within a twentieth of its limit half-way.
+    # Half-way theta has come within a twentieth (exp(-3)) of its way to its limit.
     gamma = 6.0 / settings.steps
     return {
-        "full": build_path_method(method="full", **shared),
-        "growing": build_path_method(method="raptr", schedule=settings.schedule, **shared),
-        "constant": build_path_method(method="constant", constant_length=mean, **shared),
+        "full": build(method="full"),
+        "growing": build(method="raptr", schedule=settings.schedule),
+        "constant": build(method="constant", constant_length=mean),
         "shrinking": RandomPaths(backwards, settings.num_layers, seed, ()),
-        "pld": build_path_method(method="pld", pld_gamma=gamma, **shared),
+        "pld": build(method="pld", pld_gamma=gamma),
     }
 
 
