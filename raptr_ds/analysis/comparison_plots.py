@@ -14,6 +14,7 @@ from raptr_ds.analysis.plots import COLOURS, draw_paths
 _TEXT_POINTS = 11
 _DPI = 110
 _AXES = (("step", "step"), ("flops", "executed FLOPs"), ("seconds", "seconds in steps"))
+_MOST_MARKED = 30  # points of a curve that are marked one by one
 _UNSETTLED = 0.1  # of the points: the first loss says what initialization does, and would flatten all that follows
 
 
@@ -123,7 +124,8 @@ def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colo
     x, losses = curve
     if not evaluated:
         losses = np.array([smooth(one, max(1, x.size // 40)) for one in losses])
-    style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if evaluated else {}
+    few = evaluated and x.size <= _MOST_MARKED
+    style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if few else {}
     axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, losses.mean(axis=0), color=colour, linewidth=1.7, label=name, **style)
 
