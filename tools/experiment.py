@@ -16,13 +16,13 @@ from pathlib import Path
 import _command_line
 
 from raptr_ds.analysis.comparison import load_comparison
-from raptr_ds.analysis.comparison_report import write_report
+from raptr_ds.analysis.comparison_report import result_lines, write_report
 from raptr_ds.config.experiment import load_experiment
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.eval.experiment_listing import list_runs
 from raptr_ds.eval.experiment_plan import Planner
 from raptr_ds.eval.experiment_record import read_record, session_of, write_record
-from raptr_ds.eval.experiment_runner import LocalLaunch, current_progress, run_comparison
+from raptr_ds.eval.experiment_runner import LocalLaunch, claimed, current_progress, refuse_other_runs, run_comparison
 from raptr_ds.eval.experiment_slurm import settings_of, submit, write_jobs
 
 DEFAULT_VOCAB_SIZE = 32_000
@@ -68,13 +68,15 @@ def _run(planner: Planner, name: str, command: list[str]) -> None:
     # As Ctrl-C: the run that is going is told to stop, and saves.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     experiment, session = planner.experiment, session_of(command)
+    planner.check()
     try:
-        progress = run_comparison(
-            planner,
-            LocalLaunch(experiment.base, experiment.processes),
-            lambda line: print(line, flush=True),
-            lambda progress: write_record(planner, progress, name, session),
-        )
+        with claimed(planner.output, _say) as lock:
+            progress = run_comparison(
+                planner,
+                LocalLaunch(experiment.base, experiment.processes, lock),
+                _say,
+                lambda progress: write_record(planner, progress, name, session),
+            )
     except KeyboardInterrupt:
         print(f"interrupted: start again to go on with {planner.output}", file=sys.stderr)
         sys.exit(int(Exit.CONTINUE_LATER))
@@ -85,17 +87,25 @@ def _run(planner: Planner, name: str, command: list[str]) -> None:
         sys.exit(int(Exit.FAULT))
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _refresh_record(planner: Planner, name: str) -> None:
     """Bring the record up to date with what has run meanwhile (a job array's jobs do not write it)."""
     try:
-        write_record(planner, current_progress(planner, as_it_stands=True), name, None)
+        progress = current_progress(planner, as_it_stands=True)
+        refuse_other_runs([*progress.tuning, *progress.comparison])
+        write_record(planner, progress, name, None)
     except DataError:
         if read_record(planner.output) is None:  # else the data are elsewhere: the record as it stands has to do
             raise
 
 
 def _report(folder: Path) -> None:
-    for page in write_report(load_comparison(folder)):
+    comparison = load_comparison(folder)
+    print("\n".join(["", *result_lines(comparison), ""]))
+    for page in write_report(comparison):
         print(f"wrote {page}")
 
 

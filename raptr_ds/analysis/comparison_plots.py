@@ -15,7 +15,7 @@ _TEXT_POINTS = 11
 _DPI = 110
 _AXES = (("step", "step"), ("flops", "executed FLOPs"), ("seconds", "seconds in steps"))
 _MOST_MARKED = 30  # points of a curve that are marked one by one
-_UNSETTLED = 0.1  # of the points: the first loss says what initialization does, and would flatten all that follows
+_UNSETTLED = 0.3  # of the points: the first steep fall would flatten what tells contestants apart
 
 
 def loss_picture(comparison: Comparison) -> bytes | None:
@@ -123,7 +123,7 @@ def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colo
         return
     x, losses = curve
     if not evaluated:
-        losses = np.array([smooth(one, max(1, x.size // 40)) for one in losses])
+        losses = np.array([smooth(one, max(1, x.size // 15)) for one in losses])
     few = evaluated and x.size <= _MOST_MARKED
     style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if few else {}
     axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.16, linewidth=0)
@@ -156,7 +156,7 @@ def _focus(panels: Sequence[Axes] | np.ndarray) -> None:
     values = np.concatenate(drawn) if drawn else np.zeros(0)
     values = values[np.isfinite(values)]
     if values.size and np.ptp(values) > 0:
-        panels[0].set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.08 * np.ptp(values))
+        panels[0].set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
 
 
 def _finish(axes: Axes, label: str, from_zero: bool = True) -> None:

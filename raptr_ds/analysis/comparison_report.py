@@ -26,6 +26,11 @@ def write_report(comparison: Comparison) -> tuple[Path, Path]:
     return markdown, page
 
 
+def result_lines(comparison: Comparison) -> list[str]:
+    """Return the table of held-out losses as lines of Markdown, for a terminal."""
+    return to_markdown("", [Part("", (_loss_table(comparison),))]).splitlines()[4:]
+
+
 def report_parts(comparison: Comparison) -> list[Part]:
     """Return the whole report."""
     drawn = {

@@ -160,6 +160,8 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     base = Path(experiment.base)
     if not base.is_absolute() and not base.is_file() and (file.parent / base).is_file():
         base = file.parent / base
+    if not base.is_file():
+        _raise(file, [f"base={experiment.base!r} does not exist here or beside the comparison file. Name a run file."])
     _raise(file, _problems(experiment))
     return experiment.model_copy(
         update={"base": str(base), "output": experiment.output or f"runs/{file.stem}"},

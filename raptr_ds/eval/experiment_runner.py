@@ -1,5 +1,7 @@
 """Running a comparison: what is not finished, one run after another, by the documented command, each in its folder."""
 
+import ctypes
+import fcntl
 import json
 import os
 import shlex
@@ -8,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +24,10 @@ LOG, OUTCOME = "log.txt", "outcome.json"
 REPOSITORY = Path(raptr_ds.__file__).resolve().parents[1]
 _LOG_LINES = 15
 _STOP_SECONDS = 120.0  # for a run that is asked to stop: its step, and a checkpoint
+_NO_END = {None, int(Exit.DONE), int(Exit.CONTINUE_LATER)}  # exit codes of runs that are not finished, and can be
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 Launch = Callable[[PlannedRun], int]
 """Runs a planned run to its end and returns its exit code."""
@@ -60,7 +67,7 @@ def choose_rates(
         is_over = True
         for run in (run for run in tuning if run.contestant == name):
             state = state_of(run.folder, run.resolved)
-            is_over &= as_it_stands or state.is_finished or bool(exit_code_of(run.folder))
+            is_over &= as_it_stands or state.is_finished or exit_code_of(run.folder) not in _NO_END
             if run.learning_rate is not None:
                 losses[run.learning_rate] = state.eval_loss if state.is_finished else None
         if not losses:
@@ -104,7 +111,7 @@ def run_comparison(
     for share in progress.shares:
         name = share.contestant.name
         if name not in progress.rates:
-            failed.append(f"{name}: no learning rate came to a held-out loss, so its runs are left out")
+            failed.append(f"{name}: no learning rate can be chosen from its tuning runs, so its runs are left out")
         elif progress.rates[name] is not None:
             say(f"{name}: learning rate {progress.rates[name]:g}")
     progress.comparison = comparison_runs(planner, progress)
@@ -151,12 +158,38 @@ def command_of(run: PlannedRun, base: str, processes: int, port: int | None = No
     return ["deepspeed", "--num_accelerators", str(processes), *(["--master_port", str(port)] if port else []), *script]
 
 
+@contextmanager
+def claimed(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold a comparison's folder for this process alone; gives the descriptor of the lock, which runs inherit.
+
+    Where this tool was killed its last run may still be stopping: that is waited for. Raises: ConfigError if the folder
+    stays taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        for second in range(round(_STOP_SECONDS) + 1):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == 0:
+                    say(f"{folder} is in use: waiting for it")
+                time.sleep(1.0)
+        else:
+            raise ConfigError(f"{folder} is in use by another experiment.py. Wait for it, or give another output.")
+        yield lock.fileno()
+
+
 @dataclass(frozen=True)
 class LocalLaunch:
-    """Runs a planned run on this machine; its output is appended to log.txt in its folder."""
+    """Runs a planned run on this machine; its output is appended to log.txt in its folder.
+
+    lock: descriptor that the run keeps open, so that the folder is taken while it lives.
+    """
 
     base: str
     processes: int
+    lock: int | None = None
 
     def __call__(self, run: PlannedRun) -> int:
         """Return the exit code. On an interrupt the run is asked to stop, with a checkpoint, before it goes on."""
@@ -169,7 +202,13 @@ class LocalLaunch:
             log.flush()
             # A session of its own: Ctrl-C is for this tool, which passes it on once.
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=() if self.lock is None else (self.lock,),
+                preexec_fn=_stop_with_parent,  # noqa: PLW1509  (one system call, no lock taken)
             )
             try:
                 return process.wait()
@@ -194,7 +233,11 @@ def _run_all(
         say(f"{title}: {run.steps} steps, {before.word} ({run.folder})")
         run.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        code = launch(run)
+        try:
+            code = launch(run)
+        except KeyboardInterrupt:
+            _write_outcome(run.folder, int(Exit.CONTINUE_LATER), time.perf_counter() - started)
+            raise
         seconds = time.perf_counter() - started
         _write_outcome(run.folder, code, seconds)
         after = state_of(run.folder, run.resolved)
@@ -233,6 +276,12 @@ def _any_rate(planner: Planner, shares: Sequence[Share]) -> list[PlannedRun]:
         for seed in planner.experiment.seeds
         for rate in rates
     ]
+
+
+def _stop_with_parent() -> None:
+    """In a run: have the kernel send SIGTERM when this tool dies, of whatever (on Linux; elsewhere the run goes on)."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

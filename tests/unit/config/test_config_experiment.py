@@ -15,6 +15,7 @@ GOOD = {
 
 
 def load(folder, *overrides, **changes):
+    (folder / "base.json").write_text("{}")
     file = folder / "mine.json"
     file.write_text("# a comment\n" + json.dumps({**GOOD, **changes}))
     return load_experiment(file, overrides)
@@ -28,7 +29,6 @@ def test_the_least_that_a_file_says(tmp_path):
 
 
 def test_a_base_beside_the_file_is_found(tmp_path):
-    (tmp_path / "base.json").write_text("{}")
     assert load(tmp_path).base == str(tmp_path / "base.json")
 
 
@@ -88,3 +88,5 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         load(tmp_path, seeds=[1, 1], budget={"seconds": 3.0})
     with pytest.raises(ConfigError, match="does not exist"):
         load_experiment(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=r"base='no\.json' does not exist"):
+        load(tmp_path, base="no.json")

@@ -1,8 +1,13 @@
 """Running a comparison with a stand-in for pretrain.py: order, resuming, failures, tuning, and what is refused."""
 
 import json
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +15,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.eval.experiment_listing import list_runs
 from raptr_ds.eval.experiment_plan import PlannedRun
 from raptr_ds.eval.experiment_record import read_record
-from raptr_ds.eval.experiment_runner import LocalLaunch, command_of, current_progress
+from raptr_ds.eval.experiment_runner import REPOSITORY, LocalLaunch, claimed, command_of, current_progress
 from raptr_ds.eval.experiment_state import state_of
 
 SWEEP = {"learning_rates": [1e-3, 3e-3], "seed": 9}
@@ -128,6 +133,44 @@ def test_the_command_is_the_documented_one(lab):
     assert words[5].endswith("raptr_ds/pretrain.py")
     assert words[6:9] == ["--deepspeed_config", "base.json", "--set"]
     assert {"raptr_ds.train.seed=1", "raptr_ds.train.steps=40", "raptr_ds.path.method=full"} <= set(words[9:])
+
+
+LAUNCHER = """\
+import sys
+from pathlib import Path
+import raptr_ds.eval.experiment_runner as runner
+child = "import os, time; print('child', os.getpid(), flush=True); time.sleep(60)"
+runner.command_of = lambda run, base, processes, port: [sys.executable, "-c", child]
+run = runner.PlannedRun("comparison", "a", 1, None, 1, Path(sys.argv[1]), (), {})
+with runner.claimed(run.folder, print) as lock:
+    runner.LocalLaunch("base.json", 1, lock)(run)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_run_outlives_the_tool(tmp_path, number):
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"^child (\d+)$", _text(tmp_path / "log.txt"), re.MULTILINE)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    with claimed(tmp_path, print):  # waits for the child, which holds the folder too
+        stat = _text(Path("/proc") / found[1] / "stat")
+    assert not stat or stat.rpartition(")")[2].split()[0] == "Z"
+
+
+def _text(file):
+    return file.read_text() if file.exists() else ""
+
+
+def test_two_tools_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("raptr_ds.eval.experiment_runner._STOP_SECONDS", 0.0)
+    said = []
+    with claimed(tmp_path, said.append), pytest.raises(ConfigError, match="in use"), claimed(tmp_path, said.append):
+        pass
+    assert len(said) == 1
 
 
 def test_a_local_launch_logs_and_returns_the_exit_code(tmp_path, monkeypatch):
