@@ -28,13 +28,14 @@ def loss_picture(comparison: Comparison) -> bytes | None:
     figure = Figure(figsize=(15, 9), dpi=_DPI, layout="constrained")
     rows = figure.subplots(2, 3, sharey="row")
     for row, evaluated in zip(rows, (True, False), strict=True):
+        settled = []
         for axes, (by, label) in zip(row, _AXES, strict=True):
             for colour, name in zip(_colours(comparison), comparison.contestants, strict=True):
-                _draw_mean(axes, comparison.of(name), by, evaluated, colour, name)
+                settled.append(_draw_mean(axes, comparison.of(name), by, evaluated, colour, name))
             _finish(axes, label)
         what = "full model, held out" if evaluated else "training, along each step's path"
         row[0].set_ylabel(f"loss ({what})", fontsize=_TEXT_POINTS)
-        _focus(row)
+        _focus(row[0], settled)
     handles, labels = rows[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False, fontsize=12)
     return _png(figure)
@@ -54,13 +55,14 @@ def phases_picture(comparison: Comparison) -> bytes | None:
     figure = Figure(figsize=(5 * columns, 3.7 * rows), dpi=_DPI, layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     colours = dict(zip(comparison.contestants, _colours(comparison), strict=True))
+    settled = []
     for axes, (name, runs) in zip(panels, shown, strict=False):
         for run in runs:
             assert run.curves is not None
-            _draw_through_phases(axes, run.curves, colours[name], labelled=run is runs[0])
+            settled += _draw_through_phases(axes, run.curves, colours[name], labelled=run is runs[0])
         axes.set_title(f"{name}", fontsize=_TEXT_POINTS + 1, loc="left")
         _finish(axes, "step")
-    _focus(panels[: len(shown)])
+    _focus(panels[0], settled)
     for axes in panels[::columns]:
         axes.set_ylabel("loss", fontsize=_TEXT_POINTS)
     for axes in panels[len(shown) :]:
@@ -117,10 +119,11 @@ def rates_picture(comparison: Comparison) -> bytes | None:
     return _png(figure)
 
 
-def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colour: str, name: str) -> None:
+def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colour: str, name: str) -> np.ndarray:
+    """Draw a contestant's curve and return its settled losses, of all seeds."""
     curve = mean_curve(runs, by, evaluated)
     if curve is None:
-        return
+        return np.zeros(0)
     x, losses = curve
     if not evaluated:
         losses = np.array([smooth(one, max(1, x.size // 15)) for one in losses])
@@ -128,13 +131,14 @@ def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colo
     style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if few else {}
     axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, losses.mean(axis=0), color=colour, linewidth=1.7, label=name, **style)
+    return _settled(losses)
 
 
-def _draw_through_phases(axes: Axes, curves: Curves, colour: str, *, labelled: bool) -> None:
+def _draw_through_phases(axes: Axes, curves: Curves, colour: str, *, labelled: bool) -> list[np.ndarray]:
+    """Draw a run and return its settled losses."""
+    training = smooth(curves.loss, max(1, curves.step.size // 15))
     label = "training loss along the paths" if labelled else None
-    axes.plot(
-        curves.step, smooth(curves.loss, max(1, curves.step.size // 60)), color="#999999", linewidth=0.9, label=label
-    )
+    axes.plot(curves.step, training, color="#999999", linewidth=0.9, label=label)
     steps, losses = curves.full_model_evaluations()
     label = "full model, held out" if labelled else None
     axes.plot(steps, losses, "o-", color=colour, markersize=4.5, linewidth=1.2, markeredgecolor="white", label=label)
@@ -144,19 +148,20 @@ def _draw_through_phases(axes: Axes, curves: Curves, colour: str, *, labelled: b
             axes.axvline(step, color="#555555", linestyle=":", linewidth=1)
             at = axes.get_xaxis_transform()
             axes.text(step, 0.98, f" {length:.3g}", transform=at, va="top", color="#555555", fontsize=_TEXT_POINTS - 1)
+    return [_settled(training), _settled(losses)]
 
 
-def _focus(panels: Sequence[Axes] | np.ndarray) -> None:
-    """Let the y axis, which the panels share, show what comes after the first steep fall."""
-    drawn = []
-    for line in (line for axes in panels for line in axes.get_lines()):
-        y = np.asarray(line.get_ydata(), dtype=float)
-        if line.get_transform() == line.axes.transData and y.size > 2:
-            drawn.append(y[int(np.ceil(y.size * _UNSETTLED)) :])
-    values = np.concatenate(drawn) if drawn else np.zeros(0)
-    values = values[np.isfinite(values)]
+def _settled(losses: np.ndarray) -> np.ndarray:
+    """Return the finite values of curves (..., n) after their first steep fall, (values,)."""
+    values = losses[..., int(np.ceil(losses.shape[-1] * _UNSETTLED)) if losses.shape[-1] > 2 else 0 :].ravel()
+    return values[np.isfinite(values)]
+
+
+def _focus(axes: Axes, settled: Sequence[np.ndarray]) -> None:
+    """Let the y axis, which all panels beside these axes share, show what comes after the first steep fall."""
+    values = np.concatenate([np.zeros(0), *settled])
     if values.size and np.ptp(values) > 0:
-        panels[0].set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
+        axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
 
 
 def _finish(axes: Axes, label: str, from_zero: bool = True) -> None:

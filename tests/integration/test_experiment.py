@@ -1,10 +1,13 @@
 """A comparison through the command line: real tiny runs, the report, and nothing run twice."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.conftest import call, lines_of, tiny_run
+import pytest
+
+from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, lines_of, tiny_run
 
 
 def experiment(file: Path, *words: str) -> list[str]:
@@ -12,6 +15,8 @@ def experiment(file: Path, *words: str) -> list[str]:
     return [sys.executable, "tools/experiment.py", str(file), *words]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(5 * PATIENCE)
 def test_two_contestants_on_two_seeds_and_again(data_folder: Path, tmp_path: Path) -> None:
     run = tiny_run(data_folder, tmp_path, train={"steps": 6}, eval={"interval": 3}, log={"tensorboard": False})
     del run["raptr_ds"]["train"]["save"]
@@ -31,7 +36,10 @@ def test_two_contestants_on_two_seeds_and_again(data_folder: Path, tmp_path: Pat
     assert listed.returncode == 0, listed.stderr
     assert not (tmp_path / "out").exists()
 
-    done = call(experiment(file))
+    command = experiment(file)  # four starts in a row: four times the patience
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=ENV, timeout=4 * PATIENCE, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     planned = json.loads((tmp_path / "out" / "experiment.json").read_text())["contestants"]
     assert planned[0]["steps"] == 6
