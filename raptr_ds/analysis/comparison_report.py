@@ -37,7 +37,8 @@ def report_parts(comparison: Comparison) -> list[Part]:
         "loss": (
             loss_picture,
             "Means over the seeds; shaded from the least to the most. Above the full model on "
-            "held-out text, below the training loss along each step's path (smoothed), which is no like for like.",
+            "held-out text, below the training loss along each step's path (smoothed), which is no like for like. "
+            "The first steep fall is cut off.",
         ),
         "phases": (
             phases_picture,
