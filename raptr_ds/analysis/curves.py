@@ -27,6 +27,8 @@ class Curves:
     phase: np.ndarray
     path_length: np.ndarray
     tokens_per_second: np.ndarray
+    seconds: np.ndarray
+    """Spent in steps since the start; a step without a line counts as the next one that has one."""
     paths: tuple[tuple[int, ...], ...]
     eval_step: np.ndarray
     eval_loss: np.ndarray
@@ -87,16 +89,18 @@ def load_curves(folder: Path) -> Curves:
     lines = [training[step] for step in sorted(training)]
     evaluated = sorted(evaluations)
     paths = tuple(tuple(line["path"]) for line in lines)
+    steps = np.array([line["step"] for line in lines])
     return Curves(
         name=folder.resolve().name,
         num_layers=_num_layers(folder, paths, [length for _, length in evaluated]),
-        step=np.array([line["step"] for line in lines]),
+        step=steps,
         loss=_column(lines, "loss"),
         flops=_column(lines, "flops"),
         tokens=_column(lines, "tokens"),
         phase=_column(lines, "phase"),
         path_length=_column(lines, "path_length"),
         tokens_per_second=_column(lines, "tokens_per_second"),
+        seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=0)),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),
         eval_loss=np.array([evaluations[key] for key in evaluated]),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from raptr_ds.analysis.curves import Curves, smooth
 
 # Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _TEXT_POINTS = 12
 _GREY = "#555555"
 
@@ -27,7 +27,7 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
     by_step = figure.add_subplot(grid[0, 0])
     by_flops = figure.add_subplot(grid[0, 1], sharey=by_step)
     for index, run in enumerate(runs):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         for axes, by in ((by_step, run.step), (by_flops, run.flops)):
             draw_loss(axes, run, np.asarray(by, dtype=float), colour)
             draw_phases(axes, run, axes is by_flops, colour, labelled=len(runs) == 1)
