@@ -64,10 +64,10 @@ def weight_of(engine: Any, layer: int) -> torch.Tensor:
     return (parameter.detach() if full is None else full).clone()
 
 
-def moves_of_a_skipped_layer(launch: Launch, stage: int) -> list[float]:
-    """Return how far SGD moves layer 1 in three steps that take it, skip it, skip it."""
+def moves_of_a_skipped_layer(launch: Launch, stage: int, optimizer: str = "SGD") -> list[float]:
+    """Return how far the optimizer moves layer 1 in three steps that take it, skip it, skip it."""
     start(launch)
-    engine = initialize(Chain(3), stage)
+    engine = initialize(Chain(3), stage, optimizer)
     moves = []
     for path in ((0, 1, 2), (0, 2), (0, 2)):
         before = weight_of(engine, 1)

@@ -33,6 +33,14 @@ def test_the_other_stages_do_not(stage: int) -> None:
     assert skipped == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_step_skipped_layers_with_zero_gradients(stage: int) -> None:
+    """Mended: PathZero12 need not keep groups that do not move from DeepSpeed's step."""
+    taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, stage, "AdamW")[0]
+    assert taken > 0
+    assert min(skipped) > 0  # momentum; plain torch leaves a parameter without a gradient alone
+
+
 def test_stage_0_makes_gradients_for_skipped_layers() -> None:
     """Mended: ReplicatedOptimizer.reduce_gradients could be DeepSpeed's."""
     assert all(run_distributed(gradient_of_a_skipped_layer_at_stage_0, 2))
