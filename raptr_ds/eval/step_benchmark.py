@@ -5,7 +5,7 @@ import ctypes.util
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from statistics import median
 from typing import Any
@@ -22,7 +22,8 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
-from raptr_ds.paths.cost import ModelShape, num_parameters, step_flops
+from raptr_ds.paths.cost import num_parameters, step_flops
+from raptr_ds.runtime.method import shape_of
 
 WARMUP_ROUNDS = 2
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -97,7 +98,7 @@ def measure_steps(
         for row, other in zip(rows, others, strict=True):
             _sample(row, groups, counted, clock, lambda other=other: (other.run(batch) * 0.0, 0.0))
     return StepBenchmark(
-        num_parameters=num_parameters(_shape(config)),
+        num_parameters=num_parameters(shape_of(config)),
         num_predictions=batch.num_predictions,
         paths=paths,
         others=rows,
@@ -138,16 +139,12 @@ def _path_lengths(num_layers: int) -> list[int]:
     return sorted({num_layers, max(1, 3 * num_layers // 4), max(1, num_layers // 2)}, reverse=True)
 
 
-def _shape(config: RunConfig) -> ModelShape:
-    return ModelShape(**{f.name: getattr(config.model, f.name) for f in fields(ModelShape)})
-
-
 def _flops(config: RunConfig, batch: StepBatch, path_length: int) -> int:
     predictions = batch.num_predictions * config.batch.data_parallel
     parallel = config.parallel
     share = path_length / parallel.pipeline_model_parallel_size  # the benchmark's paths are balanced
     recomputing = parallel.activation_checkpointing and share > parallel.keep_activations_up_to
-    return step_flops(_shape(config), path_length, config.batch.global_batch, predictions, recomputing)
+    return step_flops(shape_of(config), path_length, config.batch.global_batch, predictions, recomputing)
 
 
 @torch.no_grad()
