@@ -80,11 +80,6 @@ def step_flops(
     return layers + _PASSES * head_forward_flops(shape, num_predicted)
 
 
-def evaluation_flops(shape: ModelShape, path_length: int, num_sequences: int, num_predicted: int) -> int:
-    """Return the FLOPs of one forward pass over num_sequences sequences."""
-    return path_length * num_sequences * layer_forward_flops(shape) + head_forward_flops(shape, num_predicted)
-
-
 def expected_flops_left(
     shape: ModelShape,
     method: PathMethod,

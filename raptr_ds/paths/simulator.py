@@ -161,11 +161,3 @@ def _play(
             position[stage] += 1
     assert all(at == len(program) for at, program in zip(position, programs, strict=True)), "stages wait for each other"
     return np.stack(clocks, axis=-1)
-
-
-def equal_stages_seconds(
-    num_stages: int, num_micro_batches: int, forward_seconds: float, backward_seconds: float, num_chunks: int = 1
-) -> float:
-    """Return the closed form for equal stages and free transfers; the seconds are a whole stage's."""
-    both = forward_seconds + backward_seconds
-    return num_micro_batches * both + (num_stages - 1) * both / num_chunks
