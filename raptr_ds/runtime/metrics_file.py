@@ -101,6 +101,19 @@ def drop_lines_after(path: Path, step: int) -> int:
     return dropped
 
 
+def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float] | None:
+    """Return (step, loss) of the newest finite evaluation of paths of a length, up to a step; None without one."""
+    found = None
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            at = _step_of(line)
+            if at is not None and at <= step:
+                record = json.loads(line)
+                if record.get("eval_loss") is not None and record.get("path_length") == path_length:
+                    found = at, float(record["eval_loss"])
+    return found
+
+
 def _step_of(line: bytes) -> int | None:
     """Return the step of a whole line; None for one that a crash tore (no newline, or half an object)."""
     if not line.endswith(b"\n"):

@@ -23,6 +23,7 @@ from raptr_ds.paths.cost import num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
+from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
@@ -186,7 +187,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         if progress is not None:
             write_config(folder, config.resolved())
             if state.step:
-                progress.say(f"continuing after step {state.step}")
+                progress.say(_standing(config, folder, state.step))
         cost = StepCost(
             shape_of(config),
             config.batch.global_batch,
@@ -237,6 +238,18 @@ def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
             f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
         )
     return RunState.from_dict(values)
+
+
+def _standing(config: RunConfig, folder: FilePath, step: int) -> str:
+    """Return what a restored run says: that it continues, or that nothing is left to do, and how it ended."""
+    if step < config.train.steps:
+        return f"continuing after step {step}"
+    evaluation = last_evaluation(folder / METRICS, config.model.num_layers, step)
+    loss = "" if evaluation is None else f"; held-out loss {evaluation[1]:.4f} after step {evaluation[0]}"
+    return (
+        f"this run is complete: {step} of {config.train.steps} steps are trained{loss}. Raise "
+        "raptr_ds.train.steps to train on, or set another raptr_ds.train.save to start afresh."
+    )
 
 
 def _leave_groups() -> None:

@@ -55,6 +55,14 @@ def test_a_run_leaves_what_the_contract_says(run_file: Path, tmp_path: Path) -> 
     assert resolved["gradient_accumulation_steps"] >= 1
     assert "checkpoint of step 12" in done.stdout
 
+    before = (save / "metrics.jsonl").read_bytes()
+    again = call(plain_command(run_file))
+    assert again.returncode == 0, again.stdout + again.stderr
+    loss = f"held-out loss {evaluation['eval_loss']:.4f} after step 12"
+    assert f"this run is complete: 12 of 12 steps are trained; {loss}. Raise" in again.stdout
+    assert "continuing" not in again.stdout
+    assert (save / "metrics.jsonl").read_bytes() == before
+
 
 def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file: Path, tmp_path: Path) -> None:
     settings = ["raptr_ds.train.steps=3", "raptr_ds.eval.batches=0"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, to_line
+from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, last_evaluation, to_line
 
 
 def test_floats_come_back_exactly():
@@ -126,3 +126,16 @@ def test_a_new_run_sets_what_an_earlier_one_rolled_back_aside(tmp_path):
     assert sorted(found.name for found in tmp_path.iterdir()) == [
         "metrics.1.jsonl", "metrics.jsonl", "metrics.rolled_back.1.jsonl",
     ]  # fmt: skip
+
+
+def test_the_last_evaluation_is_the_newest_whole_finite_one_of_the_full_model(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_evaluation(path, 4, 9) is None
+    write(path, [1, 2])
+    assert last_evaluation(path, 4, 9) is None
+    evaluations = [(3, 2.5, 4), (6, 2.25, 4), (6, 7.0, 2), (7, math.nan, 4), (9, 1.0, 4)]
+    lines = [to_line({"step": step, "eval_loss": loss, "path_length": length}) for step, loss, length in evaluations]
+    write(path, [1, 2, 3], tail="".join(lines) + lines[-1].rstrip())
+    assert last_evaluation(path, 4, 9) == (9, 1.0)
+    assert last_evaluation(path, 4, 8) == (6, 2.25)
+    assert last_evaluation(path, 2, 9) == (6, 7.0)
