@@ -1,5 +1,7 @@
 """Plans: totals against the method's own sums, memory by layout, and schedules for a wished saving."""
 
+from functools import cache
+
 import pytest
 
 from raptr_ds.paths import Path, build_path_method
@@ -90,19 +92,21 @@ def test_activations_follow_path_micro_batches_and_recomputation():
     assert memory.activations == by_stage[0]
 
 
+@cache
+def saved_at_24_layers(lengths):
+    deep = Setting(ModelShape("bert", 24, 64, 32, 500, 256), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
+    return plan_run(raptr(num_layers=24, schedule="-".join(map(str, lengths))), deep).flops_saved
+
+
 @pytest.mark.parametrize("saving", [0.1, 0.2, 0.25, 0.33])
 def test_a_proposed_schedule_saves_what_was_wished(saving):
-    def saved_by(lengths):
-        return plan_run(raptr(num_layers=24, schedule="-".join(map(str, lengths))), deep).flops_saved
-
-    deep = Setting(ModelShape("bert", 24, 64, 32, 500, 256), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
-    lengths = propose_schedule(24, 2, saving, saved_by)
+    lengths = propose_schedule(24, 2, saving, saved_at_24_layers)
     assert lengths is not None
     assert len(lengths) == 4
     assert lengths[-1] == 24
     assert list(lengths) == sorted(lengths)
     # Path lengths are whole: one layer in one of four phases is about a hundredth.
-    assert saved_by(lengths) == pytest.approx(saving, abs=0.01)
+    assert saved_at_24_layers(lengths) == pytest.approx(saving, abs=0.01)
 
 
 def test_a_saving_out_of_reach_has_no_schedule():
