@@ -67,6 +67,8 @@ def train(session: Session) -> Exit:
             session.save(state)
             return Exit.CONTINUE_LATER
         started = time.perf_counter()
+        if growth := session.method.growth_at(state.step):  # stacking only
+            session.engine.grow(growth)
         learning_rate = session.learning_rate_at(state.step)
         batch = session.batches.at(state.step, state.data_offset_steps)
         result = session.engine.train_step(batch, path, state.step, learning_rate)

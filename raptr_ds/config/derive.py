@@ -88,13 +88,18 @@ def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
 
 
 def derive_path(path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1) -> PathSection:
-    """Return the path section with its schedule, constant length, warm-up in steps and stages, where it uses them."""
+    """Return the path section with its schedule, length or drop rate, warm-up steps and stages, where it uses them."""
     update: dict[str, Any] = {}
     lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
     if path.method == "raptr" and path.schedule is None:
         update["schedule"] = "-".join(map(str, lengths))
+    if path.method == "stacking" and path.schedule is None:
+        update["schedule"] = "-".join(str(max(1, (num_layers * quarters + 2) // 4)) for quarters in (2, 3, 4))
+    mean_length = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
     if path.method == "constant" and path.constant_length is None:
-        update["constant_length"] = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
+        update["constant_length"] = mean_length
+    if path.method == "layerdrop" and path.layerdrop is None:
+        update["layerdrop"] = 1.0 - min(mean_length, num_layers - 0.5) / num_layers
     if path.method in {"raptr", "constant"} and path.sampling == "balanced" and path.balance_stages is None:
         update["balance_stages"] = num_stages
     if path.full_warmup_ratio is not None and not path.full_warmup_steps:

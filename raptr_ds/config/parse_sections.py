@@ -12,9 +12,6 @@ from raptr_ds.errors import nearest
 
 Place = Callable[[str], str]
 
-NOT_BUILT = {"stacking"}
-"""Values of the design that this version does not have."""
-
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -65,8 +62,6 @@ def _message(section: str, model: type[Section], detail: ErrorDetails, place: Pl
     shown = f"{dotted}={value!r}{place(dotted) or place(f'{section}.{field}')}"
     if kind == "literal_error":
         choices = _choices(model if len(parts) == 1 else Denoiser, parts[-1])
-        if value in NOT_BUILT:
-            return f"{shown} is not built yet. Set one of {', '.join(choices)}."
         guess = nearest(str(value), choices) or "."
         return f"{shown} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
     if kind in _TYPES:

@@ -171,7 +171,7 @@ def schedule_holds_fixed(draft: Draft) -> str | None:
     """Every phase has room for the fixed layers."""
     lengths = _lengths(draft.path.schedule)
     fixed = count_fixed(draft.path.fixed_layers, draft.model.num_layers)
-    if not lengths or min(lengths) >= fixed:
+    if draft.path.method != "raptr" or not lengths or min(lengths) >= fixed:
         return None
     return (
         f"raptr_ds.path.schedule={draft.path.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} of "

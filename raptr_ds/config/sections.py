@@ -95,13 +95,15 @@ class ParallelSection(Section):
 class PathSection(Section):
     """`raptr_ds.path`: which layers run at each step. A key that the method does not use is an error."""
 
-    method: Literal["full", "raptr", "pld", "constant"] = "full"
+    method: Literal["full", "raptr", "pld", "constant", "layerdrop", "stacking"] = "full"
     """full: all layers, always. raptr: random paths that grow by phases. pld: progressive layer dropping.
-    constant: random paths of one length (stochastic depth at a constant rate)."""
+    constant: random paths of one length (stochastic depth at a constant rate). layerdrop: each layer is dropped with
+    one probability, by itself. stacking: the first layers alone, then copies of them on top (gradual or progressive)."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
-    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L."""
+    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L.
+    stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L."""
     split: Literal["uniform", "proportional"] = "uniform"
-    """raptr: phases of equal length in steps, or in proportion to their path length."""
+    """raptr, stacking: phases of equal length in steps, or in proportion to their path length."""
     full_warmup_steps: CountOrZero = 0
     """raptr: steps on the full model before the first path is drawn."""
     full_warmup_ratio: Probability | None = None
@@ -127,6 +129,12 @@ class PathSection(Section):
     """pld: the keep probability's limit."""
     constant_length: Count | None = None
     """constant: layers of every path. Derived: the mean of RaPTr's default schedule, so at RaPTr's compute."""
+    layerdrop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """layerdrop: probability of dropping a layer. Derived: paths have the derived constant_length on average."""
+    growth_optimizer_state: Literal["copied", "fresh"] = "copied"
+    """stacking: what optimizer state a new layer begins with: that of the layer it is a copy of, or none."""
+    growth_warmup_steps: CountOrZero = 0
+    """stacking: steps after each growth over which the learning rate rises again, from nothing to the scheduler's."""
 
     @property
     def phase_lengths(self) -> tuple[int, ...]:

@@ -22,11 +22,13 @@ class Use:
 
 
 _RANDOM = Use(METHOD, ("raptr", "constant"))
-_SKIPPING = Use(METHOD, ("raptr", "pld", "constant"))
+_SKIPPING = Use(METHOD, ("raptr", "pld", "constant", "layerdrop"))
+_SCHEDULED = Use(METHOD, ("raptr", "stacking"))
+_GROWING = Use(METHOD, ("stacking",))
 
 USED_ONLY: dict[str, Use] = {
-    "raptr_ds.path.schedule": Use(METHOD, ("raptr",)),
-    "raptr_ds.path.split": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.schedule": _SCHEDULED,
+    "raptr_ds.path.split": _SCHEDULED,
     "raptr_ds.path.full_warmup_steps": Use(METHOD, ("raptr",)),
     "raptr_ds.path.full_warmup_ratio": Use(METHOD, ("raptr",)),
     "raptr_ds.path.fixed_layers": _RANDOM,
@@ -37,7 +39,10 @@ USED_ONLY: dict[str, Use] = {
     "raptr_ds.path.pld_gamma": Use(METHOD, ("pld",)),
     "raptr_ds.path.pld_theta": Use(METHOD, ("pld",)),
     "raptr_ds.path.constant_length": Use(METHOD, ("constant",)),
-    "raptr_ds.parallel.grow_micro_batch": Use(METHOD, ("raptr", "constant")),
+    "raptr_ds.path.layerdrop": Use(METHOD, ("layerdrop",)),
+    "raptr_ds.path.growth_optimizer_state": _GROWING,
+    "raptr_ds.path.growth_warmup_steps": _GROWING,
+    "raptr_ds.parallel.grow_micro_batch": Use(METHOD, ("raptr", "constant", "stacking")),
     "raptr_ds.model.rotary_base": Use(POSITION, ("rotary",)),
     "raptr_ds.objective.mask_rate": Use(ARCHITECTURE, ("bert",)),
     "raptr_ds.objective.whole_word": Use(ARCHITECTURE, ("bert",)),

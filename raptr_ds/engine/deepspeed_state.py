@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
+from raptr_ds.engine.grow import copy_layers
 from raptr_ds.engine.idle_layers import IdleLayers
 from raptr_ds.engine.parameter_groups import NO_LAYER, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
@@ -16,6 +17,7 @@ from raptr_ds.engine.state_layout import replicated_holders, zero3_holders, zero
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
+from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import Path
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -118,6 +120,14 @@ class DeepSpeedState:
             idle = IdleLayers(self.engine.basic_optimizer, (int(name) for name in self.stage.layers))
             idle.load(values)
             self.engine.optimizer.refresh(idle.make_up(self._holders(), _every_layer).__contains__)
+
+    def grow(self, growth: Growth) -> None:
+        """Make the new layers copies of those they grow from; in the optimizer's fp32, and the working weights follow.
+
+        They are skipped until then, so that no step of theirs is outstanding.
+        """
+        copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
+        self.engine.optimizer.refresh(growth.sources.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
         """Whether this rank writes the fragment: ZeRO's partitions have one owner each, replicas the first rank."""

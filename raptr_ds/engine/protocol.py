@@ -6,6 +6,7 @@ from typing import Protocol
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment
+from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import Path
 
 
@@ -34,6 +35,11 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`, without dropout."""
+        ...
+
+    def grow(self, growth: Growth) -> None:
+        """Make the new layers copies of those they grow from, with their optimizer state or with none; all ranks call
+        it alike."""
         ...
 
     def fragments(self) -> list[Fragment]:

@@ -3,6 +3,7 @@
 It is written to be read, and to be right: what the other engines do in many ways is here done in one.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 
@@ -16,6 +17,7 @@ from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import Path
 
 
@@ -73,6 +75,17 @@ class ReferenceEngine:
                 total += self.stage(micro.tokens, micro, path, None).double().sum().item()
             count += batch.num_predictions
         return total / count
+
+    @torch.no_grad()
+    def grow(self, growth: Growth) -> None:
+        """Make the new layers copies of those they grow from, with their optimizer state or with none."""
+        for layer, source in growth.sources.items():
+            for name, parameter in self.stage.layers[str(layer)].named_parameters(prefix=f"layers.{layer}"):
+                original = self.parameters[name.replace(f"layers.{layer}.", f"layers.{source}.", 1)]
+                parameter.copy_(original)
+                self.optimizer.state.pop(parameter, None)
+                if growth.copies_optimizer_state and original in self.optimizer.state:
+                    self.optimizer.state[parameter] = copy.deepcopy(self.optimizer.state[original])
 
     def _holders(self) -> list[Holder]:
         holders = []

@@ -217,10 +217,11 @@ def choose_rate(losses: Mapping[float, float | None]) -> float | None:
 
 def _describe_path(config: RunConfig) -> str:
     path = config.path
-    said = {"schedule": path.schedule, "length": path.constant_length}
-    words = [path.method, *(f"{value}" for value in said.values() if value)]
+    words = [path.method, path.schedule, path.constant_length, path.layerdrop and f"{path.layerdrop:.4g}"]
     if path.method in {"raptr", "constant"} and path.sampling != "uniform":
         words.append(path.sampling)
-    if path.method != "full":
-        words += [path.skipped_update, *([path.residual_scale] if path.residual_scale != "none" else [])]
-    return " ".join(words)
+    if path.method == "stacking":
+        words.append(f"optimizer state {path.growth_optimizer_state}")
+    elif path.method != "full":
+        words += [path.skipped_update, path.residual_scale if path.residual_scale != "none" else None]
+    return " ".join(str(word) for word in words if word)

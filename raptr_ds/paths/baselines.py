@@ -1,4 +1,4 @@
-"""Baselines on the same terms as RaPTr: the full model at each step, and progressive layer dropping."""
+"""Baselines on the same terms as RaPTr: the full model at each step, LayerDrop, and progressive layer dropping."""
 
 import math
 from dataclasses import dataclass
@@ -6,26 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.paths.path import Path
+from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, residual_scale_of
-from raptr_ds.paths.schedule import Phase, Phases
 from raptr_ds.rng import stream
 
 
 @dataclass(frozen=True)
-class FullPaths:
+class FullPaths(Phased):
     """Standard training: every layer at each step."""
-
-    phases: Phases
-    num_layers: int
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of the run."""
-        return self.phases.num_steps
-
-    def phase_at(self, step: int) -> Phase:
-        """Return the phase of a 0-based step."""
-        return self.phases.at(step)
 
     def expected_length_at(self, step: int) -> float:
         """Return the number of layers, whatever the 0-based step."""
@@ -43,11 +31,52 @@ class FullPaths:
 
     def path_at(self, step: int) -> Path:
         """Return the full path."""
-        return Path.full(self.num_layers, self.phase_at(step).index)
+        return self.model_at(step)
 
 
 @dataclass(frozen=True)
-class ProgressiveLayerDropping:
+class LayerDrop(Phased):
+    """LayerDrop: at each step every layer is dropped with one probability, by itself, from the first step to the last.
+
+    A path without layers is drawn again, so that a layer runs with probability (1 - p) / (1 - p^L).
+    Source: Fan, Grave and Joulin 2020, arXiv 1909.11556.
+    """
+
+    seed: int
+    drop_probability: float
+    residual_scale: str = "none"
+
+    def __post_init__(self) -> None:
+        assert 0.0 <= self.drop_probability < 1.0, f"drop_probability={self.drop_probability}"
+        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return the probability that each layer runs, whatever the 0-based step, (num_layers,) float64."""
+        self.phase_at(step)
+        drop = self.drop_probability
+        return np.full(self.num_layers, (1.0 - drop) / (1.0 - drop**self.num_layers))
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the expected number of active layers, whatever the 0-based step."""
+        return float(self.marginals_at(step).sum())
+
+    def expected_layers_from(self, step: int) -> float:
+        """Return the sum of the expected path lengths of this step and all later ones."""
+        return self.expected_length_at(0) * max(0, self.num_steps - step)
+
+    def path_at(self, step: int) -> Path:
+        """Return the path of a 0-based step, a pure function of (seed, step)."""
+        phase, generator = self.phase_at(step), stream(self.seed, "path", step)
+        layers: tuple[int, ...] = ()
+        while not layers:
+            kept = generator.random(self.num_layers) >= self.drop_probability
+            layers = tuple(np.flatnonzero(kept).tolist())
+        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
+        return Path(layers, self.num_layers, phase.index, scale)
+
+
+@dataclass(frozen=True)
+class ProgressiveLayerDropping(Phased):
     """Progressive layer dropping: deeper layers are dropped more often, and all more often as time goes on.
 
     Layer i (0-based, so layer 0 is always kept and no path is empty) is kept at step t with probability
@@ -56,8 +85,6 @@ class ProgressiveLayerDropping:
     Source: Zhang and He 2020, arXiv 2010.13369.
     """
 
-    phases: Phases
-    num_layers: int
     seed: int
     gamma: float = 0.001
     theta: float = 0.5
@@ -67,15 +94,6 @@ class ProgressiveLayerDropping:
         assert 0.0 <= self.theta <= 1.0, f"theta={self.theta}"
         assert self.gamma >= 0.0, f"gamma={self.gamma}"
         check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of the run."""
-        return self.phases.num_steps
-
-    def phase_at(self, step: int) -> Phase:
-        """Return the single phase; its path length is None, as it falls with every step."""
-        return self.phases.at(step)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""

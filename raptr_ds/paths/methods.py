@@ -7,7 +7,8 @@ import numpy as np
 
 from raptr_ds.errors import ConfigError, nearest
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.baselines import FullPaths, ProgressiveLayerDropping
+from raptr_ds.paths.baselines import FullPaths, LayerDrop, ProgressiveLayerDropping
+from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import Path
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.schedule import (
@@ -19,8 +20,9 @@ from raptr_ds.paths.schedule import (
     resolve_fixed_layers,
     split_phases,
 )
+from raptr_ds.paths.stacking import Stacking
 
-METHODS = ("full", "raptr", "pld", "constant")
+METHODS = ("full", "raptr", "pld", "constant", "layerdrop", "stacking")
 
 
 class PathMethod(Protocol):
@@ -49,6 +51,18 @@ class PathMethod(Protocol):
         """Return the path of a step."""
         ...
 
+    def model_at(self, step: int) -> Path:
+        """Return the path through all layers that the model has at a step: every layer, unless it still grows."""
+        ...
+
+    def growth_at(self, step: int) -> Growth | None:
+        """Return how the model grows before a step, None where it does not; growing again changes nothing."""
+        ...
+
+    def learning_rate_factor_at(self, step: int) -> float:
+        """Return what the schedule's learning rate is multiplied by at a step."""
+        ...
+
     def expected_length_at(self, step: int) -> float:
         """Return the expected number of active layers of a step."""
         ...
@@ -71,6 +85,14 @@ def _check_stages(stages: BalancedStages | None, num_layers: int) -> None:
         )
 
 
+def _lengths(method: str, schedule: str | None, num_layers: int, num_fixed: int) -> tuple[int, ...]:
+    if schedule is None:
+        raise ConfigError(f"raptr_ds.path.method={method!r} needs raptr_ds.path.schedule, for example '6-8-10-12'.")
+    lengths = parse_schedule(schedule)
+    check_lengths(lengths, num_layers, num_fixed)
+    return lengths
+
+
 def build_path_method(
     *,
     method: str,
@@ -86,12 +108,16 @@ def build_path_method(
     pld_gamma: float = 0.001,
     pld_theta: float = 0.5,
     constant_length: int | None = None,
+    layerdrop: float | None = None,
+    growth_optimizer_state: str = "copied",
+    growth_warmup_steps: int = 0,
     stages: BalancedStages | None = None,
 ) -> PathMethod:
     """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
 
     raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
-    and constant_length; pld residual_scale, pld_gamma and pld_theta; full none. Balanced sampling balances `stages`.
+    and constant_length; layerdrop itself and residual_scale; pld residual_scale, pld_gamma and pld_theta; stacking
+    schedule, split, growth_optimizer_state and growth_warmup_steps; full none. Balanced sampling balances `stages`.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """
     if method == "full":
@@ -104,14 +130,19 @@ def build_path_method(
             )
         phases = one_phase(None, num_steps)
         return ProgressiveLayerDropping(phases, num_layers, seed, pld_gamma, pld_theta, residual_scale)
+    if method == "layerdrop":
+        if layerdrop is None or not 0.0 <= layerdrop < 1.0:
+            raise ConfigError(f"raptr_ds.path.layerdrop={layerdrop} must be a probability, from 0 to less than 1.")
+        return LayerDrop(one_phase(None, num_steps), num_layers, seed, layerdrop, residual_scale)
+    if method == "stacking":
+        lengths = _lengths(method, schedule, num_layers, 0)
+        phases = split_phases(lengths, num_layers, num_steps, split)
+        return Stacking(phases, num_layers, growth_optimizer_state == "copied", growth_warmup_steps)
     fixed = resolve_fixed_layers(fixed_layers, num_layers)
     if sampling == "balanced":
         _check_stages(stages, num_layers)
     if method == "raptr":
-        if schedule is None:
-            raise ConfigError("raptr_ds.path.method='raptr' needs raptr_ds.path.schedule, for example '6-8-10-12'.")
-        lengths = parse_schedule(schedule)
-        check_lengths(lengths, num_layers, len(fixed))
+        lengths = _lengths(method, schedule, num_layers, len(fixed))
         phases = split_phases(lengths, num_layers, num_steps, split, full_warmup_steps)
         return RandomPaths(phases, num_layers, seed, fixed, sampling, residual_scale, stages)
     if method == "constant":

@@ -8,7 +8,8 @@ import numpy as np
 from raptr_ds.errors import ConfigError, nearest
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
 from raptr_ds.paths.path import Path
-from raptr_ds.paths.schedule import Phase, Phases
+from raptr_ds.paths.phased import Phased
+from raptr_ds.paths.schedule import Phase
 from raptr_ds.rng import stream
 
 SAMPLINGS = ("uniform", "bernoulli", "balanced")
@@ -16,7 +17,7 @@ RESIDUAL_SCALES = ("none", "sqrt")
 
 
 @dataclass(frozen=True)
-class RandomPaths:
+class RandomPaths(Phased):
     """Random paths by phases: RaPTr with a schedule's phases, constant-rate depth with a single phase.
 
     path_at is a pure function of (seed, step): every rank computes the same path, and resuming needs the step alone.
@@ -24,8 +25,6 @@ class RandomPaths:
     Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
     """
 
-    phases: Phases
-    num_layers: int
     seed: int
     fixed_layers: tuple[int, ...]
     sampling: str = "uniform"
@@ -37,15 +36,6 @@ class RandomPaths:
         check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         assert self.sampling != "balanced" or self.stages is not None
         assert self.stages is None or sum(self.stages.num_layers) == self.num_layers
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps that the phases cover."""
-        return self.phases.num_steps
-
-    def phase_at(self, step: int) -> Phase:
-        """Return the phase of a 0-based step."""
-        return self.phases.at(step)
 
     def expected_length_at(self, step: int) -> float:
         """Return the expected number of active layers at a 0-based step."""
@@ -71,7 +61,7 @@ class RandomPaths:
         phase = self.phase_at(step)
         length = _scheduled_length(phase)
         if length == self.num_layers:
-            return Path.full(self.num_layers, phase.index)
+            return self.model_at(step)
         generator = stream(self.seed, "path", step)
         layers = self._draw(generator, length)
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)

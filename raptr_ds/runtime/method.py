@@ -50,15 +50,19 @@ def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMe
         pld_gamma=section.pld_gamma,
         pld_theta=section.pld_theta,
         constant_length=section.constant_length,
+        layerdrop=section.layerdrop,
+        growth_optimizer_state=section.growth_optimizer_state,
+        growth_warmup_steps=section.growth_warmup_steps,
         stages=balanced_stages_of(config),
     )
 
 
 def left_out_layers(method: PathMethod) -> list[str]:
-    """Return a line for each phase in which some layers are never active."""
+    """Return a line for each phase in which some layers of the model are never active."""
     lines = []
     for phase in method.phases.phases:
-        layers = np.flatnonzero(method.marginals_at(phase.first_step) == 0.0).tolist()
+        left_out = np.flatnonzero(method.marginals_at(phase.first_step) == 0.0).tolist()
+        layers = method.model_at(phase.first_step).active_in(left_out)
         if layers and phase.num_steps:
             lines.append(
                 f"layers {', '.join(map(str, layers))} are never active in phase {phase.index} (paths of "

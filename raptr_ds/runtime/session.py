@@ -59,7 +59,8 @@ class Session:
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a 0-based step."""
-        return learning_rate_at(self.config.scheduler, self.config.optimizer["params"]["lr"], step)
+        scheduled = learning_rate_at(self.config.scheduler, self.config.optimizer["params"]["lr"], step)
+        return scheduled * self.method.learning_rate_factor_at(step)
 
     def record(self, state: RunState, result: StepResult, path: Path, learning_rate: float, seconds: float) -> None:
         """Write down one step."""

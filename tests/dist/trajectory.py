@@ -48,7 +48,10 @@ class Case:
     # the run itself, which a layout must not change
     architecture: str = "bert"
     num_layers: int = 5
+    method: str = "raptr"
     schedule: str = "3-4-5"
+    growth_optimizer_state: str = "copied"
+    growth_warmup_steps: int = 0
     steps: int = 9
     skipped_update: str = "freeze"
     max_norm: float = 1.0
@@ -75,8 +78,10 @@ def run_case(launch: Launch, case: Case) -> Outcome:
     method = path_method(case)
     results = []
     for step in range(case.steps):
-        batch = batch_at(case, groups, step)
-        results.append(engine.train_step(batch, method.path_at(step), step, case.learning_rate))
+        if growth := method.growth_at(step):
+            engine.grow(growth)
+        rate = case.learning_rate * method.learning_rate_factor_at(step)
+        results.append(engine.train_step(batch_at(case, groups, step), method.path_at(step), step, rate))
     held_out = [batch_at(case, groups, 1000 + index) for index in range(2)]
     return Outcome(
         losses=[result.loss for result in results],
@@ -88,14 +93,16 @@ def run_case(launch: Launch, case: Case) -> Outcome:
 
 
 def path_method(case: Case) -> PathMethod:
-    """Return the case's RaPTr method."""
+    """Return the case's path method."""
     return build_path_method(
-        method="raptr",
+        method=case.method,
         num_layers=case.num_layers,
         num_steps=case.steps,
         seed=SEED,
         schedule=case.schedule,
         residual_scale="sqrt",
+        growth_optimizer_state=case.growth_optimizer_state,
+        growth_warmup_steps=case.growth_warmup_steps,
     )
 
 
