@@ -98,7 +98,7 @@ class PathSection(Section):
     method: Literal["full", "raptr", "pld", "constant", "layerdrop", "stacking"] = "full"
     """full: all layers, always. raptr: random paths that grow by phases. pld: progressive layer dropping.
     constant: random paths of one length (stochastic depth at a constant rate). layerdrop: each layer is dropped with
-    one probability, by itself. stacking: the first layers alone, then copies of them on top (gradual or progressive)."""
+    one probability, by itself. stacking: the first layers alone, then copies of them on top."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L.
     stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L."""

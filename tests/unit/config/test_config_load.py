@@ -55,11 +55,27 @@ def test_architecture_decides_the_rest(load):
     assert load(f"{M}architecture=ul2", f"{M}activation=gelu").model.ffn_hidden_size == 192
 
 
+@pytest.mark.parametrize(
+    ("method", "num_layers", "derived"),
+    [
+        ("constant", 12, {"constant_length": 9}),
+        ("layerdrop", 12, {"layerdrop": 0.25}),
+        ("layerdrop", 1, {"layerdrop": 0.5}),
+        ("stacking", 12, {"schedule": "6-9-12"}),
+        ("stacking", 24, {"schedule": "12-18-24"}),
+        ("stacking", 1, {"schedule": "1-1-1"}),
+    ],
+)
+def test_rivals_get_the_compute_of_raptr(load, method, num_layers, derived):
+    path = load(f"{P}method={method}", f"{M}num_layers={num_layers}", f"{P}fixed_layers=null").path
+    assert {key: getattr(path, key) for key in derived} == derived
+
+
 def test_components_read_no_none(load):
     config = load(world_size=2)
     for section in (config.model, config.parallel, config.path, config.train):
         left = {key for key, value in section if value is None}
-        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages"}
+        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages", "layerdrop"}
     assert config.parallel.pipeline_layers == (12,)
     assert config.train.save == "runs/run"
     assert (config.precision, config.zero_stage, config.gradient_clipping) == ("fp32", 0, 1.0)
@@ -125,6 +141,8 @@ RESOLVABLE = {
     "full": f"{P}method=full",
     "pld": f"{P}method=pld {P}pld_gamma=0.01",
     "constant": f"{P}method=constant {P}fixed_layers=[0]",
+    "layerdrop": f"{P}method=layerdrop {P}residual_scale=sqrt",
+    "stacking": f"{P}method=stacking {P}schedule=3-6-12 {P}growth_warmup_steps=5",
     "ul2": f"{M}architecture=ul2 raptr_ds.objective.denoisers=causal_prefix_span",
     "denoisers": f'{M}architecture=ul2 raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}}]',
     "layout": "raptr_ds.parallel.pipeline_model_parallel_size=2 zero_optimization.stage=1 bf16.enabled=true",
@@ -158,7 +176,12 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("raptr_ds.model.steps=3", ["raptr_ds.model.steps", "it belongs to raptr_ds.train"]),
         ("raptr_ds.train.train_batch_size=3", ["it belongs to the top level"]),
         ("path.method=full", ["it belongs into raptr_ds: raptr_ds.path"]),
-        (f"{P}method=stacking", ["'stacking'", "not built yet", "full, raptr, pld, constant"]),
+        (
+            f"{P}method=stack",
+            ["'stack'", "full, raptr, pld, constant, layerdrop, stacking", "did you mean 'stacking'?"],
+        ),
+        (f"{P}layerdrop=1", ["raptr_ds.path.layerdrop=1", "less than 1"]),
+        (f"{P}growth_optimizer_state=new", ["growth_optimizer_state='new'", "copied, fresh"]),
         (f"{P}sampling=balance", ["must be one of", "did you mean 'balanced'?"]),
         (f"{P}method=rapter", ["must be one of", "did you mean 'raptr'?"]),
         (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "a whole number"]),
@@ -213,7 +236,9 @@ UNUSED = {
     "full": [("schedule", "6-12"), ("split", "uniform"), ("full_warmup_steps", "3"), ("sampling", "uniform")],
     "raptr": [("pld_gamma", "0.1"), ("pld_theta", "0.1"), ("constant_length", "9")],
     "pld": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("constant_length", "9")],
-    "constant": [("schedule", "6-12"), ("full_warmup_steps", "3"), ("pld_theta", "0.1")],
+    "constant": [("schedule", "6-12"), ("full_warmup_steps", "3"), ("pld_theta", "0.1"), ("layerdrop", "0.2")],
+    "layerdrop": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("sampling", "uniform")],
+    "stacking": [("fixed_layers", "[0]"), ("residual_scale", "sqrt"), ("skipped_update", "zero_grad")],
 }
 
 

@@ -165,6 +165,8 @@ def test_balanced_needs_the_stages_of_this_model(stages):
     [
         {"method": "full"},
         {"method": "pld"},
+        {"method": "layerdrop", "layerdrop": 0.4},
+        {"method": "stacking", "schedule": "3-6-12"},
         {"method": "raptr", "schedule": "6-12", "full_warmup_steps": 3},
         {"method": "raptr", "schedule": "6-12", "sampling": "bernoulli"},
         {"method": "constant", "constant_length": 9, "fixed_layers": [0, 5, -1]},

@@ -96,6 +96,8 @@ def test_bert_base_has_the_size_that_everyone_knows():
         {"method": "full"},
         {"method": "constant", "constant_length": 2},
         {"method": "pld", "pld_gamma": 0.05},
+        {"method": "layerdrop", "layerdrop": 0.4},
+        {"method": "stacking", "schedule": "1-2-3"},
         {"method": "pld", "pld_gamma": 0.0},
     ],
 )

@@ -1,0 +1,103 @@
+"""LayerDrop and stacking: their paths, growths and learning rates, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.paths import build_path_method
+from raptr_ds.paths.growth import Growth
+
+
+def build(method, num_layers=12, num_steps=90, **values):
+    return build_path_method(method=method, num_layers=num_layers, num_steps=num_steps, seed=3, **values)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sources"),
+    [
+        (6, 9, {6: 3, 7: 4, 8: 5}),
+        (9, 12, {9: 6, 10: 7, 11: 8}),
+        (6, 12, {6: 0, 7: 1, 8: 2, 9: 3, 10: 4, 11: 5}),
+        (3, 4, {3: 2}),
+        (2, 7, {2: 0, 3: 1, 4: 0, 5: 1, 6: 0}),
+    ],
+)
+def test_new_layers_are_copies_of_the_topmost(before, after, sources):
+    assert Growth(before, after).sources == sources
+
+
+def test_stacking_trains_the_first_layers_and_grows_between_phases():
+    method = build("stacking", schedule="6-9-12", growth_optimizer_state="fresh")
+    lengths = [method.path_at(step).length for step in range(90)]
+    assert lengths == [6] * 30 + [9] * 30 + [12] * 30
+    assert method.path_at(0).layers == tuple(range(6))
+    assert method.path_at(45) == method.model_at(45)
+    growths = {step: method.growth_at(step) for step in range(92) if method.growth_at(step)}
+    assert growths == {30: Growth(6, 9, copies_optimizer_state=False), 60: Growth(9, 12, copies_optimizer_state=False)}
+    assert method.expected_layers_from(0) == sum(lengths)
+    assert method.expected_layers_from(50) == sum(lengths[50:])
+    assert method.marginals_at(40).tolist() == [1.0] * 9 + [0.0] * 3
+    assert [method.learning_rate_factor_at(step) for step in (0, 29, 30, 60, 89)] == [1.0] * 5
+
+
+def test_phases_without_steps_are_grown_over_and_equal_ones_do_not_grow():
+    method = build("stacking", num_steps=2, schedule="3-6-9-12")
+    assert [phase.num_steps for phase in method.phases.phases] == [1, 0, 1, 0]
+    assert method.growth_at(1) == Growth(3, 9)
+    twice = build("stacking", schedule="6-6-12")
+    assert [step for step in range(90) if twice.growth_at(step)] == [60]
+
+
+def test_the_learning_rate_rises_again_after_each_growth():
+    method = build("stacking", schedule="6-9-12", growth_warmup_steps=4)
+    factors = [method.learning_rate_factor_at(step) for step in range(90)]
+    rise = [0.25, 0.5, 0.75, 1.0]
+    assert factors == [1.0] * 30 + rise + [1.0] * 26 + rise + [1.0] * 26
+
+
+def test_layerdrop_keeps_each_layer_alike_to_the_end_and_never_none():
+    method = build("layerdrop", num_layers=3, num_steps=6000, layerdrop=0.6)
+    paths = [method.path_at(step) for step in range(6000)]
+    assert all(path.layers for path in paths)
+    assert paths == [method.path_at(step) for step in range(6000)]
+    kept = 0.4 / (1 - 0.6**3)
+    assert method.marginals_at(0) == pytest.approx([kept] * 3, rel=1e-15)
+    assert method.expected_length_at(5999) == pytest.approx(3 * kept, rel=1e-15)
+    assert method.expected_layers_from(1000) == pytest.approx(5000 * 3 * kept, rel=1e-12)
+    drawn = np.array([[path.is_active(layer) for layer in range(3)] for path in paths])
+    tolerance = 4 * math.sqrt(kept * (1 - kept) / 6000)
+    for half in (drawn[:3000], drawn[3000:]):
+        assert np.abs(half.mean(axis=0) - kept).max() < math.sqrt(2) * tolerance
+    # Layers are independent but for the empty path: two of three together with (0.4^2) / (1 - 0.6^3).
+    assert abs((drawn[:, 0] & drawn[:, 2]).mean() - 0.16 / (1 - 0.6**3)) < tolerance
+
+
+def test_layerdrop_scales_by_the_actual_length():
+    method = build("layerdrop", layerdrop=0.25, residual_scale="sqrt")
+    for path in map(method.path_at, range(50)):
+        assert path.residual_scale == math.sqrt(12 / path.length)
+
+
+@pytest.mark.parametrize("method", ["full", "raptr", "pld", "layerdrop"])
+def test_other_methods_never_grow(method):
+    built = build(method, schedule="6-8-10-12", layerdrop=0.25)
+    for step in range(0, 90, 7):
+        assert built.growth_at(step) is None
+        assert built.model_at(step).is_full
+        assert built.learning_rate_factor_at(step) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"method": "layerdrop"}, "layerdrop=None must be a probability"),
+        ({"method": "layerdrop", "layerdrop": 1.0}, "less than 1"),
+        ({"method": "stacking"}, "'stacking' needs raptr_ds.path.schedule"),
+        ({"method": "stacking", "schedule": "3-9"}, "must end at full depth"),
+    ],
+)
+def test_wrong_values_are_refused(values, says):
+    with pytest.raises(ConfigError, match=says):
+        build(**values)
