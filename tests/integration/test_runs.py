@@ -1,6 +1,7 @@
 """Whole runs through the command line: what a run leaves behind, layouts and launchers alike, and continuing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,33 @@ def test_the_example_of_the_contract_runs(data_folder: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(training_lines(tmp_path / "run")) == 3
     assert ENV["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_stacked_run_goes_on_from_a_growth_in_another_layout(data_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint of the step before a growth holds no new layer yet: the resumed run grows again."""
+    run, save = tmp_path / "run.json", tmp_path / "run"
+    changes = {
+        "path": {"method": "stacking", "schedule": "1-2-4", "growth_warmup_steps": 2},
+        "eval": {"interval": 2, "batches": 1},
+        "checkpoint": {"interval": 4, "keep": 3},
+    }
+    run.write_text(json.dumps(tiny_run(data_folder, save, **changes)))
+    whole = call(plain_command(run))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    expected = lines_of(save)
+    for step in (8, 12):
+        shutil.rmtree(save / "checkpoints" / f"step-{step:08}")
+    again = call(deepspeed_command(run, "raptr_ds.parallel.pipeline_model_parallel_size=2"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "continuing after step 4" in again.stdout
+    found = lines_of(save)
+    assert [line["path_length"] for line in found if "loss" in line] == [1] * 4 + [2] * 4 + [4] * 4
+    assert [(line["step"], line["path_length"]) for line in found if "eval_loss" in line] == [
+        (2, 1), (4, 1), (6, 2), (8, 2), (10, 4), (12, 4),
+    ]  # fmt: skip
+    for key in ("loss", "grad_norm", "eval_loss", "lr"):
+        assert [line[key] for line in found if key in line] == pytest.approx(
+            [line[key] for line in expected if key in line], rel=6e-6
+        )
+    rates = [line["lr"] for line in found if "loss" in line]
+    assert rates == [1e-3] * 4 + [5e-4, 1e-3, 1e-3, 1e-3] * 2
