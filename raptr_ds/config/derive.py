@@ -87,7 +87,9 @@ def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
 
 
-def derive_path(path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1) -> PathSection:
+def derive_path(
+    path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1, num_heads: int = 1
+) -> PathSection:
     """Return the path section with its schedule, length or drop rate, warm-up steps and stages, where it uses them."""
     update: dict[str, Any] = {}
     lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
@@ -95,6 +97,8 @@ def derive_path(path: PathSection, num_layers: int, num_steps: int, num_stages: 
         update["schedule"] = "-".join(map(str, lengths))
     if path.method == "stacking" and path.schedule is None:
         update["schedule"] = "-".join(str(max(1, (num_layers * quarters + 2) // 4)) for quarters in (2, 3, 4))
+    if path.method == "width" and path.schedule is None:
+        update["schedule"] = "-".join(map(str, derive_schedule(num_heads, 1)))
     mean_length = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
     if path.method == "constant" and path.constant_length is None:
         update["constant_length"] = mean_length

@@ -130,7 +130,9 @@ def _complete(
     complete = {
         "model": model,
         "parallel": parallel,
-        "path": derive_path(cast(PathSection, sections["path"]), model.num_layers, train.steps, num_stages),
+        "path": derive_path(
+            cast(PathSection, sections["path"]), model.num_layers, train.steps, num_stages, model.num_attention_heads
+        ),
         "train": train,
     }
     optimizer = complete_optimizer(tree.get("optimizer"), tree.get("scheduler"))

@@ -141,18 +141,55 @@ def schedule_is_written_well(draft: Draft) -> str | None:
     )
 
 
-def schedule_fits_depth(draft: Draft) -> str | None:
-    """No phase is longer than the model, the last is the whole model."""
-    lengths, layers = _lengths(draft.path.schedule), draft.model.num_layers
-    if not lengths or (max(lengths) <= layers and lengths[-1] == layers):
+def schedule_fits_model(draft: Draft) -> str | None:
+    """No phase is longer than the model is deep, or wider than a layer has heads; the last is the whole model."""
+    lengths, is_width = _lengths(draft.path.schedule), draft.path.method == "width"
+    key = "num_attention_heads" if is_width else "num_layers"
+    most, what = getattr(draft.model, key), "heads" if is_width else "layers"
+    if not lengths or (max(lengths) <= most and lengths[-1] == most):
         return None
-    if max(lengths) > layers:
-        wrong = f"is longer than the model: a path of {max(lengths)} layers"
+    if max(lengths) > most:
+        wrong = f"asks for more than the model has: {max(lengths)} {what}"
     else:
-        wrong = f"must end at full depth, not at {lengths[-1]} layers"
+        wrong = f"must end with the full model, not at {lengths[-1]} {what}"
     return (
-        f"raptr_ds.path.schedule={draft.path.schedule!r} {wrong}; raptr_ds.model.num_layers={layers}. "
-        f"End it with {layers} and keep the other phases at most that, or remove it: one for the depth is derived."
+        f"raptr_ds.path.schedule={draft.path.schedule!r} {wrong}; raptr_ds.model.{key}={most}. "
+        f"End it with {most} and keep the other phases at most that, or remove it: one for the model is derived."
+    )
+
+
+def width_divides_the_mlp(draft: Draft) -> str | None:
+    """Under width the MLP has as many blocks as the layer has heads."""
+    heads, ffn = draft.model.num_attention_heads, draft.model.ffn_hidden_size
+    if draft.path.method != "width" or ffn is None or ffn % heads == 0:
+        return None
+    return (
+        f"raptr_ds.path.method='width' cuts the MLP into as many blocks as there are heads: raptr_ds.model."
+        f"ffn_hidden_size={ffn} must be a multiple of num_attention_heads={heads}. Set it to "
+        f"{-(-ffn // heads) * heads}."
+    )
+
+
+def width_freezes_whole_tensors(draft: Draft) -> str | None:
+    """Parts of a tensor can be frozen where a process has all of its optimizer state."""
+    path, data = draft.path, max(1, draft.world_size // draft.model_parallel_size)
+    is_whole = draft.zero_stage == 0 or (draft.zero_stage < 3 and data == 1)
+    if path.method != "width" or path.skipped_update != "freeze" or is_whole:
+        return None
+    return (
+        f"raptr_ds.path.method='width' with skipped_update='freeze' needs whole tensors in the optimizer, and "
+        f"zero_optimization.stage={draft.zero_stage} cuts them over {data} data-parallel processes. Set "
+        "zero_optimization.stage to 0, or raptr_ds.path.skipped_update to 'zero_grad'."
+    )
+
+
+def width_is_not_compiled(draft: Draft) -> str | None:
+    """A compiled layer has one width."""
+    if draft.path.method != "width" or not draft.train.compile:
+        return None
+    return (
+        "raptr_ds.train.compile=true makes one graph for layers of one width, and raptr_ds.path.method='width' changes "
+        "it. Set one of the two otherwise."
     )
 
 
@@ -205,7 +242,7 @@ def full_warmup_said_once(draft: Draft) -> str | None:
 def full_warmup_ends(draft: Draft) -> str | None:
     """The full-model warm-up leaves steps for the schedule."""
     warmup, steps = draft.path.full_warmup_steps, draft.train.steps
-    if draft.path.method != "raptr" or warmup < steps:
+    if draft.path.method not in {"raptr", "width"} or warmup < steps:
         return None
     return (
         f"raptr_ds.path.full_warmup_steps={warmup} must be less than raptr_ds.train.steps={steps}, or no random path "
@@ -295,7 +332,10 @@ RULES: tuple[Rule, ...] = (
     bernoulli_path_is_never_empty,
     balanced_stages_have_layers,
     schedule_is_written_well,
-    schedule_fits_depth,
+    schedule_fits_model,
+    width_divides_the_mlp,
+    width_freezes_whole_tensors,
+    width_is_not_compiled,
     schedule_never_shrinks,
     schedule_holds_fixed,
     constant_length_fits,

@@ -95,17 +95,19 @@ class ParallelSection(Section):
 class PathSection(Section):
     """`raptr_ds.path`: which layers run at each step. A key that the method does not use is an error."""
 
-    method: Literal["full", "raptr", "pld", "constant", "layerdrop", "stacking"] = "full"
+    method: Literal["full", "raptr", "pld", "constant", "layerdrop", "stacking", "width"] = "full"
     """full: all layers, always. raptr: random paths that grow by phases. pld: progressive layer dropping.
     constant: random paths of one length (stochastic depth at a constant rate). layerdrop: each layer is dropped with
-    one probability, by itself. stacking: the first layers alone, then copies of them on top."""
+    one probability, by itself. stacking: the first layers alone, then copies of them on top.
+    width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L.
-    stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L."""
+    stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L.
+    width: heads of each layer that run; the last is num_attention_heads. Derived: 1/2, 2/3, 5/6 and all of them."""
     split: Literal["uniform", "proportional"] = "uniform"
-    """raptr, stacking: phases of equal length in steps, or in proportion to their path length."""
+    """raptr, stacking, width: phases of equal length in steps, or in proportion to their path length."""
     full_warmup_steps: CountOrZero = 0
-    """raptr: steps on the full model before the first path is drawn."""
+    """raptr, width: steps on the full model before the first path is drawn."""
     full_warmup_ratio: Probability | None = None
     """The same as a fraction of raptr_ds.train.steps; say one of the two."""
     fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
@@ -118,7 +120,7 @@ class PathSection(Section):
     to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
     stages end where raptr_ds.parallel.pipeline_layers says if that has as many, else they are as even as possible."""
     residual_scale: Literal["none", "sqrt"] = "none"
-    """sqrt multiplies each active residual branch by sqrt(L / path length)."""
+    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
     """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
     zero gradients are made up for when the layer is next active or evaluated, exact to rounding: evaluating at other

@@ -22,15 +22,16 @@ class Use:
 
 
 _RANDOM = Use(METHOD, ("raptr", "constant"))
-_SKIPPING = Use(METHOD, ("raptr", "pld", "constant", "layerdrop"))
-_SCHEDULED = Use(METHOD, ("raptr", "stacking"))
+_SKIPPING = Use(METHOD, ("raptr", "pld", "constant", "layerdrop", "width"))
+_SCHEDULED = Use(METHOD, ("raptr", "stacking", "width"))
+_WARMED_UP = Use(METHOD, ("raptr", "width"))
 _GROWING = Use(METHOD, ("stacking",))
 
 USED_ONLY: dict[str, Use] = {
     "raptr_ds.path.schedule": _SCHEDULED,
     "raptr_ds.path.split": _SCHEDULED,
-    "raptr_ds.path.full_warmup_steps": Use(METHOD, ("raptr",)),
-    "raptr_ds.path.full_warmup_ratio": Use(METHOD, ("raptr",)),
+    "raptr_ds.path.full_warmup_steps": _WARMED_UP,
+    "raptr_ds.path.full_warmup_ratio": _WARMED_UP,
     "raptr_ds.path.fixed_layers": _RANDOM,
     SAMPLING: _RANDOM,
     "raptr_ds.path.balance_stages": Use(SAMPLING, ("balanced",)),

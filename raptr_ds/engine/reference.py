@@ -6,6 +6,7 @@ It is written to be read, and to be right: what the other engines do in many way
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,8 +64,31 @@ class ReferenceEngine:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        before = {}
+        if self.skipped_update == "freeze" and path.parts is not None:
+            before = {p: (p.detach().clone(), copy.deepcopy(self.optimizer.state[p])) for p in self.parameters.values()}
         self.optimizer.step()  # torch leaves parameters without a gradient alone: freeze
+        self._put_back_idle_parts(path, before)
         return StepResult(total, norm, batch.num_predictions)
+
+    @torch.no_grad()
+    def _put_back_idle_parts(
+        self, path: Path, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
+    ) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter not in before or not hasattr(parameter, "parts"):
+                continue
+            kind, dim = parameter.parts  # type: ignore[attr-defined]
+            assert path.parts is not None
+            is_idle = torch.ones(path.parts.number, dtype=torch.bool)
+            is_idle[list(getattr(path.parts, kind)[layer_of(name)])] = False
+            is_idle = is_idle.repeat_interleave(parameter.shape[dim] // path.parts.number)
+            is_idle = is_idle if dim == 0 and parameter.ndim == 1 else is_idle.unsqueeze(1 - dim).expand_as(parameter)
+            weight, state = before[parameter]
+            parameter[is_idle] = weight[is_idle]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                now = self.optimizer.state[parameter][moment]
+                now[is_idle] = state[moment][is_idle] if state else 0.0
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:

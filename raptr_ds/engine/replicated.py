@@ -5,6 +5,7 @@ _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (ru
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
+from raptr_ds.engine.idle_parts import idle_parts_kept
 from raptr_ds.engine.parameter_groups import moving_layers
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
@@ -37,6 +39,7 @@ class ReplicatedOptimizer:
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
         self.moves: Callable[[int], bool] = lambda _layer: True
+        self.frozen_path: Path | None = None
         self.loss_check = LossCheck()
         self.overflow = False
         self._global_grad_norm: torch.Tensor | float = 0.0
@@ -68,6 +71,7 @@ class ReplicatedOptimizer:
     def follow(self, path: Path, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.moves = moving_layers(path, freezes)
+        self.frozen_path = path if freezes and path.parts is not None else None
 
     def follow_forward(self, path: Path) -> None:
         """Run forward passes along `path`: nothing to prepare."""
@@ -116,10 +120,18 @@ class ReplicatedOptimizer:
         every = self.inner.param_groups
         self.inner.param_groups = [group for group in every if self.moves(group["layer"])]
         try:
-            self.inner.step()
+            with self._idle_parts_kept():
+                self.inner.step()
         finally:
             self.inner.param_groups = every
         self.refresh(self.moves)
+
+    def _idle_parts_kept(self) -> AbstractContextManager[None]:
+        if self.frozen_path is None:
+            return nullcontext()
+        moving = [pair for pair in self.pairs if self.moves(pair[2])]
+        tensor_size = self.groups.topology.tensor
+        return idle_parts_kept(self.inner, moving, self.frozen_path, self.groups.tensor_rank, tensor_size)
 
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:

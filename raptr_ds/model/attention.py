@@ -9,7 +9,7 @@ from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.cross_entropy import at_least_fp32
 from raptr_ds.parallel.dropout import LayerDropout, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, RowLinear
+from raptr_ds.parallel.layers import ColumnLinear, RowLinear, mark_parts
 
 
 class Attention(nn.Module):
@@ -24,6 +24,8 @@ class Attention(nn.Module):
         self.dropout_rate = model.attention_dropout
         self.qkv = ColumnLinear(hidden, 3 * hidden, bias, groups)
         self.output = RowLinear(hidden, hidden, bias, groups)
+        for parameter, dim in ((self.qkv.weight, 0), (self.qkv.bias, 0), (self.output.weight, 1)):
+            mark_parts(parameter, "heads", dim)
 
     def forward(
         self,
@@ -31,18 +33,27 @@ class Attention(nn.Module):
         mask: torch.Tensor | None,
         rotary: torch.Tensor | None,
         dropout: LayerDropout | None,
+        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; shapes: x (b, T, H); mask, added to the scores, broadcastable to (b, heads, T, T), None for none."""
+        """Attend; shapes: x (b, T, H); mask, added to the scores, broadcastable to (b, heads, T, T), None for none.
+
+        active: (n,) int64, those of this rank's heads that run, counted from its first; None for all of them.
+        """
         batch, length, _ = x.shape
-        qkv = self.qkv(x).view(batch, length, self.num_local_heads, 3, self.head_dim)
+        num_heads = self.num_local_heads if active is None else len(active)
+        qkv = self.qkv(x) if active is None else self.qkv.of_rows(x, pieces(active, 3 * self.head_dim))
+        qkv = qkv.view(batch, length, num_heads, 3, self.head_dim)
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        if dropout is None or self.dropout_rate == 0.0:
+        if num_heads == 0:
+            mixed = value  # nothing, but the other tensor ranks' gradients for x pass through
+        elif dropout is None or self.dropout_rate == 0.0:
             mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
-            mixed = self._attend_with_dropout(query, key, value, mask, dropout)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+            mixed = self._attend_with_dropout(query, key, value, mask, dropout, active)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, num_heads * self.head_dim)
+        return self.output(mixed) if active is None else self.output.of_columns(mixed, pieces(active, self.head_dim))
 
     def _attend_with_dropout(
         self,
@@ -51,6 +62,7 @@ class Attention(nn.Module):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         dropout: LayerDropout,
+        active: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return what scaled_dot_product_attention would, spelled out: its kernels draw dropout that a layout changes.
 
@@ -60,12 +72,13 @@ class Attention(nn.Module):
         scores = at_least_fp32(query @ key.transpose(-1, -2)).mul_(self.head_dim**-0.5)
         if mask is not None:
             scores = scores.add_(mask)
-        keep = attention_keep_mask(
-            self.dropout_rate,
-            dropout,
-            query.shape[2],
-            first_head=self.first_head,
-            num_heads=self.num_local_heads,
-        )
+        if active is None:
+            active = torch.arange(self.num_local_heads, device=query.device)
+        keep = attention_keep_mask(self.dropout_rate, dropout, query.shape[2], heads=self.first_head + active)
         weights = torch.where(keep, scores.softmax(-1), 0.0)
         return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - self.dropout_rate))
+
+
+def pieces(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the indices of the elements of equal pieces, of which piece n begins at n * size: (n,) to (n * size,)."""
+    return (numbers[:, None] * size + torch.arange(size, device=numbers.device)).flatten()

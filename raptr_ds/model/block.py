@@ -33,13 +33,16 @@ class Block(nn.Module):
         rotary: torch.Tensor | None,
         masks: LayerDropout | None,
         residual_scale: torch.Tensor | None,
+        heads: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the stream after this layer, shape (b, T, H).
 
-        Each branch is multiplied by residual_scale, a number in a tensor, or by nothing. masks: dropout's.
+        Each branch is multiplied by residual_scale, a number in a tensor, or by nothing. masks: dropout's. heads and
+        blocks: of this rank's attention heads and MLP blocks those that run, None for all.
         """
-        attended = self.attention(self.attention_norm(x), mask, rotary, masks)
+        attended = self.attention(self.attention_norm(x), mask, rotary, masks, heads)
         attended = dropout(attended, self.dropout_rate, masks, "attention_output")
         x = x + (attended if residual_scale is None else attended * residual_scale)
-        processed = dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, masks, "mlp_output")
+        processed = dropout(self.mlp(self.mlp_norm(x), blocks), self.dropout_rate, masks, "mlp_output")
         return x + (processed if residual_scale is None else processed * residual_scale)

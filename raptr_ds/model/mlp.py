@@ -4,9 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from raptr_ds.model.attention import pieces
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
+from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear, mark_parts
 
 
 class MLP(nn.Module):
@@ -23,10 +24,23 @@ class MLP(nn.Module):
         else:
             self.expand = ColumnLinear(hidden, inner, bias, groups)
         self.contract = RowLinear(inner, hidden, bias, groups)
+        self.block_size = inner // model.num_attention_heads
+        for parameter, dim in ((self.expand.weight, 0), (self.expand.bias, 0), (self.contract.weight, 1)):
+            mark_parts(parameter, "blocks", dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (b, T, H) to (b, T, H)."""
+    def forward(self, x: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+        """Map (b, T, H) to (b, T, H).
+
+        active: (n,) int64, those of this rank's blocks of inner features that run, counted from its first; a block is
+        as many features as make one for each attention head of the model. None for all of them.
+        """
         if isinstance(self.expand, GatedColumnLinear):
-            gate, value = self.expand(x)
-            return self.contract(functional.silu(gate) * value)
-        return self.contract(functional.gelu(self.expand(x)))
+            size = 2 * self.block_size
+            gate, value = self.expand(x) if active is None else self.expand.of_rows(x, pieces(active, size))
+            inner = functional.silu(gate) * value
+        else:
+            size = self.block_size
+            inner = functional.gelu(self.expand(x) if active is None else self.expand.of_rows(x, pieces(active, size)))
+        return (
+            self.contract(inner) if active is None else self.contract.of_columns(inner, pieces(active, self.block_size))
+        )

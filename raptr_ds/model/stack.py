@@ -30,6 +30,8 @@ class Stack(nn.ModuleDict):
         """recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here."""
         super().__init__({str(layer): Block(model, groups) for layer in layers})
         self.recompute, self.keep_activations_up_to = recompute, keep_activations_up_to
+        self.num_local_parts = model.num_attention_heads // groups.topology.tensor
+        self.first_part = groups.tensor_rank * self.num_local_parts
         self.has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
         if compiled:
             # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
@@ -53,9 +55,20 @@ class Stack(nn.ModuleDict):
         for layer in active:
             block = self[str(layer)]
             masks = streams.of_layer(layer) if streams is not None and self.has_dropout else None
+            arguments = (mask, rotary, masks, scale, *self._local_parts(path, layer, x.device))
             if recompute:
                 # Path and dropout are arguments, never drawn inside: the recomputation sees the same ones.
-                x = checkpoint(block, x, mask, rotary, masks, scale, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask, rotary, masks, scale)
+                x = block(x, *arguments)
         return x
+
+    def _local_parts(self, path: Path, layer: int, device: torch.device) -> list[torch.Tensor | None]:
+        """Return which of this rank's heads and MLP blocks run in a layer, counted from its first; None for all."""
+        if path.parts is None:
+            return [None, None]
+        here = range(self.first_part, self.first_part + self.num_local_parts)
+        return [
+            torch.tensor([part - self.first_part for part in parts[layer] if part in here], device=device).long()
+            for parts in (path.parts.heads, path.parts.blocks)
+        ]

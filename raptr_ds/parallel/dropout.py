@@ -145,14 +145,11 @@ def dropout(
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 
-def attention_keep_mask(
-    rate: float, layer: LayerDropout, num_positions: int, *, first_head: int, num_heads: int
-) -> torch.Tensor:
-    """Return which attention probabilities to keep, bool (b, num_heads, T, T), each head by its global index.
+def attention_keep_mask(rate: float, layer: LayerDropout, num_positions: int, *, heads: torch.Tensor) -> torch.Tensor:
+    """Return which attention probabilities to keep, bool (b, heads, T, T), each head by its global index.
 
-    The heads are this rank's, the first of which is head `first_head` of the model. The kept ones are to be multiplied
-    by 1 / (1 - rate).
+    Shapes: heads (heads,) int64, global indices of those that run here. The kept ones are to be multiplied by
+    1 / (1 - rate).
     """
-    heads = torch.arange(first_head, first_head + num_heads, device=layer.sample_ids.device)
     keys = torch.arange(num_positions, device=heads.device)
     return layer.keep_mask(rate, "attention", num_positions, heads[:, None] * num_positions + keys)

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -44,6 +45,12 @@ class TensorShard:
         padding = list(part.shape)
         padding[self.dim] = missing
         return torch.cat([part, part.new_zeros(padding)], dim=self.dim)
+
+
+def mark_parts(parameter: nn.Parameter | None, kind: str, dim: int) -> None:
+    """Say that `dim` of a parameter consists of as many equal pieces as a layer has parts of a kind, `Parts`' field."""
+    if parameter is not None:
+        parameter.parts = (kind, dim)  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: nn.Parameter) -> TensorShard:
@@ -131,6 +138,17 @@ class ColumnLinear(ColumnParallelLinear):
     def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
 
+    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others."""
+        assert self.weight is not None
+        bias = None if self.bias is None else self.bias.index_select(0, rows)
+        return functional.linear(self._for_all_ranks(x), self.weight.index_select(0, rows), bias)
+
+    @_outside_graphs
+    def _for_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x; the gradients that the tensor ranks have for it are summed."""
+        return copy_to_tensor_model_parallel_region(x, self.tp_group) if self.is_split else x
+
 
 class GatedColumnLinear(ColumnLinear):
     """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
@@ -142,16 +160,22 @@ class GatedColumnLinear(ColumnLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
         """Map (..., in) to gate and value, each (..., out / 2 / tensor)."""
-        if self.is_split:
-            x = self._for_all_ranks(x)
-        gate, value = _EvenAndOddRows.apply(x, self.weight)
-        if self.bias is not None:
-            gate, value = gate + self.bias[0::2], value + self.bias[1::2]
-        return gate, value
+        assert self.weight is not None
+        return self._gate_and_value(x, self.weight, self.bias)
 
-    @_outside_graphs
-    def _for_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        return copy_to_tensor_model_parallel_region(x, self.tp_group)
+    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+        """Return gate and value of those features whose pairs of rows `rows` (2 n,) names, (..., n) each."""
+        assert self.weight is not None
+        bias = None if self.bias is None else self.bias.index_select(0, rows)
+        return self._gate_and_value(x, self.weight.index_select(0, rows), bias)
+
+    def _gate_and_value(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, value = _EvenAndOddRows.apply(self._for_all_ranks(x), weight)
+        if bias is not None:
+            gate, value = gate + bias[0::2], value + bias[1::2]
+        return gate, value
 
 
 class _EvenAndOddRows(torch.autograd.Function):
@@ -202,6 +226,14 @@ class RowLinear(RowParallelLinear):
     @_outside_graphs
     def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
+
+    def of_columns(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return the summed outputs for inputs (..., n) whose places `columns` (n,) int64 tells; others are 0."""
+        assert self.weight is not None
+        y = functional.linear(x, self.weight.index_select(1, columns))
+        if self.is_split:
+            y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
+        return y if self.bias is None else y + self.bias
 
 
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:

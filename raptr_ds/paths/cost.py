@@ -63,7 +63,7 @@ def head_forward_flops(shape: ModelShape, num_predicted: int) -> int:
 
 def step_flops(
     shape: ModelShape,
-    path_length: int,
+    path_length: float,
     num_sequences: int,
     num_predicted: int,
     activation_checkpointing: bool = False,
@@ -73,11 +73,11 @@ def step_flops(
     num_sequences: sequences of the global batch; num_predicted: predicted positions in all of them.
     Layers count three forward passes, four with activation checkpointing, which runs them forward once more (torch's
     non-reentrant form leaves out a layer's last product, as nothing needs it). The head counts three. A skipped layer
-    counts nothing.
+    counts nothing. path_length: in whole layers, Path.work where they run in parts.
     """
     layer_passes = _PASSES + (1 if activation_checkpointing else 0)
     layers = layer_passes * path_length * num_sequences * layer_forward_flops(shape)
-    return layers + _PASSES * head_forward_flops(shape, num_predicted)
+    return round(layers) + _PASSES * head_forward_flops(shape, num_predicted)
 
 
 def expected_flops_left(

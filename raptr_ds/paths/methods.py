@@ -1,6 +1,7 @@
 """Path methods by name: plain values of the run file's `path` section make a pure function from step to path."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,9 @@ from raptr_ds.paths.schedule import (
     split_phases,
 )
 from raptr_ds.paths.stacking import Stacking
+from raptr_ds.paths.width import RandomWidths
 
-METHODS = ("full", "raptr", "pld", "constant", "layerdrop", "stacking")
+METHODS = ("full", "raptr", "pld", "constant", "layerdrop", "stacking", "width")
 
 
 class PathMethod(Protocol):
@@ -64,15 +66,18 @@ class PathMethod(Protocol):
         ...
 
     def expected_length_at(self, step: int) -> float:
-        """Return the expected number of active layers of a step."""
+        """Return the expected work of a step in whole layers: the expected number of active ones, unless in parts."""
         ...
 
     def expected_layers_from(self, step: int) -> float:
-        """Return the sum of the expected path lengths of this step and all later ones; cheap, in closed form."""
+        """Return the sum of the expected lengths of this step and all later ones; cheap, in closed form."""
         ...
 
     def marginals_at(self, step: int) -> np.ndarray:
-        """Return each layer's exact probability of being in the path of a step, (num_layers,) float64."""
+        """Return each layer's exact probability of being in the path of a step, (num_layers,) float64.
+
+        Where layers run in parts, the share of each that runs.
+        """
         ...
 
 
@@ -91,6 +96,22 @@ def _lengths(method: str, schedule: str | None, num_layers: int, num_fixed: int)
     lengths = parse_schedule(schedule)
     check_lengths(lengths, num_layers, num_fixed)
     return lengths
+
+
+def _random_widths(
+    widths: tuple[int, ...],
+    num_layers: int,
+    num_heads: int,
+    num_steps: int,
+    seed: int,
+    split: str,
+    full_warmup_steps: int,
+    residual_scale: str,
+) -> RandomWidths:
+    phases = split_phases(widths, num_heads, num_steps, split, full_warmup_steps).phases
+    whole = Phases(tuple(replace(phase, path_length=num_layers) for phase in phases))
+    counts = tuple(phase.path_length or num_heads for phase in phases)
+    return RandomWidths(whole, num_layers, seed, num_heads, counts, residual_scale)
 
 
 def build_path_method(
@@ -112,12 +133,14 @@ def build_path_method(
     growth_optimizer_state: str = "copied",
     growth_warmup_steps: int = 0,
     stages: BalancedStages | None = None,
+    num_heads: int | None = None,
 ) -> PathMethod:
     """Return the method that a run's `path` section names; values that a method has no use for are not looked at.
 
     raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
     and constant_length; layerdrop itself and residual_scale; pld residual_scale, pld_gamma and pld_theta; stacking
-    schedule, split, growth_optimizer_state and growth_warmup_steps; full none. Balanced sampling balances `stages`.
+    schedule, split, growth_optimizer_state and growth_warmup_steps; width the
+    first three and residual_scale, its schedule over num_heads; full none. Balanced sampling balances `stages`.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """
     if method == "full":
@@ -138,6 +161,10 @@ def build_path_method(
         lengths = _lengths(method, schedule, num_layers, 0)
         phases = split_phases(lengths, num_layers, num_steps, split)
         return Stacking(phases, num_layers, growth_optimizer_state == "copied", growth_warmup_steps)
+    if method == "width":
+        assert num_heads is not None, "a schedule of heads needs their number"
+        widths = _lengths(method, schedule, num_heads, 1)
+        return _random_widths(widths, num_layers, num_heads, num_steps, seed, split, full_warmup_steps, residual_scale)
     fixed = resolve_fixed_layers(fixed_layers, num_layers)
     if sampling == "balanced":
         _check_stages(stages, num_layers)

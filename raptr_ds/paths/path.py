@@ -6,7 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_HEADER = 3  # phase, length, bits of the residual scale
+_HEADER = 4  # phase, length, bits of the residual scale, parts of a layer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts that run of each layer: attention heads, and as many blocks of the MLP's inner features.
+
+    number: heads of a layer. heads, blocks: for each layer of the model, 0-based, strictly increasing.
+    """
+
+    number: int
+    heads: tuple[tuple[int, ...], ...]
+    blocks: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.heads) == len(self.blocks), self
+        for parts in (*self.heads, *self.blocks):
+            assert all(a < b for a, b in zip((-1, *parts), (*parts, self.number), strict=True)), parts
+
+    @property
+    def work(self) -> float:
+        """What these parts cost, in whole layers: heads and blocks by the share of them that runs."""
+        return sum(map(len, (*self.heads, *self.blocks))) / (2 * self.number)
 
 
 @dataclass(frozen=True)
@@ -15,12 +37,14 @@ class Path:
 
     layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for the record.
     residual_scale: factor on the output of each active residual branch. A path may be empty (a Bernoulli draw can be).
+    parts: what runs of each layer; None for all of it.
     """
 
     layers: tuple[int, ...]
     num_layers: int
     phase: int = 0
     residual_scale: float = 1.0
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1, f"num_layers={self.num_layers}"
@@ -29,6 +53,7 @@ class Path:
             f"layers {self.layers} outside 0..{self.num_layers - 1}"
         )
         assert 0.0 < self.residual_scale < float("inf"), f"residual_scale={self.residual_scale}"
+        assert self.parts is None or (len(self.parts.heads) == self.length == self.num_layers), "parts of some layers"
 
     @classmethod
     def full(cls, num_layers: int, phase: int = 0) -> "Path":
@@ -41,9 +66,14 @@ class Path:
         return len(self.layers)
 
     @property
+    def work(self) -> float:
+        """What the layers cost, in whole layers: their number where they run whole."""
+        return self.length if self.parts is None else self.parts.work
+
+    @property
     def is_full(self) -> bool:
-        """Whether every layer is active."""
-        return self.length == self.num_layers
+        """Whether every layer is active, and all of it."""
+        return self.work == self.num_layers
 
     def is_active(self, layer: int) -> bool:
         """Say whether the layer of this 0-based global index runs."""
@@ -55,15 +85,19 @@ class Path:
         return tuple(layer for layer in layers if layer in active)
 
     def encode(self) -> np.ndarray:
-        """Return the path as int64 numbers: phase, length, residual scale's bits, one flag per layer.
+        """Return the path as int64 numbers: phase, length, residual scale's bits, parts of a layer, and flags.
 
-        Shape: (3 + num_layers,). The size depends on num_layers alone, so that a broadcast needs no size beforehand.
+        Shape: (4 + num_layers,), one flag per layer, and with parts as many for each head and block of every layer
+        besides. The size is one for all paths of a method, so that a broadcast needs no size beforehand.
         """
-        words = np.zeros(encoded_size(self.num_layers), dtype=np.int64)
-        words[0], words[1] = self.phase, self.length
-        words[2] = np.float64(self.residual_scale).view(np.int64)
-        words[_HEADER + np.array(self.layers, dtype=np.int64)] = 1
-        return words
+        parts = self.parts or Parts(0, (), ())
+        flags = np.zeros((1 + 2 * parts.number, self.num_layers), dtype=np.int64)
+        flags[0, list(self.layers)] = 1
+        for first, chosen in ((1, parts.heads), (1 + parts.number, parts.blocks)):
+            for layer, numbers in enumerate(chosen):
+                flags[[first + number for number in numbers], layer] = 1
+        scale = int(np.float64(self.residual_scale).view(np.int64))
+        return np.concatenate([np.array([self.phase, self.length, scale, parts.number]), flags.ravel()])
 
     @classmethod
     def decode(cls, words: np.ndarray) -> "Path":
@@ -74,12 +108,23 @@ class Path:
         flags = words[_HEADER:]
         if words.dtype != np.int64 or words.ndim != 1 or flags.size < 1 or not np.isin(flags, (0, 1)).all():
             raise ValueError(f"not an encoded path: {words!r}")
-        if int(words[1]) != int(flags.sum()):
-            raise ValueError(f"encoded path says {int(words[1])} layers and flags {int(flags.sum())}")
+        number = int(words[3])
+        if number < 0 or flags.size % (1 + 2 * number):
+            raise ValueError(f"encoded path says {number} parts of a layer in {flags.size} flags")
+        flags = flags.reshape(1 + 2 * number, -1)
+        if int(words[1]) != int(flags[0].sum()):
+            raise ValueError(f"encoded path says {int(words[1])} layers and flags {int(flags[0].sum())}")
         scale = float(words[2:3].view(np.float64)[0])
         if not 0.0 < scale < float("inf"):
             raise ValueError(f"encoded path has residual scale {scale}")
-        return cls(tuple(np.flatnonzero(flags).tolist()), flags.size, int(words[0]), scale)
+        parts = None
+        if number:
+            heads, blocks = (
+                tuple(_numbers(flags[first : first + number, layer]) for layer in range(flags.shape[1]))
+                for first in (1, 1 + number)
+            )
+            parts = Parts(number, heads, blocks)
+        return cls(_numbers(flags[0]), flags.shape[1], int(words[0]), scale, parts)
 
     def digest(self) -> int:
         """Return a 63-bit number for comparing paths between ranks: equal paths, and in practice only they, agree."""
@@ -88,5 +133,9 @@ class Path:
 
 
 def encoded_size(num_layers: int) -> int:
-    """Return how many int64 numbers `Path.encode` gives for a model of this depth."""
+    """Return how many int64 numbers `Path.encode` gives for whole layers of a model of this depth."""
     return _HEADER + num_layers
+
+
+def _numbers(flags: np.ndarray) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(flags).tolist())

@@ -84,11 +84,11 @@ class StepSeconds:
 
 
 def activity_table(paths: Iterable[Path]) -> np.ndarray:
-    """Return which layer is active in which path, (paths, layers) of 0.0 and 1.0."""
+    """Return which layer is active in which path, (paths, layers): 0.0, 1.0, or the share of it that runs."""
     paths = list(paths)
     table = np.zeros((len(paths), paths[0].num_layers))
     for row, path in enumerate(paths):
-        table[row, list(path.layers)] = 1.0
+        table[row, list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
     return table
 
 

@@ -54,6 +54,7 @@ def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMe
         growth_optimizer_state=section.growth_optimizer_state,
         growth_warmup_steps=section.growth_warmup_steps,
         stages=balanced_stages_of(config),
+        num_heads=config.model.num_attention_heads,
     )
 
 

@@ -81,8 +81,9 @@ class StepCost:
 
     def flops(self, path: Path, num_predicted: int) -> int:
         """Return the FLOPs of a step along `path`."""
-        recomputed = self._recomputed_layers(path) * self.num_sequences * layer_forward_flops(self.shape)
-        return recomputed + step_flops(self.shape, path.length, self.num_sequences, num_predicted)
+        share = path.work / max(1, path.length)
+        recomputed = self._recomputed_layers(path) * share * self.num_sequences * layer_forward_flops(self.shape)
+        return round(recomputed) + step_flops(self.shape, path.work, self.num_sequences, num_predicted)
 
     def _recomputed_layers(self, path: Path) -> int:
         if not self.recompute:

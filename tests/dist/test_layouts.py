@@ -9,9 +9,21 @@ mean, a norm that counts twice) are 1e-3 and more in the loss.
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
-from tests.dist.trajectory import Case, Outcome, run_case, weights_differ
+from raptr_ds.parallel.groups import initialize_process_groups
+from raptr_ds.parallel.launch import Launch
+from tests.dist.trajectory import (
+    Case,
+    Outcome,
+    batch_at,
+    build_engine,
+    full_weights,
+    path_method,
+    run_case,
+    weights_differ,
+)
 from tests.dist.workers import run_distributed
 
 LOSS, NORM = 1e-6, 2e-6  # relative
@@ -31,6 +43,10 @@ RUNS = {
         schedule="2-3-5",
         growth_optimizer_state="fresh",
         growth_warmup_steps=2,
+    ),
+    "bert-width": Case(method="width", schedule="1-3-4", num_layers=3),
+    "ul2-width-zero_grad": Case(
+        architecture="ul2", method="width", schedule="2-3-4", num_layers=3, skipped_update="zero_grad"
     ),
 }
 
@@ -71,11 +87,17 @@ LONG = ("DP2 ZeRO 1", "DP2 ZeRO 3", "PP2 TP2")
 # Where growth copies between ranks, or between parts that are cut otherwise.
 GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
 
+# Freezing parts needs whole tensors in the optimizer; with one head of four some tensor ranks have none.
+WIDTHS = {
+    "bert-width": ("DP2", "TP2", "TP4", "PP2", "PP2 TP2"),
+    "ul2-width-zero_grad": ("DP2 ZeRO 2", "DP2 ZeRO 3", "TP2 DP2 ZeRO 1, recompute", "PP2 TP2"),
+}
+
 # One run across two phase boundaries in every layout, and long in three; the others, shorter, in a few.
 PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [
     (run, layout)
     for run in RUNS
-    for layout in {"bert-freeze": (), "bert-freeze-50-steps": LONG, "bert-stacking": GROWING}.get(run, FEW)
+    for layout in {"bert-freeze": (), "bert-freeze-50-steps": LONG, "bert-stacking": GROWING, **WIDTHS}.get(run, FEW)
 ]
 
 
@@ -112,25 +134,46 @@ def test_the_reference_takes_accumulation_for_what_it_is() -> None:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_freeze_leaves_a_skipped_layer_alone(zero: int) -> None:
     """A layer that no path of the run takes keeps its initial weights bit for bit, in every stage."""
-    case = replace(Case(), schedule="2-5", steps=2, zero=zero)  # step 0 takes layers 0 and 4 only
-    short = replace(case, steps=2, schedule="2-5")
-    outcome = run_distributed(run_first_step, 2, short)[0]
+    case = Case(schedule="2-5", steps=2, zero=zero)
+    assert path_method(case).path_at(0).layers == (0, 4)
+    outcome = run_distributed(run_first_step, 2, case)[0]
     moved = {name for name, (before, after) in outcome.items() if (before != after).any()}
     assert moved
     assert not {name for name in moved if name.startswith(("layers.1.", "layers.2.", "layers.3."))}
     assert any(name.startswith("layers.0.") for name in moved)
 
 
-def run_first_step(launch, case):
+def run_first_step(launch: Launch, case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return (before, after) of every weight around the first step (rank 0)."""
-    from raptr_ds.parallel.groups import initialize_process_groups
-    from tests.dist.trajectory import batch_at, build_engine, full_weights, path_method
-
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
     engine = build_engine(case, groups)
     before = full_weights(engine, groups)
     path = path_method(case).path_at(0)
-    assert path.layers == (0, 4)
     engine.train_step(batch_at(case, groups, 0), path, 0, case.learning_rate)
     after = full_weights(engine, groups)
     return {name: (before[name], after[name]) for name in before}
+
+
+@pytest.mark.parametrize(("tensor", "world_size"), [(1, 1), (2, 4)])
+def test_freeze_leaves_idle_heads_and_mlp_blocks_alone(tensor: int, world_size: int) -> None:
+    """Rows and columns of parts that have not run keep their initial weights bit for bit; all others move."""
+    case = Case(method="width", schedule="2-4", num_layers=2, steps=2, tensor=tensor)
+    outcome = run_distributed(run_first_step, world_size, case)[0]
+    parts = path_method(case).path_at(0).parts
+    assert parts is not None
+    for layer in range(2):
+        for name, dim, chosen in (
+            ("attention.qkv.weight", 0, parts.heads),
+            ("attention.qkv.bias", 0, parts.heads),
+            ("attention.output.weight", 1, parts.heads),
+            ("mlp.expand.weight", 0, parts.blocks),
+            ("mlp.expand.bias", 0, parts.blocks),
+            ("mlp.contract.weight", 1, parts.blocks),
+        ):
+            before, after = outcome[f"layers.{layer}.{name}"]
+            pieces = zip(np.split(before, 4, axis=dim), np.split(after, 4, axis=dim), strict=True)
+            moved = [bool((one != other).any()) for one, other in pieces]
+            assert moved == [part in chosen[layer] for part in range(4)], name
+        for name in ("attention_norm.weight", "attention.output.bias", "mlp_norm.weight", "mlp.contract.bias"):
+            before, after = outcome[f"layers.{layer}.{name}"]
+            assert (before != after).any(), name

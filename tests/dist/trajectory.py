@@ -21,7 +21,7 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod, build_path_method
 
-SEQ_LENGTH, VOCAB_SIZE, HIDDEN = 16, 61, 32
+SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
 SEED = 7
 
 
@@ -103,6 +103,7 @@ def path_method(case: Case) -> PathMethod:
         residual_scale="sqrt",
         growth_optimizer_state=case.growth_optimizer_state,
         growth_warmup_steps=case.growth_warmup_steps,
+        num_heads=NUM_HEADS,
     )
 
 
@@ -113,7 +114,7 @@ def model_of(case: Case) -> ModelSection:
             architecture=case.architecture,  # type: ignore[arg-type]
             num_layers=case.num_layers,
             hidden_size=HIDDEN,
-            num_attention_heads=4,
+            num_attention_heads=NUM_HEADS,
             seq_length=SEQ_LENGTH,
             vocab_size=VOCAB_SIZE,
             tie_word_embeddings=case.tied,

@@ -64,6 +64,7 @@ def test_architecture_decides_the_rest(load):
         ("stacking", 12, {"schedule": "6-9-12"}),
         ("stacking", 24, {"schedule": "12-18-24"}),
         ("stacking", 1, {"schedule": "1-1-1"}),
+        ("width", 12, {"schedule": "2-3-3-4"}),
     ],
 )
 def test_rivals_get_the_compute_of_raptr(load, method, num_layers, derived):
@@ -143,6 +144,7 @@ RESOLVABLE = {
     "constant": f"{P}method=constant {P}fixed_layers=[0]",
     "layerdrop": f"{P}method=layerdrop {P}residual_scale=sqrt",
     "stacking": f"{P}method=stacking {P}schedule=3-6-12 {P}growth_warmup_steps=5",
+    "width": f"{P}method=width {P}full_warmup_ratio=0.1 {P}skipped_update=zero_grad",
     "ul2": f"{M}architecture=ul2 raptr_ds.objective.denoisers=causal_prefix_span",
     "denoisers": f'{M}architecture=ul2 raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}}]',
     "layout": "raptr_ds.parallel.pipeline_model_parallel_size=2 zero_optimization.stage=1 bf16.enabled=true",
@@ -178,7 +180,7 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("path.method=full", ["it belongs into raptr_ds: raptr_ds.path"]),
         (
             f"{P}method=stack",
-            ["'stack'", "full, raptr, pld, constant, layerdrop, stacking", "did you mean 'stacking'?"],
+            ["'stack'", "full, raptr, pld, constant, layerdrop, stacking, width", "did you mean 'stacking'?"],
         ),
         (f"{P}layerdrop=1", ["raptr_ds.path.layerdrop=1", "less than 1"]),
         (f"{P}growth_optimizer_state=new", ["growth_optimizer_state='new'", "copied, fresh"]),
@@ -238,6 +240,7 @@ UNUSED = {
     "pld": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("constant_length", "9")],
     "constant": [("schedule", "6-12"), ("full_warmup_steps", "3"), ("pld_theta", "0.1"), ("layerdrop", "0.2")],
     "layerdrop": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("sampling", "uniform")],
+    "width": [("fixed_layers", "[0]"), ("sampling", "uniform"), ("growth_warmup_steps", "2")],
     "stacking": [("fixed_layers", "[0]"), ("residual_scale", "sqrt"), ("skipped_update", "zero_grad")],
 }
 

@@ -113,14 +113,49 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (1, f"{P}schedule=0-12", ["'0-12'", "from 1"], f"{P}schedule=2-12"),
         (1, f"{P}schedule=6-8-", ["'6-8-'"], f"{P}schedule=12"),
     ],
-    "schedule_fits_depth": [
+    "schedule_fits_model": [
         (
             1,
             f"{P}schedule=6-8-10-12 {M}num_layers=5",
-            ["longer than the model", "num_layers=5", "End it with 5"],
+            ["more than the model has", "num_layers=5", "End it with 5"],
             f"{P}schedule=3-4-5 {M}num_layers=5",
         ),
-        (1, f"{P}schedule=6-8-10", ["must end at full depth, not at 10", "End it with 12"], f"{P}schedule=6-8-12"),
+        (
+            1,
+            f"{P}schedule=6-8-10",
+            ["must end with the full model, not at 10 layers", "End it with 12"],
+            f"{P}schedule=6-8-12",
+        ),
+    ],
+    "width_divides_the_mlp": [
+        (
+            1,
+            f"{P}method=width {M}num_attention_heads=6 {M}ffn_hidden_size=100 {P}schedule=null",
+            ["ffn_hidden_size=100", "num_attention_heads=6", "Set it to 102"],
+            f"{P}method=width {M}num_attention_heads=6 {M}ffn_hidden_size=102 {P}schedule=null",
+        ),
+    ],
+    "width_freezes_whole_tensors": [
+        (
+            2,
+            f"{P}method=width zero_optimization.stage=1 {P}schedule=null",
+            ["zero_optimization.stage=1", "2 data-parallel processes", "'zero_grad'"],
+            f"{P}method=width {P}skipped_update=zero_grad zero_optimization.stage=1 {P}schedule=null",
+        ),
+        (
+            1,
+            f"{P}method=width zero_optimization.stage=3 {P}schedule=null",
+            ["zero_optimization.stage=3"],
+            f"{P}method=width zero_optimization.stage=2 {P}schedule=null",
+        ),
+    ],
+    "width_is_not_compiled": [
+        (
+            1,
+            f"{P}method=width raptr_ds.train.compile=true {P}schedule=null",
+            ["compile=true", "'width'"],
+            f"{P}method=width {P}schedule=null",
+        ),
     ],
     "schedule_never_shrinks": [
         (1, f"{P}schedule=8-6-12", ["'8-6-12'", "'6-8-12'"], f"{P}schedule=6-6-12"),

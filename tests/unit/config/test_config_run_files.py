@@ -78,11 +78,13 @@ def test_only_what_differs_has_to_be_said(file, layout):
     assert config.batch.accumulation * config.batch.data_parallel == 4
 
 
-@pytest.mark.parametrize("method", ["full", "raptr", "pld", "constant", "layerdrop", "stacking"])
+@pytest.mark.parametrize("method", ["full", "raptr", "pld", "constant", "layerdrop", "stacking", "width"])
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_one_word_makes_it_another_model_or_method(file, architecture, method):
     overrides = [f"raptr_ds.model.architecture={architecture}", f"raptr_ds.path.method={method}"]
+    if method == "width":  # another kind of schedule, and an MLP that the heads divide
+        overrides += ["raptr_ds.path.schedule=null", "raptr_ds.model.num_attention_heads=16"]
     config = load_run_config(file, overrides, 1)
     assert (config.model.architecture, config.path.method) == (architecture, method)
 

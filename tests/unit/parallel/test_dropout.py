@@ -99,15 +99,15 @@ def test_sharded_features_get_their_slices(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_heads_get_their_slices(ranks: int) -> None:
-    whole = attention_keep_mask(0.1, LAYER, 24, first_head=0, num_heads=8)
+    whole = attention_keep_mask(0.1, LAYER, 24, heads=torch.arange(8))
     assert whole.shape == (4, 8, 24, 24)
     size = 8 // ranks
-    parts = [attention_keep_mask(0.1, LAYER, 24, first_head=r * size, num_heads=size) for r in range(ranks)]
+    parts = [attention_keep_mask(0.1, LAYER, 24, heads=torch.arange(r * size, (r + 1) * size)) for r in range(ranks)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
 def test_heads_are_independent() -> None:
-    heads = attention_keep_mask(0.1, LAYER, 96, first_head=0, num_heads=6)
+    heads = attention_keep_mask(0.1, LAYER, 96, heads=torch.arange(6))
     assert_share(heads, 0.9)
     for a, b in itertools.combinations(range(6), 2):
         assert_independent(heads[:, a], heads[:, b], 0.1)
@@ -115,10 +115,10 @@ def test_heads_are_independent() -> None:
 
 @pytest.mark.parametrize("piece", [1, 1000, 1 << 12])
 def test_the_size_of_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    hidden, heads = mask(), attention_keep_mask(0.1, LAYER, 24, first_head=1, num_heads=3)
+    hidden, heads = mask(), attention_keep_mask(0.1, LAYER, 24, heads=torch.arange(1, 4))
     monkeypatch.setattr(dropout_module, "_CPU_PIECE_ELEMENTS", piece)
     assert torch.equal(mask(), hidden)
-    assert torch.equal(attention_keep_mask(0.1, LAYER, 24, first_head=1, num_heads=3), heads)
+    assert torch.equal(attention_keep_mask(0.1, LAYER, 24, heads=torch.arange(1, 4)), heads)
 
 
 def test_the_mask_of_this_version_is_the_mask_of_the_last() -> None:

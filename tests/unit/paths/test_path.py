@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from raptr_ds.paths import Path, encoded_size
+from raptr_ds.paths.path import Parts
 
 
 def test_full_path_holds_every_layer():
@@ -37,6 +38,29 @@ def test_encoding_has_one_size_and_returns_the_same_path(num_layers):
         assert all(type(layer) is int for layer in Path.decode(words).layers)
 
 
+def test_parts_of_layers_are_encoded_too():
+    heads, blocks = ((0, 2), (1, 2), (0, 1)), ((1, 2), (0, 1), (0, 2))
+    path = Path((0, 1, 2), 3, 2, math.sqrt(1.5), Parts(3, heads, blocks))
+    words = path.encode()
+    assert words.shape == (encoded_size(3) + 3 * 2 * 3,)
+    assert Path.decode(words) == path
+    assert path.work == 2.0
+    assert not path.is_full
+    assert Path((0, 1, 2), 3, parts=Parts(3, ((0, 1, 2),) * 3, ((0, 1, 2),) * 3)).is_full
+    others = [
+        Path(path.layers, 3, 2, math.sqrt(1.5)),
+        Path(path.layers, 3, 2, math.sqrt(1.5), Parts(3, blocks, heads)),
+        Path(path.layers, 3, 2, math.sqrt(1.5), Parts(4, heads, blocks)),
+    ]
+    assert len({path.digest(), *(other.digest() for other in others)}) == 4
+
+
+@pytest.mark.parametrize("parts", [(0, 0), (1, 0), (0, 3), (-1, 1)])
+def test_wrong_parts_cannot_be_made(parts):
+    with pytest.raises(AssertionError):
+        Parts(3, (parts,), ((0, 1),))
+
+
 def test_digest_separates_all_paths_of_a_small_model():
     paths = [
         Path(layers, 6, phase, scale)
@@ -52,7 +76,7 @@ def test_digest_separates_all_paths_of_a_small_model():
     assert Path((0, 1), 6).digest() != Path((0, 1), 7).digest()
 
 
-@pytest.mark.parametrize(("position", "value"), [(1, 4), (2, 0), (2, -1), (3, 2), (3, 0)])
+@pytest.mark.parametrize(("position", "value"), [(1, 4), (2, 0), (2, -1), (3, 1), (3, -1), (4, 2), (4, 0)])
 def test_damaged_words_are_refused(position, value):
     words = Path((0, 2, 5), 6).encode()
     words[position] = value

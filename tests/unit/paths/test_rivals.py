@@ -1,4 +1,4 @@
-"""LayerDrop and stacking: their paths, growths and learning rates, by hand."""
+"""LayerDrop, stacking and random widths: their paths, growths and learning rates, by hand."""
 
 import math
 
@@ -80,9 +80,37 @@ def test_layerdrop_scales_by_the_actual_length():
         assert path.residual_scale == math.sqrt(12 / path.length)
 
 
-@pytest.mark.parametrize("method", ["full", "raptr", "pld", "layerdrop"])
+def test_widths_follow_the_schedule_and_draw_heads_and_blocks_apart():
+    method = build("width", num_layers=3, num_steps=4000, num_heads=4, schedule="2-4", residual_scale="sqrt")
+    paths = [method.path_at(step) for step in range(4000)]
+    assert paths == [method.path_at(step) for step in range(4000)]
+    assert all(path.layers == (0, 1, 2) and path.parts.number == 4 for path in paths)
+    narrow, wide = paths[:2000], paths[2000:]
+    assert {len(chosen) for path in narrow for chosen in (*path.parts.heads, *path.parts.blocks)} == {2}
+    assert all(path.is_full and path.residual_scale == 1.0 for path in wide)
+    assert {path.residual_scale for path in narrow} == {math.sqrt(2)}
+    assert {path.work for path in narrow} == {1.5}
+    assert (method.expected_length_at(0), method.expected_length_at(3999)) == (1.5, 3.0)
+    assert method.expected_layers_from(1000) == sum(path.work for path in paths[1000:])
+    assert method.marginals_at(0).tolist() == [0.5] * 3
+    for layer in range(3):
+        for kind in ("heads", "blocks"):
+            drawn = np.array([[n in getattr(path.parts, kind)[layer] for n in range(4)] for path in narrow])
+            assert np.abs(drawn.mean(axis=0) - 0.5).max() < 4 * math.sqrt(0.25 / 2000)
+    # Of 6 pairs of heads and 6 of blocks all 36 combinations come alike: the same pair in one of six.
+    same = np.mean([path.parts.heads[1] == path.parts.blocks[1] for path in narrow])
+    assert abs(same - 1 / 6) < 4 * math.sqrt(5 / 36 / 2000)
+
+
+def test_widths_can_be_warmed_up_on_the_full_model():
+    method = build("width", num_layers=2, num_steps=30, num_heads=4, schedule="1-4", full_warmup_steps=10)
+    assert [method.path_at(step).work for step in (0, 9, 10, 19, 20, 29)] == [2.0, 2.0, 0.5, 0.5, 2.0, 2.0]
+    assert [phase.path_length for phase in method.phases.phases] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["full", "raptr", "pld", "layerdrop", "width"])
 def test_other_methods_never_grow(method):
-    built = build(method, schedule="6-8-10-12", layerdrop=0.25)
+    built = build(method, schedule="6-8-10-12", layerdrop=0.25, num_heads=12)
     for step in range(0, 90, 7):
         assert built.growth_at(step) is None
         assert built.model_at(step).is_full

@@ -1,0 +1,63 @@
+"""Random widths: every layer runs at each step, with some of its attention heads and as many blocks of its MLP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptr_ds.paths.path import Parts, Path
+from raptr_ds.paths.phased import Phased
+from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, draw_uniform, residual_scale_of
+from raptr_ds.rng import stream
+
+
+@dataclass(frozen=True)
+class RandomWidths(Phased):
+    """Random parts by phases: RaPTr's schedule over the heads of each layer instead of the layers.
+
+    The MLP's inner features are cut into as many blocks as there are heads. Heads and blocks of each layer are drawn
+    apart, uniformly without replacement; a phase's width counts both. What is not drawn adds nothing to its branch.
+    residual_scale sqrt multiplies branches by sqrt(heads / active heads).
+    Source: method's generalization from depth to width, as random subspaces of each layer.
+    """
+
+    seed: int
+    num_heads: int
+    widths: tuple[int, ...]
+    residual_scale: str = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+        assert len(self.widths) == len(self.phases.phases), (self.widths, self.phases)
+        assert all(1 <= width <= self.num_heads for width in self.widths), self.widths
+
+    def width_at(self, step: int) -> int:
+        """Return the active heads of each layer at a step."""
+        return self.widths[self.phase_at(step).index]
+
+    def path_at(self, step: int) -> Path:
+        """Return the path of a step, a pure function of (seed, step)."""
+        width, generator = self.width_at(step), stream(self.seed, "width", step)
+        heads, blocks = (
+            tuple(draw_uniform(generator, self.num_heads, width, ()) for _ in range(self.num_layers)) for _ in range(2)
+        )
+        scale = residual_scale_of(self.residual_scale, width, self.num_heads)
+        layers = tuple(range(self.num_layers))
+        return Path(layers, self.num_layers, self.phase_at(step).index, scale, Parts(self.num_heads, heads, blocks))
+
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return the share of each layer that runs at a step, (num_layers,) float64."""
+        return np.full(self.num_layers, self.width_at(step) / self.num_heads)
+
+    def expected_length_at(self, step: int) -> float:
+        """Return the work of a step in whole layers."""
+        return self.num_layers * self.width_at(step) / self.num_heads
+
+    def expected_layers_from(self, step: int) -> float:
+        """Return the work of this step and all later ones in whole layers."""
+        steps = [max(0, phase.end_step - max(phase.first_step, step)) for phase in self.phases.phases]
+        return self.num_layers * _dot(self.widths, steps) / self.num_heads
+
+
+def _dot(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(a * b for a, b in zip(one, other, strict=True))
