@@ -33,6 +33,8 @@ class DeepSpeedState:
         self.idle = None
         if skipped_update == "zero_grad" and IdleLayers.can_serve(engine.basic_optimizer):
             self.idle = IdleLayers(engine.basic_optimizer, (int(name) for name in stage.layers))
+        if isinstance(engine.optimizer, ReplicatedOptimizer):
+            engine.optimizer.freezes_parts = skipped_update == "freeze"
         self._skipped_stay = skipped_update == "freeze" or self.idle is not None
         self._learning_rate = 0.0
 

@@ -39,7 +39,8 @@ class ReplicatedOptimizer:
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
         self.moves: Callable[[int], bool] = lambda _layer: True
-        self.frozen_path: Path | None = None
+        self.freezes_parts = True  # whether heads and MLP blocks that have not run stay as they are
+        self.path: Path | None = None
         self.loss_check = LossCheck()
         self.overflow = False
         self._global_grad_norm: torch.Tensor | float = 0.0
@@ -71,7 +72,7 @@ class ReplicatedOptimizer:
     def follow(self, path: Path, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.moves = moving_layers(path, freezes)
-        self.frozen_path = path if freezes and path.parts is not None else None
+        self.path = path
 
     def follow_forward(self, path: Path) -> None:
         """Run forward passes along `path`: nothing to prepare."""
@@ -127,11 +128,11 @@ class ReplicatedOptimizer:
         self.refresh(self.moves)
 
     def _idle_parts_kept(self) -> AbstractContextManager[None]:
-        if self.frozen_path is None:
+        if self.path is None or not self.freezes_parts:
             return nullcontext()
         moving = [pair for pair in self.pairs if self.moves(pair[2])]
         tensor_size = self.groups.topology.tensor
-        return idle_parts_kept(self.inner, moving, self.frozen_path, self.groups.tensor_rank, tensor_size)
+        return idle_parts_kept(self.inner, moving, self.path, self.groups.tensor_rank, tensor_size)
 
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
