@@ -5,6 +5,7 @@ training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, sk
 tokens_per_second, mfu; evaluation: step, eval_loss, path_length.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
+Where layers run in parts (path.method width), "width" is the number of heads of each layer that run.
 """
 
 from collections.abc import Callable
@@ -152,6 +153,8 @@ class Metrics:
             "tokens_per_second": step.step_tokens / seconds,
             "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
         }
+        if step.path.parts is not None:
+            line["width"] = len(step.path.parts.heads[0])
         return {**line, "non_finite": True} if step.skipped else line
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raptr_ds.paths import Path
+from raptr_ds.paths.path import Parts
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import PlainProgress
 
@@ -70,6 +71,14 @@ def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
     lines = lines_of(tmp_path)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert [line.get("non_finite") for line in lines] == [None, True, None]
+
+
+def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
+    parts = Parts(4, ((0, 2, 3),) * 2, ((0, 1, 2),) * 2)
+    with Metrics(tmp_path, num_steps=2, tensorboard=False) as metrics:
+        metrics.record_step(training_step(1, path=Path((0, 1), 2, parts=parts)))
+        metrics.record_step(training_step(2))
+    assert [(line["path"], line.get("width")) for line in lines_of(tmp_path)] == [([0, 1], 3), ([0, 2, 5], None)]
 
 
 def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
