@@ -1,9 +1,9 @@
-"""Experiments on the theory of random paths: python tools/theory.py polynomials|stability [--plot FILE] [--seeds N].
+"""Experiments on the theory of random paths: python tools/theory.py polynomials|stability|transitions [--plot FILE].
 
 polynomials: what growing, constant and shrinking paths learn of each degree of a target (method: as RaPTr, skipped
 layers frozen). stability: how much the loss changes when a random layer is left out, by depth, with and without
-residual connections and layer norm, at initialization and through training. Each prints a Markdown table and draws a
-plot; one CPU is enough.
+residual connections and layer norm, at initialization and through training. transitions RUN: how the loss of a run's
+paths changes where they grow, from its checkpoints. Each prints a Markdown table and draws a plot; one CPU is enough.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import _command_line
 import numpy as np
 import torch
 
-from raptr_ds.analysis.theory_plots import plot_polynomials, plot_stability
+from raptr_ds.analysis.theory_plots import plot_polynomials, plot_stability, plot_transitions
 from raptr_ds.errors import ConfigError
 from raptr_ds.eval.polynomials import PolynomialCurve, PolynomialSettings, learn, path_methods, polynomial_table
 from raptr_ds.eval.stability import (
@@ -26,6 +26,7 @@ from raptr_ds.eval.stability import (
     initial_table,
     training_table,
 )
+from raptr_ds.parallel.launch import prepare_imports
 
 
 def polynomials(arguments: argparse.Namespace) -> None:
@@ -60,15 +61,33 @@ def stability(arguments: argparse.Namespace) -> None:
     plot_stability(settings.depths, absolute, curves, arguments.plot)
 
 
+def transitions(arguments: argparse.Namespace) -> None:
+    """Measure the loss before and after each growth of the paths of a run that kept its checkpoints; print and plot."""
+    prepare_imports(has_gpu=False)
+    from raptr_ds.eval.transitions import transition_table, transitions_of
+
+    found = transitions_of(arguments.run, arguments.paths, arguments.batches)
+    print("\n".join(transition_table(found)))
+    rows = [(one.step, one.before, one.after, one.before_losses, one.after_losses, one.full_loss) for one in found]
+    plot_transitions(rows, arguments.plot)
+
+
 def main() -> None:
     """Run the experiment that is named, and say where its plot is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-    for function in (polynomials, stability):
+    for function in (polynomials, stability, transitions):
         name = function.__name__
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("--plot", type=Path, default=Path("runs", "theory", f"{name}.png"), help="PNG to write")
+        if function is transitions:
+            command.add_argument(
+                "run", type=Path, metavar="RUN", help="the run's folder, with checkpoints of the steps"
+            )
+            command.add_argument("--paths", type=int, default=16, help="paths of each phase (default: %(default)s)")
+            command.add_argument("--batches", type=int, default=4, help="held-out batches (default: %(default)s)")
+            continue
         command.add_argument("--seeds", type=int, help="repetitions (default: 1 of polynomials, 8 of stability)")
         command.add_argument("--steps", type=int, help="training steps (default: 1000 and 200)")
         if function is polynomials:
@@ -77,8 +96,8 @@ def main() -> None:
             branches = ("linear", "mlp")
             command.add_argument("--branch", choices=branches, default="linear", help="a layer (default: %(default)s)")
     arguments = parser.parse_args()
-    for option in ("seeds", "steps"):
-        value = getattr(arguments, option)
+    for option in ("seeds", "steps", "paths", "batches"):
+        value = getattr(arguments, option, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} {value} must be at least 1.")
     torch.set_num_threads(1)  # the networks are small: more threads would wait for each other

@@ -63,3 +63,30 @@ def plot_stability(
     axes.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def plot_transitions(
+    transitions: Sequence[tuple[int, int, int, Sequence[float], Sequence[float], float]], file: Path
+) -> None:
+    """Write a PNG: the held-out loss of every sampled path before and after each growth, and the full model's.
+
+    transitions: (step, path length before, after, losses of paths before, after, the full model's loss).
+    """
+    figure = Figure(figsize=(1.8 + 1.9 * len(transitions), 3.8), dpi=90, layout="constrained")
+    axes = figure.add_subplot()
+    ticks = []
+    for index, (step, before, after, before_losses, after_losses, full) in enumerate(transitions):
+        for side, length, losses in ((-0.2, before, before_losses), (0.2, after, after_losses)):
+            place = index + side
+            axes.plot([place] * len(losses), losses, "o", color=_COLOURS[0], markersize=3, alpha=0.5)
+            axes.plot([place - 0.1, place + 0.1], [np.mean(losses)] * 2, color=_COLOURS[0], linewidth=2)
+            axes.annotate(f"{length}", (place, max(losses)), xytext=(0, 4), textcoords="offset points", ha="center")
+        label = "full model" if index == 0 else None
+        axes.plot([index - 0.35, index + 0.35], [full, full], color=_COLOURS[1], linestyle="--", label=label)
+        ticks.append(f"step {step}")
+    axes.set_xticks(range(len(transitions)), ticks)
+    axes.set_ylabel("held-out loss of paths, and their mean")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)

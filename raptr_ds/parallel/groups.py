@@ -1,5 +1,7 @@
 """The process groups of a run, made once, as one value that is handed to whoever communicates."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -100,6 +102,17 @@ def make_process_groups(topology: Topology, rank: int, device: torch.device) -> 
         embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
         control=dist.new_group(backend="gloo"),
     )
+
+
+@contextmanager
+def lone_process_groups() -> Iterator[ProcessGroups]:
+    """Hold the groups of this process alone, on the CPU, for work that needs a model and no launcher."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield make_process_groups(Topology(1, 1, 1), 0, torch.device("cpu"))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _made(group: object) -> dist.ProcessGroup:

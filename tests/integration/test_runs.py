@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raptr_ds.eval.transitions import transitions_of
 from tests.integration.conftest import (
     ENV,
     REPOSITORY,
@@ -187,3 +189,24 @@ def test_a_stacked_run_goes_on_from_a_growth_in_another_layout(data_folder: Path
         )
     rates = [line["lr"] for line in found if "loss" in line]
     assert rates == [1e-3] * 4 + [5e-4, 1e-3, 1e-3, 1e-3] * 2
+
+
+def test_the_loss_at_a_runs_phase_transitions_is_measured(data_folder: Path, tmp_path: Path) -> None:
+    run, save = tmp_path / "run.json", tmp_path / "run"
+    changes = {"eval": {"interval": 4, "batches": 2}, "checkpoint": {"interval": 4, "keep": 3}}
+    run.write_text(json.dumps(tiny_run(data_folder, save, **changes)))
+    assert call(plain_command(run)).returncode == 0
+    evaluated = {line["step"]: line["eval_loss"] for line in lines_of(save) if "eval_loss" in line}
+    found = transitions_of(save, num_paths=4, num_batches=2)
+    assert [(one.step, one.before, one.after) for one in found] == [(4, 2, 3), (8, 3, 4)]
+    assert [one.full_loss for one in found] == pytest.approx([evaluated[4], evaluated[8]], rel=1e-6)
+    # Layers 0 and 3 are fixed: one path of two layers, at most two of three, one of four: the full model.
+    assert [len(one.before_losses) for one in found] == [1, len(found[0].after_losses)]
+    assert found[1].after_losses == (found[1].full_loss,)
+    assert found[1].gap == pytest.approx(found[1].full_loss - sum(found[1].before_losses) / len(found[1].before_losses))
+    shutil.rmtree(save / "checkpoints" / "step-00000008")
+    shutil.rmtree(save / "checkpoints" / "step-00000004")
+    command = [sys.executable, "tools/theory.py", "transitions", str(save), "--plot", str(tmp_path / "plot.png")]
+    refused = call(command)
+    assert refused.returncode == 2
+    assert "no checkpoint of a step between two phases (4, 8)" in refused.stderr
