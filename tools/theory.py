@@ -82,9 +82,7 @@ def main() -> None:
         command.set_defaults(function=function)
         command.add_argument("--plot", type=Path, default=Path("runs", "theory", f"{name}.png"), help="PNG to write")
         if function is transitions:
-            command.add_argument(
-                "run", type=Path, metavar="RUN", help="the run's folder, with checkpoints of the steps"
-            )
+            command.add_argument("run", type=Path, metavar="RUN", help="a run that kept its checkpoints")
             command.add_argument("--paths", type=int, default=16, help="paths of each phase (default: %(default)s)")
             command.add_argument("--batches", type=int, default=4, help="held-out batches (default: %(default)s)")
             continue

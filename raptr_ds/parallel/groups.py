@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,8 @@ def make_process_groups(topology: Topology, rank: int, device: torch.device) -> 
 @contextmanager
 def lone_process_groups() -> Iterator[ProcessGroups]:
     """Hold the groups of this process alone, on the CPU, for work that needs a model and no launcher."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield make_process_groups(Topology(1, 1, 1), 0, torch.device("cpu"))
     finally:
