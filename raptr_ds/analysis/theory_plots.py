@@ -80,10 +80,11 @@ def plot_transitions(
             place = index + side
             axes.plot([place] * len(losses), losses, "o", color=_COLOURS[0], markersize=3, alpha=0.5)
             axes.plot([place - 0.1, place + 0.1], [np.mean(losses)] * 2, color=_COLOURS[0], linewidth=2)
-            axes.annotate(f"{length}", (place, max(losses)), xytext=(0, 4), textcoords="offset points", ha="center")
+            axes.annotate(f"{length}", (place, min(losses)), xytext=(0, -13), textcoords="offset points", ha="center")
         label = "full model" if index == 0 else None
         axes.plot([index - 0.35, index + 0.35], [full, full], color=_COLOURS[1], linestyle="--", label=label)
         ticks.append(f"step {step}")
+    axes.margins(y=0.15)
     axes.set_xticks(range(len(transitions)), ticks)
     axes.set_ylabel("held-out loss of paths, and their mean")
     axes.legend(fontsize=8, frameon=False)
