@@ -35,12 +35,12 @@ class MLP(nn.Module):
         as many features as make one for each attention head of the model. None for all of them.
         """
         if isinstance(self.expand, GatedColumnLinear):
-            size = 2 * self.block_size
-            gate, value = self.expand(x) if active is None else self.expand.of_rows(x, pieces(active, size))
+            rows = None if active is None else pieces(active, 2 * self.block_size)
+            gate, value = self.expand(x) if rows is None else self.expand.of_rows(x, rows)
             inner = functional.silu(gate) * value
         else:
-            size = self.block_size
-            inner = functional.gelu(self.expand(x) if active is None else self.expand.of_rows(x, pieces(active, size)))
-        return (
-            self.contract(inner) if active is None else self.contract.of_columns(inner, pieces(active, self.block_size))
-        )
+            rows = None if active is None else pieces(active, self.block_size)
+            inner = functional.gelu(self.expand(x) if rows is None else self.expand.of_rows(x, rows))
+        if active is None:
+            return self.contract(inner)
+        return self.contract.of_columns(inner, pieces(active, self.block_size))

@@ -1,7 +1,6 @@
 """Path methods by name: plain values of the run file's `path` section make a pure function from step to path."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -98,22 +97,6 @@ def _lengths(method: str, schedule: str | None, num_layers: int, num_fixed: int)
     return lengths
 
 
-def _random_widths(
-    widths: tuple[int, ...],
-    num_layers: int,
-    num_heads: int,
-    num_steps: int,
-    seed: int,
-    split: str,
-    full_warmup_steps: int,
-    residual_scale: str,
-) -> RandomWidths:
-    phases = split_phases(widths, num_heads, num_steps, split, full_warmup_steps).phases
-    whole = Phases(tuple(replace(phase, path_length=num_layers) for phase in phases))
-    counts = tuple(phase.path_length or num_heads for phase in phases)
-    return RandomWidths(whole, num_layers, seed, num_heads, counts, residual_scale)
-
-
 def build_path_method(
     *,
     method: str,
@@ -139,8 +122,8 @@ def build_path_method(
 
     raptr uses schedule, split, full_warmup_steps, fixed_layers, sampling and residual_scale; constant the last three
     and constant_length; layerdrop itself and residual_scale; pld residual_scale, pld_gamma and pld_theta; stacking
-    schedule, split, growth_optimizer_state and growth_warmup_steps; width the
-    first three and residual_scale, its schedule over num_heads; full none. Balanced sampling balances `stages`.
+    schedule, split, growth_optimizer_state and growth_warmup_steps; width schedule (of num_heads), split,
+    full_warmup_steps and residual_scale; full none. Balanced sampling balances `stages`.
     Raises: ConfigError if the values do not make a method for this depth and number of steps.
     """
     if method == "full":
@@ -163,8 +146,9 @@ def build_path_method(
         return Stacking(phases, num_layers, growth_optimizer_state == "copied", growth_warmup_steps)
     if method == "width":
         assert num_heads is not None, "a schedule of heads needs their number"
-        widths = _lengths(method, schedule, num_heads, 1)
-        return _random_widths(widths, num_layers, num_heads, num_steps, seed, split, full_warmup_steps, residual_scale)
+        lengths = _lengths(method, schedule, num_heads, 1)
+        widths = split_phases(lengths, num_heads, num_steps, split, full_warmup_steps)
+        return RandomWidths.of(widths, num_layers, seed, num_heads, residual_scale)
     fixed = resolve_fixed_layers(fixed_layers, num_layers)
     if sampling == "balanced":
         _check_stages(stages, num_layers)

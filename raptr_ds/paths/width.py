@@ -1,13 +1,14 @@
 """Random widths: every layer runs at each step, with some of its attention heads and as many blocks of its MLP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from raptr_ds.paths.path import Parts, Path
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, draw_uniform, residual_scale_of
+from raptr_ds.paths.schedule import Phases
 from raptr_ds.rng import stream
 
 
@@ -18,7 +19,7 @@ class RandomWidths(Phased):
     The MLP's inner features are cut into as many blocks as there are heads. Heads and blocks of each layer are drawn
     apart, uniformly without replacement; a phase's width counts both. What is not drawn adds nothing to its branch.
     residual_scale sqrt multiplies branches by sqrt(heads / active heads).
-    Source: method's generalization from depth to width, as random subspaces of each layer.
+    Source: the generalization of RaPTr from layers to parts of them.
     """
 
     seed: int
@@ -30,6 +31,15 @@ class RandomWidths(Phased):
         check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         assert len(self.widths) == len(self.phases.phases), (self.widths, self.phases)
         assert all(1 <= width <= self.num_heads for width in self.widths), self.widths
+
+    @classmethod
+    def of(
+        cls, widths: Phases, num_layers: int, seed: int, num_heads: int, residual_scale: str = "none"
+    ) -> "RandomWidths":
+        """Return the method whose phases are those of `widths`, which have heads for path lengths."""
+        phases = Phases(tuple(replace(phase, path_length=num_layers) for phase in widths.phases))
+        counts = tuple(phase.path_length or num_heads for phase in widths.phases)
+        return cls(phases, num_layers, seed, num_heads, counts, residual_scale)
 
     def width_at(self, step: int) -> int:
         """Return the active heads of each layer at a step."""
