@@ -1,6 +1,6 @@
 """What follows from other values: derived once, here, so that a run file holds only what differs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection, TrainSection
@@ -87,6 +87,18 @@ def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
 
 
+def doubling_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
+    """Return three phases at 1/4, 1/2 and all of the depth, rounded half up, with room for the fixed layers.
+
+    12 layers give 3-6-12, 24 give 6-12-24: what progressive stacking has, and 0.58 of the layers' work.
+    """
+    return tuple(min(num_layers, max(num_fixed, 1, (num_layers * quarters + 2) // 4)) for quarters in (1, 2, 4))
+
+
+SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {"paper": derive_schedule, "doubling": doubling_schedule}
+"""Schedules by name, from layers and how many of them are fixed."""
+
+
 def derive_path(
     path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1, num_heads: int = 1
 ) -> PathSection:
@@ -95,6 +107,11 @@ def derive_path(
     lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
     if path.method == "raptr" and path.schedule is None:
         update["schedule"] = "-".join(map(str, lengths))
+    if path.schedule in SCHEDULES:
+        parts, fixed = (num_heads, 1) if path.method == "width" else (num_layers, 0)
+        if path.method == "raptr":
+            fixed = count_fixed(path.fixed_layers, num_layers)
+        update["schedule"] = "-".join(map(str, SCHEDULES[path.schedule](parts, fixed)))
     if path.method == "stacking" and path.schedule is None:
         update["schedule"] = "-".join(str(max(1, (num_layers * quarters + 2) // 4)) for quarters in (2, 3, 4))
     if path.method == "width" and path.schedule is None:

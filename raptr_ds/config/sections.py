@@ -101,7 +101,8 @@ class PathSection(Section):
     one probability, by itself. stacking: the first layers alone, then copies of them on top.
     width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
-    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L.
+    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
+    which is `paper` by name; `doubling` is 1/4, 1/2 and all of L.
     stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L.
     width: heads of each layer that run; the last is num_attention_heads. Derived: 1/2, 2/3, 5/6 and all of them."""
     split: Literal["uniform", "proportional"] = "uniform"

@@ -56,6 +56,21 @@ def test_architecture_decides_the_rest(load):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "schedule"),
+    [
+        (f"{P}schedule=paper", "6-8-10-12"),
+        (f"{P}schedule=doubling", "3-6-12"),
+        (f"{P}schedule=doubling {P}fixed_layers=[0,1,2,-2,-1]", "5-6-12"),
+        (f"{P}schedule=doubling {M}num_layers=5", "2-3-5"),
+        (f"{P}method=stacking {P}schedule=doubling {M}num_layers=24", "6-12-24"),
+        (f"{P}method=width {P}schedule=doubling", "1-2-4"),
+    ],
+)
+def test_schedules_have_names(load, overrides, schedule):
+    assert load(*overrides.split()).path.schedule == schedule
+
+
+@pytest.mark.parametrize(
     ("method", "num_layers", "derived"),
     [
         ("constant", 12, {"constant_length": 9}),
