@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 
 from raptr_ds.analysis.curves import Curves, smooth
 
-# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow; then, where there are more than
+# seven, five that differ from it in lightness.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#7F3B08", "#542788", "#8C8C8C", "#B2182B", "#4D9221"),
+)
 _TEXT_POINTS = 12
 _GREY = "#555555"
 
