@@ -142,12 +142,13 @@ class ColumnLinear(ColumnParallelLinear):
         """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others."""
         assert self.weight is not None
         bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return functional.linear(self._for_all_ranks(x), self.weight.index_select(0, rows), bias)
+        x = self._for_all_ranks(x) if self.is_split else x
+        return functional.linear(x, self.weight.index_select(0, rows), bias)
 
     @_outside_graphs
     def _for_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """Return x; the gradients that the tensor ranks have for it are summed."""
-        return copy_to_tensor_model_parallel_region(x, self.tp_group) if self.is_split else x
+        return copy_to_tensor_model_parallel_region(x, self.tp_group)
 
 
 class GatedColumnLinear(ColumnLinear):
@@ -172,7 +173,9 @@ class GatedColumnLinear(ColumnLinear):
     def _gate_and_value(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, value = _EvenAndOddRows.apply(self._for_all_ranks(x), weight)
+        if self.is_split:
+            x = self._for_all_ranks(x)
+        gate, value = _EvenAndOddRows.apply(x, weight)
         if bias is not None:
             gate, value = gate + bias[0::2], value + bias[1::2]
         return gate, value

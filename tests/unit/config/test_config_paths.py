@@ -1,0 +1,37 @@
+"""What the path section derives: schedules by name, and rivals at RaPTr's compute."""
+
+import pytest
+
+M, P = "raptr_ds.model.", "raptr_ds.path."
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedule"),
+    [
+        (f"{P}schedule=paper", "6-8-10-12"),
+        (f"{P}schedule=doubling", "3-6-12"),
+        (f"{P}schedule=doubling {P}fixed_layers=[0,1,2,-2,-1]", "5-6-12"),
+        (f"{P}schedule=doubling {M}num_layers=5", "2-3-5"),
+        (f"{P}method=stacking {P}schedule=doubling {M}num_layers=24", "6-12-24"),
+        (f"{P}method=width {P}schedule=doubling", "1-2-4"),
+    ],
+)
+def test_schedules_have_names(load, overrides, schedule):
+    assert load(*overrides.split()).path.schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("method", "num_layers", "derived"),
+    [
+        ("constant", 12, {"constant_length": 9}),
+        ("layerdrop", 12, {"layerdrop": 0.25}),
+        ("layerdrop", 1, {"layerdrop": 0.5}),
+        ("stacking", 12, {"schedule": "6-9-12"}),
+        ("stacking", 24, {"schedule": "12-18-24"}),
+        ("stacking", 1, {"schedule": "1-1-1"}),
+        ("width", 12, {"schedule": "2-3-3-4"}),
+    ],
+)
+def test_rivals_get_the_compute_of_raptr(load, method, num_layers, derived):
+    path = load(f"{P}method={method}", f"{M}num_layers={num_layers}", f"{P}fixed_layers=null").path
+    assert {key: getattr(path, key) for key in derived} == derived
