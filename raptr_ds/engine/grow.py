@@ -38,8 +38,8 @@ def copy_layers(
             {name: counts[original] for name, original in names.items() if original in counts},
         )
     fragments = fragments_of(holders, optimizer)
-    places = _stages_of(fragments, groups)
-    for layer, source in sources.items():  # in the same order on all ranks: who sends and who receives never waits long
+    places = _stages_of(holders, groups)
+    for layer, source in sources.items():  # in the same order on all ranks: ranks that send and receive meet
         from_stage, to_stage = places[source], places[layer]
         old = _ordered(f for f in fragments if layer_of(f.name) == source)
         new = _ordered(f for f in fragments if layer_of(f.name) == layer)
@@ -70,9 +70,9 @@ def _layer_states(
     return all_kinds, all_counts
 
 
-def _stages_of(fragments: Iterable[Fragment], groups: ProcessGroups) -> dict[int, int]:
+def _stages_of(holders: Iterable[Holder], groups: ProcessGroups) -> dict[int, int]:
     """Return the pipeline stage of each layer."""
-    return _gathered({layer_of(fragment.name): groups.pipeline_rank for fragment in fragments}, groups)
+    return _gathered({holder.group["layer"]: groups.pipeline_rank for holder in holders}, groups)
 
 
 def _gathered(values: dict[Any, Any], groups: ProcessGroups) -> dict[Any, Any]:
