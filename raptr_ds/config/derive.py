@@ -87,6 +87,14 @@ def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
 
 
+def half_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
+    """Return four phases at 1/6, 1/4, 7/12 and all of the depth, rounded half up, with room for the fixed layers.
+
+    12 layers give 2-3-7-12, 24 give 4-6-14-24: half of the layers' work. docs/results.md has what it is worth.
+    """
+    return tuple(min(num_layers, max(num_fixed, 1, (num_layers * twelfths + 6) // 12)) for twelfths in (2, 3, 7, 12))
+
+
 def doubling_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     """Return three phases at 1/4, 1/2 and all of the depth, rounded half up, with room for the fixed layers.
 
@@ -95,7 +103,11 @@ def doubling_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
     return tuple(min(num_layers, max(num_fixed, 1, (num_layers * quarters + 2) // 4)) for quarters in (1, 2, 4))
 
 
-SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {"paper": derive_schedule, "doubling": doubling_schedule}
+SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "paper": derive_schedule,
+    "half": half_schedule,
+    "doubling": doubling_schedule,
+}
 """Schedules by name, from layers and how many of them are fixed."""
 
 

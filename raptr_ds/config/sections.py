@@ -102,7 +102,7 @@ class PathSection(Section):
     width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
-    which is `paper` by name; `doubling` is 1/4, 1/2 and all of L.
+    which is `paper` by name; `half` is 1/6, 1/4, 7/12 and all of L, `doubling` 1/4, 1/2 and all.
     stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L.
     width: heads of each layer that run; the last is num_attention_heads. Derived: 1/2, 2/3, 5/6 and all of them."""
     split: Literal["uniform", "proportional"] = "uniform"
