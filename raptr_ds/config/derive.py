@@ -1,6 +1,6 @@
 """What follows from other values: derived once, here, so that a run file holds only what differs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection, TrainSection
@@ -79,36 +79,25 @@ def count_fixed(fixed_layers: Sequence[int], num_layers: int) -> int:
     return len({layer % num_layers if -num_layers <= layer < num_layers else layer for layer in fixed_layers})
 
 
-def derive_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
-    """Return four phases at 1/2, 2/3, 5/6 and all of the depth, rounded half up, with room for the fixed layers.
-
-    12 layers give 6-8-10-12, 24 give 12-16-20-24.
-    """
-    return tuple(min(num_layers, max(num_fixed, 1, (2 * num_layers * sixths + 6) // 12)) for sixths in (3, 4, 5, 6))
-
-
-def half_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
-    """Return four phases at 1/6, 1/4, 7/12 and all of the depth, rounded half up, with room for the fixed layers.
-
-    12 layers give 2-3-7-12, 24 give 4-6-14-24: half of the layers' work. docs/results.md has what it is worth.
-    """
-    return tuple(min(num_layers, max(num_fixed, 1, (num_layers * twelfths + 6) // 12)) for twelfths in (2, 3, 7, 12))
-
-
-def doubling_schedule(num_layers: int, num_fixed: int) -> tuple[int, ...]:
-    """Return three phases at 1/4, 1/2 and all of the depth, rounded half up, with room for the fixed layers.
-
-    12 layers give 3-6-12, 24 give 6-12-24: what progressive stacking has, and 0.58 of the layers' work.
-    """
-    return tuple(min(num_layers, max(num_fixed, 1, (num_layers * quarters + 2) // 4)) for quarters in (1, 2, 4))
-
-
-SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
-    "paper": derive_schedule,
-    "half": half_schedule,
-    "doubling": doubling_schedule,
+NAMED_SCHEDULES = {
+    "paper": (6, 8, 10, 12),
+    "half": (2, 3, 7, 12),
+    "gradual": (6, 9, 12),
+    "doubling": (3, 6, 12),
 }
-"""Schedules by name, from layers and how many of them are fixed."""
+"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
+gradual and progressive stacking."""
+
+_DEFAULT_SCHEDULES = {"raptr": "paper", "width": "paper", "stacking": "gradual"}
+
+
+def derive_schedule(name: str, num_parts: int, num_fixed: int = 0) -> tuple[int, ...]:
+    """Return the phases of a named schedule for a model of num_parts layers (or layers of as many heads).
+
+    Rounded half up, with room for the fixed ones: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
+    """
+    twelfths = NAMED_SCHEDULES[name]
+    return tuple(min(num_parts, max(num_fixed, 1, (num_parts * share + 6) // 12)) for share in twelfths)
 
 
 def derive_path(
@@ -116,18 +105,13 @@ def derive_path(
 ) -> PathSection:
     """Return the path section with its schedule, length or drop rate, warm-up steps and stages, where it uses them."""
     update: dict[str, Any] = {}
-    lengths = derive_schedule(num_layers, count_fixed(path.fixed_layers, num_layers))
-    if path.method == "raptr" and path.schedule is None:
-        update["schedule"] = "-".join(map(str, lengths))
-    if path.schedule in SCHEDULES:
-        parts, fixed = (num_heads, 1) if path.method == "width" else (num_layers, 0)
-        if path.method == "raptr":
-            fixed = count_fixed(path.fixed_layers, num_layers)
-        update["schedule"] = "-".join(map(str, SCHEDULES[path.schedule](parts, fixed)))
-    if path.method == "stacking" and path.schedule is None:
-        update["schedule"] = "-".join(str(max(1, (num_layers * quarters + 2) // 4)) for quarters in (2, 3, 4))
-    if path.method == "width" and path.schedule is None:
-        update["schedule"] = "-".join(map(str, derive_schedule(num_heads, 1)))
+    num_fixed = count_fixed(path.fixed_layers, num_layers)
+    name = path.schedule or _DEFAULT_SCHEDULES.get(path.method)
+    if name in NAMED_SCHEDULES:
+        parts = num_heads if path.method == "width" else num_layers
+        phases = derive_schedule(name, parts, num_fixed if path.method == "raptr" else 0)
+        update["schedule"] = "-".join(map(str, phases))
+    lengths = derive_schedule("paper", num_layers, num_fixed)
     mean_length = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
     if path.method == "constant" and path.constant_length is None:
         update["constant_length"] = mean_length

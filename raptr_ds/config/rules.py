@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from raptr_ds.config.derive import SCHEDULES, count_fixed
+from raptr_ds.config.derive import NAMED_SCHEDULES, count_fixed
 from raptr_ds.config.draft import Draft
 from raptr_ds.config.rules_training import TRAINING_RULES
 
@@ -137,7 +137,7 @@ def schedule_is_written_well(draft: Draft) -> str | None:
         return None
     return (
         f"raptr_ds.path.schedule={schedule!r} must be path lengths, whole numbers from 1, joined by '-', one for each "
-        f"phase, or {' or '.join(map(repr, SCHEDULES))}. Write it as '6-8-10-12', or remove it: one is derived."
+        f"phase, or {' or '.join(map(repr, NAMED_SCHEDULES))}. Write it as '6-8-10-12', or remove it: one is derived."
     )
 
 

@@ -102,9 +102,9 @@ class PathSection(Section):
     width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
-    which is `paper` by name; `half` is 1/6, 1/4, 7/12 and all of L, `doubling` 1/4, 1/2 and all.
-    stacking: layers of the model in each phase; `3-6-12` doubles. Derived: 1/2, 3/4 and all of L.
-    width: heads of each layer that run; the last is num_attention_heads. Derived: 1/2, 2/3, 5/6 and all of them."""
+    `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
+    of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
+    `doubling` 1/4, 1/2 and all."""
     split: Literal["uniform", "proportional"] = "uniform"
     """raptr, stacking, width: phases of equal length in steps, or in proportion to their path length."""
     full_warmup_steps: CountOrZero = 0

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from raptr_ds.engine.fragments import state_kinds
+from raptr_ds.parallel.layers import pieces
 from raptr_ds.paths.path import Path
 
 
@@ -23,9 +24,6 @@ def idle_parts_kept(
     parameters: working weight, the fp32 tensor that the optimizer steps, layer. Their gradients are zero, so that a
     state which the step creates is zero there; the step count is the whole layer's.
     """
-    if path.parts is None:
-        yield
-        return
     kept = []
     with torch.no_grad():
         for parameter, master, layer in parameters:
@@ -52,5 +50,4 @@ def idle_elements(
     idle = [part for part in range(here) if tensor_rank * here + part not in active]
     if not idle:
         return None
-    elements = [part * size + number for part in idle for number in range(size)]
-    return dim, torch.tensor(elements, device=parameter.device)
+    return dim, pieces(torch.tensor(idle, device=parameter.device), size)

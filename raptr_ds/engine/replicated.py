@@ -128,7 +128,7 @@ class ReplicatedOptimizer:
         self.refresh(self.moves)
 
     def _idle_parts_kept(self) -> AbstractContextManager[None]:
-        if self.path is None or not self.freezes_parts:
+        if self.path is None or self.path.parts is None or not self.freezes_parts:
             return nullcontext()
         moving = [pair for pair in self.pairs if self.moves(pair[2])]
         tensor_size = self.groups.topology.tensor

@@ -9,7 +9,7 @@ from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.cross_entropy import at_least_fp32
 from raptr_ds.parallel.dropout import LayerDropout, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, RowLinear, mark_parts
+from raptr_ds.parallel.layers import ColumnLinear, RowLinear, mark_parts, pieces
 
 
 class Attention(nn.Module):
@@ -77,8 +77,3 @@ class Attention(nn.Module):
         keep = attention_keep_mask(self.dropout_rate, dropout, query.shape[2], heads=self.first_head + active)
         weights = torch.where(keep, scores.softmax(-1), 0.0)
         return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - self.dropout_rate))
-
-
-def pieces(numbers: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the indices of the elements of equal pieces, of which piece n begins at n * size: (n,) to (n * size,)."""
-    return (numbers[:, None] * size + torch.arange(size, device=numbers.device)).flatten()

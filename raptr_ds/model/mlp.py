@@ -4,10 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.model.attention import pieces
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear, mark_parts
+from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear, mark_parts, pieces
 
 
 class MLP(nn.Module):

@@ -53,6 +53,11 @@ def mark_parts(parameter: nn.Parameter | None, kind: str, dim: int) -> None:
         parameter.parts = (kind, dim)  # type: ignore[attr-defined]
 
 
+def pieces(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the indices of the elements of equal pieces, of which piece n begins at n * size: (n,) to (n * size,)."""
+    return (numbers[:, None] * size + torch.arange(size, device=numbers.device)).flatten()
+
+
 def shard_of(parameter: nn.Parameter) -> TensorShard:
     """Return which part of the full parameter this rank holds; a parameter that nobody marked is replicated.
 

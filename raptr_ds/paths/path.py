@@ -132,10 +132,5 @@ class Path:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
-def encoded_size(num_layers: int) -> int:
-    """Return how many int64 numbers `Path.encode` gives for whole layers of a model of this depth."""
-    return _HEADER + num_layers
-
-
 def _numbers(flags: np.ndarray) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())

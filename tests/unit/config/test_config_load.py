@@ -25,7 +25,7 @@ P, M = "raptr_ds.path.", "raptr_ds.model."
     ],
 )
 def test_default_schedule(depth, schedule):
-    assert derive_schedule(depth, num_fixed=min(2, depth)) == schedule
+    assert derive_schedule("paper", depth, num_fixed=min(2, depth)) == schedule
 
 
 @pytest.mark.parametrize("depth", range(1, 40))

@@ -10,6 +10,7 @@ M, P = "raptr_ds.model.", "raptr_ds.path."
     [
         (f"{P}schedule=paper", "6-8-10-12"),
         (f"{P}schedule=doubling", "3-6-12"),
+        (f"{P}schedule=gradual", "6-9-12"),
         (f"{P}schedule=half", "2-3-7-12"),
         (f"{P}schedule=half {M}num_layers=24", "4-6-14-24"),
         (f"{P}schedule=half {M}num_layers=5", "2-2-3-5"),

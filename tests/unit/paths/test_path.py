@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from raptr_ds.paths import Path, encoded_size
+from raptr_ds.paths import Path
 from raptr_ds.paths.path import Parts
 
 
@@ -33,7 +33,7 @@ def test_encoding_has_one_size_and_returns_the_same_path(num_layers):
         path = Path(layers, num_layers, phase=3, residual_scale=math.sqrt(num_layers / max(1, len(layers))))
         words = path.encode()
         assert words.dtype == np.int64
-        assert words.shape == (encoded_size(num_layers),)
+        assert words.shape == (4 + num_layers,)
         assert Path.decode(words) == path
         assert all(type(layer) is int for layer in Path.decode(words).layers)
 
@@ -42,7 +42,7 @@ def test_parts_of_layers_are_encoded_too():
     heads, blocks = ((0, 2), (1, 2), (0, 1)), ((1, 2), (0, 1), (0, 2))
     path = Path((0, 1, 2), 3, 2, math.sqrt(1.5), Parts(3, heads, blocks))
     words = path.encode()
-    assert words.shape == (encoded_size(3) + 3 * 2 * 3,)
+    assert words.shape == (4 + 3 + 3 * 2 * 3,)
     assert Path.decode(words) == path
     assert path.work == 2.0
     assert not path.is_full
