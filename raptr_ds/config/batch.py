@@ -47,6 +47,19 @@ def solve_batch(
     return BatchGeometry(global_batch, micro_batch, accumulation, data_parallel)
 
 
+def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
+    """Raise ConfigError unless each of a step's paths gets the same number of micro batches."""
+    if batch.accumulation % paths_per_step == 0:
+        return
+    per_rank = batch.micro_batch * batch.accumulation
+    fits = [size for size in range(1, per_rank + 1) if per_rank % (size * paths_per_step) == 0]
+    mend = f"Set {MICRO} to {fits[-1]} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
+    raise ConfigError(
+        f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
+        f"{batch.accumulation}: each path is taken by as many. {mend}, or change paths_per_step."
+    )
+
+
 def _quotient(global_batch: int, data_parallel: int, given_key: str, given: int) -> int:
     """Divide the global batch by the ranks and one given factor; it must come out whole."""
     unit = given * data_parallel

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, solve_batch
+from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, check_paths_per_step, solve_batch
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
 from raptr_ds.config.derive import derive_model, derive_parallel, derive_path, derive_train
 from raptr_ds.config.draft import Draft
@@ -112,6 +112,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
     if world_size % draft.model_parallel_size == 0:
         try:
             batch = solve_batch(*_batch_sizes(tree), world_size // draft.model_parallel_size)
+            check_paths_per_step(batch, draft.path.paths_per_step)
         except ConfigError as error:
             errors.append(str(error))
     _raise_all(errors, path)

@@ -300,6 +300,11 @@ def micro_batch_can_grow(draft: Draft) -> str | None:
     path, parallel = draft.path, draft.parallel
     if not parallel.grow_micro_batch:
         return None
+    if path.paths_per_step > 1:
+        return (
+            f"raptr_ds.parallel.grow_micro_batch=true with raptr_ds.path.paths_per_step={path.paths_per_step}: larger "
+            "micro batches may be too few for that many paths. Remove one."
+        )
     if path.sampling == "bernoulli":
         return (
             "raptr_ds.parallel.grow_micro_batch=true needs paths of a known length; got raptr_ds.path.sampling="

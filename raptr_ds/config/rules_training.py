@@ -18,6 +18,17 @@ def pipeline_allows_zero_stage(draft: Draft) -> str | None:
     )
 
 
+def overlapped_reduction_sees_every_path(draft: Draft) -> str | None:
+    """DeepSpeed's ZeRO 1 with overlap_comm reduces what the last micro batch has a gradient of, and nothing else."""
+    if draft.path.paths_per_step == 1 or draft.zero_stage != 1 or not draft.zero.get("overlap_comm"):
+        return None
+    return (
+        f"raptr_ds.path.paths_per_step={draft.path.paths_per_step} with zero_optimization.stage=1 and overlap_comm="
+        "true: DeepSpeed then reduces the gradients of the last micro batch's layers only. Remove overlap_comm, or "
+        "set zero_optimization.stage to 2."
+    )
+
+
 def compile_allows_zero_stage(draft: Draft) -> str | None:
     """ZeRO 3 empties a layer's parameters between its uses; a graph is compiled for tensors that are there."""
     if not draft.train.compile or draft.zero_stage <= 2:
@@ -149,6 +160,7 @@ def rollback_can_happen(draft: Draft) -> str | None:
 
 
 TRAINING_RULES: tuple[Callable[[Draft], str | None], ...] = (
+    overlapped_reduction_sees_every_path,
     pipeline_allows_zero_stage,
     compile_allows_zero_stage,
     one_precision,

@@ -126,6 +126,10 @@ class PathSection(Section):
     """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
     zero gradients are made up for when the layer is next active or evaluated, exact to rounding: evaluating at other
     steps changes a zero_grad run in the last bits."""
+    paths_per_step: Count = 1
+    """raptr, constant, layerdrop, pld: paths drawn for a step. Each is taken by an equal share of the global batch, in
+    its order, so that gradient_accumulation_steps must be a multiple; as many are a path for each micro batch. The
+    layers of any of them are the step's."""
     pld_gamma: Positive = 0.001
     """pld: decay rate of the keep probability, per step."""
     pld_theta: OpenFraction = 0.5

@@ -23,6 +23,7 @@ class Use:
 
 _RANDOM = Use(METHOD, ("raptr", "constant"))
 _SKIPPING = Use(METHOD, ("raptr", "pld", "constant", "layerdrop", "width"))
+_DRAWING = Use(METHOD, ("raptr", "pld", "constant", "layerdrop"))
 _SCHEDULED = Use(METHOD, ("raptr", "stacking", "width"))
 _WARMED_UP = Use(METHOD, ("raptr", "width"))
 _GROWING = Use(METHOD, ("stacking",))
@@ -37,6 +38,7 @@ USED_ONLY: dict[str, Use] = {
     "raptr_ds.path.balance_stages": Use(SAMPLING, ("balanced",)),
     "raptr_ds.path.residual_scale": _SKIPPING,
     "raptr_ds.path.skipped_update": _SKIPPING,
+    "raptr_ds.path.paths_per_step": _DRAWING,
     "raptr_ds.path.pld_gamma": Use(METHOD, ("pld",)),
     "raptr_ds.path.pld_theta": Use(METHOD, ("pld",)),
     "raptr_ds.path.constant_length": Use(METHOD, ("constant",)),

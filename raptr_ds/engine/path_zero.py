@@ -61,6 +61,9 @@ class PathZero:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.path, self.moves = path, moving_layers(path, freezes)
 
+    def follow_micro_batch(self, path: Path) -> None:
+        """Train the next micro batch along `path`, which the step's path is or has as a share."""
+
     def follow_forward(self, path: Path) -> None:
         """Run forward passes along `path`, without backward passes."""
 
@@ -160,8 +163,24 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
     coordinator: PathCoordinator
 
     def follow(self, path: Path, freezes: bool) -> None:
-        """Train the next step along `path`, fetching weights ahead by it."""
+        """Train the next step along `path`.
+
+        ZeRO 3 copies the gradients of the first micro batch over those of the last step and adds later ones
+        (partition_grads): a layer that only a later micro batch takes must begin at zero.
+        """
         super().follow(path, freezes)
+        if path.shares:
+            for parameter, layer in self.layers.items():
+                if layer != NO_LAYER and not path.shares[0].is_active(layer):
+                    self._gradient_partitions[parameter.ds_id].zero_()  # type: ignore[attr-defined]
+
+    @property
+    def _gradient_partitions(self) -> dict[int, torch.Tensor]:
+        """Where ZeRO 3 accumulates each parameter's gradient, by DeepSpeed's number of it."""
+        return vars(self)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
+
+    def follow_micro_batch(self, path: Path) -> None:
+        """Train the next micro batch along `path`, fetching weights ahead by it."""
         self.coordinator.expect(path.layers, training=True)
 
     def follow_forward(self, path: Path) -> None:

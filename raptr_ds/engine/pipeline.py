@@ -27,17 +27,16 @@ class _StepBody(nn.Module):
         super().__init__()
         self.stage = stage
         self.seed, self.step = 0, 0
-        self.path = Path.full(stage.model.num_layers)
         self.weight = torch.ones(())
         self.with_dropout = True
-        self.waiting: Iterator[MicroBatch] = iter(())
+        self.waiting: Iterator[tuple[MicroBatch, Path]] = iter(())
         self.observe_loss: Callable[[torch.Tensor], None] = lambda _loss: None
         self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        micro = next(self.waiting)
+        micro, path = next(self.waiting)
         streams = DropoutStreams(self.seed, self.step, micro.sample_ids) if self.with_dropout else None
-        x = self.stage(x, micro, self.path, streams)
+        x = self.stage(x, micro, path, streams)
         if not self.stage.is_last:
             return x
         loss = x.sum() * self.weight
@@ -87,10 +86,11 @@ class PipelineEngine(DeepSpeedState):
         return total / count
 
     def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, step: int | None) -> None:
-        self.body.path, self.body.weight = path, weight
+        self.body.weight = weight
         self.body.with_dropout = step is not None
         self.body.step = step or 0
-        self.body.waiting = iter(batch.micro_batches)
+        count = len(batch.micro_batches)
+        self.body.waiting = iter((micro, path.of_micro_batch(n, count)) for n, micro in enumerate(batch.micro_batches))
 
     @staticmethod
     def _inputs(batch: StepBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

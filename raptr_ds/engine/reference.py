@@ -47,9 +47,10 @@ class ReferenceEngine:
         """Train step `step` along `path`."""
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for micro in batch.micro_batches:
+        for number, micro in enumerate(batch.micro_batches):
             streams = DropoutStreams(self.seed, step, micro.sample_ids)
-            loss = self.stage(micro.tokens, micro, path, streams).sum() / batch.num_predictions
+            taken = path.of_micro_batch(number, len(batch.micro_batches))
+            loss = self.stage(micro.tokens, micro, taken, streams).sum() / batch.num_predictions
             loss.backward()
             total += loss.item()
         norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))

@@ -74,6 +74,9 @@ class ReplicatedOptimizer:
         self.moves = moving_layers(path, freezes)
         self.path = path
 
+    def follow_micro_batch(self, path: Path) -> None:
+        """Train the next micro batch along `path`: nothing to prepare."""
+
     def follow_forward(self, path: Path) -> None:
         """Run forward passes along `path`: nothing to prepare."""
 

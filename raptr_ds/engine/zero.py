@@ -34,9 +34,11 @@ class ZeroEngine(DeepSpeedState):
         count = self.count_predictions(batch)
         weight = self.loss_weight(batch, count)
         total = torch.zeros((), device=self.groups.device)
-        for micro in batch.micro_batches:
+        for number, micro in enumerate(batch.micro_batches):
             streams = DropoutStreams(self.seed, step, micro.sample_ids)
-            loss = engine(micro.tokens, micro, path, streams).sum() * weight
+            taken = path.of_micro_batch(number, len(batch.micro_batches))
+            engine.optimizer.follow_micro_batch(taken)
+            loss = engine(micro.tokens, micro, taken, streams).sum() * weight
             engine.observe_loss(loss)
             self.scale_gradient(loss)
             engine.backward(loss)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from raptr_ds.eval.residual_network import NetworkShape, ResidualNetwork
-from raptr_ds.paths.methods import PathMethod, build_path_method
+from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.path import Path
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.schedule import check_lengths, parse_schedule, split_phases

@@ -7,7 +7,7 @@ optimizer; together a few percent at most.
 
 from dataclasses import dataclass
 
-from raptr_ds.paths.methods import PathMethod
+from raptr_ds.paths.protocol import PathMethod
 
 _PASSES = 3  # one forward; the backward forms two products for each forward one: by input and by weight
 

@@ -1,12 +1,12 @@
 """A path: the layers that run in one step, as an immutable value that ranks can compare and send."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_HEADER = 4  # phase, length, bits of the residual scale, parts of a layer
+_HEADER = 5  # phase, length, bits of the residual scale, parts of a layer, draws
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Path:
     layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for the record.
     residual_scale: factor on the output of each active residual branch. A path may be empty (a Bernoulli draw can be).
     parts: what runs of each layer; None for all of it.
+    shares: where a step takes several paths, those, each taken by an equal share of its micro batches; `layers` are
+    then all that are active in any of them, which is what the optimizer moves. See `of_shares`.
     """
 
     layers: tuple[int, ...]
@@ -45,6 +47,7 @@ class Path:
     phase: int = 0
     residual_scale: float = 1.0
     parts: Parts | None = None
+    shares: tuple["Path", ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1, f"num_layers={self.num_layers}"
@@ -60,15 +63,36 @@ class Path:
         """Return the path through every layer, with residual scale 1."""
         return cls(tuple(range(num_layers)), num_layers, phase)
 
+    @classmethod
+    def of_shares(cls, shares: Sequence["Path"]) -> "Path":
+        """Return the path of a step whose micro batches take these, of one model and phase, in equal shares."""
+        active = {layer for share in shares for layer in share.layers}
+        return cls(tuple(sorted(active)), shares[0].num_layers, shares[0].phase, shares=tuple(shares))
+
+    @property
+    def draws(self) -> tuple["Path", ...]:
+        """The paths that the step's micro batches take, in equal shares: this one alone, where it has no shares."""
+        return self.shares or (self,)
+
+    def of_micro_batch(self, index: int, count: int) -> "Path":
+        """Return the path of micro batch `index` (0-based) of `count`, a multiple of the number of draws."""
+        assert count % len(self.draws) == 0, f"{len(self.draws)} paths for {count} micro batches"
+        return self.draws[index * len(self.draws) // count]
+
     @property
     def length(self) -> int:
         """The number of active layers."""
         return len(self.layers)
 
     @property
+    def mean_length(self) -> float:
+        """The mean number of layers that a micro batch goes through."""
+        return sum(share.length for share in self.shares) / len(self.shares) if self.shares else self.length
+
+    @property
     def work(self) -> float:
-        """What the layers cost, in whole layers: their number where they run whole."""
-        return self.length if self.parts is None else self.parts.work
+        """What the layers cost, in whole layers: their number where they run whole, of several paths the mean."""
+        return self.mean_length if self.parts is None else self.parts.work
 
     @property
     def is_full(self) -> bool:
@@ -85,10 +109,11 @@ class Path:
         return tuple(layer for layer in layers if layer in active)
 
     def encode(self) -> np.ndarray:
-        """Return the path as int64 numbers: phase, length, residual scale's bits, parts of a layer, and flags.
+        """Return the path as int64 numbers: phase, layers, residual scale's bits, parts of a layer, shares, and flags.
 
-        Shape: (4 + num_layers,), one flag per layer, and with parts as many for each head and block of every layer
-        besides. The size is one for all paths of a method, so that a broadcast needs no size beforehand.
+        Shape: (5 + num_layers,), one flag per layer, and with parts as many for each head and block of every layer
+        besides; the same again for each share. The size is one for all paths of a method, so that a broadcast needs no
+        size beforehand.
         """
         parts = self.parts or Parts(0, (), ())
         flags = np.zeros((1 + 2 * parts.number, self.num_layers), dtype=np.int64)
@@ -97,7 +122,8 @@ class Path:
             for layer, numbers in enumerate(chosen):
                 flags[[first + number for number in numbers], layer] = 1
         scale = int(np.float64(self.residual_scale).view(np.int64))
-        return np.concatenate([np.array([self.phase, self.length, scale, parts.number]), flags.ravel()])
+        header = np.array([self.phase, self.length, scale, parts.number, len(self.shares)])
+        return np.concatenate([header, flags.ravel(), *(share.encode() for share in self.shares)])
 
     @classmethod
     def decode(cls, words: np.ndarray) -> "Path":
@@ -105,6 +131,8 @@ class Path:
 
         Raises: ValueError if the words are not a path's (a damaged or foreign message).
         """
+        if words.dtype == np.int64 and words.ndim == 1 and words.size > _HEADER and words[4] != 0:
+            return cls._decode_shares(words, int(words[4]))
         flags = words[_HEADER:]
         if words.dtype != np.int64 or words.ndim != 1 or flags.size < 1 or not np.isin(flags, (0, 1)).all():
             raise ValueError(f"not an encoded path: {words!r}")
@@ -125,6 +153,16 @@ class Path:
             )
             parts = Parts(number, heads, blocks)
         return cls(_numbers(flags[0]), flags.shape[1], int(words[0]), scale, parts)
+
+    @classmethod
+    def _decode_shares(cls, words: np.ndarray, number: int) -> "Path":
+        if number < 0 or words.size % (1 + number):
+            raise ValueError(f"encoded path says {number} shares in {words.size} numbers")
+        own, *shares = words.reshape(1 + number, -1)
+        path = cls.of_shares([cls.decode(share) for share in shares])
+        if not np.array_equal(path.encode()[: own.size], own):
+            raise ValueError(f"encoded path's layers are not those of its {number} shares")
+        return path
 
     def digest(self) -> int:
         """Return a 63-bit number for comparing paths between ranks: equal paths, and in practice only they, agree."""

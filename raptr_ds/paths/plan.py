@@ -8,8 +8,8 @@ import numpy as np
 
 from raptr_ds.paths.cost import ModelShape, step_flops
 from raptr_ds.paths.memory import RankMemory, TrainingState, rank_memory
-from raptr_ds.paths.methods import PathMethod
 from raptr_ds.paths.path import Path
+from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
 from raptr_ds.paths.step_time import Device, Layout, StepSeconds, active_in_parts, activity_table, step_seconds
 

@@ -84,11 +84,16 @@ class StepSeconds:
 
 
 def activity_table(paths: Iterable[Path]) -> np.ndarray:
-    """Return which layer is active in which path, (paths, layers): 0.0, 1.0, or the share of it that runs."""
+    """Return how much of each layer runs in each path, (paths, layers): 0.0, 1.0, or the share of it that does.
+
+    Of several paths in one step, their mean: what a layer's gradient costs beside, in full, is then counted too low.
+    """
     paths = list(paths)
     table = np.zeros((len(paths), paths[0].num_layers))
     for row, path in enumerate(paths):
-        table[row, list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
+        for draw in path.draws:
+            share = 1.0 if draw.parts is None else draw.parts.work / path.num_layers
+            table[row, list(draw.layers)] += share / len(path.draws)
     return table
 
 

@@ -12,6 +12,7 @@ from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
 from raptr_ds.paths.memory import TrainingState, largest_micro_batch
 from raptr_ds.paths.plan import Setting
+from raptr_ds.paths.several import several_paths
 from raptr_ds.paths.step_time import Device, Layout
 
 _REDUCE_BUCKET = 5e8  # DeepSpeed's default, in elements (runtime/zero/config.py)
@@ -36,26 +37,30 @@ def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMe
     The vocabulary's size must be known. Raises: ConfigError.
     """
     section = config.path if path is None else path
-    return build_path_method(
-        method=section.method,
-        num_layers=config.model.num_layers,
-        num_steps=config.train.steps,
-        seed=config.train.seed,
-        schedule=section.schedule,
-        split=section.split,
-        full_warmup_steps=section.full_warmup_steps,
-        fixed_layers=section.fixed_layers,
-        sampling=section.sampling,
-        residual_scale=section.residual_scale,
-        pld_gamma=section.pld_gamma,
-        pld_theta=section.pld_theta,
-        constant_length=section.constant_length,
-        layerdrop=section.layerdrop,
-        growth_optimizer_state=section.growth_optimizer_state,
-        growth_warmup_steps=section.growth_warmup_steps,
-        stages=balanced_stages_of(config),
-        num_heads=config.model.num_attention_heads,
-    )
+
+    def build(seed: int) -> PathMethod:
+        return build_path_method(
+            method=section.method,
+            num_layers=config.model.num_layers,
+            num_steps=config.train.steps,
+            seed=seed,
+            schedule=section.schedule,
+            split=section.split,
+            full_warmup_steps=section.full_warmup_steps,
+            fixed_layers=section.fixed_layers,
+            sampling=section.sampling,
+            residual_scale=section.residual_scale,
+            pld_gamma=section.pld_gamma,
+            pld_theta=section.pld_theta,
+            constant_length=section.constant_length,
+            layerdrop=section.layerdrop,
+            growth_optimizer_state=section.growth_optimizer_state,
+            growth_warmup_steps=section.growth_warmup_steps,
+            stages=balanced_stages_of(config),
+            num_heads=config.model.num_attention_heads,
+        )
+
+    return several_paths(build, config.train.seed, section.paths_per_step)
 
 
 def left_out_layers(method: PathMethod) -> list[str]:

@@ -5,7 +5,8 @@ training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, sk
 tokens_per_second, mfu; evaluation: step, eval_loss, path_length.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
-Where layers run in parts (path.method width), "width" is the number of heads of each layer that run.
+Where layers run in parts (path.method width), "width" is the number of heads of each layer that run; where a step takes
+several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
 
 from collections.abc import Callable
@@ -144,7 +145,7 @@ class Metrics:
             "lr": float(step.lr),
             "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
             "path": list(step.path.layers),
-            "path_length": step.path.length,
+            "path_length": step.path.mean_length,
             "phase": step.path.phase,
             "tokens": int(step.tokens),
             "flops": int(step.flops),
@@ -153,6 +154,8 @@ class Metrics:
             "tokens_per_second": step.step_tokens / seconds,
             "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
         }
+        if step.path.shares:
+            line["paths"] = [list(share.layers) for share in step.path.shares]
         if step.path.parts is not None:
             line["width"] = len(step.path.parts.heads[0])
         return {**line, "non_finite": True} if step.skipped else line
@@ -164,7 +167,7 @@ class Metrics:
             num_steps=self._num_steps,
             loss=float(step.loss),
             phase=step.path.phase,
-            path_length=step.path.length,
+            path_length=step.path.mean_length,
             num_layers=step.path.num_layers,
             tokens_per_second=self._throughput.tokens_per_second,
             flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,

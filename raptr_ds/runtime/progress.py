@@ -20,7 +20,7 @@ class ProgressState:
     num_steps: int
     loss: float
     phase: int
-    path_length: int
+    path_length: float
     num_layers: int
     tokens_per_second: float | None
     flops_saved: float | None
@@ -34,7 +34,7 @@ class ProgressState:
         return {
             "loss": f"loss {self.loss:.4f}",
             "phase": f"phase {self.phase}",
-            "path": f"path {self.path_length}/{self.num_layers}",
+            "path": f"path {self.path_length:.3g}/{self.num_layers}",
             "speed": "- tok/s" if speed is None else f"{short_number(speed)} tok/s",
             "saved": "" if saved is None else f"saved {saved:.1%}",
             "left": "" if self.seconds_left is None else f"left {short_time(self.seconds_left)}",

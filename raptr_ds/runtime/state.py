@@ -81,16 +81,17 @@ class StepCost:
 
     def flops(self, path: Path, num_predicted: int) -> int:
         """Return the FLOPs of a step along `path`."""
-        share = path.work / max(1, path.length)
-        recomputed = self._recomputed_layers(path) * share * self.num_sequences * layer_forward_flops(self.shape)
+        recomputed = sum(map(self._recomputed_work, path.draws)) / len(path.draws)
+        recomputed *= self.num_sequences * layer_forward_flops(self.shape)
         return round(recomputed) + step_flops(self.shape, path.work, self.num_sequences, num_predicted)
 
-    def _recomputed_layers(self, path: Path) -> int:
+    def _recomputed_work(self, path: Path) -> float:
         if not self.recompute:
-            return 0
+            return 0.0
         stages = self.stages or (range(path.num_layers),)
         counts = [len(path.active_in(layers)) for layers in stages]
-        return sum(count for count in counts if count > self.keep_up_to)
+        share = path.work / max(1, path.length)
+        return share * sum(count for count in counts if count > self.keep_up_to)
 
     def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
         """Return the FLOPs expected from a 0-based step on; num_predicted: expected positions of a global batch."""

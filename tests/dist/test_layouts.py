@@ -44,6 +44,8 @@ RUNS = {
         growth_optimizer_state="fresh",
         growth_warmup_steps=2,
     ),
+    "bert-3-paths": Case(paths_per_step=3, schedule="2-4-5"),
+    "ul2-3-paths-zero_grad": Case(architecture="ul2", paths_per_step=3, schedule="2-4-5", skipped_update="zero_grad"),
     "bert-width": Case(method="width", schedule="1-3-4", num_layers=3),
     "ul2-width-zero_grad": Case(
         architecture="ul2", method="width", schedule="2-3-4", num_layers=3, skipped_update="zero_grad"
@@ -87,6 +89,22 @@ LONG = ("DP2 ZeRO 1", "DP2 ZeRO 3", "PP2 TP2")
 # Where growth copies between ranks, or between parts that are cut otherwise.
 GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
 
+# Where gradients accumulate otherwise; there must be a multiple of three micro batches.
+SEVERAL_PATHS = {
+    "bert-3-paths": (
+        "DP2",
+        "DP2 ZeRO 1",
+        "DP2 ZeRO 2",
+        "DP2 ZeRO 2, all accumulated",
+        "DP2 ZeRO 3",
+        "TP2 DP2 ZeRO 3",
+        "PP2",
+        "PP2 DP2 ZeRO 1, recompute",
+        "PP2 TP2",
+    ),
+    "ul2-3-paths-zero_grad": ("DP2 ZeRO 1", "DP2 ZeRO 2", "DP2 ZeRO 3", "PP2 DP2"),
+}
+
 # Freezing parts needs whole tensors in the optimizer; with one head of four some tensor ranks have none.
 WIDTHS = {
     "bert-width": ("DP2", "TP2", "TP4", "PP2", "PP2 TP2"),
@@ -97,14 +115,14 @@ WIDTHS = {
 PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [
     (run, layout)
     for run in RUNS
-    for layout in {"bert-freeze": (), "bert-freeze-50-steps": LONG, "bert-stacking": GROWING, **WIDTHS}.get(run, FEW)
+    for layout in {"bert-freeze": (), "bert-freeze-50-steps": LONG, "bert-stacking": GROWING, **SEVERAL_PATHS, **WIDTHS}.get(run, FEW)
 ]
 
 
 @cache
 def reference(case: Case) -> Outcome:
-    """Return the oracle's outcome: plain torch, the global batch in one piece."""
-    alone = replace(case, engine="reference", micro_batch=case.global_batch)
+    """Return the oracle's outcome: plain torch, the global batch in one piece, or one for each path of a step."""
+    alone = replace(case, engine="reference", micro_batch=case.global_batch // case.paths_per_step)
     return run_distributed(run_case, 1, alone)[0]
 
 

@@ -47,6 +47,25 @@ def test_half_precision_stays_in_its_band(precision: str, layout: str) -> None:
         (2, {}),
         (2, {"zero": 1}),
         (2, {"zero": 2}),
+        (4, {"pipeline": 2, "zero": 1}),
+    ],
+)
+def test_three_paths_a_step_are_accumulated_in_fp32(world_size: int, changes: dict[str, int]) -> None:
+    """A layer that only some micro batches have taken has a gradient beside the working weights all the same."""
+    alone = Case(paths_per_step=3, schedule="2-4-5")
+    expected = reference(alone)
+    case = replace(alone, precision="bf16", accumulate_in_fp32=True, **changes)
+    found = run_distributed(run_case, world_size, case)[0]
+    assert found.losses == pytest.approx(expected.losses, rel=BAND["bf16"])
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=20 * BAND["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {}),
+        (2, {"zero": 1}),
+        (2, {"zero": 2}),
         (2, {"zero": 3}),
         (2, {"pipeline": 2}),
         (4, {"pipeline": 2, "zero": 1}),

@@ -20,6 +20,7 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod, build_path_method
+from raptr_ds.paths.several import several_paths
 
 SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
 SEED = 7
@@ -52,6 +53,7 @@ class Case:
     schedule: str = "3-4-5"
     growth_optimizer_state: str = "copied"
     growth_warmup_steps: int = 0
+    paths_per_step: int = 1
     steps: int = 9
     skipped_update: str = "freeze"
     max_norm: float = 1.0
@@ -94,17 +96,21 @@ def run_case(launch: Launch, case: Case) -> Outcome:
 
 def path_method(case: Case) -> PathMethod:
     """Return the case's path method."""
-    return build_path_method(
-        method=case.method,
-        num_layers=case.num_layers,
-        num_steps=case.steps,
-        seed=SEED,
-        schedule=case.schedule,
-        residual_scale="sqrt",
-        growth_optimizer_state=case.growth_optimizer_state,
-        growth_warmup_steps=case.growth_warmup_steps,
-        num_heads=NUM_HEADS,
-    )
+
+    def build(seed: int) -> PathMethod:
+        return build_path_method(
+            method=case.method,
+            num_layers=case.num_layers,
+            num_steps=case.steps,
+            seed=seed,
+            schedule=case.schedule,
+            residual_scale="sqrt",
+            growth_optimizer_state=case.growth_optimizer_state,
+            growth_warmup_steps=case.growth_warmup_steps,
+            num_heads=NUM_HEADS,
+        )
+
+    return several_paths(build, SEED, case.paths_per_step)
 
 
 def model_of(case: Case) -> ModelSection:

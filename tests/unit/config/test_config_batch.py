@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from raptr_ds.config.batch import BatchGeometry, solve_batch
+from raptr_ds.config.batch import BatchGeometry, check_paths_per_step, solve_batch
 from raptr_ds.errors import ConfigError
 
 
@@ -39,3 +39,25 @@ def test_what_does_not_divide_is_refused_with_a_mend(sizes, ranks, says):
         solve_batch(*sizes, ranks)
     for fragment in says:
         assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "paths", "says"),
+    [
+        (BatchGeometry(8, 8, 1, 1), 2, ["paths_per_step=2", "steps=1", "Set train_micro_batch_size_per_gpu to 4"]),
+        (BatchGeometry(24, 6, 2, 2), 3, ["steps=2", "to 4 and remove gradient_accumulation_steps"]),
+        (BatchGeometry(4, 2, 2, 1), 3, ["Enlarge train_batch_size", "or change paths_per_step"]),
+    ],
+)
+def test_every_path_of_a_step_gets_as_many_micro_batches(batch, paths, says):
+    check_paths_per_step(batch, 1)
+    with pytest.raises(ConfigError) as error:
+        check_paths_per_step(batch, paths)
+    for fragment in says:
+        assert fragment in str(error.value)
+
+
+def test_a_run_file_is_held_to_it(load):
+    with pytest.raises(ConfigError, match=r"paths_per_step=2 must divide the micro batches of a step"):
+        load("raptr_ds.path.paths_per_step=2")
+    assert load("raptr_ds.path.paths_per_step=2", "train_micro_batch_size_per_gpu=4").path.paths_per_step == 2

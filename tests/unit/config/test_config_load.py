@@ -136,6 +136,7 @@ RESOLVABLE = {
     "stable": "scheduler.type=WarmupStableDecayLR scheduler.params.decay_ratio=0.2 optimizer.type=SGD",
     "blend": 'raptr_ds.data.path={"data/a.b":1,"c":0.5} raptr_ds.log.peak_tflops=10 raptr_ds.data.tokenizer=t.model',
     "balanced": f"{P}sampling=balanced raptr_ds.parallel.pipeline_model_parallel_size=2",
+    "several": f"{P}method=constant {P}paths_per_step=2 train_micro_batch_size_per_gpu=2",
     "warmup": f"{P}full_warmup_ratio=0.1 {P}schedule=3-12 {P}split=proportional",
 }
 
@@ -218,12 +219,12 @@ def test_denoisers(load, denoisers, says):
 
 
 UNUSED = {
-    "full": [("schedule", "6-12"), ("split", "uniform"), ("full_warmup_steps", "3"), ("sampling", "uniform")],
+    "full": [("schedule", "6-12"), ("split", "uniform"), ("paths_per_step", "2"), ("sampling", "uniform")],
     "raptr": [("pld_gamma", "0.1"), ("pld_theta", "0.1"), ("constant_length", "9")],
     "pld": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("constant_length", "9")],
     "constant": [("schedule", "6-12"), ("full_warmup_steps", "3"), ("pld_theta", "0.1"), ("layerdrop", "0.2")],
     "layerdrop": [("schedule", "6-12"), ("fixed_layers", "[0]"), ("sampling", "uniform")],
-    "width": [("fixed_layers", "[0]"), ("sampling", "uniform"), ("growth_warmup_steps", "2")],
+    "width": [("fixed_layers", "[0]"), ("paths_per_step", "2"), ("growth_warmup_steps", "2")],
     "stacking": [("fixed_layers", "[0]"), ("residual_scale", "sqrt"), ("skipped_update", "zero_grad")],
 }
 

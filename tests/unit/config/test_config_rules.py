@@ -107,6 +107,12 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             ["keep_activations_up_to switches recomputation off"],
             f"{R}activation_checkpointing=true {R}keep_activations_up_to=6",
         ),
+        (
+            1,
+            f"{R}grow_micro_batch=true {P}paths_per_step=2 train_micro_batch_size_per_gpu=4",
+            ["paths_per_step=2", "Remove one"],
+            f"{P}paths_per_step=2 train_micro_batch_size_per_gpu=4",
+        ),
     ],
     "schedule_is_written_well": [
         (1, f"{P}schedule=6,8,12", ["'6,8,12'", "joined by '-'", "'6-8-10-12'"], f"{P}schedule=6-8-12"),
@@ -233,6 +239,15 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             "raptr_ds.train.compile=true zero_optimization.stage=3",
             ["compile=true needs zero_optimization.stage <= 2", "got 3", "to 2"],
             "raptr_ds.train.compile=true zero_optimization.stage=2",
+        ),
+    ],
+    "overlapped_reduction_sees_every_path": [
+        (
+            1,
+            f"{P}paths_per_step=2 train_micro_batch_size_per_gpu=4 zero_optimization.stage=1 "
+            "zero_optimization.overlap_comm=true",
+            ["paths_per_step=2", "stage=1", "Remove overlap_comm"],
+            f"{P}paths_per_step=2 train_micro_batch_size_per_gpu=4 zero_optimization.stage=1",
         ),
     ],
     "one_precision": [

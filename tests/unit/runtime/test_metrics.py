@@ -81,6 +81,14 @@ def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
     assert [(line["path"], line.get("width")) for line in lines_of(tmp_path)] == [([0, 1], 3), ([0, 2, 5], None)]
 
 
+def test_the_paths_of_a_step_that_takes_several_are_told(tmp_path):
+    shares = Path((0, 1, 5), 6), Path((0, 3), 6)
+    with Metrics(tmp_path, num_steps=1, tensorboard=False) as metrics:
+        metrics.record_step(training_step(1, path=Path.of_shares(shares)))
+    (line,) = lines_of(tmp_path)
+    assert (line["path"], line["path_length"], line["paths"]) == ([0, 1, 3, 5], 2.5, [[0, 1, 5], [0, 3]])
+
+
 def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
     with Metrics(tmp_path, num_steps=8, interval=3, tensorboard=False) as metrics:
         for step in range(1, 9):

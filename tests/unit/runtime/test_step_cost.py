@@ -25,3 +25,12 @@ def test_short_paths_are_not_recomputed() -> None:
     assert flops(1, STAGES) == recomputed
     assert flops(2, STAGES) == kept + (recomputed - kept) * 3 // 5  # the first stage has more
     assert flops(3, STAGES) == kept
+
+
+def test_several_paths_cost_the_mean_of_each() -> None:
+    """Whether layers are kept is each micro batch's own matter: two layers of the stage are kept, three are not."""
+    shares = Path((0, 1, 3, 4, 7), 8), Path((0, 2, 7), 8)
+    cost = StepCost(SHAPE, 4, recompute=True, keep_up_to=2, stages=STAGES)
+    means = sum(cost.flops(share, 9) for share in shares) / 2
+    assert cost.flops(Path.of_shares(shares), 9) == means
+    assert StepCost(SHAPE, 4, recompute=False).flops(Path.of_shares(shares), 9) == step_flops(SHAPE, 4, 4, 9)
