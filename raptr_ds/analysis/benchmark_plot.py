@@ -21,7 +21,7 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    labels = [f"{row['name']}, {row['path_length']} layers" for row in rows]
+    labels = [f"{row['name']}, {row['path_length']:g} layers" for row in rows]
     colours = [_COLOURS[0] if row["name"] == _OURS else _COLOURS[1] for row in rows]
     bars = axes.barh(labels, [row["median_seconds"] for row in rows], color=colours)
     axes.bar_label(bars, fmt="%.2f", padding=3)

@@ -20,8 +20,10 @@ from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_stack import MegatronStack, rename_to_megatron
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path
+from raptr_ds.paths.balance import BalancedStages, draw_balanced
+from raptr_ds.paths.path import Parts
+from raptr_ds.paths.raptr import draw_uniform
 from raptr_ds.rng import stream
 
 _STEPS_AHEAD = 1 << 40  # agreement never reaches the run's end
@@ -37,22 +39,20 @@ class OurStep:
         engine: Engine,
         groups: ProcessGroups,
         config: RunConfig,
-        lengths: Sequence[int],
+        works: Sequence[float],
         loader: Loader | None,
     ) -> None:
-        self._engine, self._config, self._lengths, self._loader = engine, config, lengths, loader
-        assert config.parallel.pipeline_layers is not None, "not derived"
-        self._stages = stage_layers(config.parallel.pipeline_layers)
+        self._engine, self._config, self._works, self._loader = engine, config, works, loader
         self._agreement = PathAgreement(groups, self._words_at, lambda: False, _STEPS_AHEAD)
         self._step = 0
 
     def _words_at(self, step: int) -> np.ndarray:
-        """Return the path of a step: the lengths in turn, the same share of layers in every pipeline stage."""
-        length = self._lengths[step % len(self._lengths)]
-        return balanced_path(self._stages, length, stream(0, "bench", step)).encode()
+        """Return the path of a step; the works take turns."""
+        work = self._works[step % len(self._works)]
+        return measured_path(self._config, work, stream(0, "bench", step)).encode()
 
-    def run(self, batch: StepBatch, path_length: int) -> tuple[float, float]:
-        """Train the next step, which is of this length; return the seconds that agreement and loader kept it waiting.
+    def run(self, batch: StepBatch, work: float) -> tuple[float, float]:
+        """Train the next step, which costs this; return the seconds that agreement and loader kept it waiting.
 
         The loader's batch is taken and left: all steps train on the same one.
         """
@@ -62,21 +62,25 @@ class OurStep:
         if self._loader is not None:
             self._loader.at(self._step)
         loaded = time.perf_counter()
-        assert path.length == path_length, (path, path_length)
+        assert path.work == work, (path, work)
         self._engine.train_step(batch, path, self._step, self._config.optimizer["params"]["lr"])
         self._step += 1
         return agreed - start, loaded - agreed
 
 
-def balanced_path(stages: Sequence[range], length: int, rng: np.random.Generator) -> Path:
-    """Return a random path of `length` layers, as nearly as it divides the same share of each stage's layers."""
-    depth = stages[-1].stop
-    layers: list[int] = []
-    for stage in stages:
-        # Rounding what all layers up to here should give keeps the sum exact.
-        count = (2 * stage.stop * length + depth) // (2 * depth) - len(layers)
-        layers += sorted(stage.start + int(n) for n in rng.permutation(len(stage))[:count])
-    return Path(tuple(layers), depth)
+def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> Path:
+    """Return a random path that costs `work` whole layers.
+
+    So many layers, in balance over the pipeline's stages; with path.method width all, at this share of their width.
+    """
+    num_layers, heads = config.model.num_layers, config.model.num_attention_heads
+    if config.path.method != "width":
+        assert config.parallel.pipeline_layers is not None, "not derived"
+        stages = BalancedStages.of(config.parallel.pipeline_layers)
+        return Path(draw_balanced(generator, stages, round(work), ()), num_layers)
+    width = round(work / num_layers * heads)
+    drawn = [tuple(draw_uniform(generator, heads, width, ()) for _ in range(num_layers)) for _ in range(2)]
+    return Path(tuple(range(num_layers)), num_layers, parts=Parts(heads, *drawn))
 
 
 class Contestant(Protocol):

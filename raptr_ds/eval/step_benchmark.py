@@ -35,12 +35,12 @@ class Measured:
 
     seconds: of the slowest rank. agreement_seconds, loader_seconds: what the step waited, on the wall's clock.
     memory_bytes: a step's peak above what was held before it, on the first rank. loss: of the batch before any step,
-    through the full model; None where it was not evaluated.
+    through the full model; None where it was not evaluated. path_length: in whole layers, where these run in parts.
     """
 
     name: str
     layout: str
-    path_length: int
+    path_length: float
     flops: int
     seconds: list[float] = field(default_factory=list)
     agreement_seconds: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ def measure_steps(
     """
     engine: Any = build_engine(config, groups)
     layout, depth = layout_name(groups), config.model.num_layers
-    paths = [Measured("raptr_ds", layout, length, _flops(config, batch, length)) for length in _path_lengths(depth)]
+    paths = [Measured("raptr_ds", layout, length, _flops(config, batch, length)) for length in _path_lengths(config)]
     others, absent = _others(config, groups, engine)
     rows = [Measured(other.name, layout, depth, _flops(config, batch, depth)) for other in others]
     paths[0].loss = engine.evaluate([batch], Path.full(depth))
@@ -134,12 +134,15 @@ def _others(config: RunConfig, groups: ProcessGroups, engine: Any) -> tuple[list
     return others, absent
 
 
-def _path_lengths(num_layers: int) -> list[int]:
-    """Return L, 3L/4 and L/2, those that differ."""
-    return sorted({num_layers, max(1, 3 * num_layers // 4), max(1, num_layers // 2)}, reverse=True)
+def _path_lengths(config: RunConfig) -> list[float]:
+    """Return L, 3L/4 and L/2, those that differ; where layers run in parts, the work of these shares of the heads."""
+    depth = config.model.num_layers
+    parts = config.model.num_attention_heads if config.path.method == "width" else depth
+    counts = sorted({parts, max(1, 3 * parts // 4), max(1, parts // 2)}, reverse=True)
+    return [count * depth / parts for count in counts]
 
 
-def _flops(config: RunConfig, batch: StepBatch, path_length: int) -> int:
+def _flops(config: RunConfig, batch: StepBatch, path_length: float) -> int:
     predictions = batch.num_predictions * config.batch.data_parallel
     parallel = config.parallel
     share = path_length / parallel.pipeline_model_parallel_size  # the benchmark's paths are balanced

@@ -65,7 +65,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         spread = f"{min(samples) / seconds - 1:+.0%} {max(samples) / seconds - 1:+.0%}"
         memory = median(row["memory_bytes"]) / _MIB
         lines.append(
-            f"| {row['name']} | {row['layout']} | {row['path_length']} | {seconds:.4f} | {spread} | "
+            f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {seconds:.4f} | {spread} | "
             f"{row['speed_up']:.3f} | {row['by_flops']:.3f} | {row['speed_up'] / row['by_flops']:.1%} | "
             f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} |"
         )

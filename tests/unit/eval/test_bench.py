@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.eval.contestants import balanced_path
+from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.eval.contestants import measured_path
 from raptr_ds.parallel.topology import stage_layers
 
 ROOT = Path(__file__).parents[3]
@@ -76,14 +77,33 @@ def test_layouts_and_preparation(tmp_path: Path) -> None:
     assert "tokenizing and indexing on one core: raptr_ds" in done.stdout
 
 
+def run_file(*overrides: str, world_size: int = 1) -> RunConfig:
+    return load_run_config(ROOT / "deepspeed_configs" / "bert_quickstart.json", overrides, world_size)
+
+
 @pytest.mark.parametrize("stages", [[8], [4, 4], [3, 3, 2]])
-def test_the_benchmarks_paths_give_each_stage_its_share(stages: list[int]) -> None:
-    layers = stage_layers(stages)
+def test_the_benchmarks_paths_are_as_even_over_the_stages_as_can_be(stages: list[int]) -> None:
+    parallel = f"raptr_ds.parallel.pipeline_model_parallel_size={len(stages)}"
+    layers = f"raptr_ds.parallel.pipeline_layers={stages}"
+    config = run_file(parallel, layers, "raptr_ds.model.num_layers=8", world_size=len(stages))
     for length in range(1, 9):
-        path = balanced_path(layers, length, np.random.default_rng(length))
-        assert path.length == length
-        for stage in layers:
-            assert abs(len(path.active_in(stage)) - len(stage) * length / 8) < 1
+        path = measured_path(config, length, np.random.default_rng(length))
+        assert path.length == path.work == length
+        counts = [len(path.active_in(stage)) for stage in stage_layers(stages)]
+        assert max(counts) - min(counts) <= 1, counts
+
+
+def test_widths_take_the_place_of_lengths() -> None:
+    done = bench("bert", "--set", *TINY, *SMALL, "raptr_ds.path.method=width", "raptr_ds.train.compile=false")
+    assert done.returncode == 0, done.stderr
+    assert [row[2] for row in rows_of(done.stdout) if row[0] == "raptr_ds"] == ["4", "3", "2"]
+    config = run_file(
+        "raptr_ds.path.method=width", "raptr_ds.model.num_layers=3", "raptr_ds.model.num_attention_heads=4"
+    )
+    path = measured_path(config, 2.25, np.random.default_rng(1))
+    assert path.work == 2.25
+    assert path.parts is not None
+    assert {len(heads) for heads in (*path.parts.heads, *path.parts.blocks)} == {3}
 
 
 def test_a_model_without_a_twin_is_measured_without() -> None:
