@@ -4,8 +4,8 @@ Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against w
 model in Hugging Face transformers and with megatron-core's layers, both under plain DeepSpeed, on the same weights and
 batch; the time that path agreement and loader cost; memory. Everything takes turns, so that a busy machine disturbs all
 rows alike. --layouts measures our paths in several processes too, --text tokenizing and indexing against megatron's
-recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A launcher can also start it: torchrun --nproc_per_node 2 tools/bench.py --set
-raptr_ds.parallel.tensor_model_parallel_size=2.
+recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A launcher can also start it:
+torchrun --nproc_per_node 2 tools/bench.py --set raptr_ds.parallel.tensor_model_parallel_size=2.
 """
 
 import argparse
