@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.dist.test_layouts import reference
+from tests.dist.test_layouts import RUNS, reference
 from tests.dist.trajectory import Case, run_case
 from tests.dist.workers import run_distributed
 
@@ -31,11 +31,32 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision_stays_in_its_band(precision: str, layout: str) -> None:
     world_size, changes = LAYOUTS[layout]
-    if precision == "fp16" and changes.get("accumulate_in_fp32"):
-        changes = {key: value for key, value in changes.items() if key != "accumulate_in_fp32"}
     case = replace(Case(), precision=precision, **changes)
     expected = reference(Case())
     found = run_distributed(run_case, world_size, case)[0]
+    assert not any(found.skipped)
+    assert found.losses == pytest.approx(expected.losses, rel=BAND[precision])
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=20 * BAND[precision])
+
+
+@pytest.mark.parametrize(
+    ("run", "precision", "world_size", "changes"),
+    [
+        ("bert-stacking", "bf16", 2, {"zero": 2}),
+        ("bert-stacking", "fp16", 2, {"zero": 3}),
+        ("bert-stacking", "bf16", 4, {"pipeline": 2, "zero": 1, "accumulate_in_fp32": True}),
+        ("bert-width", "fp16", 2, {"tensor": 2}),
+        ("bert-width", "bf16", 2, {"accumulate_in_fp32": True}),
+        ("ul2-width-zero_grad", "bf16", 2, {"zero": 3}),
+        ("ul2-width-zero_grad", "bf16", 4, {"pipeline": 2, "zero": 1}),
+    ],
+)
+def test_growth_and_widths_stay_in_their_band(
+    run: str, precision: str, world_size: int, changes: dict[str, int]
+) -> None:
+    """Layers are copied in fp32, and idle parts kept there, whatever the working weights are."""
+    expected = reference(RUNS[run])
+    found = run_distributed(run_case, world_size, replace(RUNS[run], precision=precision, **changes))[0]
     assert not any(found.skipped)
     assert found.losses == pytest.approx(expected.losses, rel=BAND[precision])
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=20 * BAND[precision])
