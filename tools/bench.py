@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import _command_line
+import megatron.core  # noqa: F401 - before raptr_ds, which would leave its fused functions uncompiled
 import numpy as np
 
 from raptr_ds.analysis.benchmark_plot import plot_benchmark

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.megatron_core import parallel_state
 from raptr_ds.parallel.topology import Topology
 
 

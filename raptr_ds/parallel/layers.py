@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.megatron_core import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 docs/upstream.md tells what, where and how we work around it.
 """
 
+import subprocess
+import sys
+
 import pytest
 from megatron.core import parallel_state
 
@@ -79,3 +82,18 @@ def test_zero_3_decides_releases_by_an_order_that_is_gone() -> None:
     ends, returns = run_distributed(releases_follow_the_order, 1)[0]
     assert ends
     assert returns == ends  # right would be nothing: the weights are needed again at once
+
+
+def loads_the_inductor(module: str) -> bool:
+    code = f"import sys, {module}; print('torch._inductor.compile_fx' in sys.modules, sys.modules['torch'].compile)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    loaded, compiler = done.stdout.splitlines()[-1].split(" ", 1)
+    assert compiler.startswith("<function compile ")
+    return loaded == "True"
+
+
+def test_importing_megatron_core_loads_the_inductor() -> None:
+    """Mended: parallel/megatron_core.py can go."""
+    assert loads_the_inductor("megatron.core")
+    assert not loads_the_inductor("raptr_ds.parallel.megatron_core")
+    assert not loads_the_inductor("raptr_ds.runtime.session")
