@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from raptr_ds.config.deepspeed_part import BLOCK
+from raptr_ds.config.sections import SECTIONS
 from raptr_ds.runtime.checkpoint_folder import CHECKPOINTS, checkpoints_in, step_of
 from raptr_ds.runtime.metrics_file import METRICS
 
@@ -103,12 +105,12 @@ def measured_step_time(folder: Path) -> StepTime:
     lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
     lines = lines[len(lines) // 5 :]
     assert lines, f"{folder} has no training lines"
-    seconds: dict[int, list[float]] = {}
+    seconds: dict[float, list[float]] = {}
     for line in lines:
         seconds.setdefault(line["path_length"], []).append(line["step_seconds"])
-    lengths = np.array(sorted(seconds), dtype=float)
-    medians = np.array([median(seconds[int(length)]) for length in lengths])
-    weights = np.array([len(seconds[int(length)]) for length in lengths], dtype=float)
+    lengths = np.array(list(seconds), dtype=float)
+    medians = np.array([median(samples) for samples in seconds.values()])
+    weights = np.array([len(samples) for samples in seconds.values()], dtype=float)
     center, mean = np.average(lengths, weights=weights), np.average(medians, weights=weights)
     spread = float((weights * (lengths - center) ** 2).sum())
     slope = float((weights * (lengths - center) * (medians - mean)).sum()) / spread if spread else 0.0
@@ -122,9 +124,18 @@ def _differing(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     there = _leaves(json.loads(config.read_text(encoding="utf-8")))
     wanted = _leaves(json.loads(json.dumps(planned)))
+    there = {key: _default_of(key) for key in wanted} | there  # an older version did not know all keys
     keys = sorted(there.keys() | wanted.keys())
-    different = [key for key in keys if there.get(key) != wanted.get(key) and not key.startswith(_IRRELEVANT)]
-    return tuple(f"{key}={there.get(key)!r}, now {wanted.get(key)!r}" for key in different)
+    different = [key for key in keys if there[key] != wanted.get(key) and not key.startswith(_IRRELEVANT)]
+    return tuple(f"{key}={there[key]!r}, now {wanted.get(key)!r}" for key in different)
+
+
+def _default_of(key: str) -> Any:
+    """Return what a dotted key of raptr_ds is where a run file leaves it out; None where it has no default."""
+    block, _, rest = key.partition(".")
+    section, _, name = rest.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if block == BLOCK and section in SECTIONS else None
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

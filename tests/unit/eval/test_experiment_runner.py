@@ -57,6 +57,22 @@ def test_a_stopped_run_goes_on_and_others_are_not_touched(lab):
     assert (outcome["exit_code"], outcome["starts"]) == (0, 2)
 
 
+def test_a_key_that_an_older_version_did_not_know_had_its_default(lab):
+    planner = lab.planner()
+    lab.run(planner)
+    of_method = {run.resolved["raptr_ds"]["path"]["method"]: run for run in current_progress(planner).comparison}
+    run = of_method["raptr"]
+    config = run.folder / "config.json"
+    values = json.loads(config.read_text())
+    assert values["raptr_ds"]["path"].pop("paths_per_step") == 1
+    config.write_text(json.dumps(values))
+    assert state_of(run.folder, run.resolved).is_finished
+    assert not state_of(run.folder, run.resolved).differing
+    changed = json.loads(json.dumps(run.resolved))
+    changed["raptr_ds"]["path"]["paths_per_step"] = 2
+    assert state_of(run.folder, changed).differing == ("raptr_ds.path.paths_per_step=1, now 2",)
+
+
 def test_a_run_without_its_last_evaluation_is_not_finished(lab):
     planner = lab.planner()
     lab.run(planner)
