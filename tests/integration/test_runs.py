@@ -17,6 +17,7 @@ from tests.integration.conftest import (
     lines_of,
     plain_command,
     tiny_run,
+    torchrun_command,
     training_lines,
 )
 
@@ -77,61 +78,49 @@ def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sampling", "layout"),
+    ("architecture", "path", "layout"),
     [
-        ("bert", "balanced", ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
-        ("ul2", "uniform", ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
-        ("ul2", "uniform", ["zero_optimization.stage=3"]),
-        (
-            "bert",
-            "uniform",
-            [
-                "zero_optimization.stage=2",
-                "train_micro_batch_size_per_gpu=1",
-                "raptr_ds.parallel.grow_micro_batch=true",
-            ],
-        ),
+        # A balance of its own: one process would balance over one stage.
+        ("bert", {"sampling": "balanced", "balance_stages": 2}, ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
+        ("bert", {"paths_per_step": 2}, ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
+        ("ul2", {}, ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
+        ("ul2", {}, ["zero_optimization.stage=3"]),
+        ("bert", {}, ["zero_optimization.stage=2", "raptr_ds.parallel.grow_micro_batch=true"]),
     ],
 )
 def test_a_layout_writes_the_losses_of_one_process(
-    architecture: str, sampling: str, layout: list[str], data_folder: Path, tmp_path: Path
+    architecture: str, path: dict[str, Any], layout: list[str], data_folder: Path, tmp_path: Path
 ) -> None:
     """Tolerance: fp32 summed in other orders over 6 steps, 1e-6 each at the most."""
-    losses = {}
-    path: dict[str, Any] = {"schedule": "3-4-5", "sampling": sampling}
-    if sampling == "balanced":
-        path["balance_stages"] = 2  # or one process would balance over one
     for name in ("one", "two"):
-        run = tmp_path / f"{name}.json"
         changes = {"train": {"steps": 6}, "model": {"architecture": architecture, "num_layers": 5}}
-        run.write_text(json.dumps(tiny_run(data_folder, tmp_path / name, **changes, path=path)))
-        done = call(plain_command(run) if name == "one" else deepspeed_command(run, *layout))
+        tree = tiny_run(data_folder, tmp_path / name, **changes, path={"schedule": "3-4-5", **path})
+        run = tmp_path / f"{name}.json"
+        run.write_text(json.dumps({**tree, "train_micro_batch_size_per_gpu": 1}))
+        done = call(plain_command(run) if name == "one" else torchrun_command(run, *layout))
         assert done.returncode == 0, done.stdout + done.stderr
-        losses[name] = [line.get("loss", line.get("eval_loss")) for line in lines_of(tmp_path / name)]
-    assert len(losses["one"]) == 7
-    assert losses["two"] == pytest.approx(losses["one"], rel=6e-6)
-
-
-def test_torchrun_starts_the_same_script(run_file: Path, tmp_path: Path) -> None:
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "raptr_ds/pretrain.py"]
-    done = call([*command, "--deepspeed_config", str(run_file), "--set", "raptr_ds.train.steps=3"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3]
+    one, two = (lines_of(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6, 6]
+    losses = ([line.get("loss", line.get("eval_loss")) for line in lines] for lines in (one, two))
+    assert next(losses) == pytest.approx(next(losses), rel=6e-6)
+    for key in ("path", "paths", "path_length", "flops"):
+        assert [line.get(key) for line in two] == [line.get(key) for line in one], key
+    assert {len(line["paths"]) for line in one if "paths" in line} == ({2} if "paths_per_step" in path else set())
 
 
 def test_a_longer_run_continues_a_finished_one_bit_for_bit(run_file: Path, tmp_path: Path) -> None:
     """Two halves equal the whole: same layout, so the losses are the same numbers."""
     fixed_rate = ["raptr_ds.eval.batches=0", "raptr_ds.checkpoint.interval=5", "raptr_ds.path.schedule=3-4"]
-    whole = call(deepspeed_command(run_file, *fixed_rate, f"raptr_ds.train.save={tmp_path}/whole"))
+    whole = call(torchrun_command(run_file, *fixed_rate, f"raptr_ds.train.save={tmp_path}/whole"))
     assert whole.returncode == 0, whole.stderr
-    half = call(deepspeed_command(run_file, *fixed_rate))
+    half = call(torchrun_command(run_file, *fixed_rate))
     assert half.returncode == 0, half.stderr
     newest = tmp_path / "run" / "checkpoints" / "step-00000012"
     weights = newest / "rank-00000.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-100] ^= 1  # the newest is damaged: the one before is used, and the steps after it are trained again
     weights.write_bytes(damaged)
-    again = call(deepspeed_command(run_file, *fixed_rate))
+    again = call(torchrun_command(run_file, *fixed_rate))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "damaged" in again.stdout
     assert "continuing after step 10" in again.stdout
@@ -175,7 +164,7 @@ def test_a_stacked_run_goes_on_from_a_growth_in_another_layout(data_folder: Path
     expected = lines_of(save)
     for step in (8, 12):
         shutil.rmtree(save / "checkpoints" / f"step-{step:08}")
-    again = call(deepspeed_command(run, "raptr_ds.parallel.pipeline_model_parallel_size=2"))
+    again = call(torchrun_command(run, "raptr_ds.parallel.pipeline_model_parallel_size=2"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "continuing after step 4" in again.stdout
     found = lines_of(save)
