@@ -15,7 +15,8 @@ from raptr_ds.errors import DataError
 class Curves:
     """What a run has measured; each training array has one entry per training line, in order of steps.
 
-    Values that a line lacks or holds as null are NaN. paths holds each step's active layers, 0-based.
+    Values that a line lacks or holds as null are NaN. paths holds the active layers, 0-based, of
+    each of a step's paths; there is one, unless path.paths_per_step says otherwise.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Curves:
     tokens_per_second: np.ndarray
     seconds: np.ndarray
     """Spent in steps since the start; a step without a line counts as the next one that has one."""
-    paths: tuple[tuple[int, ...], ...]
+    paths: tuple[tuple[tuple[int, ...], ...], ...]
     eval_step: np.ndarray
     eval_loss: np.ndarray
     eval_path_length: np.ndarray
@@ -57,12 +58,14 @@ class Curves:
     def activity(self, max_columns: int = 1000) -> tuple[np.ndarray, np.ndarray]:
         """Return how often each layer was active: (num_layers, columns) fractions, and the columns' edges in steps.
 
-        One column a line where there are at most max_columns lines; then fractions are 0 or 1. Otherwise lines are
-        gathered into columns of equal numbers of lines, to within one.
+        One column a line where there are at most max_columns lines; then fractions are 0 or 1, of several paths in a
+        step the share that has the layer. Otherwise lines are gathered into columns of equal numbers of lines, to
+        within one.
         """
         active = np.zeros((len(self.paths), self.num_layers))
-        for row, path in enumerate(self.paths):
-            active[row, list(path)] = 1.0
+        for row, paths in enumerate(self.paths):
+            for path in paths:
+                active[row, list(path)] += 1.0 / len(paths)
         groups = np.array_split(np.arange(len(self.paths)), min(max_columns, len(self.paths)) or 1)
         columns = [active[group].mean(axis=0) for group in groups if group.size]
         starts = [self.step[group[0]] - 0.5 for group in groups if group.size]
@@ -88,7 +91,7 @@ def load_curves(folder: Path) -> Curves:
         raise DataError(f"{folder / 'metrics.jsonl'} has no training line yet. Wait for the run's first step.")
     lines = [training[step] for step in sorted(training)]
     evaluated = sorted(evaluations)
-    paths = tuple(tuple(line["path"]) for line in lines)
+    paths = tuple(tuple(map(tuple, line.get("paths", [line["path"]]))) for line in lines)
     steps = np.array([line["step"] for line in lines])
     return Curves(
         name=folder.resolve().name,
@@ -119,12 +122,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
 
 
-def _num_layers(folder: Path, paths: Sequence[tuple[int, ...]], evaluated_lengths: Sequence[int]) -> int:
+def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], evaluated_lengths: Sequence[int]) -> int:
     """Return the depth that the run's config.json says; without one, the deepest layer that has run."""
     config = folder / "config.json"
     if config.exists():
         return json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"]
-    return max([1, *(path[-1] + 1 for path in paths if path), *evaluated_lengths])
+    return max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *evaluated_lengths])
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

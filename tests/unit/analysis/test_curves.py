@@ -32,7 +32,7 @@ def test_columns(folder):
     assert curves.num_layers == 4
     assert curves.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert curves.loss.tolist() == [9, 8, 7, 6, 5, 4]
-    assert curves.paths == tuple(map(tuple, PATHS))
+    assert curves.paths == tuple((tuple(path),) for path in PATHS)
     steps, losses = curves.full_model_evaluations()
     assert (steps.tolist(), losses.tolist()) == ([3, 6], [8.5, 5.5])
     assert curves.flops_at(np.array([0, 3, 6])).tolist() == [0, 300, 600]
@@ -75,6 +75,14 @@ def test_null_is_nan_and_the_last_line_of_a_step_counts(folder):
     curves = load_curves(folder)
     assert curves.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isnan(curves.loss[-1])
+
+
+def test_activity_of_several_paths_in_a_step_is_their_share(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    training[0] |= {"path": [0, 1, 2, 3], "paths": [[0, 1, 3], [0, 2, 3], [0, 3], [0, 2, 3]]}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in training))
+    assert load_curves(folder).activity()[0].T[0].tolist() == [1.0, 0.25, 0.5, 1.0]
 
 
 def test_activity_is_exact_for_few_steps_and_a_mean_for_many(folder):
