@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import _command_line
-import megatron.core  # noqa: F401 - before raptr_ds, which would leave its fused functions uncompiled
 import numpy as np
 
+import raptr_ds.parallel.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
 from raptr_ds.analysis.benchmark_plot import plot_benchmark
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.batch import StepBatch, collate

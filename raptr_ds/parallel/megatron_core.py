@@ -2,8 +2,7 @@
 
 Importing megatron.core 0.16.1 hands its fused functions to torch.compile (megatron/core/jit.py), which loads torch's
 inductor: 2 s of CPU in every process, before a user sees a line. None of these functions is among those below. Where
-megatron.core is imported before this module, as the benchmark does to measure it as its users have it, it stays as it
-is.
+megatron.core is imported before this module (compiled_fusions.py, for the benchmark) it stays as it is.
 """
 
 from collections.abc import Callable, Iterator

@@ -165,13 +165,18 @@ with runner.claimed(run.folder, print) as lock:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_run_outlives_the_tool(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, tmp_path],
+        cwd=REPOSITORY,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     deadline = time.monotonic() + 60
     while not (found := re.search(r"^child (\d+)$", _text(tmp_path / "log.txt"), re.MULTILINE)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(30) != 0
+    assert process.wait(60) != 0
     with claimed(tmp_path, print):  # waits for the child, which holds the folder too
         stat = _text(Path("/proc") / found[1] / "stat")
     assert not stat or stat.rpartition(")")[2].split()[0] == "Z"
