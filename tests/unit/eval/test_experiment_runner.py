@@ -152,8 +152,9 @@ def test_the_command_is_the_documented_one(lab):
 
 
 LAUNCHER = """\
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 import raptr_ds.eval.experiment_runner as runner
 child = "import os, time; print('child', os.getpid(), flush=True); time.sleep(60)"
 runner.command_of = lambda run, base, processes, port: [sys.executable, "-c", child]
@@ -165,12 +166,7 @@ with runner.claimed(run.folder, print) as lock:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_run_outlives_the_tool(tmp_path, number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, tmp_path],
-        cwd=REPOSITORY,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, tmp_path], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (found := re.search(r"^child (\d+)$", _text(tmp_path / "log.txt"), re.MULTILINE)):
         assert time.monotonic() < deadline
