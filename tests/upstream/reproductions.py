@@ -77,6 +77,20 @@ def moves_of_a_skipped_layer(launch: Launch, stage: int, optimizer: str = "SGD")
     return moves
 
 
+def weight_after_micro_batches(
+    launch: Launch, stage: int, steps: tuple[tuple[tuple[int, ...], ...], ...], options: dict[str, Any]
+) -> list[float]:
+    """Return layer 1's weight after steps of two micro batches, each of which takes a path of its own."""
+    start(launch)
+    zero = {"stage": stage, **options}
+    engine = initialize(Chain(3), stage, gradient_accumulation_steps=2, zero_optimization=zero)
+    for paths in steps:
+        for path in paths:
+            engine.backward(engine(torch.full((1, 8), 1.0 + launch.rank), path))
+            engine.step()
+    return weight_of(engine, 1).flatten().tolist()
+
+
 def gradient_of_a_skipped_layer_at_stage_0(launch: Launch) -> bool:
     """Return whether DeepSpeed made (and so reduced) a gradient for a layer that was skipped."""
     start(launch)

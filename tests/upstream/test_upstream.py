@@ -18,6 +18,7 @@ from tests.upstream.reproductions import (
     moves_of_a_skipped_layer,
     releases_follow_the_order,
     restarts_of_the_trace,
+    weight_after_micro_batches,
 )
 
 
@@ -47,6 +48,28 @@ def test_zero_1_and_2_step_skipped_layers_with_zero_gradients(stage: int) -> Non
 def test_stage_0_makes_gradients_for_skipped_layers() -> None:
     """Mended: ReplicatedOptimizer.reduce_gradients could be DeepSpeed's."""
     assert all(run_distributed(gradient_of_a_skipped_layer_at_stage_0, 2))
+
+
+FIRST_ALONE = (((0, 1, 2), (0, 2)),)
+SECOND_ALONE = (((0, 1, 2), (0, 1, 2)), ((0, 2), (0, 1, 2)))
+
+
+def weights(stage: int, steps: tuple[tuple[tuple[int, ...], ...], ...], **options: bool) -> list[float]:
+    return run_distributed(weight_after_micro_batches, 2, stage, steps, options)[0]
+
+
+def test_zero_1_with_overlap_reduces_the_last_micro_batchs_layers_only() -> None:
+    """Mended: config/rules_training.py, overlapped_reduction_sees_every_path, can go."""
+    right = weights(1, FIRST_ALONE)
+    assert weights(2, FIRST_ALONE, overlap_comm=True) == pytest.approx(right, abs=1e-6)
+    assert weights(1, FIRST_ALONE, overlap_comm=True) != pytest.approx(right, abs=1e-3)
+
+
+def test_zero_3_adds_to_the_last_steps_gradient_where_the_first_micro_batch_skips_a_layer() -> None:
+    """Mended: PathZero3.follow need not clear gradients."""
+    right = weights(1, SECOND_ALONE)
+    assert weights(2, SECOND_ALONE) == pytest.approx(right, abs=1e-6)
+    assert weights(3, SECOND_ALONE) != pytest.approx(right, abs=1e-3)
 
 
 def test_zero_3_replaces_linear_for_the_whole_process() -> None:
