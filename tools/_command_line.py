@@ -1,5 +1,6 @@
 """What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
     try:
         main()
+        sys.stdout.flush()
     except RaptrError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # as in `... | head`: nobody reads on, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
+        sys.exit(141)
