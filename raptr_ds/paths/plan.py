@@ -54,7 +54,7 @@ class Setting:
 
     def seconds(self, paths: Sequence[Path]) -> StepSeconds:
         """Return the predicted times of a step along each path."""
-        return step_seconds(activity_table(paths), self.shape, self.layout, self.device, self.predicted_per_sequence)
+        return step_seconds(paths, self.shape, self.layout, self.device, self.predicted_per_sequence)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     paths = [method.path_at(step) for step in steps]
     expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
     length = expected / phase.num_steps
-    setting = setting.in_phase(phase, int(active_by_stage(paths, setting.layout).max()))
-    stage, memory = fullest_rank(paths, setting)
+    draws = [draw for path in paths for draw in path.draws]
+    setting = setting.in_phase(phase, int(active_by_stage(draws, setting.layout).max()))
+    stage, memory = fullest_rank(draws, setting)
     seconds = float(setting.seconds(paths).total.mean())
     return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
 

@@ -6,7 +6,7 @@ memory's speed. Nothing of this overlaps but what the pipeline's schedule overla
 side where communication hides behind computation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,17 +84,22 @@ class StepSeconds:
 
 
 def activity_table(paths: Iterable[Path]) -> np.ndarray:
-    """Return how much of each layer runs in each path, (paths, layers): 0.0, 1.0, or the share of it that does.
+    """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
 
-    Of several paths in one step, their mean: what a layer's gradient costs beside, in full, is then counted too low.
+    Of several paths in one step, their mean.
     """
-    paths = list(paths)
-    table = np.zeros((len(paths), paths[0].num_layers))
-    for row, path in enumerate(paths):
-        for draw in path.draws:
-            share = 1.0 if draw.parts is None else draw.parts.work / path.num_layers
-            table[row, list(draw.layers)] += share / len(path.draws)
-    return table
+    return np.array([np.mean([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+
+
+def trained_table(paths: Iterable[Path]) -> np.ndarray:
+    """Return how much of each layer each step trains, (steps, layers): of several paths in one step, what any runs."""
+    return np.array([np.max([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+
+
+def _activity(path: Path) -> np.ndarray:
+    row = np.zeros(path.num_layers)
+    row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
+    return row
 
 
 def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.ndarray:
@@ -106,14 +111,16 @@ def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.n
 
 
 def step_seconds(
-    activity: np.ndarray, shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
+    paths: Sequence[Path], shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
 ) -> StepSeconds:
-    """Return the predicted times of a training step along each path.
+    """Return the predicted times of a training step along each path, arrays (paths,).
 
-    Shapes: activity (paths, layers), see activity_table. A skipped layer costs nothing anywhere (skipped_update
-    freeze). predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
+    A skipped layer costs nothing anywhere (skipped_update freeze); a layer that any of a step's several paths runs
+    takes a whole optimizer step. predicted_per_sequence: expected predicted positions of a
+    sequence, which the head runs on.
     """
-    active = active_in_parts(activity, layout.stage_layers)
+    active = active_in_parts(activity_table(paths), layout.stage_layers)
+    trained = active_in_parts(trained_table(paths), layout.stage_layers)
     layer, reduction = _layer_forward_seconds(shape, layout, device)
     head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
@@ -133,12 +140,13 @@ def step_seconds(
         num_chunks=layout.num_chunks,
         schedule="interleaved" if layout.num_chunks > 1 else "deepspeed",
     )
-    parameters = _stage_parameters(active, shape, layout)
+    run, trained = (_stage_parameters(active_layers, shape, layout) for active_layers in (active, trained))
+    # What happens at every micro batch is for the layers that it runs, what happens once for those that any ran.
     return StepSeconds(
         pipeline.max(axis=-1),
-        _gradient_seconds(parameters, layout, device).max(axis=-1),
-        _gather_seconds(parameters, layout, device).max(axis=-1),
-        _optimizer_seconds(parameters, layout, device).max(axis=-1),
+        _gradient_seconds(run if layout.zero_stage >= 2 else trained, layout, device).max(axis=-1),
+        _gather_seconds(run if layout.zero_stage == 3 else trained, layout, device).max(axis=-1),
+        _optimizer_seconds(trained, layout, device).max(axis=-1),
     )
 
 
@@ -153,7 +161,7 @@ def _layer_forward_seconds(shape: ModelShape, layout: Layout, device: Device) ->
 
 
 def _stage_parameters(active: np.ndarray, shape: ModelShape, layout: Layout) -> np.ndarray:
-    """Return the parameters of one device that a step touches, (paths, stages): active layers, embedding, head."""
+    """Return the parameters of one device of active layers, (paths, stages): those, embedding, head."""
     by_stage = active.reshape(*active.shape[:-1], layout.num_chunks, layout.num_stages).sum(axis=-2)
     outer = [outer_parameters(shape, stage, layout.num_stages) for stage in range(layout.num_stages)]
     return (by_stage * layer_parameters(shape) + outer) / layout.tensor

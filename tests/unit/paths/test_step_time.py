@@ -17,7 +17,7 @@ NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_one_device_takes_its_executed_flops(recompute):
     layout = Layout((8,), micro_batch=4, num_micro_batches=3, recompute=recompute)
-    times = step_seconds(activity_table(PATHS), SHAPE, layout, NO_LINKS, 10)
+    times = step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10)
     for path, seconds in zip(PATHS, times.total, strict=True):
         expected = step_flops(SHAPE, path.length, 12, 120, recompute) / 1e12
         # A recomputed layer is forward again: four passes, as FLOPs count them.
@@ -26,7 +26,7 @@ def test_one_device_takes_its_executed_flops(recompute):
 
 def test_tensor_ranks_share_the_flops():
     one, four = (Layout((8,), 4, 3, tensor=tensor) for tensor in (1, 4))
-    times = [step_seconds(activity_table(PATHS), SHAPE, layout, NO_LINKS, 10).total for layout in (one, four)]
+    times = [step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10).total for layout in (one, four)]
     assert times[0] == pytest.approx(4 * times[1])
 
 
@@ -34,14 +34,14 @@ def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_
     shape = dataclasses.replace(SHAPE, vocab_size=1)
     layout = Layout((2, 2, 2, 2), 1, 32)
     paths = [Path.full(8), Path((0, 2, 4, 6), 8), Path((0, 1, 2, 4), 8)]
-    full, balanced, uneven = step_seconds(activity_table(paths), shape, layout, NO_LINKS, 0).pipeline
+    full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline
     assert full / balanced == pytest.approx(2.0)
     assert 1.0 < full / uneven < 1.1
 
 
 def test_interleaved_chunks_shorten_the_bubble():
-    plain = step_seconds(activity_table(PATHS), SHAPE, Layout((2, 2, 2, 2), 1, 8), NO_LINKS, 0).pipeline
-    chunked = step_seconds(activity_table(PATHS), SHAPE, Layout((1,) * 8, 1, 8, num_chunks=2), NO_LINKS, 0).pipeline
+    plain = step_seconds(PATHS, SHAPE, Layout((2, 2, 2, 2), 1, 8), NO_LINKS, 0).pipeline
+    chunked = step_seconds(PATHS, SHAPE, Layout((1,) * 8, 1, 8, num_chunks=2), NO_LINKS, 0).pipeline
     assert plain[0] / chunked[0] == pytest.approx((8 + 3) / (8 + 3 / 2))
 
 
@@ -49,7 +49,7 @@ def test_communication_follows_bytes_and_active_layers():
     links = Device(np.inf, 1e9, np.inf, 1e9, ranks_per_machine=2, latency_seconds=0.0)
     for stage, reductions, gathers in ((0, 2, 0), (1, 1, 1), (2, 3, 1), (3, 3, 6)):
         layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
-        times = step_seconds(activity_table(PATHS), SHAPE, layout, links, 10)
+        times = step_seconds(PATHS, SHAPE, layout, links, 10)
         for path, reduced, gathered, stepped in zip(
             PATHS, times.gradients, times.gathers, times.optimizer, strict=True
         ):
@@ -57,6 +57,20 @@ def test_communication_follows_bytes_and_active_layers():
             assert reduced == pytest.approx(reductions * touched * 2 * 3 / 4 / 1e9)
             assert gathered == pytest.approx(gathers * touched * 2 * 3 / 4 / 1e9)
             assert stepped == pytest.approx(touched / (4 if stage else 1) * 30 / 1e9)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
+    links = Device(1e12, 1e9, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
+    layout = Layout((8,), 4, 4, data=4, zero_stage=stage)
+    draws = [Path((0, 1, 4, 7), 8), Path((0, 1, 2, 3), 8)]
+    both = step_seconds([Path.of_shares(draws)], SHAPE, layout, links, 10)
+    alone = step_seconds(draws, SHAPE, layout, links, 10)
+    union = step_seconds([Path((0, 1, 2, 3, 4, 7), 8)], SHAPE, layout, links, 10)
+    assert both.pipeline == pytest.approx(alone.pipeline.mean())
+    assert both.optimizer == pytest.approx(union.optimizer)
+    assert both.gradients == pytest.approx(union.gradients if stage < 2 else alone.gradients[:1])
+    assert both.gathers == pytest.approx(union.gathers if stage < 3 else alone.gathers[:1])
 
 
 def test_layers_are_counted_by_part():
