@@ -8,7 +8,6 @@ VENV ?= .venv
 RUN ?= bert_quickstart
 PROCESSES ?= 2
 DATA ?= data/docs
-WORKERS ?= 2
 PYTEST_ARGS ?=
 
 export PYTHON
@@ -32,9 +31,8 @@ quickstart: environment data
 data: environment
 	$(inside) python tools/prepare_data.py --embedded --output $(DATA)
 
-# Two workers of pytest-xdist: one runs what starts processes (tests/conftest.py), the other the unit tests.
 test: environment-dev system-packages check
-	$(inside) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(inside) OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
 # Exactly what continuous integration runs before the tests.
 check: environment-dev

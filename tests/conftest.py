@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 ONE_WORKER = {"dist", "integration", "slurm", "upstream", "gpu"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads its mark in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the folder that they stand in."""
     for item in items:
