@@ -1,6 +1,8 @@
 """Advice and the planning tool: what a wasteful layout is told, what a good one is not, and how mistakes end."""
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,3 +85,14 @@ def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("error:") == 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """As `... | head` does; the pipe is closed before the tool prints."""
+    read, write = os.pipe()
+    command = [sys.executable, "tools/plan.py", "deepspeed_configs/bert_base_raptr.json"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True) as tool:
+        os.close(read)
+        os.close(write)
+        errors = tool.communicate(timeout=120)[1]
+    assert (tool.returncode, errors) == (141, "")
