@@ -115,9 +115,8 @@ def step_seconds(
 ) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 
-    A skipped layer costs nothing anywhere (skipped_update freeze); a layer that any of a step's several paths runs
-    takes a whole optimizer step. predicted_per_sequence: expected predicted positions of a
-    sequence, which the head runs on.
+    A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
+    whole optimizer step. predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
     """
     active = active_in_parts(activity_table(paths), layout.stage_layers)
     trained = active_in_parts(trained_table(paths), layout.stage_layers)
