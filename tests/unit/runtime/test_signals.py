@@ -55,7 +55,8 @@ def ends(process, seconds=8.0):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_the_worker_chooses_its_exit_code(number):
-    worker = start("loop")
+    # Under nohup the tests themselves ignore SIGHUP, and what they start inherits that.
+    worker = start("loop", preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     worker.send_signal(number)
     output, _ = worker.communicate(timeout=10)
     assert output == f"stopped by {number.name}\n"
