@@ -1,6 +1,8 @@
-"""Whether torch.compile has what it needs here: it writes C++ on CPUs and builds its launchers with it on GPUs."""
+"""Whether torch.compile has what it needs here, and what it is told: it writes C++ on CPUs, and launchers on GPUs."""
 
 from functools import cache
+
+import torch
 
 
 @cache
@@ -14,3 +16,13 @@ def missing_compiler() -> str | None:
     except InvalidCxxCompiler as error:
         return str(error).strip().splitlines()[0]
     return None
+
+
+def compiler_options() -> dict[str, int]:
+    """Return torch.compile's options: on a CPU with AVX-512 its vectors are 256 bits wide nevertheless.
+
+    g++ 12.2 (Debian 12's) drops masked stores of 512 bits from what torch 2.13.0 writes (_inductor/codegen/cpp.py),
+    here those of dropout: where a row is no multiple of 16 elements its end keeps what memory held before, silently.
+    g++ 11 does not. tests/upstream has a reproduction.
+    """
+    return {"cpp.simdlen": 256} if torch.cpu.get_capabilities().get("avx512_f") else {}

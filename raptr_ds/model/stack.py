@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raptr_ds.model.block import Block
+from raptr_ds.model.compiler import compiler_options
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
@@ -37,7 +38,9 @@ class Stack(nn.ModuleDict):
             # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
             torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
             for block in self.values():
-                block.compile(dynamic=False)  # one graph of a size serves all: a block holds nothing else
+                block.compile(
+                    dynamic=False, options=compiler_options()
+                )  # one graph of a size serves all: a block holds nothing else
 
     def forward(
         self,
