@@ -2,7 +2,8 @@
 
 Prints, as Markdown: parameters; executed FLOPs, predicted time and memory of each phase, and the whole against the
 standard run; and warnings where the layout wastes what the paths save, with what would be better. --save proposes a
-schedule of four phases with that saving of FLOPs and plans it.
+schedule of four phases with that saving of FLOPs and plans it. Times are for a datacentre GPU unless --tflops or
+--measure says otherwise; --measure takes a few layers of the run's model and tries out this machine, half a minute.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from raptr_ds.config.derive import count_fixed
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
+from raptr_ds.eval.local_device import measure_this_machine
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.paths.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
 from raptr_ds.paths.step_time import Device
@@ -32,9 +34,11 @@ def main() -> None:
     parser.add_argument("run_file", type=Path, help="run file, as for training")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the launch (default 1)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
-    parser.add_argument(
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
         "--tflops", type=float, default=DEFAULT_TFLOPS, help="effective TFLOP/s of one device (default 400)"
     )
+    speed.add_argument("--measure", action="store_true", help="measure what devices and links reach on this machine")
     parser.add_argument("--network", type=float, default=40.0, help="GB/s between machines, for a device (default 40)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device: tell what fits into it")
     parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
@@ -45,6 +49,9 @@ def main() -> None:
         raise ConfigError(f"--tflops {arguments.tflops} --network {arguments.network}: speeds must be above 0.")
     device = Device(flops_per_second=arguments.tflops * 1e12, network_bytes_per_second=arguments.network * 1e9)
     config, notes = _load(arguments.run_file, arguments.set, arguments.processes)
+    if arguments.measure:
+        device = measure_this_machine(config, arguments.processes, device)
+    notes.insert(0, _speeds(device, arguments.measure))
     if arguments.save is not None:
         schedule = _proposal(arguments, config, device)
         notes.append(f"proposed: raptr_ds.path.schedule={schedule}")
@@ -67,6 +74,25 @@ def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConf
         return config, []
     note = f"vocabulary: {DEFAULT_VOCAB_SIZE:,} assumed, as the data are not prepared here (raptr_ds.model.vocab_size)"
     return config.with_vocab_size(DEFAULT_VOCAB_SIZE), [note]
+
+
+def _speeds(device: Device, measured: bool) -> str:
+    network = f"{device.network_bytes_per_second / 1e9:g} GB/s between machines"
+    if not measured:
+        return (
+            f"predicted at {device.flops_per_second / 1e12:g} effective TFLOP/s a device (--tflops; --measure tries "
+            f"this machine) and {network}"
+        )
+    links = (
+        f"{device.machine_bytes_per_second / 1e9:.3g} GB/s between its devices, "
+        if device.ranks_per_machine > 1
+        else ""
+    )
+    return (
+        f"predicted at {device.flops_per_second / 1e12:.3g} effective TFLOP/s a device, its memory at "
+        f"{device.memory_bytes_per_second / 1e9:.3g} GB/s, {links}as measured on this machine with "
+        f"{device.ranks_per_machine} at work; {network}"
+    )
 
 
 def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) -> str:
@@ -126,8 +152,6 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"{layout.micro_batch}, {layout.num_micro_batches} a step; "
         f"recomputation {'on' if layout.recompute else 'off'}",
         f"- paths: {path.method}{f' {path.schedule}' if path.schedule else ''}{sampling}{over}",
-        f"- predicted at {setting.device.flops_per_second / 1e12:g} effective TFLOP/s a device (--tflops; "
-        f"tools/bench.py measures yours) and {setting.device.network_bytes_per_second / 1e9:g} GB/s between machines",
         *(f"- {note}" for note in notes),
         "",
         "| phase | steps | path length | PFLOP a step | seconds a step | speed-up | by FLOPs | hours |",

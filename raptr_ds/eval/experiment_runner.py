@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import raptr_ds
 from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.eval.experiment_plan import PlannedRun, Planner, Share, choose_rate
 from raptr_ds.eval.experiment_state import RunState, state_of
+from raptr_ds.parallel.launch import free_port
 
 LOG, OUTCOME = "log.txt", "outcome.json"
 REPOSITORY = Path(raptr_ds.__file__).resolve().parents[1]
@@ -193,7 +193,7 @@ class LocalLaunch:
 
     def __call__(self, run: PlannedRun) -> int:
         """Return the exit code. On an interrupt the run is asked to stop, with a checkpoint, before it goes on."""
-        words = command_of(run, self.base, self.processes, _free_port() if self.processes > 1 else None)
+        words = command_of(run, self.base, self.processes, free_port() if self.processes > 1 else None)
         beside = Path(sys.executable).parent / words[0]  # of this environment, whatever PATH says
         words[0] = str(beside) if beside.exists() else words[0]
         words[0] = sys.executable if self.processes == 1 else words[0]
@@ -282,9 +282,3 @@ def _stop_with_parent() -> None:
     """In a run: have the kernel send SIGTERM when this tool dies, of whatever (on Linux; elsewhere the run goes on)."""
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

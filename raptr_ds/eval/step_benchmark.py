@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from statistics import median
 from typing import Any
@@ -19,23 +20,29 @@ from raptr_ds.data.loader import Loader
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.fragments import WEIGHT
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep
+from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep, measured_path
+from raptr_ds.eval.device_measurement import measure_device
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters, step_flops
-from raptr_ds.runtime.method import shape_of
+from raptr_ds.paths.step_time import Device
+from raptr_ds.rng import stream
+from raptr_ds.runtime.method import setting_of, shape_of
 
 WARMUP_ROUNDS = 2
+MEMORY_ROUNDS = 3
+_Step = Callable[[], tuple[float, float]]  # returns the seconds that agreement and loader kept it waiting
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
 class Measured:
-    """One contestant's samples, one for each round.
+    """One contestant's samples, one for each round; of memory, one for each round that was not timed.
 
     seconds: of the slowest rank. agreement_seconds, loader_seconds: what the step waited, on the wall's clock.
     memory_bytes: a step's peak above what was held before it, on the first rank. loss: of the batch before any step,
     through the full model; None where it was not evaluated. path_length: in whole layers, where these run in parts.
+    predicted_seconds: the cost model's, with what devices and links reach here; None for other stacks.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Measured:
     loader_seconds: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
     loss: float | None = None
+    predicted_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,11 @@ def measure_steps(
 ) -> StepBenchmark:
     """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
 
-    What else the machine does meets all alike; the first rounds are not counted. All ranks call it alike. config: with
-    the vocabulary's size. clock: `wall`, or `cpu`, the process's own time on the processors, which a busy machine
-    disturbs less; it leaves out what a rank waits for others. loader: asked for each step's batch, as in training.
+    What else the machine does meets all alike; the first rounds are not counted. Memory has rounds of its own at the
+    end: measured from a known start, a step takes every page from the system anew, which a training step does not, and
+    which costs up to a tenth of it on a CPU. All ranks call it alike. config: with the vocabulary's size. clock:
+    `wall`, or `cpu`, the process's own time on the processors, which a busy machine disturbs less; it leaves out what a
+    rank waits for others. loader: asked for each step's batch, as in training.
     """
     engine: Any = build_engine(config, groups)
     layout, depth = layout_name(groups), config.model.num_layers
@@ -90,13 +100,18 @@ def measure_steps(
         row.loss = _evaluate(other, batch.to(groups.device))
 
     ours = OurStep(engine, groups, config, [measured.path_length for measured in paths], loader)
+    turns: list[tuple[Measured, _Step]] = [(own, partial(ours.run, batch, own.path_length)) for own in paths]
+    turns += [(row, partial(_run_other, other, batch)) for row, other in zip(rows, others, strict=True)]
     for number in range(WARMUP_ROUNDS + repetitions):
-        counted = number >= WARMUP_ROUNDS
-        for measured in paths:
-            length = measured.path_length
-            _sample(measured, groups, counted, clock, lambda length=length: ours.run(batch, length))
-        for row, other in zip(rows, others, strict=True):
-            _sample(row, groups, counted, clock, lambda other=other: (other.run(batch) * 0.0, 0.0))
+        for measured, step in turns:
+            _time(measured, groups, number >= WARMUP_ROUNDS, clock, step)
+    for _ in range(MEMORY_ROUNDS):
+        for measured, step in turns:
+            _measure_memory(measured, groups.device, step)
+    setting = setting_of(config, measure_device(config, groups, Device()))
+    for measured in paths:
+        path = measured_path(config, measured.path_length, stream(0, "bench prediction"))
+        measured.predicted_seconds = float(setting.seconds([path]).total[0])
     return StepBenchmark(
         num_parameters=num_parameters(shape_of(config)),
         num_predictions=batch.num_predictions,
@@ -158,13 +173,15 @@ def _evaluate(other: Contestant, batch: StepBatch) -> float:
     return sum(losses) / batch.num_predictions
 
 
-def _sample(
-    measured: Measured, groups: ProcessGroups, counted: bool, clock: str, step: Callable[[], tuple[float, float]]
-) -> None:
-    """Run one step and keep its time, its waits for agreement and loader, and its memory."""
+def _run_other(other: Contestant, batch: StepBatch) -> tuple[float, float]:
+    other.run(batch)
+    return 0.0, 0.0
+
+
+def _time(measured: Measured, groups: ProcessGroups, counted: bool, clock: str, step: _Step) -> None:
+    """Run one step and keep its time and its waits for agreement and loader."""
     now, device = _CLOCKS[clock], groups.device
     gc.collect()
-    memory = _StepMemory(device)
     _synchronize(device)
     if groups.topology.world_size > 1:
         dist.barrier(group=groups.control)
@@ -172,13 +189,21 @@ def _sample(
     agreement, loader = step()
     _synchronize(device)
     seconds = torch.tensor(now() - start, dtype=torch.float64)
-    peak = memory.peak_above_start()
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     if counted:
         measured.seconds.append(seconds.item())
         measured.agreement_seconds.append(agreement)
         measured.loader_seconds.append(loader)
-        measured.memory_bytes.append(peak)
+
+
+def _measure_memory(measured: Measured, device: torch.device, step: _Step) -> None:
+    """Run one step and keep its peak of memory."""
+    gc.collect()
+    _synchronize(device)
+    memory = _StepMemory(device)
+    step()
+    _synchronize(device)
+    measured.memory_bytes.append(memory.peak_above_start())
 
 
 def _synchronize(device: torch.device) -> None:

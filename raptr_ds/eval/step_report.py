@@ -57,17 +57,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the Markdown table of rows, of one layout or several."""
     lines = [
         "| step | layout | path length | seconds | spread | speed-up over our full path | by executed FLOPs | reached "
-        "| GFLOP/s | step memory, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| GFLOP/s | step memory, MiB | predicted, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         seconds, samples = row["median_seconds"], row["seconds"]
         spread = f"{min(samples) / seconds - 1:+.0%} {max(samples) / seconds - 1:+.0%}"
         memory = median(row["memory_bytes"]) / _MIB
+        predicted = "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.4f}"
         lines.append(
             f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {seconds:.4f} | {spread} | "
             f"{row['speed_up']:.3f} | {row['by_flops']:.3f} | {row['speed_up'] / row['by_flops']:.1%} | "
-            f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} |"
+            f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} | {predicted} |"
         )
     return lines
 

@@ -41,7 +41,7 @@ def detect_launch() -> Launch:
     elif "PMI_SIZE" in env:
         found = _mpirun_launch()
     else:
-        found = Launch(0, 0, 1, "127.0.0.1", _free_port(), "none")
+        found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
     env.update(
         RANK=str(found.rank),
@@ -99,7 +99,7 @@ def _mpirun_launch() -> Launch:
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     address = os.environ.get("MASTER_ADDR") or (socket.gethostbyname(socket.gethostname()) if world.rank == 0 else None)
-    port = os.environ.get("MASTER_PORT") or (_free_port() if world.rank == 0 else None)
+    port = os.environ.get("MASTER_PORT") or (free_port() if world.rank == 0 else None)
     address, port = world.bcast((address, port), root=0)
     found = Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
     # MPI has served: the rest goes through torch.distributed. A process that ends without this is a failure to mpirun.
@@ -118,7 +118,8 @@ def _port() -> int:
     return int(os.environ.get("MASTER_PORT") or _DEFAULT_PORT)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that nobody listens on here."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

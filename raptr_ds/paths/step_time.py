@@ -15,7 +15,8 @@ from raptr_ds.paths.cost import ModelShape, head_forward_flops, layer_forward_fl
 from raptr_ds.paths.path import Path
 from raptr_ds.paths.simulator import pipeline_seconds
 
-_ADAM_BYTES = 30  # of a parameter: fp32 weight and two moments read and written, gradient read, 16-bit weight written
+OPTIMIZER_BYTES = 30
+"""AdamW's of a parameter: fp32 weight and two moments read and written, gradient read, 16-bit weight written."""
 
 
 @dataclass(frozen=True)
@@ -193,4 +194,4 @@ def _data_link(layout: Layout, device: Device) -> float:
 
 def _optimizer_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
     shards = layout.data if layout.zero_stage >= 1 else 1
-    return parameters / shards * _ADAM_BYTES / device.memory_bytes_per_second
+    return parameters / shards * OPTIMIZER_BYTES / device.memory_bytes_per_second

@@ -1,0 +1,116 @@
+"""What this machine's devices and links reach on a run's own shapes: the cost model's Device, measured.
+
+A few layers and the head of the run's model train without DeepSpeed, the optimizer steps on their parameters, and the
+ranks exchange a message of the size that the layout sends most. All ranks do so at the same time, as in training.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.batch import MicroBatch, collate
+from raptr_ds.data.sample import Sample
+from raptr_ds.model.stage import Stage, build_stage
+from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
+from raptr_ds.parallel.topology import Topology
+from raptr_ds.paths import Path
+from raptr_ds.paths.cost import layer_parameters, step_flops
+from raptr_ds.paths.step_time import OPTIMIZER_BYTES, Device
+from raptr_ds.rng import stream
+from raptr_ds.runtime.method import layout_of, predictions_per_sequence, shape_of
+
+_MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
+_WARMUP, _REPETITIONS = 2, 7
+_SMALL_MESSAGE = 1  # elements
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> Device:
+    """Return `device` with what this machine reaches in place of its speeds; those between machines stay.
+
+    All ranks call it alike, those of one machine; each gets the slowest's values. config: with the vocabulary's size.
+    """
+    alone = make_process_groups(Topology(1, 1, groups.topology.world_size), groups.rank, groups.device)
+    num_layers = min(config.model.num_layers, _MOST_LAYERS)
+    stage = build_stage(config.model, alone, range(num_layers), recompute=False, seed=0).to(groups.device)
+    stage = stage.to(_DTYPES[config.precision])
+    batch = _random_batch(config).to(groups.device)
+    path = Path(tuple(range(num_layers)), config.model.num_layers)
+    compute = _slowest(alone, lambda: _train(stage, batch, path))
+    flops = step_flops(shape_of(config), num_layers, config.batch.micro_batch, batch.num_predictions)
+    num_parameters = num_layers * layer_parameters(shape_of(config))
+    optimizer = _slowest(alone, _optimizer_step(num_parameters, groups.device))
+    measured = replace(
+        device,
+        flops_per_second=flops / compute,
+        memory_bytes_per_second=OPTIMIZER_BYTES * num_parameters / optimizer,
+        ranks_per_machine=groups.topology.world_size,
+    )
+    if groups.topology.world_size == 1:
+        return measured
+    layout = layout_of(config)
+    elements = layer_parameters(shape_of(config)) // layout.tensor
+    if layout.tensor > 1 or layout.num_stages > 1:
+        elements = layout.micro_batch * config.model.seq_length * config.model.hidden_size
+    latency = _slowest(alone, _all_reduce(alone, _SMALL_MESSAGE, config))
+    transfer = max(_slowest(alone, _all_reduce(alone, elements, config)) - latency, 1e-9)
+    size = groups.topology.world_size
+    sent = 2 * (size - 1) / size * elements * layout.bytes_per_value
+    return replace(measured, machine_bytes_per_second=sent / transfer, latency_seconds=latency)
+
+
+def _train(stage: Stage, batch: MicroBatch, path: Path) -> None:
+    stage.zero_grad(set_to_none=True)
+    stage(batch.tokens, batch, path, None).mean().backward()
+
+
+def _optimizer_step(num_parameters: int, device: torch.device) -> Callable[[], object]:
+    parameter = torch.zeros(num_parameters, device=device, requires_grad=True)
+    parameter.grad = torch.ones_like(parameter)
+    return torch.optim.AdamW([parameter], fused=True).step
+
+
+def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Callable[[], object]:
+    message = torch.zeros(elements, dtype=_DTYPES[config.precision], device=groups.device)
+    return lambda: dist.all_reduce(message, group=groups.data)
+
+
+def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
+    """Return the seconds of some work, the median of several times, on the slowest rank."""
+    times = []
+    for _ in range(_WARMUP + _REPETITIONS):
+        _synchronize(groups.device)
+        dist.barrier(group=groups.control)
+        start = time.perf_counter()
+        work()
+        _synchronize(groups.device)
+        times.append(time.perf_counter() - start)
+    seconds = torch.tensor(median(times[_WARMUP:]), dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
+    return seconds.item()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _random_batch(config: RunConfig) -> MicroBatch:
+    """Return a micro batch of full sequences with as many predictions as the run expects."""
+    model, size = config.model, config.batch.micro_batch
+    assert model.vocab_size is not None, "the vocabulary's size is not known"
+    count = max(1, round(predictions_per_sequence(config)))
+    rng = stream(0, "device measurement")
+    samples = []
+    for _ in range(size):
+        tokens = rng.integers(0, model.vocab_size, model.seq_length)
+        positions = rng.permutation(model.seq_length)[:count]
+        positions.sort()
+        prefix = model.seq_length if model.architecture == "bert" else model.seq_length - count
+        samples.append(Sample(tokens, positions, tokens[positions], prefix))
+    return collate(samples, range(size), model.seq_length, pad_id=0)
