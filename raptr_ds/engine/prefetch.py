@@ -4,11 +4,12 @@ DeepSpeed records the order in which one step visits the modules and fetches wei
 another path makes it forget the order and fetch each weight only when it is needed (runtime/zero/
 partitioned_param_coordinator.py of deepspeed 0.19.8, trace_prologue). A step's order is made of known pieces, though:
 what comes before the layers, each layer forward, the head, each layer backward, what comes after. So one recorded
-step, of any path, gives the order of every path, and the next path is always known before the step begins.
+step, of any path, gives the order of every path, and the next path is always known before the step begins. A step that
+recomputes activations visits its layers in another order than one that keeps them: of each kind one is recorded.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -97,7 +98,10 @@ class PathCoordinator(PartitionedParameterCoordinator):
     """DeepSpeed's coordinator, told the path of each forward pass before it begins; see `prefetch_along_paths`."""
 
     modules: dict[int, dict[str, nn.Module]]
-    order: VisitOrder | None
+    recomputes: Callable[[int], bool]
+    """Whether a training step along so many layers recomputes their activations."""
+    orders: dict[bool, VisitOrder]
+    """The order of steps that recompute, and of those that do not, once one of them was recorded."""
     num_restarts: int
     """How often an order turned out wrong, so that weights were fetched only when needed."""
     _expected: tuple[tuple[int, ...], bool]
@@ -114,15 +118,36 @@ class PathCoordinator(PartitionedParameterCoordinator):
     def reset_step(self: Any) -> None:
         """Begin a forward pass: DeepSpeed calls this before the model's first module."""
         if self.is_record_trace():
-            layers, training = self._recorded
-            if training and self._first_backward is not None:
-                visits = self._get("submodule_order")
-                self.order = learn_order(visits, self._first_backward, layers, self.modules)
-        if self.order is not None and self._installed != self._expected:
-            self._install(self.order.along(self._expected[0], self.modules, self._expected[1]))
+            self._learn(*self._recorded)
+        order = self._order_of(*self._expected)
+        if order is None:
+            self._record_anew_for(*self._expected)
+        elif self._installed != self._expected:
+            self._install(order.along(self._expected[0], self.modules, self._expected[1]))
             self._installed = self._expected
         super().reset_step()
         self._recorded, self._first_backward = self._expected, None
+
+    def _learn(self: Any, layers: tuple[int, ...], training: bool) -> None:
+        """Take the order behind what was recorded, if that was a whole training step."""
+        if training and self._first_backward is not None:
+            order = learn_order(self._get("submodule_order"), self._first_backward, layers, self.modules)
+            if order is not None:
+                self.orders[self.recomputes(len(layers))] = order
+
+    def _order_of(self, layers: tuple[int, ...], training: bool) -> VisitOrder | None:
+        """Return the order of the next forward passes; without backward passes all orders are alike."""
+        if training:
+            return self.orders.get(self.recomputes(len(layers)))
+        return next(iter(self.orders.values()), None)
+
+    def _record_anew_for(self: Any, layers: tuple[int, ...], training: bool) -> None:
+        """Let DeepSpeed record the next step rather than expect what it has, if that is of the other kind."""
+        had, of_training = self._recorded
+        is_other = training and of_training and self.recomputes(len(had)) != self.recomputes(len(layers))
+        if (is_other or self._installed is not None) and not self.is_invalid_trace():
+            super()._invalidate_trace()
+        self._installed = None
 
     def fetch_sub_module(self: Any, current_submodule: nn.Module, forward: bool) -> None:
         """Fetch as DeepSpeed does, and note where a recorded step turns backward."""
@@ -133,7 +158,8 @@ class PathCoordinator(PartitionedParameterCoordinator):
     def _invalidate_trace(self: Any) -> None:
         """Forget what was installed: DeepSpeed met another module, and will record anew."""
         self.num_restarts += 1
-        self.order, self._installed = None, None
+        self.orders.clear()
+        self._installed = None
         super()._invalidate_trace()
 
     def _install(self: Any, order: list[nn.Module]) -> None:
@@ -187,7 +213,8 @@ def prefetch_along_paths(coordinator: Any, layers: Stack) -> PathCoordinator:
     """Give the coordinator that DeepSpeed has built the behaviour of this file."""
     coordinator.__class__ = PathCoordinator
     coordinator.modules = {int(name): dict(block.named_modules()) for name, block in layers.items()}
-    coordinator.order, coordinator.num_restarts = None, 0
+    coordinator.recomputes = layers.recomputes
+    coordinator.orders, coordinator.num_restarts = {}, 0
     coordinator._expected = coordinator._recorded = (tuple(coordinator.modules), True)
     coordinator._installed, coordinator._first_backward = None, None
     return coordinator

@@ -54,7 +54,7 @@ class Stack(nn.ModuleDict):
         # Tensors on the CPU, whose values no graph contains and no device waits for; fp64 leaves x's type alone.
         scale = None if path.residual_scale == 1.0 else torch.tensor(path.residual_scale, dtype=torch.float64)
         active = path.active_in(map(int, self))
-        recompute = self.recompute and len(active) > self.keep_activations_up_to and torch.is_grad_enabled()
+        recompute = self.recomputes(len(active)) and torch.is_grad_enabled()
         for layer in active:
             block = self[str(layer)]
             masks = streams.of_layer(layer) if streams is not None and self.has_dropout else None
@@ -65,6 +65,10 @@ class Stack(nn.ModuleDict):
             else:
                 x = block(x, *arguments)
         return x
+
+    def recomputes(self, num_active: int) -> bool:
+        """Return whether training along so many of the layers here recomputes their activations."""
+        return self.recompute and num_active > self.keep_activations_up_to
 
     def _local_parts(self, path: Path, layer: int, device: torch.device) -> list[torch.Tensor | None]:
         """Return which of this rank's heads and MLP blocks run in a layer, counted from its first; None for all."""

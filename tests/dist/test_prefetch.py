@@ -30,8 +30,11 @@ class Fetches:
     most_live: int
 
 
-def count_fetches(launch: Launch, case: Case) -> Fetches:
-    """Train the case, evaluating the full model between steps, and count how its weights were fetched."""
+def count_fetches(launch: Launch, case: Case, lengths: tuple[int, ...] = ()) -> Fetches:
+    """Train the case, evaluating the full model between steps, and count how its weights were fetched.
+
+    lengths: the first layers that steps train in turns, in place of the case's paths.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 
@@ -54,6 +57,8 @@ def count_fetches(launch: Launch, case: Case) -> Fetches:
     for step in range(case.steps):
         counts.update(late=0, visits=0)
         path = method.path_at(step)
+        if lengths:
+            path = Path(tuple(range(lengths[step % len(lengths)])), case.num_layers)
         engine.train_step(batch_at(case, groups, step), path, step, case.learning_rate)
         paths.append(path.layers)
         late.append(counts["late"])
@@ -88,6 +93,17 @@ def test_weights_are_fetched_ahead_along_every_path(world_size: int, case: Case)
         # Afterwards only what the first visits of a micro batch need is late: nothing comes before them.
         assert max(seen.late[1:]) <= 2 * micro_batches, seen.late
         assert seen.visits > 20 * micro_batches
+        assert seen.whole == []
+
+
+@pytest.mark.parametrize("lengths", [(3, 6), (6, 4)], ids=["keeping first", "recomputing first"])
+def test_steps_that_recompute_and_steps_that_do_not_take_turns(lengths: tuple[int, int]) -> None:
+    """Each kind of step is recorded once; changing between them forgets nothing."""
+    case = Case(zero=3, num_layers=6, schedule="6", steps=10, micro_batch=3, recompute=True, keep_activations_up_to=4)
+    for seen in run_distributed(count_fetches, 2, case, lengths):
+        assert seen.restarts == 0
+        assert min(seen.late[:2]) > 20
+        assert max(seen.late[2:]) <= 2 * 2, seen.late  # two micro batches a step
         assert seen.whole == []
 
 
