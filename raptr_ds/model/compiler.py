@@ -21,8 +21,8 @@ def missing_compiler() -> str | None:
 def compiler_options() -> dict[str, int]:
     """Return torch.compile's options: on a CPU with AVX-512 its vectors are 256 bits wide nevertheless.
 
-    g++ 12.2 (Debian 12's) drops masked stores of 512 bits from what torch 2.13.0 writes (_inductor/codegen/cpp.py),
-    here those of dropout: where a row is no multiple of 16 elements its end keeps what memory held before, silently.
-    g++ 11 does not. tests/upstream has a reproduction.
+    g++ 12.2 (Debian 12's) drops masked stores of 512 bits from what torch 2.13.0 writes (_inductor/codegen/cpp.py):
+    where a row is no multiple of 16 elements its end may keep what memory held before, silently. g++ 11 does not.
+    tests/upstream has a reproduction.
     """
     return {"cpp.simdlen": 256} if torch.cpu.get_capabilities().get("avx512_f") else {}
