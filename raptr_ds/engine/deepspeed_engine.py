@@ -26,6 +26,7 @@ from raptr_ds.engine.path_zero import follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths.memory import DEFAULT_REDUCE_BUCKET
 
 
 class TensorParallelUnit:
@@ -179,7 +180,7 @@ def build_deepspeed_engine(
     )
     engine.__dict__["stage"] = stage
     start_deepspeed_comm()
-    config = without_idle_zero(config, groups.topology.data)
+    config = _with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage)
     parsed = DeepSpeedConfig(config, unit)
     engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)
     return engine
@@ -194,6 +195,18 @@ def without_idle_zero(config: dict[str, Any], data_parallel: int) -> dict[str, A
     if data_parallel > 1 or zero.get("stage", 0) not in (1, 2):
         return config
     return {**config, "zero_optimization": {**zero, "stage": 0}}
+
+
+def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Return the configuration with ZeRO's buffer of gradients no larger than all gradients of this rank.
+
+    DeepSpeed allocates what is asked for (runtime/zero/stage_1_and_2.py, setup_buckets; stage3.py), by default 5e8
+    elements, twice with overlap_comm: more than a small model's training needs for everything else.
+    """
+    zero = config.get("zero_optimization", {})
+    elements = sum(parameter.numel() for parameter in stage.parameters())
+    asked = int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET))
+    return {**config, "zero_optimization": {**zero, "reduce_bucket_size": min(asked, elements)}}
 
 
 class PipelineStages(PipelineModule):

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from raptr_ds.paths.cost import ModelShape, layer_parameters, outer_parameters
 from raptr_ds.paths.step_time import Layout
 
+DEFAULT_REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's, in elements (runtime/zero/config.py)."""
+
 _MASTER_BYTES = 4  # an fp32 weight
 
 
@@ -17,7 +20,8 @@ _MASTER_BYTES = 4  # an fp32 weight
 class TrainingState:
     """What decides memory beside the model's shape and the layout.
 
-    optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of ZeRO's buffer.
+    optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of ZeRO's buffer of
+    gradients, at most; reduce_buffers: how many of them there are.
     """
 
     num_attention_heads: int
@@ -25,6 +29,7 @@ class TrainingState:
     attention_dropout: float = 0.0
     optimizer_bytes: int = 8
     reduce_bucket: int = 0
+    reduce_buffers: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ def rank_memory(
     shared = parameters / shards if zero >= 1 else parameters
     has_master = zero >= 1 or value < _MASTER_BYTES
     optimizer = shared * (state.optimizer_bytes + (_MASTER_BYTES if has_master else 0))
-    bucket = state.reduce_bucket * value if zero >= 1 else 0
+    # No larger than all gradients (engine/deepspeed_engine.py).
+    bucket = state.reduce_buffers * min(state.reduce_bucket, parameters) * value if zero >= 1 else 0
     gradients = {
         0: active * gradient,
         1: active * gradient + active / shards * gradient + bucket,

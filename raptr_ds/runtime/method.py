@@ -10,12 +10,10 @@ from raptr_ds.data.masked_lm import mean_predictions as mean_masked
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
-from raptr_ds.paths.memory import TrainingState, largest_micro_batch
+from raptr_ds.paths.memory import DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
 from raptr_ds.paths.plan import Setting
 from raptr_ds.paths.several import several_paths
 from raptr_ds.paths.step_time import Device, Layout
-
-_REDUCE_BUCKET = 5e8  # DeepSpeed's default, in elements (runtime/zero/config.py)
 
 
 def shape_of(config: RunConfig) -> ModelShape:
@@ -128,7 +126,8 @@ def training_state_of(config: RunConfig) -> TrainingState:
         hidden_dropout=config.model.hidden_dropout or 0.0,
         attention_dropout=config.model.attention_dropout or 0.0,
         optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
-        reduce_bucket=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
+        reduce_buffers=2 if zero.get("overlap_comm") and config.zero_stage < 3 else 1,
     )
 
 

@@ -30,7 +30,7 @@ LOSS, NORM = 1e-6, 2e-6  # relative
 WEIGHT = 0.05  # of the learning rate, so of what one step may move
 
 RUNS = {
-    "bert-freeze": Case(steps=18),
+    "bert-freeze": Case(steps=12),
     "bert-freeze-50-steps": Case(steps=50),
     "bert-freeze-no-dropout": Case(dropout=0.0),
     "bert-zero_grad": Case(skipped_update="zero_grad"),
@@ -62,6 +62,10 @@ LAYOUTS = {
     "DP2 ZeRO 2": (2, {"zero": 2}),
     "DP2 ZeRO 2, all accumulated": (2, {"zero": 2, "micro_batch": 1}),
     "DP2 ZeRO 2, growing micro batches": (2, {"zero": 2, "micro_batch": 1, "micro_batches": (3, 2, 1)}),
+    # Less than a layer's gradients, more than any one.
+    "DP2 ZeRO 1, small buckets": (2, {"zero": 1, "reduce_bucket": 5000}),
+    "DP2 ZeRO 2, small buckets": (2, {"zero": 2, "reduce_bucket": 5000}),
+    "DP2 ZeRO 3, small buckets": (2, {"zero": 3, "reduce_bucket": 5000}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
     "DP2 ZeRO 3, growing micro batches": (2, {"zero": 3, "micro_batch": 1, "micro_batches": (6, 3, 1)}),
     "DP2 ZeRO 3, recompute on long paths": (2, {"zero": 3, "recompute": True, "keep_activations_up_to": 4}),

@@ -2,6 +2,8 @@
 
 import gc
 import warnings
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +78,25 @@ def test_weights_and_optimizer_are_as_the_formula_says(name):
             memory = rank_memory(shape, layout, state, stage, 8 // case.pipeline, 2)
             assert held == pytest.approx(memory.weights + memory.optimizer, rel=0.04)
     assert num_parameters(shape) > 100_000
+
+
+def reduce_bucket(launch: Launch, case: Case) -> tuple[int, int]:
+    """Return the elements of DeepSpeed's buffer of gradients, and of all gradients of this rank."""
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    engine: Any = build_engine(case, groups)
+    sizes = (getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.parameters.values())
+    return engine.engine.optimizer.reduce_bucket_size, sum(sizes)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_buffer_of_gradients_is_no_larger_than_all_gradients(zero):
+    for bucket, gradients in run_distributed(reduce_bucket, 2, Case(zero=zero)):
+        assert bucket == gradients > 10_000
+    for bucket, _ in run_distributed(reduce_bucket, 2, Case(zero=zero, reduce_bucket=5000)):
+        assert bucket == 5000
+    layout, state = Layout((5,), 2, 3, data=2, zero_stage=zero), TrainingState(4, reduce_bucket=500_000_000)
+    model = model_of(Case())
+    shape = ModelShape(**{field: getattr(model, field) for field in ModelShape.__dataclass_fields__})
+    with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
+    without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
+    assert with_bucket - without == 2 * num_parameters(shape)
