@@ -16,17 +16,20 @@ from raptr_ds.config.load import RunConfig
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.model.stage import Stage, build_stage
+from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
 from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import layer_parameters, step_flops
-from raptr_ds.paths.step_time import OPTIMIZER_BYTES, Device
+from raptr_ds.paths.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
 from raptr_ds.rng import stream
 from raptr_ds.runtime.method import layout_of, predictions_per_sequence, shape_of
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
 _WARMUP, _REPETITIONS = 2, 7
 _SMALL_MESSAGE = 1  # elements
+_SHORTEST = 1e-9  # seconds: a message that took no longer than a small one
+_MOST_REDUCING = 0.1  # of a step's time is computing at least
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,38 +38,50 @@ def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> 
 
     All ranks call it alike, those of one machine; each gets the slowest's values. config: with the vocabulary's size.
     """
-    alone = make_process_groups(Topology(1, 1, groups.topology.world_size), groups.rank, groups.device)
+    layout, shape = layout_of(config), shape_of(config)
+    size = groups.topology.world_size
+    device = replace(device, ranks_per_machine=size)
+    if size > 1:
+        device = replace(device, **_measure_links(config, groups))
+    # Split over tensor ranks as the run's layers are; where they span machines, whole.
+    tensor = layout.tensor if size % layout.tensor == 0 else 1
+    groups = make_process_groups(Topology(tensor, 1, size // tensor), groups.rank, groups.device)
     num_layers = min(config.model.num_layers, _MOST_LAYERS)
-    stage = build_stage(config.model, alone, range(num_layers), recompute=False, seed=0).to(groups.device)
+    stage = build_stage(config.model, groups, range(num_layers), recompute=False, seed=0).to(groups.device)
     stage = stage.to(_DTYPES[config.precision])
     batch = _random_batch(config).to(groups.device)
     path = Path(tuple(range(num_layers)), config.model.num_layers)
-    compute = _slowest(alone, lambda: _train(stage, batch, path))
-    flops = step_flops(shape_of(config), num_layers, config.batch.micro_batch, batch.num_predictions)
-    num_parameters = num_layers * layer_parameters(shape_of(config))
-    optimizer = _slowest(alone, _optimizer_step(num_parameters, groups.device))
-    measured = replace(
+    seconds = _slowest(groups, lambda: _train(stage, batch, path))
+    if tensor > 1:
+        # What is computing in it: the cost model counts the reductions, of both passes, apart.
+        reductions = 2 * num_layers * tensor_reduction_seconds(shape, layout, device)
+        seconds = max(seconds - reductions, _MOST_REDUCING * seconds)
+    num_parameters = num_layers * layer_parameters(shape) // tensor
+    optimizer = _slowest(groups, _optimizer_step(num_parameters, groups.device))
+    flops = step_flops(shape, num_layers, config.batch.micro_batch, batch.num_predictions) / tensor
+    return replace(
         device,
-        flops_per_second=flops / compute,
+        flops_per_second=flops / seconds,
         memory_bytes_per_second=OPTIMIZER_BYTES * num_parameters / optimizer,
-        ranks_per_machine=groups.topology.world_size,
     )
-    if groups.topology.world_size == 1:
-        return measured
+
+
+def _measure_links(config: RunConfig, groups: ProcessGroups) -> dict[str, float]:
+    """Return the speed and the latency between the ranks, by all-reduces of what the layout sends most."""
     layout = layout_of(config)
-    elements = layer_parameters(shape_of(config)) // layout.tensor
+    elements = layer_parameters(shape_of(config))
     if layout.tensor > 1 or layout.num_stages > 1:
         elements = layout.micro_batch * config.model.seq_length * config.model.hidden_size
-    latency = _slowest(alone, _all_reduce(alone, _SMALL_MESSAGE, config))
-    transfer = max(_slowest(alone, _all_reduce(alone, elements, config)) - latency, 1e-9)
+    latency = _slowest(groups, _all_reduce(groups, _SMALL_MESSAGE, config))
+    transfer = max(_slowest(groups, _all_reduce(groups, elements, config)) - latency, _SHORTEST)
     size = groups.topology.world_size
     sent = 2 * (size - 1) / size * elements * layout.bytes_per_value
-    return replace(measured, machine_bytes_per_second=sent / transfer, latency_seconds=latency)
+    return {"machine_bytes_per_second": sent / transfer, "latency_seconds": latency}
 
 
 def _train(stage: Stage, batch: MicroBatch, path: Path) -> None:
     stage.zero_grad(set_to_none=True)
-    stage(batch.tokens, batch, path, None).mean().backward()
+    stage(batch.tokens, batch, path, DropoutStreams(0, 0, batch.sample_ids)).mean().backward()
 
 
 def _optimizer_step(num_parameters: int, device: torch.device) -> Callable[[], object]:
@@ -77,11 +92,11 @@ def _optimizer_step(num_parameters: int, device: torch.device) -> Callable[[], o
 
 def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Callable[[], object]:
     message = torch.zeros(elements, dtype=_DTYPES[config.precision], device=groups.device)
-    return lambda: dist.all_reduce(message, group=groups.data)
+    return lambda: dist.all_reduce(message, group=groups.world)
 
 
 def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
-    """Return the seconds of some work, the median of several times, on the slowest rank."""
+    """Return the seconds of some work on the slowest rank, the median of several times."""
     times = []
     for _ in range(_WARMUP + _REPETITIONS):
         _synchronize(groups.device)
@@ -90,9 +105,9 @@ def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
         work()
         _synchronize(groups.device)
         times.append(time.perf_counter() - start)
-    seconds = torch.tensor(median(times[_WARMUP:]), dtype=torch.float64)
+    seconds = torch.tensor(times[_WARMUP:], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
-    return seconds.item()
+    return median(seconds.tolist())
 
 
 def _synchronize(device: torch.device) -> None:

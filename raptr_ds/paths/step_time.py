@@ -121,7 +121,8 @@ def step_seconds(
     """
     active = active_in_parts(activity_table(paths), layout.stage_layers)
     trained = active_in_parts(trained_table(paths), layout.stage_layers)
-    layer, reduction = _layer_forward_seconds(shape, layout, device)
+    layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
+    reduction = tensor_reduction_seconds(shape, layout, device)
     head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
     # The backward pass has two products for each one of the forward pass, and as many reductions.
@@ -150,14 +151,13 @@ def step_seconds(
     )
 
 
-def _layer_forward_seconds(shape: ModelShape, layout: Layout, device: Device) -> tuple[float, float]:
-    """Return a layer's forward pass over a micro batch: computing, and two reductions over the tensor ranks."""
-    seconds = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
+def tensor_reduction_seconds(shape: ModelShape, layout: Layout, device: Device) -> float:
+    """Return what two reductions over the tensor ranks take: of a layer's pass over a micro batch in one direction."""
     if layout.tensor == 1:
-        return seconds, 0.0
+        return 0.0
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
     ring = 2 * (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
-    return seconds, 2 * (ring + device.latency_seconds)
+    return 2 * (ring + device.latency_seconds)
 
 
 def _stage_parameters(active: np.ndarray, shape: ModelShape, layout: Layout) -> np.ndarray:

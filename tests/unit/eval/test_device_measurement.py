@@ -23,7 +23,7 @@ SMALL += ["raptr_ds.model.hidden_size=32", "raptr_ds.model.seq_length=16"]
 
 
 def measured_with(launch: Launch, seconds: list[float], *overrides: str) -> Device:
-    """Return the Device that follows from these times: of training, the optimizer, a small message, a large one."""
+    """Return the Device that follows from these times: of messages, small and large, if any; of training; of the optimizer."""
     config = load_run_config(RUN_FILE, [*SMALL, *overrides], launch.world_size).with_vocab_size(90)
     groups = initialize_process_groups(launch, 1, 1)
     times, slowest = iter(seconds), device_measurement._slowest
@@ -51,14 +51,24 @@ def test_speeds_follow_from_the_times() -> None:
 
 def test_links_are_measured_by_what_the_layout_sends() -> None:
     shape = shape_of(load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90))
-    data = run_distributed(measured_with, 2, [0.5, 0.25, 0.001, 0.011])
+    data = run_distributed(measured_with, 2, [0.001, 0.011, 0.5, 0.25])
     assert data[0] == data[1]
     # An all-reduce over two ranks sends the message once: a layer's gradients, fp32.
     assert data[0].machine_bytes_per_second == pytest.approx(layer_parameters(shape) * 4 / 0.010)
     assert (data[0].latency_seconds, data[0].ranks_per_machine) == (0.001, 2)
     pipeline = "raptr_ds.parallel.pipeline_model_parallel_size=2"
-    stages = run_distributed(measured_with, 2, [0.5, 0.25, 0.001, 0.011], pipeline)[0]
+    stages = run_distributed(measured_with, 2, [0.001, 0.011, 0.5, 0.25], pipeline)[0]
     assert stages.machine_bytes_per_second == pytest.approx(2 * 16 * 32 * 4 / 0.010)  # the residual stream
+    assert stages.flops_per_second == pytest.approx(step_flops(shape, 4, 2, 4) / 0.5)
+
+
+def test_tensor_ranks_compute_beside_their_reductions() -> None:
+    """Four layers with two reductions of the stream in each direction, 0.011 s each, are not computing."""
+    shape = shape_of(load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90))
+    tensor = "raptr_ds.parallel.tensor_model_parallel_size=2"
+    device = run_distributed(measured_with, 2, [0.001, 0.011, 0.5, 0.25], tensor)[0]
+    assert device.flops_per_second == pytest.approx(step_flops(shape, 4, 2, 4) / 2 / (0.5 - 4 * 2 * 2 * 0.011))
+    assert device.memory_bytes_per_second == pytest.approx(30 * (4 * layer_parameters(shape) // 2) / 0.25)
 
 
 def test_a_plan_says_what_was_measured() -> None:
