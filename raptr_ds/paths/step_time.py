@@ -168,10 +168,14 @@ def _stage_parameters(active: np.ndarray, shape: ModelShape, layout: Layout) -> 
 
 
 def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
-    """Return the reduction over the data-parallel ranks; ZeRO 2 and 3 reduce at every micro batch."""
+    """Return the reduction over the data-parallel ranks; ZeRO 2 and 3 reduce at every micro batch.
+
+    An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
+    (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
+    """
     if layout.data == 1:
         return np.zeros_like(parameters)
-    ring = 2 if layout.zero_stage == 0 else 1  # an all-reduce is a reduce-scatter and an all-gather
+    ring = 1 if layout.zero_stage == 3 else 2
     times = layout.num_micro_batches if layout.zero_stage >= 2 else 1
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
     size = parameters * width * ring * (layout.data - 1) / layout.data

@@ -10,18 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Counter(TorchDispatchMode):
-    """Counts bytes handed to collectives, and elements that operators give while `inside` is true."""
+    """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
+
+    largest_bytes: by collective, those of the larger side of each call: what a reduce-scatter gets, an all-gather gives.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sent_bytes = 0
+        self.largest_bytes: dict[str, int] = {}
         self.elements = 0
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.sent_bytes += _num_bytes((args, kwargs))
+            sides = [_num_bytes(side) for side in args]
+            name = func.overloadpacket.__name__
+            self.largest_bytes[name] = self.largest_bytes.get(name, 0) + max(sides, default=0)
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if self.inside and not getattr(func, "is_view", False):
@@ -29,6 +35,11 @@ class Counter(TorchDispatchMode):
             tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
             self.elements += sum(tensor.numel() for tensor in tensors)
         return result
+
+
+def _num_bytes(value: Any) -> int:
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
 @contextmanager

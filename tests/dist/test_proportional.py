@@ -7,13 +7,16 @@ the empty path; the rest is the layers' share, of which half a path must cost ha
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
+from raptr_ds.paths.cost import ModelShape
+from raptr_ds.paths.step_time import Device, Layout, step_seconds
 from tests.dist.counting import counting
-from tests.dist.trajectory import Case, batch_at, build_engine
+from tests.dist.trajectory import Case, batch_at, build_engine, model_of
 from tests.dist.workers import run_distributed
 
 NUM_LAYERS = 8
@@ -26,6 +29,7 @@ class StepCount:
 
     sent_bytes: int
     elements: int
+    largest_bytes: dict[str, int]
 
 
 def count_steps(launch: Launch, case: Case) -> dict[str, StepCount]:
@@ -39,7 +43,7 @@ def count_steps(launch: Launch, case: Case) -> dict[str, StepCount]:
     for number, (name, layers) in enumerate(PATHS.items(), start=2):
         with counting(engine.engine.optimizer) as counter:
             engine.train_step(batch, Path(layers, NUM_LAYERS), number, case.learning_rate)
-        counts[name] = StepCount(counter.sent_bytes, counter.elements)
+        counts[name] = StepCount(counter.sent_bytes, counter.elements, counter.largest_bytes)
     return counts
 
 
@@ -72,3 +76,30 @@ def test_half_a_path_costs_half_of_the_layers_share(layout: str) -> None:
         for path in ("half", "other half"):
             for what in ("sent_bytes", "elements"):
                 assert share(counts, path, what) == pytest.approx(0.5, rel=0.05), (path, what, counts)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_cost_model_sends_what_the_engine_sends(zero: int) -> None:
+    """Bytes of the layers' gradients and weights over a link of one byte a second, against those of a real step."""
+    case = Case(num_layers=NUM_LAYERS, micro_batch=3, zero=zero)
+    model = model_of(case)
+    shape = ModelShape(**{name: getattr(model, name) for name in ModelShape.__dataclass_fields__})
+    layout = Layout((NUM_LAYERS,), 3, 2, data=2, zero_stage=zero, bytes_per_value=4)
+    slow = Device(np.inf, np.inf, machine_bytes_per_second=1.0, latency_seconds=0.0)
+    half = Path(PATHS["half"], NUM_LAYERS)
+    predicted = step_seconds([half, Path((), NUM_LAYERS)], shape, layout, slow, 3.0)
+    counts = run_distributed(count_steps, 2, case)[0]
+
+    def ring(factor: int, *names: str) -> float:
+        """Return what a ring sends in the half path's step beyond the empty one's: of two ranks, factor x bytes / 2."""
+        sent = (sum(counts[path].largest_bytes.get(name, 0) for name in names) for path in ("half", "empty"))
+        return factor * (next(sent) - next(sent)) / 2
+
+    gradients = ring(2, "allreduce_") + ring(1, "_reduce_scatter_base_", "reduce_scatter_")
+    gathers = ring(1, "_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_")
+    # ZeRO 3 keeps norms and small biases whole, 2% of these narrow layers.
+    assert gradients == pytest.approx(predicted.gradients[0] - predicted.gradients[1], rel=0.03), counts
+    fetches = predicted.gathers[0] - predicted.gathers[1]
+    if zero == 3:  # a model this small is fetched once for both passes of a micro batch; the model counts once for each
+        fetches /= 2
+    assert gathers == pytest.approx(fetches, rel=0.03), counts

@@ -23,7 +23,7 @@ SMALL += ["raptr_ds.model.hidden_size=32", "raptr_ds.model.seq_length=16"]
 
 
 def measured_with(launch: Launch, seconds: list[float], *overrides: str) -> Device:
-    """Return the Device that follows from these times: of messages, small and large, if any; of training; of the optimizer."""
+    """Return the Device that follows from times of messages, small and large (if any), training and the optimizer."""
     config = load_run_config(RUN_FILE, [*SMALL, *overrides], launch.world_size).with_vocab_size(90)
     groups = initialize_process_groups(launch, 1, 1)
     times, slowest = iter(seconds), device_measurement._slowest
