@@ -29,7 +29,7 @@ _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
 _WARMUP, _REPETITIONS = 2, 7
 _SMALL_MESSAGE = 1  # elements
 _SHORTEST = 1e-9  # seconds: a message that took no longer than a small one
-_MOST_REDUCING = 0.1  # of a step's time is computing at least
+_LEAST_COMPUTING = 0.1  # of a step's time, whatever its reductions were measured to take
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,7 +55,7 @@ def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> 
     if tensor > 1:
         # What is computing in it: the cost model counts the reductions, of both passes, apart.
         reductions = 2 * num_layers * tensor_reduction_seconds(shape, layout, device)
-        seconds = max(seconds - reductions, _MOST_REDUCING * seconds)
+        seconds = max(seconds - reductions, _LEAST_COMPUTING * seconds)
     num_parameters = num_layers * layer_parameters(shape) // tensor
     optimizer = _slowest(groups, _optimizer_step(num_parameters, groups.device))
     flops = step_flops(shape, num_layers, config.batch.micro_batch, batch.num_predictions) / tensor

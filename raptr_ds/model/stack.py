@@ -37,10 +37,8 @@ class Stack(nn.ModuleDict):
         if compiled:
             # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
             torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-            for block in self.values():
-                block.compile(
-                    dynamic=False, options=compiler_options()
-                )  # one graph of a size serves all: a block holds nothing else
+            for block in self.values():  # one graph of a size serves all: a block holds nothing else
+                block.compile(dynamic=False, options=compiler_options())
 
     def forward(
         self,
