@@ -47,7 +47,7 @@ def test_interleaved_chunks_shorten_the_bubble():
 
 def test_communication_follows_bytes_and_active_layers():
     links = Device(np.inf, 1e9, np.inf, 1e9, ranks_per_machine=2, latency_seconds=0.0)
-    # An all-reduce sends twice what a reduce-scatter does; three micro batches. Which of them DeepSpeed makes is counted
+    # An all-reduce sends twice what a reduce-scatter does; three micro batches. Which one DeepSpeed makes is counted
     # in tests/dist/test_proportional.py.
     for stage, reductions, gathers in ((0, 2, 0), (1, 2, 1), (2, 6, 1), (3, 3, 6)):
         layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
