@@ -99,18 +99,19 @@ def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
     """Return the seconds of some work on the slowest rank, the median of several times."""
     times = []
     for _ in range(_WARMUP + _REPETITIONS):
-        _synchronize(groups.device)
+        synchronize(groups.device)
         dist.barrier(group=groups.control)
         start = time.perf_counter()
         work()
-        _synchronize(groups.device)
+        synchronize(groups.device)
         times.append(time.perf_counter() - start)
     seconds = torch.tensor(times[_WARMUP:], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     return median(seconds.tolist())
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -21,7 +21,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.fragments import WEIGHT
 from raptr_ds.errors import ConfigError
 from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep, measured_path
-from raptr_ds.eval.device_measurement import measure_device
+from raptr_ds.eval.device_measurement import measure_device, synchronize
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters, step_flops
@@ -182,12 +182,12 @@ def _time(measured: Measured, groups: ProcessGroups, counted: bool, clock: str, 
     """Run one step and keep its time and its waits for agreement and loader."""
     now, device = _CLOCKS[clock], groups.device
     gc.collect()
-    _synchronize(device)
+    synchronize(device)
     if groups.topology.world_size > 1:
         dist.barrier(group=groups.control)
     start = now()
     agreement, loader = step()
-    _synchronize(device)
+    synchronize(device)
     seconds = torch.tensor(now() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     if counted:
@@ -199,16 +199,11 @@ def _time(measured: Measured, groups: ProcessGroups, counted: bool, clock: str, 
 def _measure_memory(measured: Measured, device: torch.device, step: _Step) -> None:
     """Run one step and keep its peak of memory."""
     gc.collect()
-    _synchronize(device)
+    synchronize(device)
     memory = _StepMemory(device)
     step()
-    _synchronize(device)
+    synchronize(device)
     measured.memory_bytes.append(memory.peak_above_start())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _StepMemory:
