@@ -153,6 +153,7 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"recomputation {'on' if layout.recompute else 'off'}",
         f"- paths: {path.method}{f' {path.schedule}' if path.schedule else ''}{sampling}{over}",
         *(f"- {note}" for note in notes),
+        *_kept_whole(setting),
         "",
         "| phase | steps | path length | PFLOP a step | seconds a step | speed-up | by FLOPs | hours |",
         "|---|---|---|---|---|---|---|---|",
@@ -185,6 +186,19 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
             f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputed} | {phase.fullest_stage} | {cells} |"
         )
     return lines
+
+
+def _kept_whole(setting: Setting) -> list[str]:
+    """Return what to say of the weights that ZeRO 3 leaves whole."""
+    layout = setting.layout
+    if layout.zero_stage < 3 or layout.data == 1:
+        return []
+    kept = min(layout.kept_whole, num_parameters(setting.shape) / layout.tensor)
+    return [
+        f"- ZeRO 3 leaves up to {kept / 1e6:,.4g}M parameters whole between a micro batch's forward and backward pass, "
+        f"{kept * layout.bytes_per_value / _GIB:.2f} GiB, and gathers only others twice; "
+        "zero_optimization.stage3_max_live_parameters and stage3_max_reuse_distance, both, set how many"
+    ]
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from raptr_ds.engine.parameter_groups import parameter_groups
 from raptr_ds.engine.path_zero import follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
+from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.memory import DEFAULT_REDUCE_BUCKET
@@ -133,25 +134,31 @@ class PathAwareEngine(PathAware, DeepSpeedEngine):
 
 
 class PathAwarePipelineEngine(PathAware, PipelineEngine):
-    """DeepSpeed's pipeline engine."""
+    """DeepSpeed's pipeline engine. tied: on the stages that have a copy of a tied embedding."""
+
+    tied: TiedGradient | None = None
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        """Let the tied embedding's gradient arrive during the last backward pass."""
+        if self.tied is not None:
+            self.tied.before_backward()
+        super()._exec_backward_pass(buffer_id)
 
     def _exec_reduce_tied_grads(self) -> None:
         """Sum the tied embedding's gradient over the first and the last stage, wherever it accumulates.
 
         DeepSpeed looks at `.grad` only, and there is none with separate fp32 accumulation.
         """
-        groups = self.process_groups
-        if groups.embedding is None or self.stage.embedding is None or not self.stage.model.tie_word_embeddings:
+        if self.tied is None:
             return
+        assert self.stage.embedding is not None
         weight: Any = self.stage.embedding.word.weight
-        for attribute in ("grad_accum", "fp32_grad", "grad"):
-            gradient = getattr(weight, attribute, None)
-            if gradient is not None:
-                dist.all_reduce(gradient, group=groups.embedding)
-                return
+        gradients = (getattr(weight, attribute, None) for attribute in ("grad_accum", "fp32_grad", "grad"))
+        self.tied.reduce(next(gradient for gradient in gradients if gradient is not None))
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 - DeepSpeed's class attribute binds instructions to functions, not names
         **PipelineEngine._INSTRUCTION_MAP,
+        BackwardPass: _exec_backward_pass,
         ReduceTiedGrads: _exec_reduce_tied_grads,
     }
 

@@ -10,6 +10,7 @@ from raptr_ds.data.batch import MicroBatch, StepBatch
 from raptr_ds.engine.deepspeed_engine import PipelineStages, build_deepspeed_engine
 from raptr_ds.engine.deepspeed_state import DeepSpeedState
 from raptr_ds.engine.protocol import StepResult
+from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
@@ -56,13 +57,18 @@ class PipelineEngine(DeepSpeedState):
         self.body.seed = seed
         module = PipelineStages(self.body, groups)
         super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
-        self.body.observe_loss = self.engine.observe_loss
+        engine: Any = self.engine
+        if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
+            engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
+        self.body.observe_loss = engine.observe_loss
         self.body.scale_gradient = self.scale_gradient
 
     def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         engine: Any = self.engine
         self.begin_step(path, learning_rate)
+        if engine.tied is not None:
+            engine.tied.begin(batch)
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
         self._prepare(batch, path, self.loss_weight(batch, count), step)

@@ -13,6 +13,9 @@ from raptr_ds.paths.step_time import Layout
 DEFAULT_REDUCE_BUCKET = 500_000_000
 """DeepSpeed's, in elements (runtime/zero/config.py)."""
 
+DEFAULT_KEPT_PARAMETERS = 1_000_000_000
+"""DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters, in elements."""
+
 _MASTER_BYTES = 4  # an fp32 weight
 
 
@@ -150,8 +153,9 @@ def rank_memory(
     """Return what a rank of a pipeline stage holds while training paths with num_active of the stage's layers.
 
     ZeRO stage 0 keeps everything whole; 1 shares the optimizer state and the fp32 weights, 2 also gradients, 3 also
-    weights, over the data-parallel ranks. fp32 training at ZeRO 0 needs no second copy of the weights. Gradients are
-    those of the active layers; ZeRO 1 and 2 keep the rank's share of them once more to accumulate or step on.
+    weights, over the data-parallel ranks, of which as many are whole besides as layout.kept_whole lets it keep. fp32
+    training at ZeRO 0 needs no second copy of the weights. Gradients are those of the active layers; ZeRO 1 and 2 keep
+    the rank's share of them once more to accumulate or step on.
     """
     parameters = stage_parameters(shape, layout, stage)
     active = stage_parameters(shape, layout, stage, num_active)
@@ -169,8 +173,8 @@ def rank_memory(
         3: parameters / shards * gradient + bucket,
     }[zero]
     weights = parameters * value / (shards if zero == 3 else 1)
-    if zero == 3 and num_active:
-        weights += 2 * layer_parameters(shape) / layout.tensor * value  # a layer that is gathered, and the next
+    if zero == 3:  # what is kept whole, a layer that is gathered, and the next
+        weights += min(active, layout.kept_whole + 2 * layer_parameters(shape) / layout.tensor) * value
     return RankMemory(
         weights, gradients, optimizer, activation_bytes(shape, layout, state, stage, num_active, predicted_per_sequence)
     )

@@ -57,6 +57,7 @@ class Layout:
     recompute: bool = False
     bytes_per_value: int = 2
     gradient_bytes_per_value: int | None = None
+    kept_whole: float = np.inf
 
     @property
     def num_stages(self) -> int:
@@ -141,12 +142,14 @@ def step_seconds(
         num_chunks=layout.num_chunks,
         schedule="interleaved" if layout.num_chunks > 1 else "deepspeed",
     )
-    run, trained = (_stage_parameters(active_layers, shape, layout) for active_layers in (active, trained))
+    run, trained, outer = (_stage_parameters(layers, shape, layout) for layers in (active, trained, 0 * active))
+    # Not kept since the forward pass, a layer's weights are gathered again for the backward pass.
+    gathered = run + np.maximum(0, run - outer - layout.kept_whole) if layout.zero_stage == 3 else trained
     # What happens at every micro batch is for the layers that it runs, what happens once for those that any ran.
     return StepSeconds(
         pipeline.max(axis=-1),
         _gradient_seconds(run if layout.zero_stage >= 2 else trained, layout, device).max(axis=-1),
-        _gather_seconds(run if layout.zero_stage == 3 else trained, layout, device).max(axis=-1),
+        _gather_seconds(gathered, layout, device).max(axis=-1),
         _optimizer_seconds(trained, layout, device).max(axis=-1),
     )
 
@@ -183,10 +186,10 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
 
 
 def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
-    """Return ZeRO's gathers of weights: 1 and 2 once after the step, 3 in each forward and each backward pass."""
+    """Return ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
     if layout.data == 1 or layout.zero_stage == 0:
         return np.zeros_like(parameters)
-    times = 2 * layout.num_micro_batches if layout.zero_stage == 3 else 1
+    times = layout.num_micro_batches if layout.zero_stage == 3 else 1
     size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
     return times * (size / _data_link(layout, device) + device.latency_seconds)
 

@@ -1,5 +1,8 @@
 """From a run's configuration to its path method, and the numbers that the method's costs follow from."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from raptr_ds.config.derive import balanced_stage_layers
@@ -9,8 +12,8 @@ from raptr_ds.data.denoisers import mean_predictions, resolve_denoisers
 from raptr_ds.data.masked_lm import mean_predictions as mean_masked
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
-from raptr_ds.paths.memory import DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
+from raptr_ds.paths.cost import ModelShape, head_cost_in_layers, layer_parameters
+from raptr_ds.paths.memory import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
 from raptr_ds.paths.plan import Setting
 from raptr_ds.paths.several import several_paths
 from raptr_ds.paths.step_time import Device, Layout
@@ -91,6 +94,8 @@ def balanced_stages_of(config: RunConfig) -> BalancedStages | None:
 def layout_of(config: RunConfig) -> Layout:
     """Return how the run's steps are spread out."""
     assert config.parallel.pipeline_layers is not None, "not derived"
+    recompute = config.parallel.activation_checkpointing
+    layer = layer_parameters(shape_of(config)) / config.parallel.tensor_model_parallel_size
     accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
     return Layout(
         stage_layers=config.parallel.pipeline_layers,
@@ -100,10 +105,28 @@ def layout_of(config: RunConfig) -> Layout:
         data=config.batch.data_parallel,
         # Stages 1 and 2 are left out where there is nobody to share with (engine/deepspeed_engine.py).
         zero_stage=config.zero_stage if config.batch.data_parallel > 1 or config.zero_stage == 3 else 0,
-        recompute=config.parallel.activation_checkpointing,
+        recompute=recompute,
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
+        kept_whole=kept_whole(config.deepspeed.get("zero_optimization", {}), layer, recompute),
     )
+
+
+def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bool) -> float:
+    """Return the parameters that ZeRO 3 leaves whole from a micro batch's forward pass to its backward pass, at most.
+
+    layer: parameters of one layer on a rank. Two limits of DeepSpeed, of which the looser one counts. A weight is kept
+    if no more than stage3_max_reuse_distance elements come before its next use; what follows the layer comes twice
+    until then, and three times where it is recomputed. Prefetching, if there is any, passes over weights that are whole
+    until it meets the backward pass, and keeps them too: only stage3_max_live_parameters holds it back, which counts
+    what is in use, about an MLP. Right to half a layer, as whole matrices are let go of. (With neither, recomputation
+    gathers a third time, which the cost model does not count.)
+    Source: runtime/zero/partitioned_param_coordinator.py of deepspeed 0.19.8; counted in tests/dist.
+    """
+    reuse = int(zero_optimization.get("stage3_max_reuse_distance", DEFAULT_KEPT_PARAMETERS)) / (3 if recompute else 2)
+    if int(zero_optimization.get("stage3_prefetch_bucket_size", 1)) == 0:
+        return reuse
+    return max(reuse, int(zero_optimization.get("stage3_max_live_parameters", DEFAULT_KEPT_PARAMETERS)) - layer * 2 / 3)
 
 
 def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ import torch
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
-from raptr_ds.paths.cost import ModelShape, num_parameters
+from raptr_ds.paths.cost import num_parameters
 from raptr_ds.paths.memory import TrainingState, rank_memory
 from raptr_ds.paths.step_time import Layout
-from tests.dist.trajectory import Case, batch_at, build_engine, model_of
+from tests.dist.trajectory import Case, batch_at, build_engine, shape_of
 from tests.dist.workers import run_distributed
 
 
@@ -58,8 +58,7 @@ CASES = {
 def test_weights_and_optimizer_are_as_the_formula_says(name):
     world_size, values = CASES[name]
     case = Case(num_layers=8, schedule="2-8", **values)
-    model = model_of(case)
-    shape = ModelShape(**{field: getattr(model, field) for field in ModelShape.__dataclass_fields__})
+    shape = shape_of(case)
     layout = Layout(
         case.pipeline_layers or (8,),
         case.micro_batch,
@@ -95,8 +94,7 @@ def test_the_buffer_of_gradients_is_no_larger_than_all_gradients(zero):
     for bucket, _ in run_distributed(reduce_bucket, 2, Case(zero=zero, reduce_bucket=5000)):
         assert bucket == 5000
     layout, state = Layout((5,), 2, 3, data=2, zero_stage=zero), TrainingState(4, reduce_bucket=500_000_000)
-    model = model_of(Case())
-    shape = ModelShape(**{field: getattr(model, field) for field in ModelShape.__dataclass_fields__})
+    shape = shape_of(Case())
     with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
     without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
     assert with_bucket - without == 2 * num_parameters(shape)

@@ -9,7 +9,11 @@ import torch
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
-from tests.dist.trajectory import Case, batch_at, build_engine, path_method
+from raptr_ds.paths.cost import num_parameters
+from raptr_ds.paths.memory import TrainingState, rank_memory
+from raptr_ds.paths.step_time import Layout
+from raptr_ds.runtime.method import kept_whole
+from tests.dist.trajectory import Case, batch_at, build_engine, path_method, shape_of
 from tests.dist.workers import run_distributed
 
 
@@ -119,6 +123,13 @@ def test_no_more_than_asked_for_is_whole_at_once() -> None:
     assert limited.restarts == 0
     # What is being used comes on top of what is fetched ahead: a layer's largest matrix, and the embedding.
     assert limited.most_live < 4 * layer
+    # The plan's memory: what is whole beside the rank's share, of two ranks. Right to a layer.
+    shape = shape_of(case)
+    for seen, options in ((free, ()), (limited, limits)):
+        kept = kept_whole({f"stage3_{key}": value for key, value in options}, layer, recompute=False)
+        layout = Layout((8,), 6, 1, data=2, zero_stage=3, bytes_per_value=1, kept_whole=kept)
+        weights = rank_memory(shape, layout, TrainingState(4), 0, 8, 2).weights - num_parameters(shape) / 2
+        assert seen.most_live == pytest.approx(weights, abs=layer)
 
 
 def test_a_wrong_order_is_recorded_anew() -> None:

@@ -20,6 +20,7 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod, build_path_method
+from raptr_ds.paths.cost import ModelShape
 from raptr_ds.paths.several import several_paths
 
 SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
@@ -129,6 +130,12 @@ def model_of(case: Case) -> ModelSection:
             attention_dropout=case.dropout,
         )
     )
+
+
+def shape_of(case: Case) -> ModelShape:
+    """Return the shape of the case's model."""
+    model = model_of(case)
+    return ModelShape(**{name: getattr(model, name) for name in ModelShape.__dataclass_fields__})
 
 
 def build_engine(case: Case, groups: ProcessGroups) -> Engine:

@@ -49,7 +49,7 @@ def test_communication_follows_bytes_and_active_layers():
     links = Device(np.inf, 1e9, np.inf, 1e9, ranks_per_machine=2, latency_seconds=0.0)
     # An all-reduce sends twice what a reduce-scatter does; three micro batches. Which one DeepSpeed makes is counted
     # in tests/dist/test_proportional.py.
-    for stage, reductions, gathers in ((0, 2, 0), (1, 2, 1), (2, 6, 1), (3, 3, 6)):
+    for stage, reductions, gathers in ((0, 2, 0), (1, 2, 1), (2, 6, 1), (3, 3, 3)):
         layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
         times = step_seconds(PATHS, SHAPE, layout, links, 10)
         for path, reduced, gathered, stepped in zip(
@@ -59,6 +59,15 @@ def test_communication_follows_bytes_and_active_layers():
             assert reduced == pytest.approx(reductions * touched * 2 * 3 / 4 / 1e9)
             assert gathered == pytest.approx(gathers * touched * 2 * 3 / 4 / 1e9)
             assert stepped == pytest.approx(touched / (4 if stage else 1) * 30 / 1e9)
+
+
+@pytest.mark.parametrize(("kept", "again"), [(0, 8), (3, 5), (8, 0), (100, 0)])
+def test_zero_3_gathers_layers_again_that_it_has_not_kept_whole(kept, again):
+    links = Device(np.inf, np.inf, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
+    layout = Layout((8,), 4, 3, data=4, zero_stage=3, kept_whole=kept * layer_parameters(SHAPE))
+    gathered = num_parameters(SHAPE) + again * layer_parameters(SHAPE)
+    times = step_seconds([Path.full(8)], SHAPE, layout, links, 10)
+    assert times.gathers == pytest.approx(3 * gathered * 2 * 3 / 4 / 1e9)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
