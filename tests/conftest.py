@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ProcessesFirst(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             folder = nodeid.split("/")[1]
-            return folder if folder in {"dist", "slurm"} else nodeid.split("::")[0]
+            return folder if folder in {"dist", "slurm"} else nodeid.split("::", maxsplit=1)[0]
 
     config.option.loadscopereorder = False  # in the order of collection: tests/dist, the longest, begins
     return ProcessesFirst(config, log)

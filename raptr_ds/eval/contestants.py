@@ -43,7 +43,7 @@ class OurStep:
         loader: Loader | None,
     ) -> None:
         self._engine, self._config, self._works, self._loader = engine, config, works, loader
-        self._agreement = PathAgreement(groups, self._words_at, lambda: False, _STEPS_AHEAD)
+        self._agreement = PathAgreement(groups, self._words_at, Path.decode, lambda: False, _STEPS_AHEAD)
         self._step = 0
 
     def _words_at(self, step: int) -> np.ndarray:
@@ -57,7 +57,7 @@ class OurStep:
         The loader's batch is taken and left: all steps train on the same one.
         """
         start = time.perf_counter()
-        path = Path.decode(self._agreement.at(self._step).words)
+        path = self._agreement.at(self._step).path
         agreed = time.perf_counter()
         if self._loader is not None:
             self._loader.at(self._step)

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,17 +14,18 @@ from raptr_ds.errors import AgreementError, RaptrError
 from raptr_ds.parallel.groups import ProcessGroups
 
 T = TypeVar("T")
+PathT = TypeVar("PathT")
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all ranks will do in a step: the encoded path, and whether to stop before it."""
+class Agreed(Generic[PathT]):
+    """What all ranks will do in a step: the path that they train, and whether to stop before it."""
 
-    words: np.ndarray
+    path: PathT
     stop: bool
 
 
-class PathAgreement:
+class PathAgreement(Generic[PathT]):
     """Broadcasts rank 0's path of each step and has every rank check it against its own.
 
     Paths are pure functions of (seed, step), so a difference means that ranks run different code, configuration or
@@ -36,20 +37,22 @@ class PathAgreement:
         self,
         groups: ProcessGroups,
         words_at: Callable[[int], np.ndarray],
+        decode: Callable[[np.ndarray], PathT],
         stop_requested: Callable[[], bool],
         num_steps: int,
     ) -> None:
-        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size."""
+        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size; decode: its inverse."""
         self._rank, self._world_size = groups.rank, groups.topology.world_size
-        self._words_at, self._stop_requested, self._num_steps = words_at, stop_requested, num_steps
+        self._words_at, self._decode = words_at, decode
+        self._stop_requested, self._num_steps = stop_requested, num_steps
         self._group = dist.new_group(backend="gloo")
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[int, Agreed | Exception]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, Agreed[PathT] | Exception]] = queue.SimpleQueue()
         self._under_way: int | None = None
         # A daemon: a rank that leaves must not wait for an exchange whose other side is gone.
         threading.Thread(target=self._serve, name="path-agreement", daemon=True).start()
 
-    def at(self, step: int) -> Agreed:
+    def at(self, step: int) -> Agreed[PathT]:
         """Return what was agreed for `step` (0-based), and start on the next one.
 
         Raises: AgreementError, on every rank, naming the step and the ranks whose path differs.
@@ -89,7 +92,7 @@ class PathAgreement:
             except Exception as error:  # handed to the loop, which raises it
                 self._answers.put((step, error))
 
-    def _agree(self, step: int) -> Agreed:
+    def _agree(self, step: int) -> Agreed[PathT]:
         own = torch.from_numpy(np.concatenate([[step], self._words_at(step)]).astype(np.int64))
         leader = own.clone()
         dist.broadcast(leader, src=0, group=self._group)
@@ -104,7 +107,7 @@ class PathAgreement:
                 "All ranks must run the same code, run file, seed and library versions. Compare them on these ranks; "
                 "nothing of this step has been trained."
             )
-        return Agreed(leader.numpy()[1:], stop=bool(votes[-1]))
+        return Agreed(self._decode(leader.numpy()[1:]), stop=bool(votes[-1]))
 
 
 def _listed(ranks: list[int]) -> str:

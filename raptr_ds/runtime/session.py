@@ -45,7 +45,7 @@ class Session:
     cost: StepCost
     engine: Engine
     batches: Loader
-    agreement: PathAgreement
+    agreement: PathAgreement[Path]
     checkpoints: Checkpoints
     metrics: Metrics
     signals: StopSignals
@@ -55,7 +55,7 @@ class Session:
     def agreed_path(self, step: int) -> tuple[Path, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
         agreed = self.agreement.at(step)
-        return Path.decode(agreed.words), agreed.stop
+        return agreed.path, agreed.stop
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a 0-based step."""
@@ -210,7 +210,11 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         stack.enter_context(metrics)
         agreement = PathAgreement(
-            groups, lambda step: method.path_at(step).encode(), lambda: signals.requested, config.train.steps
+            groups,
+            lambda step: method.path_at(step).encode(),
+            Path.decode,
+            lambda: signals.requested,
+            config.train.steps,
         )
         non_finite = NonFinitePolicy(config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback")
         signals.progressed()

@@ -27,6 +27,7 @@ def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, s
     agreement = PathAgreement(
         groups,
         _paths(launch.rank, odd_ranks, odd_step),
+        Path.decode,
         lambda: launch.rank == stop_rank and len(done) >= stop_at,
         steps,
     )
@@ -37,7 +38,7 @@ def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, s
             return len(done), False, str(error)
         if agreed.stop:
             return len(done), True, ""
-        assert Path.decode(agreed.words).layers == (0, 1, 3)
+        assert agreed.path.layers == (0, 1, 3)
         done.append(step)
     return len(done), False, ""
 
@@ -71,7 +72,7 @@ def agree_after_a_restart(launch: Launch, stop_rank: int) -> list[tuple[int, boo
     """Agree on steps 0 to 4, go back to step 2 and on to the end; a rank asks to stop just before it goes back."""
     groups = initialize_process_groups(launch, 1, 1)
     asked, done = [False], []
-    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), lambda: asked[0], 8)
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), Path.decode, lambda: asked[0], 8)
     for step in range(5):
         done.append((step, agreement.at(step).stop))
     asked[0] = launch.rank == stop_rank
