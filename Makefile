@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN ?= bert_quickstart
 PROCESSES ?= 2
 DATA ?= data/docs
-PYTEST_ARGS ?= --numprocesses 2
+PYTEST_ARGS ?=
 
 export PYTHON
 # A command inside the environment, as if it were activated.

@@ -1,8 +1,7 @@
-"""What holds for every test: one thread per process, GPU tests only where there is a GPU, and what runs beside what."""
+"""What holds for every test: one thread per process, and GPU tests only where there is a GPU."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,20 +23,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs an NVIDIA GPU, and torch sees none")
-
-
-@pytest.hookimpl(optionalhook=True)  # there is no such hook without --numprocesses
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run the tests of many processes one after another, and all others beside them, file by file.
-
-    A pool of distributed workers fills two cores; two pools on two cores would get in each other's way.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ProcessesFirst(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            folder = nodeid.split("/")[1]
-            return folder if folder in {"dist", "slurm"} else nodeid.split("::", maxsplit=1)[0]
-
-    config.option.loadscopereorder = False  # in the order of collection: tests/dist, the longest, begins
-    return ProcessesFirst(config, log)

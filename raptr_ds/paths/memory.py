@@ -173,8 +173,8 @@ def rank_memory(
         3: parameters / shards * gradient + bucket,
     }[zero]
     weights = parameters * value / (shards if zero == 3 else 1)
-    if zero == 3:  # what is kept whole, a layer that is gathered, and the next
-        weights += min(active, layout.kept_whole + 2 * layer_parameters(shape) / layout.tensor) * value
+    if zero == 3:  # what is kept whole, and the layer in use
+        weights += min(active, layout.kept_whole + layer_parameters(shape) / layout.tensor) * value
     return RankMemory(
         weights, gradients, optimizer, activation_bytes(shape, layout, state, stage, num_active, predicted_per_sequence)
     )

@@ -67,8 +67,8 @@ def test_zero_stages_share_what_they_share():
     assert memory(1, 4).optimizer == totals * 3
     assert memory(2, 4).gradients == totals * 2 / 4
     assert memory(3, 4).weights == totals * 2 / 4 + totals * 2  # small enough for ZeRO 3 to keep it whole
-    few = 2 * 12 * SHAPE.hidden_size**2 * 2
-    assert memory(3, 4, kept_whole=0).weights == pytest.approx(totals * 2 / 4 + few, rel=0.02)
+    layer = 12 * SHAPE.hidden_size**2 * 2
+    assert memory(3, 4, kept_whole=0).weights == pytest.approx(totals * 2 / 4 + layer, rel=0.02)
     assert memory(1, 4, tensor=2).optimizer == totals * 1.5
     assert [memory(zero, 1).total for zero in (1, 2)] == sorted(
         [memory(zero, 1).total for zero in (1, 2)], reverse=True
