@@ -1,8 +1,8 @@
 """Memory: what one rank holds, by formula: weights, gradients, optimizer state, and the activations of a path.
 
 Activations are the tensors that torch keeps for the backward pass, as the model is written (raptr_ds/model) and a CPU
-runs it; fused kernels on a GPU keep the same or less. Not counted: the allocator's slack, kernels' workspaces, and the
-framework itself.
+runs it; fused kernels on a GPU keep the same or less. Not counted: the allocator's slack, kernels' workspaces, the
+framework itself, and the fp32 copies of short sequences' attention in 16 bits on a CPU (model/attention.py).
 """
 
 from dataclasses import dataclass, replace
