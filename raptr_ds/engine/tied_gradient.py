@@ -28,6 +28,7 @@ class TiedGradient:
         self._is_first, self._group, self._dtype = groups.is_first_stage, groups.embedding, dtype
         ranks = dist.get_process_group_ranks(groups.embedding)
         self._other = ranks[-1] if self._is_first else ranks[0]
+        self._rows = torch.empty(0, dtype=torch.int64)  # of the step's tokens, counted from this rank's first
         self._arriving: tuple[torch.Tensor, Any] | None = None
         self._passes_left = 0
 

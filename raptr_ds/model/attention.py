@@ -90,7 +90,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
     forward pass makes up for that.
     """
     dtype = query.dtype
-    if query.is_cuda or dtype.itemsize != 2 or query.shape[2] > _SHORT:
+    if query.device.type != "cpu" or dtype.itemsize != 2 or query.shape[2] > _SHORT:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     query, key, value = query.float(), key.float(), value.float()
     mask = None if mask is None else mask.float()

@@ -18,7 +18,6 @@ from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
-from raptr_ds.paths.cost import ModelShape
 from raptr_ds.pretrain import train
 from raptr_ds.runtime.checkpoint_folder import checkpoints_in, step_folder
 from raptr_ds.runtime.checkpoints import Checkpoints
@@ -27,7 +26,7 @@ from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
-from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
+from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method, shape_of
 from tests.dist.workers import run_distributed
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -217,12 +216,11 @@ def open_loop(
     config: RunConfig = load_run_config(run_file(case, folder / f"rank-{launch.rank}", settings), (), launch.world_size)
     engine, method, model = build_engine(case, groups), path_method(case), model_of(case)
     batches = PoisonedBatches(case, groups, engine, bad, rank=1)
-    shape = ModelShape(**{name: getattr(model, name) for name in ModelShape.__dataclass_fields__})
     session = Session(
         config=replace(config, model=model),
         groups=groups,
         method=method,
-        cost=StepCost(shape, case.global_batch, recompute=False),
+        cost=StepCost(shape_of(case), case.global_batch, recompute=False),
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
         agreement=PathAgreement(groups, lambda step: method.path_at(step).encode(), Path.decode, lambda: False, case.steps),
