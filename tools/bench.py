@@ -27,17 +27,16 @@ import numpy as np
 import raptr_ds.parallel.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
 from raptr_ds.analysis.benchmark_plot import plot_benchmark
 from raptr_ds.config.load import RunConfig, load_run_config
-from raptr_ds.data.batch import StepBatch, collate
+from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader, build_loader, folders_of, load_tokenizer
-from raptr_ds.data.sample import Sample
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.eval.preparation_benchmark import measure_preparation
+from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.eval.step_benchmark import measure_steps
 from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
-from raptr_ds.rng import stream
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
 DEFAULT_VOCAB_SIZE = 8192
@@ -164,31 +163,8 @@ def _batch(
         )
         return config, loader.at(0), loader, f"text of {', '.join(folders_of(config.data.path))}"
     vocab_size = random_vocab_size or config.model.vocab_size or DEFAULT_VOCAB_SIZE
-    return config.with_vocab_size(vocab_size), _random_batch(config, vocab_size, data_rank), None, "random tokens"
-
-
-def _random_batch(config: RunConfig, vocab_size: int, data_rank: int) -> StepBatch:
-    """Return a rank's full sequences of random tokens, with as many predictions as text would have."""
-    model, batch = config.model, config.batch
-    ul2 = model.architecture == "ul2"
-    count = model.seq_length // 4 if ul2 else max(1, round(config.objective.mask_rate * model.seq_length))
-    samples = []
-    for number in range(batch.global_batch):
-        rng = stream(config.train.seed, "bench sample", number)
-        positions = np.arange(count) + model.seq_length - count
-        if not ul2:
-            positions = np.sort(rng.permutation(model.seq_length)[:count])
-        samples.append(
-            Sample(
-                tokens=rng.integers(0, vocab_size, model.seq_length),
-                positions=positions.astype(np.int64),
-                targets=rng.integers(0, vocab_size, count),
-                prefix_length=model.seq_length - count if ul2 else model.seq_length,
-            )
-        )
-    size = batch.micro_batch
-    starts = range(data_rank * size, batch.global_batch, size * batch.data_parallel)
-    return StepBatch(tuple(collate(samples[i : i + size], range(i, i + size), model.seq_length, 0) for i in starts))
+    config = config.with_vocab_size(vocab_size)
+    return config, random_step_batch(config, data_rank), None, "random tokens"
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ class OurStep:
         self._step += 1
         return agreed - start, loaded - agreed
 
+    def close(self) -> None:
+        """Wait for the agreement that runs ahead; all ranks call it alike, so that none leaves another alone in it."""
+        self._agreement.restart()
+
 
 def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> Path:
     """Return a random path that costs `work` whole layers.

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import MicroBatch
+from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
@@ -22,8 +22,7 @@ from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import layer_parameters, step_flops
 from raptr_ds.paths.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
-from raptr_ds.rng import stream
-from raptr_ds.runtime.method import layout_of, predictions_per_sequence, shape_of
+from raptr_ds.runtime.method import layout_of, shape_of
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
 _WARMUP, _REPETITIONS = 2, 7
@@ -49,7 +48,7 @@ def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> 
     num_layers = min(config.model.num_layers, _MOST_LAYERS)
     stage = build_stage(config.model, groups, range(num_layers), recompute=False, seed=0).to(groups.device)
     stage = stage.to(_DTYPES[config.precision])
-    batch = _random_batch(config).to(groups.device)
+    batch = random_step_batch(config, 0).micro_batches[0].to(groups.device)
     path = Path(tuple(range(num_layers)), config.model.num_layers)
     seconds = _slowest(groups, lambda: _train(stage, batch, path))
     if tensor > 1:
@@ -114,19 +113,3 @@ def synchronize(device: torch.device) -> None:
     """Wait for what a GPU was given to do; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _random_batch(config: RunConfig) -> MicroBatch:
-    """Return a micro batch of full sequences with as many predictions as the run expects."""
-    model, size = config.model, config.batch.micro_batch
-    assert model.vocab_size is not None, "the vocabulary's size is not known"
-    count = max(1, round(predictions_per_sequence(config)))
-    rng = stream(0, "device measurement")
-    samples = []
-    for _ in range(size):
-        tokens = rng.integers(0, model.vocab_size, model.seq_length)
-        positions = rng.permutation(model.seq_length)[:count]
-        positions.sort()
-        prefix = model.seq_length if model.architecture == "bert" else model.seq_length - count
-        samples.append(Sample(tokens, positions, tokens[positions], prefix))
-    return collate(samples, range(size), model.seq_length, pad_id=0)

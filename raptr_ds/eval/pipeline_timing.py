@@ -11,15 +11,13 @@ import torch
 import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
-from raptr_ds.data.batch import StepBatch, collate
-from raptr_ds.data.sample import Sample
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
+from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
 from raptr_ds.paths.simulator import pipeline_seconds
-from raptr_ds.rng import stream
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def time_steps(
     assert isinstance(engine, PipelineEngine), "one pipeline stage has no pipeline to time"
     if sleeps:
         sleep_in_layers(engine.body.stage, forward_seconds, backward_seconds)
-    batch = _random_batch(config, groups.data_rank)
+    batch = random_step_batch(config, groups.data_rank)
     full = Path.full(config.model.num_layers)
     for step in range(warmup_steps):
         engine.train_step(batch, full, step, 1e-4)
@@ -126,16 +124,3 @@ def _slowest(groups: ProcessGroups, step: Callable[[], object]) -> float:
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     return seconds.item()
-
-
-def _random_batch(config: RunConfig, data_rank: int) -> StepBatch:
-    length, size = config.model.seq_length, config.batch.micro_batch
-    assert config.model.vocab_size is not None
-    micro_batches = []
-    for number in range(config.batch.accumulation):
-        rng = stream(config.train.seed, "pipeline timing", data_rank, number)
-        tokens = rng.integers(0, config.model.vocab_size, (size, length))
-        positions = np.arange(0, length - 1, 7)
-        samples = [Sample(row, positions, row[positions + 1], prefix_length=length) for row in tokens]
-        micro_batches.append(collate(samples, range(size), length, 0))
-    return StepBatch(tuple(micro_batches))

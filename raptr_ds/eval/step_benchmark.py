@@ -108,6 +108,7 @@ def measure_steps(
     for _ in range(MEMORY_ROUNDS):
         for measured, step in turns:
             _measure_memory(measured, groups.device, step)
+    ours.close()
     setting = setting_of(config, measure_device(config, groups, Device()))
     for measured in paths:
         path = measured_path(config, measured.path_length, stream(0, "bench prediction"))

@@ -57,7 +57,8 @@ def prepare_imports(has_gpu: bool) -> None:
     """Settle what DeepSpeed and megatron-core would find out and print, on every rank, when they are imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
+        warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
 
 
 def _slurm_launch() -> Launch:

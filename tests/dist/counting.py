@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counter(TorchDispatchMode):
     """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
 
-    largest_bytes: by collective, those of the larger side of each call: what a reduce-scatter gets, an all-gather gives.
+    largest_bytes: by collective, the larger side of each call: what a reduce-scatter gets, an all-gather gives.
     """
 
     def __init__(self) -> None:

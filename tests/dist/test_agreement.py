@@ -1,4 +1,4 @@
-"""Agreement: a rank with another path, another wish to stop or another error never makes the others hang or go astray."""
+"""Agreement: a rank with another path, another wish to stop or another error never makes others hang or go astray."""
 
 import numpy as np
 import pytest

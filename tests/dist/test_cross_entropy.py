@@ -1,4 +1,4 @@
-"""The vocabulary split over tensor ranks, unevenly: each rank's loss and shards of gradients are those of plain torch."""
+"""The vocabulary split over tensor ranks, unevenly: each rank's loss and gradients are those of plain torch."""
 
 import pytest
 import torch

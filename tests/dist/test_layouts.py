@@ -1,9 +1,9 @@
 """One trajectory: in fp32 every layout gives the losses, norms and weights of plain torch in one process.
 
-Tolerances are fp32 rounding. Layouts sum in other orders, which is about 1e-7 relative a step: over 50 steps the largest
-differences seen are 2.7e-7 in the loss, 8e-7 in the norm and, in fewer steps of zero_grad, 1.3e-5 in a weight, where
-AdamW divides a gradient that is rounding noise by its own size. The errors these tests look for (a stale gradient, a wrong
-mean, a norm that counts twice) are 1e-3 and more in the loss.
+Tolerances are fp32 rounding. Layouts sum in other orders, which is about 1e-7 relative a step: over 50 steps the
+largest differences seen are 2.7e-7 in the loss, 8e-7 in the norm and, in fewer steps of zero_grad, 1.3e-5 in a weight,
+where AdamW divides a gradient that is rounding noise by its own size. The errors these tests look for (a stale
+gradient, a wrong mean, a norm that counts twice) are 1e-3 and more in the loss.
 """
 
 from dataclasses import replace
@@ -119,7 +119,13 @@ WIDTHS = {
 PAIRS = [("bert-freeze", layout) for layout in LAYOUTS] + [
     (run, layout)
     for run in RUNS
-    for layout in {"bert-freeze": (), "bert-freeze-50-steps": LONG, "bert-stacking": GROWING, **SEVERAL_PATHS, **WIDTHS}.get(run, FEW)
+    for layout in {
+        "bert-freeze": (),
+        "bert-freeze-50-steps": LONG,
+        "bert-stacking": GROWING,
+        **SEVERAL_PATHS,
+        **WIDTHS,
+    }.get(run, FEW)
 ]
 
 

@@ -223,7 +223,9 @@ def open_loop(
         cost=StepCost(shape_of(case), case.global_batch, recompute=False),
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
-        agreement=PathAgreement(groups, lambda step: method.path_at(step).encode(), Path.decode, lambda: False, case.steps),
+        agreement=PathAgreement(
+            groups, lambda step: method.path_at(step).encode(), Path.decode, lambda: False, case.steps
+        ),
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
         metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
         signals=StopSignals(watch_launcher=False),

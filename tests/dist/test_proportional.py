@@ -1,7 +1,7 @@
 """Path-proportional ZeRO: what a step sends between ranks, and what its optimizer computes, follows the path.
 
-Bytes and elements are counted, not timed. What does not belong to layers (embedding, head, norm) is taken from a step of
-the empty path; the rest is the layers' share, of which half a path must cost half, within 5%.
+Bytes and elements are counted, not timed. What does not belong to layers (embedding, head, norm) is taken from a step
+of the empty path; the rest is the layers' share, of which half a path must cost half, within 5%.
 """
 
 from dataclasses import dataclass, replace

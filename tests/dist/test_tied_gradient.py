@@ -15,6 +15,7 @@ from tests.dist.workers import run_distributed
 
 VOCAB, HIDDEN, PAD = 61, 8, 3
 TOKENS = ([5, 60, 5, 17], [17, 2, 44], [30, 31, 59, 0])  # of a micro batch each, the second one padded
+ROWS = sorted({PAD, *(token for tokens in TOKENS for token in tokens)})
 
 
 def sum_gradients(
@@ -28,7 +29,7 @@ def sum_gradients(
     tied = TiedGradient(embedding, groups, dtype)
     samples = [Sample(torch.tensor(t).numpy(), torch.tensor([0]).numpy(), torch.tensor([1]).numpy(), 0) for t in TOKENS]
     batch = StepBatch(tuple(collate([sample], [0], 4, PAD) for sample in samples))
-    rows = torch.tensor(sorted({PAD, *sum(TOKENS, [])}))
+    rows = torch.tensor(ROWS)
     rows = rows[(rows >= embedding.vocab_start_index) & (rows < embedding.vocab_end_index)]
     results = []
     for step in range(2):
@@ -62,5 +63,4 @@ def test_the_sum_is_that_of_an_all_reduce(tensor: int, pipeline: int, dtype: tor
             assert torch.equal(found, expected)
             sent[rank >= tensor] += num_bytes
     row = HIDDEN * dtype.itemsize
-    num_rows = len({PAD, *sum(TOKENS, [])})
-    assert sent == [2 * num_rows * row, 2 * -(-VOCAB // tensor) * tensor * row]
+    assert sent == [2 * len(ROWS) * row, 2 * -(-VOCAB // tensor) * tensor * row]

@@ -142,7 +142,15 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
-    stage = build_stage(model_of(case), groups, layers[groups.pipeline_rank], case.recompute, SEED, case.compile, case.keep_activations_up_to)
+    stage = build_stage(
+        model_of(case),
+        groups,
+        layers[groups.pipeline_rank],
+        case.recompute,
+        SEED,
+        case.compile,
+        case.keep_activations_up_to,
+    )
     if case.engine == "reference":
         return ReferenceEngine(stage, SEED, case.skipped_update, case.max_norm)
     config: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Distributed tests on gloo: one pool of worker processes that import torch and DeepSpeed once and run case after case.
 
-Importing costs 5 s of CPU in each process, so a fresh spawn per case would be most of the suite's time. After a failure or
-a timeout the pool is killed, by process id, and the next case gets a fresh one.
+Importing costs 5 s of CPU in each process, so a fresh spawn per case would be most of the suite's time. After a failure
+or a timeout the pool is killed, by process id, and the next case gets a fresh one.
 """
 
 import gc
@@ -20,7 +20,7 @@ MAX_WORKERS = 4
 MAX_THREADS = 150  # pipeline and ZeRO 3 engines leave theirs behind; a worker with more than these is replaced
 
 
-class WorkerFailure(AssertionError):
+class WorkerError(AssertionError):
     """A worker raised, died or hung; carries the failing rank's traceback."""
 
 
@@ -39,6 +39,8 @@ def _serve(inbox: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a third of a million objects of imported libraries, which every case's collections would go through
     while True:
         try:
             module, name, rank, world_size, port, args = inbox.recv()
@@ -90,8 +92,8 @@ def _run_case(module: str, name: str, rank: int, world_size: int, port: int, arg
 def _forget_engines() -> None:
     """Let go of the case's engines.
 
-    ZeRO's gradient hooks hold their engine in a cycle that goes through autograd's C++ side, which Python cannot collect;
-    an engine that stays keeps the threads of a dozen gloo groups, and hundreds of those slow everything down.
+    ZeRO's gradient hooks hold their engine in a cycle that goes through autograd's C++ side, which Python cannot
+    collect; an engine that stays keeps the threads of a dozen gloo groups, and hundreds of those slow everything down.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -112,7 +114,7 @@ class Pool:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
         """Run function(launch, *args) on ranks 0..world_size-1 and return their results, by rank.
 
-        Raises: WorkerFailure with the first failing rank's traceback, or the ranks that hung.
+        Raises: WorkerError with the first failing rank's traceback, or the ranks that hung.
         """
         self._start(world_size)
         port = free_port()
@@ -128,7 +130,7 @@ class Pool:
             if not ready:
                 hung = sorted(waiting.values())
                 self.kill()
-                raise WorkerFailure(f"ranks {hung} of {world_size} did not finish {function.__name__} in {timeout} s")
+                raise WorkerError(f"ranks {hung} of {world_size} did not finish {function.__name__} in {timeout} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
@@ -138,7 +140,7 @@ class Pool:
                     state, value = "failed", "the process died"
                 if state == "failed":
                     self.kill()
-                    raise WorkerFailure(f"rank {rank} of {world_size} failed in {function.__name__}:\n{value}")
+                    raise WorkerError(f"rank {rank} of {world_size} failed in {function.__name__}:\n{value}")
                 results[rank], threads = value
                 tired = tired or threads > MAX_THREADS
         if tired:
