@@ -37,6 +37,7 @@ from raptr_ds.eval.step_benchmark import measure_steps
 from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
+from raptr_ds.runtime.host_memory import keep_freed_memory
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
 DEFAULT_VOCAB_SIZE = 8192
@@ -57,6 +58,8 @@ def main() -> None:
     groups = initialize_process_groups(
         launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     )
+    if groups.device.type == "cpu":
+        keep_freed_memory()  # as in training, and the other stacks get it too
     with contextlib.ExitStack() as stack:
         config, batch, loader, origin = _batch(config, options.random_tokens, groups.data_rank)
         if loader is not None:
