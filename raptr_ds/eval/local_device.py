@@ -12,6 +12,7 @@ from torch.multiprocessing.spawn import spawn
 from raptr_ds.config.load import RunConfig
 from raptr_ds.parallel.launch import Launch, free_port, prepare_imports
 from raptr_ds.paths.step_time import Device
+from raptr_ds.runtime.host_memory import keep_freed_memory
 
 
 def measure_this_machine(config: RunConfig, num_processes: int, device: Device) -> Device:
@@ -28,7 +29,10 @@ def measure_this_machine(config: RunConfig, num_processes: int, device: Device) 
 
 
 def _rank(rank: int, count: int, port: int, config: RunConfig, device: Device, found: Path) -> None:
-    prepare_imports(has_gpu=torch.cuda.is_available())
+    has_gpu = torch.cuda.is_available()
+    prepare_imports(has_gpu)
+    if not has_gpu:
+        keep_freed_memory()
     import torch.distributed as dist
 
     from raptr_ds.eval.device_measurement import measure_device

@@ -12,24 +12,31 @@ EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before l
 
 
 class Embedding(nn.Module):
-    """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them."""
+    """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them.
+
+    Where the head is tied to it and on the same stage, both use the weight that forward returns.
+    """
 
     def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
         super().__init__()
         self.dropout_rate = model.hidden_dropout
+        self.is_shared = model.tie_word_embeddings and groups.is_last_stage
         self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
         learned = model.position_embedding == "learned"
         self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
 
     def forward(
         self, tokens: torch.Tensor, streams: DropoutStreams | None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Map (b, T) ids to (b, T, H); positions (b, T) where they do not just count up (packed sequences)."""
-        x = self.word(tokens)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map (b, T) ids to (b, T, H), and return the weight (rows here, H) for a head that is tied to it.
+
+        positions: (b, T), where they do not just count up (packed sequences).
+        """
+        x, weight = self.word.with_weight(tokens) if self.is_shared else (self.word(tokens), self.word.weight)
         if self.position is not None:
             if positions is None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device)
             x = x + self.position(positions)
         if streams is None or self.dropout_rate == 0.0:
-            return x
-        return dropout(x, self.dropout_rate, streams.of_layer(EMBEDDING_LAYER), "embedding")
+            return x, weight
+        return dropout(x, self.dropout_rate, streams.of_layer(EMBEDDING_LAYER), "embedding"), weight

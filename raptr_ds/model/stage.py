@@ -56,9 +56,12 @@ class Stage(nn.Module):
         the last stage the losses of the predicted positions, (N,) fp32.
         """
         positions = None if batch.segments is None else batch.segments.positions
+        word_weight = None
         if self.is_first:
             assert self.embedding is not None
-            x = self.embedding(x, streams, positions)
+            x, word_weight = self.embedding(x, streams, positions)
+        elif self.embedding is not None:
+            word_weight = self.embedding.word.weight
         mask = _to_be_added(self.architecture.attention_mask(batch), x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
@@ -69,8 +72,7 @@ class Stage(nn.Module):
         x = self.layers(x, path, mask, rotary, streams)
         if self.head is None:
             return x
-        tied = self.embedding.word.weight if self.embedding is not None and self.model.tie_word_embeddings else None
-        return self.head(x, batch.positions, batch.targets, tied)
+        return self.head(x, batch.positions, batch.targets, word_weight)
 
 
 def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -15,10 +15,10 @@ from raptr_ds.parallel.megatron_core import (
     ColumnParallelLinear,
     ModelParallelConfig,
     RowParallelLinear,
-    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from raptr_ds.parallel.word_embedding import WordEmbedding
 
 
 @dataclass(frozen=True)
@@ -250,15 +250,16 @@ def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> VocabParallelEmbedding:
+def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> WordEmbedding:
     """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden)."""
-    layer = VocabParallelEmbedding(
+    layer = WordEmbedding(
         padded_vocab_size(vocab_size, groups),
         hidden_size,
         init_method=_no_initialization,
         config=_parallel_config(groups),
         tp_group=groups.tensor,
     )
+    layer.is_split = groups.topology.tensor > 1
     layer.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     _mark(layer.weight, 0, vocab_size, groups)
     return layer
