@@ -61,6 +61,12 @@ def prepare_imports(has_gpu: bool) -> None:
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
 
 
+def has_own_malloc_settings() -> bool:
+    """Whether the user's environment tells glibc how to manage memory."""
+    names = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
+    return any(name in os.environ for name in names)
+
+
 def _slurm_launch() -> Launch:
     env = os.environ
     address = env.get("MASTER_ADDR") or _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])

@@ -1,8 +1,8 @@
 """Step time: a cost model that predicts how long a step along any path takes on any layout.
 
 Layers and head take their executed FLOPs at the effective speed; tensor-parallel reductions, transfers between
-pipeline stages, the gradients' reduction, ZeRO's gathers and the optimizer take their bytes at the links' and the
-memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the slow
+pipeline stages, the gradients' reduction, ZeRO's gathers and copies and the optimizer take their bytes at the links'
+and the memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the slow
 side where communication hides behind computation.
 """
 
@@ -77,12 +77,13 @@ class StepSeconds:
     pipeline: np.ndarray
     gradients: np.ndarray
     gathers: np.ndarray
+    copies: np.ndarray
     optimizer: np.ndarray
 
     @property
     def total(self) -> np.ndarray:
         """Seconds of a step."""
-        return self.pipeline + self.gradients + self.gathers + self.optimizer
+        return self.pipeline + self.gradients + self.gathers + self.copies + self.optimizer
 
 
 def activity_table(paths: Iterable[Path]) -> np.ndarray:
@@ -150,6 +151,7 @@ def step_seconds(
         pipeline.max(axis=-1),
         _gradient_seconds(run if layout.zero_stage >= 2 else trained, layout, device).max(axis=-1),
         _gather_seconds(gathered, layout, device).max(axis=-1),
+        _copy_seconds(run, trained, layout, device).max(axis=-1),
         _optimizer_seconds(trained, layout, device).max(axis=-1),
     )
 
@@ -192,6 +194,22 @@ def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> n
     times = layout.num_micro_batches if layout.zero_stage == 3 else 1
     size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
     return times * (size / _data_link(layout, device) + device.latency_seconds)
+
+
+def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
+    """Return what passes over gradients and weights take on their way through flat buffers.
+
+    How often an element is written, in each micro batch where its layer runs and once in a step that trains it, is
+    counted in DeepSpeed 0.19.8's ZeRO (tests/dist/test_proportional.py): into a bucket, divided, flattened for the
+    reduction, and of a rank's own part back and flattened again.
+    """
+    if layout.data == 1:
+        return np.zeros_like(trained)
+    own = 1 / layout.data
+    each, once = ((0, 3), (0, 3 + 4 * own), (3 + 2 * own, 2 * own), (4 + 2 * own, 3 * own))[layout.zero_stage]
+    written = layout.num_micro_batches * each * run + once * trained
+    width = layout.gradient_bytes_per_value or layout.bytes_per_value
+    return 2 * width * written / device.memory_bytes_per_second
 
 
 def _data_link(layout: Layout, device: Device) -> float:

@@ -1,12 +1,12 @@
 """The host's memory, of a run that computes on CPUs: what a step frees stays with the process for the next one."""
 
 import ctypes
-import os
 import sys
+
+from raptr_ds.parallel.launch import has_own_malloc_settings
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _LARGEST = 2**31 - 1
-_USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory() -> None:
@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     which then clears and maps every page anew: up to a tenth of a step (docs/performance.md). The peak stays the same.
     Other C libraries are left alone.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in _USERS_OWN):
+    if sys.platform != "linux" or has_own_malloc_settings():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counter(TorchDispatchMode):
     """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
 
+    copied_elements: that ZeRO's passes through flat buffers give (cat, copy_, div_), inside or not.
+
     largest_bytes: by collective, the larger side of each call: what a reduce-scatter gets, an all-gather gives.
     """
 
@@ -20,6 +22,7 @@ class Counter(TorchDispatchMode):
         self.sent_bytes = 0
         self.largest_bytes: dict[str, int] = {}
         self.elements = 0
+        self.copied_elements = 0
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,6 +33,8 @@ class Counter(TorchDispatchMode):
             self.largest_bytes[name] = self.largest_bytes.get(name, 0) + max(sides, default=0)
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in {"cat", "copy_", "div_"}:
+            self.copied_elements += result.numel()
         if self.inside and not getattr(func, "is_view", False):
             given = result if result is not None else args[0]  # in-place operators on lists return nothing
             tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
