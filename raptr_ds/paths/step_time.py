@@ -2,8 +2,8 @@
 
 Layers and head take their executed FLOPs at the effective speed; tensor-parallel reductions, transfers between
 pipeline stages, the gradients' reduction, ZeRO's gathers and copies and the optimizer take their bytes at the links'
-and the memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the slow
-side where communication hides behind computation.
+and the memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the
+slow side where communication hides behind computation.
 """
 
 from collections.abc import Iterable, Sequence
