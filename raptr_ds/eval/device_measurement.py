@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.batch import MicroBatch
-from raptr_ds.eval.random_batch import random_step_batch
+from raptr_ds.eval.random_batch import random_micro_batch
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
@@ -48,7 +48,7 @@ def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> 
     num_layers = min(config.model.num_layers, _MOST_LAYERS)
     stage = build_stage(config.model, groups, range(num_layers), recompute=False, seed=0).to(groups.device)
     stage = stage.to(_DTYPES[config.precision])
-    batch = random_step_batch(config, 0).micro_batches[0].to(groups.device)
+    batch = random_micro_batch(config, range(config.batch.micro_batch)).to(groups.device)
     path = Path(tuple(range(num_layers)), config.model.num_layers)
     seconds = _slowest(groups, lambda: _train(stage, batch, path))
     if tensor > 1:

@@ -16,10 +16,11 @@ def random_step_batch(config: RunConfig, data_rank: int) -> StepBatch:
     """
     size, batch = config.batch.micro_batch, config.batch
     starts = range(data_rank * size, batch.global_batch, size * batch.data_parallel)
-    return StepBatch(tuple(_micro_batch(config, range(start, start + size)) for start in starts))
+    return StepBatch(tuple(random_micro_batch(config, range(start, start + size)) for start in starts))
 
 
-def _micro_batch(config: RunConfig, numbers: range) -> MicroBatch:
+def random_micro_batch(config: RunConfig, numbers: range) -> MicroBatch:
+    """Return the sequences of these numbers, as `random_step_batch` has them."""
     length = config.model.seq_length
     return collate([_sample(config, number) for number in numbers], numbers, length, pad_id=0)
 
