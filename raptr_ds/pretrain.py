@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file, by a launcher
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
-from raptr_ds.runtime.host_memory import keep_freed_memory
+from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.runtime.signals import StopSignals
 
 if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run file is told before
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
 
 def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
     """Set the run up, train it, and leave with everything on disk."""
-    import torch
+    with uncollected_imports():
+        import torch
 
-    has_gpu = torch.cuda.is_available()
-    prepare_imports(has_gpu)
+        has_gpu = torch.cuda.is_available()
+        prepare_imports(has_gpu)
+        from raptr_ds.runtime.session import open_session
     if not has_gpu:
         keep_freed_memory()
-    from raptr_ds.runtime.session import open_session
-
     with open_session(config, launch, signals) as session:
         return session.finish(train(session))
 

@@ -22,7 +22,13 @@ from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
+from raptr_ds.parallel.uncompiled import without_compiler
 from raptr_ds.paths.path import Path
+
+with without_compiler():
+    # DeepSpeed imports this in the first reduction, whatever the optimizer (stage_1_and_2.py, average_tensor), and
+    # compiles functions that only Muon calls, which we do not offer.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 _GROUP_LISTS_12 = (
     "bit16_groups",

@@ -1,7 +1,10 @@
-"""The host's memory, of a run that computes on CPUs: what a step frees stays with the process for the next one."""
+"""The host's memory: what a step frees stays with the process for the next one, and libraries are no garbage."""
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from raptr_ds.parallel.launch import has_own_malloc_settings
 
@@ -22,3 +25,18 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+@contextmanager
+def uncollected_imports() -> Iterator[None]:
+    """Import without collecting garbage, and leave what was imported out of all later collections.
+
+    torch, DeepSpeed and megatron-core are a third of a million objects that stay. Looking through them again and again
+    is a quarter of the time that importing them takes, and a tenth of a second in a collection during training.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -3,11 +3,13 @@
 docs/upstream.md tells what, where and how we work around it.
 """
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
 
 from raptr_ds.engine.learning_rate import learning_rate_at
@@ -123,6 +125,14 @@ def test_importing_megatron_core_loads_the_inductor() -> None:
     assert loads_the_inductor("megatron.core")
     assert not loads_the_inductor("raptr_ds.parallel.megatron_core")
     assert not loads_the_inductor("raptr_ds.runtime.session")
+
+
+def test_the_first_reduction_of_zero_1_and_2_loads_the_inductor() -> None:
+    """Mended: engine/path_zero.py need not import Muon."""
+    assert "import MuonWithAuxAdam" in inspect.getsource(DeepSpeedZeroOptimizer.average_tensor)
+    muon = "deepspeed.runtime.zero.muon.muon_optimizer"
+    assert loads_the_inductor(muon)
+    assert not loads_the_inductor(f"raptr_ds.engine.path_zero, {muon}")
 
 
 def elements_that_compiling_changes(options: dict[str, int]) -> int:

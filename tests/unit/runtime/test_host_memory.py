@@ -1,10 +1,13 @@
 """What is freed stays with the process, unless the user's environment says otherwise: counted in page faults."""
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
+
+from raptr_ds.runtime.host_memory import uncollected_imports
 
 PROGRAM = """
 import resource, sys
@@ -38,3 +41,14 @@ def test_memory_is_mapped_once() -> None:
 
 def test_the_environment_goes_first() -> None:
     assert min(faults("kept", MALLOC_TRIM_THRESHOLD_="131072")) >= LEAST
+
+
+def test_what_is_imported_is_left_out_of_collections() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with uncollected_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
