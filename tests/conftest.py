@@ -1,25 +1,39 @@
-"""What holds for every test: one thread per process, and GPU tests only where there is a GPU."""
+"""What holds for every test: one thread per process, no GPU, and what runs together."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share few cores
-
-TESTS = Path(__file__).parent
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by the folder that it stands in."""
-    if item.path.relative_to(TESTS).parts[0] == "gpu":
-        item.add_marker(pytest.mark.gpu)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes compute as one would: NCCL refuses two of them on one GPU
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a GPU test where it cannot run."""
-    if item.get_closest_marker("gpu"):
-        import torch
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep what shares something on one of pytest-xdist's workers.
 
-        if not torch.cuda.is_available():
-            pytest.skip("needs an NVIDIA GPU, and torch sees none")
+    Its own `--dist loadgroup` (3.8.0) has no effect under pytest 9.2, which no longer reads the `_nodeid` it writes.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid)
+
+    return Together(config, log)
+
+
+def together(nodeid: str) -> str:
+    """Return a name that a test shares with those that are to run on the same worker.
+
+    A file's tests share fixtures, all of Slurm's a cluster, and those that compile find what others have compiled. Any
+    other distributed test has processes of its own.
+    """
+    file = Path(nodeid.split("::", maxsplit=1)[0])
+    if file.name == "test_compile.py":
+        return "compile"
+    if file.parts[1] == "dist":
+        return nodeid
+    return "slurm" if file.parts[1] == "slurm" else str(file)

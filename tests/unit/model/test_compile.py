@@ -17,7 +17,7 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 from raptr_ds.rng import stream
 
-NUM_LAYERS = 5
+NUM_LAYERS, BATCH = 5, 2  # the shapes of tests/dist/trajectory.py: what is compiled for one is found by the other
 PATHS = [
     *(Path(layers, NUM_LAYERS, residual_scale=(5 / 3) ** 0.5) for layers in itertools.combinations(range(5), 3)),
     *(Path(layers, NUM_LAYERS, residual_scale=1.25**0.5) for layers in itertools.combinations(range(5), 4)),
@@ -45,10 +45,10 @@ def model_of(architecture: str) -> ModelSection:
 def batch_of(model: ModelSection) -> MicroBatch:
     rng = stream(3, "compile test")
     samples = []
-    for _ in range(3):
+    for _ in range(BATCH):
         tokens = rng.integers(0, 61, model.seq_length)
         samples.append(Sample(tokens, rng.permutation(16)[:4], tokens[:4], 16 if model.architecture == "bert" else 5))
-    return collate(samples, range(3), model.seq_length, pad_id=0)
+    return collate(samples, range(BATCH), model.seq_length, pad_id=0)
 
 
 def run(stage: Stage, batch: MicroBatch, path: Path, step: int) -> tuple[float, dict[str, torch.Tensor]]:

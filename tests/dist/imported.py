@@ -1,0 +1,16 @@
+# ruff: noqa: F401
+"""What every worker has imported before it is forked (workers.py). Imports nothing that starts threads."""
+
+from raptr_ds.parallel.launch import prepare_imports
+from raptr_ds.runtime.host_memory import uncollected_imports
+
+with uncollected_imports():
+    prepare_imports(has_gpu=False)
+    import deepspeed.module_inject.auto_ep_layer  # as building an engine does; a first step numpy.ma
+    import numpy.ma
+    import torch
+
+    import raptr_ds.runtime.session
+    import tests.dist.trajectory
+
+torch.set_num_threads(1)
