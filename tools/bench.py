@@ -8,6 +8,8 @@ recipe. With raptr_ds.path.method=width the paths are shares of every layer's wi
 torchrun --nproc_per_node 2 tools/bench.py --set raptr_ds.parallel.tensor_model_parallel_size=2.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -19,25 +21,19 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _command_line
 import numpy as np
 
-import raptr_ds.parallel.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
-from raptr_ds.analysis.benchmark_plot import plot_benchmark
 from raptr_ds.config.load import RunConfig, load_run_config
-from raptr_ds.data.batch import StepBatch
-from raptr_ds.data.loader import Loader, build_loader, folders_of, load_tokenizer
-from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.preparation_benchmark import measure_preparation
-from raptr_ds.eval.random_batch import random_step_batch
-from raptr_ds.eval.step_benchmark import measure_steps
-from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
-from raptr_ds.parallel.groups import initialize_process_groups
-from raptr_ds.parallel.launch import detect_launch
-from raptr_ds.runtime.host_memory import keep_freed_memory
+from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
+from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
+
+if TYPE_CHECKING:  # torch and the other stacks take 7 s to import: a wrong command line is told before
+    from raptr_ds.data.batch import StepBatch
+    from raptr_ds.data.loader import Loader
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
 DEFAULT_VOCAB_SIZE = 8192
@@ -45,15 +41,32 @@ _SIZES = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_siz
 
 
 def main() -> None:
-    """Parse the command line, measure, print and write the report."""
+    """Check the command line and the run file, then measure."""
     options = parse()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     launch = detect_launch()
     overrides = [*options.set, *_precision_overrides(options.precision)]
     config = load_run_config(options.config, overrides, world_size=launch.world_size)
     if config.precision == "fp16":
         raise ConfigError("the benchmark compares fp32 and bf16, not fp16. Add --precision bf16.")
+    measure(config, launch, options)
+
+
+def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> None:
+    """Measure, print and write the report."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with uncollected_imports():
+        import torch
+
+        prepare_imports(torch.cuda.is_available())
+        import raptr_ds.parallel.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
+        from raptr_ds.analysis.benchmark_plot import plot_benchmark
+        from raptr_ds.data.loader import folders_of
+        from raptr_ds.eval.preparation_benchmark import measure_preparation
+        from raptr_ds.eval.step_benchmark import measure_steps
+        from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
+        from raptr_ds.parallel.groups import initialize_process_groups
+
     parallel = config.parallel
     groups = initialize_process_groups(
         launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -157,9 +170,12 @@ def _batch(
     config: RunConfig, random_vocab_size: int | None, data_rank: int
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
     """Return the run with its vocabulary, a step's batch, the loader and where they are from; real data if prepared."""
+    from raptr_ds.data.loader import build_loader, folders_of, load_tokenizer
+    from raptr_ds.eval.random_batch import random_step_batch
+
     prepared = all(Path(folder).is_dir() for folder in folders_of(config.data.path))
     if random_vocab_size is None and prepared:
-        tokenizer: Tokenizer = load_tokenizer(config.data)
+        tokenizer = load_tokenizer(config.data)
         config = config.with_vocab_size(tokenizer.vocab_size)
         loader = build_loader(
             config.data, config.objective, config.model, config.batch, seed=config.train.seed, dp_rank=data_rank

@@ -33,49 +33,83 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> Device:
-    """Return `device` with what this machine reaches in place of its speeds; those between machines stay.
+    """Return `device` with what this machine reaches in place of its speeds; see DeviceProbe."""
+    probe = DeviceProbe(config, groups)
+    for _ in range(_WARMUP):
+        probe.sample()
+    probe.forget()
+    for _ in range(_REPETITIONS):
+        probe.sample()
+    return probe.device(device)
 
-    All ranks call it alike, those of one machine; each gets the slowest's values. config: with the vocabulary's size.
+
+class DeviceProbe:
+    """Pieces of a training step, timed as often as one likes: beside real steps they meet what these meet.
+
+    All ranks of one machine make one and sample it alike. config: with the vocabulary's size.
+    times: the seconds of each piece on the slowest rank, by its name, a list of samples.
     """
-    layout, shape = layout_of(config), shape_of(config)
-    size = groups.topology.world_size
-    device = replace(device, ranks_per_machine=size)
-    if size > 1:
-        device = replace(device, **_measure_links(config, groups))
-    # Split over tensor ranks as the run's layers are; where they span machines, whole.
-    tensor = layout.tensor if size % layout.tensor == 0 else 1
-    groups = make_process_groups(Topology(tensor, 1, size // tensor), groups.rank, groups.device)
-    num_layers = min(config.model.num_layers, _MOST_LAYERS)
-    stage = build_stage(config.model, groups, range(num_layers), recompute=False, seed=0).to(groups.device)
-    stage = stage.to(_DTYPES[config.precision])
-    batch = random_micro_batch(config, range(config.batch.micro_batch)).to(groups.device)
-    path = Path(tuple(range(num_layers)), config.model.num_layers)
-    seconds = _slowest(groups, lambda: _train(stage, batch, path))
-    if tensor > 1:
-        # What is computing in it: the cost model counts the reductions, of both passes, apart.
-        reductions = 2 * num_layers * tensor_reduction_seconds(shape, layout, device)
-        seconds = max(seconds - reductions, _LEAST_COMPUTING * seconds)
-    num_parameters = num_layers * layer_parameters(shape) // tensor
-    optimizer = _slowest(groups, _optimizer_step(num_parameters, groups.device))
-    flops = step_flops(shape, num_layers, config.batch.micro_batch, batch.num_predictions) / tensor
-    return replace(
-        device,
-        flops_per_second=flops / seconds,
-        memory_bytes_per_second=OPTIMIZER_BYTES * num_parameters / optimizer,
-    )
 
+    def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
+        self._groups, self._config = groups, config
+        self._layout, self._shape = layout_of(config), shape_of(config)
+        size = groups.topology.world_size
+        # Split over tensor ranks as the run's layers are; where they span machines, whole.
+        self._tensor = self._layout.tensor if size % self._layout.tensor == 0 else 1
+        split = make_process_groups(Topology(self._tensor, 1, size // self._tensor), groups.rank, groups.device)
+        self._num_layers = min(config.model.num_layers, _MOST_LAYERS)
+        stage = build_stage(config.model, split, range(self._num_layers), recompute=False, seed=0).to(groups.device)
+        stage = stage.to(_DTYPES[config.precision])
+        batch = random_micro_batch(config, range(config.batch.micro_batch)).to(groups.device)
+        self._num_predictions = batch.num_predictions
+        path = Path(tuple(range(self._num_layers)), config.model.num_layers)
+        self._num_parameters = self._num_layers * layer_parameters(self._shape) // self._tensor
+        self._message = layer_parameters(self._shape)  # elements of what the layout sends most
+        if self._layout.tensor > 1 or self._layout.num_stages > 1:
+            self._message = self._layout.micro_batch * config.model.seq_length * config.model.hidden_size
+        self._pieces: dict[str, Callable[[], object]] = {
+            "training": lambda: _train(stage, batch, path),
+            "optimizer": _optimizer_step(self._num_parameters, groups.device),
+        }
+        if size > 1:
+            self._pieces["small message"] = _all_reduce(groups, _SMALL_MESSAGE, config)
+            self._pieces["large message"] = _all_reduce(groups, self._message, config)
+        self.times: dict[str, list[float]] = {}
+        self.forget()
 
-def _measure_links(config: RunConfig, groups: ProcessGroups) -> dict[str, float]:
-    """Return the speed and the latency between the ranks, by all-reduces of what the layout sends most."""
-    layout = layout_of(config)
-    elements = layer_parameters(shape_of(config))
-    if layout.tensor > 1 or layout.num_stages > 1:
-        elements = layout.micro_batch * config.model.seq_length * config.model.hidden_size
-    latency = _slowest(groups, _all_reduce(groups, _SMALL_MESSAGE, config))
-    transfer = max(_slowest(groups, _all_reduce(groups, elements, config)) - latency, _SHORTEST)
-    size = groups.topology.world_size
-    sent = 2 * (size - 1) / size * elements * layout.bytes_per_value
-    return {"machine_bytes_per_second": sent / transfer, "latency_seconds": latency}
+    def sample(self) -> None:
+        """Time each piece once more."""
+        for name, piece in self._pieces.items():
+            self.times[name].append(_slowest(self._groups, piece))
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.times = {name: [] for name in self._pieces}
+
+    def device(self, device: Device) -> Device:
+        """Return `device` with what this machine reaches, by medians, in place of its speeds; the same on all ranks.
+
+        Speeds between machines stay.
+        """
+        seconds = {name: median(samples) for name, samples in self.times.items()}
+        size = self._groups.topology.world_size
+        device = replace(device, ranks_per_machine=size)
+        if size > 1:
+            sent = 2 * (size - 1) / size * self._message * self._layout.bytes_per_value
+            transfer = max(seconds["large message"] - seconds["small message"], _SHORTEST)
+            device = replace(device, machine_bytes_per_second=sent / transfer, latency_seconds=seconds["small message"])
+        computing = seconds["training"]
+        if self._tensor > 1:
+            # What is computing in it: the cost model counts the reductions, of both passes, apart.
+            reductions = 2 * self._num_layers * tensor_reduction_seconds(self._shape, self._layout, device)
+            computing = max(computing - reductions, _LEAST_COMPUTING * computing)
+        sequences = self._config.batch.micro_batch
+        flops = step_flops(self._shape, self._num_layers, sequences, self._num_predictions) / self._tensor
+        return replace(
+            device,
+            flops_per_second=flops / computing,
+            memory_bytes_per_second=OPTIMIZER_BYTES * self._num_parameters / seconds["optimizer"],
+        )
 
 
 def _train(stage: Stage, batch: MicroBatch, path: Path) -> None:
@@ -95,18 +129,15 @@ def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Call
 
 
 def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
-    """Return the seconds of some work on the slowest rank, the median of several times."""
-    times = []
-    for _ in range(_WARMUP + _REPETITIONS):
-        synchronize(groups.device)
-        dist.barrier(group=groups.control)
-        start = time.perf_counter()
-        work()
-        synchronize(groups.device)
-        times.append(time.perf_counter() - start)
-    seconds = torch.tensor(times[_WARMUP:], dtype=torch.float64)
+    """Return the seconds of some work on the slowest rank."""
+    synchronize(groups.device)
+    dist.barrier(group=groups.control)
+    start = time.perf_counter()
+    work()
+    synchronize(groups.device)
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
-    return median(seconds.tolist())
+    return seconds.item()
 
 
 def synchronize(device: torch.device) -> None:

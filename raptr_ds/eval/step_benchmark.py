@@ -4,11 +4,10 @@ import ctypes
 import ctypes.util
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.fragments import WEIGHT
 from raptr_ds.errors import ConfigError
 from raptr_ds.eval.contestants import Contestant, HuggingFaceStep, MegatronStep, OurStep, measured_path
-from raptr_ds.eval.device_measurement import measure_device, synchronize
+from raptr_ds.eval.device_measurement import DeviceProbe, synchronize
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters, step_flops
@@ -42,7 +41,7 @@ class Measured:
     seconds: of the slowest rank. agreement_seconds, loader_seconds: what the step waited, on the wall's clock.
     memory_bytes: a step's peak above what was held before it, on the first rank. loss: of the batch before any step,
     through the full model; None where it was not evaluated. path_length: in whole layers, where these run in parts.
-    predicted_seconds: the cost model's, with what devices and links reach here; None for other stacks.
+    predicted_seconds: the cost model's, with what devices and links reach in the same rounds; None for other stacks.
     """
 
     name: str
@@ -84,7 +83,8 @@ def measure_steps(
 ) -> StepBenchmark:
     """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
 
-    What else the machine does meets all alike; the first rounds are not counted. Memory has rounds of its own at the
+    In random order, so that what else the machine does, and what a row leaves behind in caches, meets all alike. The
+    first rounds are not counted. Memory has rounds of its own at the
     end: measured from a known start, a step takes every page from the system anew, which a training step does not, and
     which costs up to a tenth of it on a CPU. All ranks call it alike. config: with the vocabulary's size. clock:
     `wall`, or `cpu`, the process's own time on the processors, which a busy machine disturbs less; it leaves out what a
@@ -102,14 +102,19 @@ def measure_steps(
     ours = OurStep(engine, groups, config, [measured.path_length for measured in paths], loader)
     turns: list[tuple[Measured, _Step]] = [(own, partial(ours.run, batch, own.path_length)) for own in paths]
     turns += [(row, partial(_run_other, other, batch)) for row, other in zip(rows, others, strict=True)]
+    probe = DeviceProbe(config, groups)
     for number in range(WARMUP_ROUNDS + repetitions):
-        for measured, step in turns:
+        if number == WARMUP_ROUNDS:
+            probe.forget()
+        probe.sample()
+        for turn in stream(0, "bench order", number).permutation(len(turns)):
+            measured, step = turns[turn]
             _time(measured, groups, number >= WARMUP_ROUNDS, clock, step)
     for _ in range(MEMORY_ROUNDS):
         for measured, step in turns:
             _measure_memory(measured, groups.device, step)
     ours.close()
-    setting = setting_of(config, measure_device(config, groups, Device()))
+    setting = setting_of(config, probe.device(Device()))
     for measured in paths:
         path = measured_path(config, measured.path_length, stream(0, "bench prediction"))
         measured.predicted_seconds = float(setting.seconds([path]).total[0])
@@ -238,8 +243,3 @@ def _process_peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")
-
-
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios within each round: what slows a whole round down cancels."""
-    return median(a / b for a, b in zip(numerators, denominators, strict=True))

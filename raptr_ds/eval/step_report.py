@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from raptr_ds.config.load import RunConfig
+from raptr_ds.eval.medians import MedianRatio
 from raptr_ds.eval.preparation_benchmark import PreparationTimes
-from raptr_ds.eval.step_benchmark import Measured, StepBenchmark, median_ratio
+from raptr_ds.eval.step_benchmark import Measured, StepBenchmark
 
 _MIB = 1 << 20
 # The aims: full path against Hugging Face, share of the speed-up that FLOPs promise, shares of a full step.
@@ -35,7 +36,8 @@ def describe(config: RunConfig, result: StepBenchmark, device: torch.device, bat
         f"{_machine(device)}",
         f"- loss of the batch before the first step: {losses}",
         f"- {len(result.paths[0].seconds)} rounds, one step of each row in every round; medians, ratios within a "
-        f"round; {result.clock} clock" + ("" if result.clock == "wall" else ", of the busiest rank"),
+        f"round, with their 95% intervals; {result.clock} clock"
+        + ("" if result.clock == "wall" else ", of the busiest rank"),
     ]
 
 
@@ -46,8 +48,9 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
         {
             **asdict(row),
             "median_seconds": median(row.seconds),
-            "speed_up": median_ratio(full.seconds, row.seconds),
+            "speed_up": MedianRatio.of(full.seconds, row.seconds).value,
             "by_flops": full.flops / row.flops,
+            "reached": asdict(MedianRatio.of(full.seconds, row.seconds, unit=full.flops / row.flops)),
         }
         for row in (*result.paths, *result.others)
     ]
@@ -67,7 +70,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         predicted = "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.4f}"
         lines.append(
             f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {seconds:.4f} | {spread} | "
-            f"{row['speed_up']:.3f} | {row['by_flops']:.3f} | {row['speed_up'] / row['by_flops']:.1%} | "
+            f"{row['speed_up']:.3f} | {row['by_flops']:.3f} | {_with_interval(MedianRatio(**row['reached']))} | "
             f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} | {predicted} |"
         )
     return lines
@@ -89,17 +92,23 @@ def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> lis
             f"{_held(stall <= MOST_LOADER_STALL)}"
         )
     for other in result.others:
-        ratio = median_ratio(other.seconds, full.seconds)
+        ratio = MedianRatio.of(other.seconds, full.seconds)
         aim = ""
         if other is result.others[0] and "Hugging Face" in other.name:
-            aim = f"; aim {FASTER_THAN_HUGGING_FACE}: {_held(ratio >= FASTER_THAN_HUGGING_FACE)}"
-        lines.append(f"- full path against {other.name}: {ratio:.2f}x as fast{aim}")
+            aim = f"; aim {FASTER_THAN_HUGGING_FACE}: {ratio.against(FASTER_THAN_HUGGING_FACE)}"
+        lines.append(
+            f"- full path against {other.name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) x as fast{aim}"
+        )
     lines += [f"- no row for {name}: {reason}" for name, reason in result.absent.items()]
     for layout in dict.fromkeys(row["layout"] for row in rows):
         ours = [row for row in rows if row["layout"] == layout and row["name"] == full.name]
-        reached = min(row["speed_up"] / row["by_flops"] for row in ours)
+        reached = min((MedianRatio(**row["reached"]) for row in ours[1:]), key=lambda ratio: ratio.value, default=None)
         aim = REACHED_ALONE if layout == "one process" else REACHED_TOGETHER
-        lines.append(f"- {layout}: shorter paths reach {reached:.1%} or more; aim {aim:.0%}: {_held(reached >= aim)}")
+        if reached is not None:
+            lines.append(
+                f"- {layout}: shorter paths reach {_with_interval(reached)} or more; aim {aim:.0%}: "
+                f"{reached.against(aim)}"
+            )
     lines.append(f"- peak memory of the process, all rows together: {result.peak_bytes / _MIB:,.0f} MiB")
     return lines
 
@@ -114,8 +123,12 @@ def preparation_lines(times: PreparationTimes) -> list[str]:
         f"{name} {times.text_bytes / median(seconds) / _MIB:.2f} MiB/s ({tokens:,} tokens)"
         for name, (tokens, seconds) in speeds.items()
     )
-    ratio = median_ratio(times.megatron, times.ours)
-    return [f"- tokenizing and indexing on one core: {listed}; {ratio:.2f}x as fast; aim 1: {_held(ratio >= 1.0)}"]
+    ratio = MedianRatio.of(times.megatron, times.ours)
+    return [f"- tokenizing and indexing on one core: {listed}; {ratio.value:.2f}x as fast; aim 1: {ratio.against(1.0)}"]
+
+
+def _with_interval(ratio: MedianRatio) -> str:
+    return f"{ratio.value:.1%} ({ratio.low:.1%} to {ratio.high:.1%})"
 
 
 def _share(waits: Sequence[float], measured: Measured) -> float:
