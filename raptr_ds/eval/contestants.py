@@ -46,13 +46,21 @@ class OurStep:
         self._agreement = PathAgreement(groups, self._words_at, Path.decode, lambda: False, _STEPS_AHEAD)
         self._step = 0
 
-    def _words_at(self, step: int) -> np.ndarray:
-        """Return the path of a step; the works take turns."""
-        work = self._works[step % len(self._works)]
-        return measured_path(self._config, work, stream(0, "bench", step)).encode()
+    def _work_at(self, step: int) -> float:
+        """Return what a step's path costs: the works take turns, in another order in each round."""
+        number, turn = divmod(step, len(self._works))
+        return self._works[stream(0, "bench order", number).permutation(len(self._works))[turn]]
 
-    def run(self, batch: StepBatch, work: float) -> tuple[float, float]:
-        """Train the next step, which costs this; return the seconds that agreement and loader kept it waiting.
+    def _words_at(self, step: int) -> np.ndarray:
+        return measured_path(self._config, self._work_at(step), stream(0, "bench", step)).encode()
+
+    @property
+    def next_work(self) -> float:
+        """What the next step costs, in whole layers."""
+        return self._work_at(self._step)
+
+    def run(self, batch: StepBatch) -> tuple[float, float]:
+        """Train the next step; return the seconds that agreement and loader kept it waiting.
 
         The loader's batch is taken and left: all steps train on the same one.
         """
@@ -62,7 +70,6 @@ class OurStep:
         if self._loader is not None:
             self._loader.at(self._step)
         loaded = time.perf_counter()
-        assert path.work == work, (path, work)
         self._engine.train_step(batch, path, self._step, self._config.optimizer["params"]["lr"])
         self._step += 1
         return agreed - start, loaded - agreed

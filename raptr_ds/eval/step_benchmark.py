@@ -4,7 +4,7 @@ import ctypes
 import ctypes.util
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
@@ -100,18 +100,16 @@ def measure_steps(
         row.loss = _evaluate(other, batch.to(groups.device))
 
     ours = OurStep(engine, groups, config, [measured.path_length for measured in paths], loader)
-    turns: list[tuple[Measured, _Step]] = [(own, partial(ours.run, batch, own.path_length)) for own in paths]
-    turns += [(row, partial(_run_other, other, batch)) for row, other in zip(rows, others, strict=True)]
+    theirs = [(row, partial(_run_other, other, batch)) for row, other in zip(rows, others, strict=True)]
     probe = DeviceProbe(config, groups)
     for number in range(WARMUP_ROUNDS + repetitions):
         if number == WARMUP_ROUNDS:
             probe.forget()
         probe.sample()
-        for turn in stream(0, "bench order", number).permutation(len(turns)):
-            measured, step = turns[turn]
+        for measured, step in _turns(number, batch, paths, ours, theirs):
             _time(measured, groups, number >= WARMUP_ROUNDS, clock, step)
-    for _ in range(MEMORY_ROUNDS):
-        for measured, step in turns:
+    for number in range(MEMORY_ROUNDS):
+        for measured, step in _turns(number, batch, paths, ours, theirs):
             _measure_memory(measured, groups.device, step)
     ours.close()
     setting = setting_of(config, probe.device(Device()))
@@ -128,6 +126,18 @@ def measure_steps(
         clock=clock,
         has_loader=loader is not None,
     )
+
+
+def _turns(
+    number: int, batch: StepBatch, paths: list[Measured], ours: OurStep, theirs: list[tuple[Measured, _Step]]
+) -> Iterator[tuple[Measured, _Step]]:
+    """Yield the steps of a round, each with its row, in random order; which of our paths is next, `ours` knows."""
+    for turn in stream(0, "bench turns", number).permutation(len(theirs) + len(paths)):
+        if turn < len(theirs):
+            yield theirs[turn]
+        else:
+            measured = next(row for row in paths if row.path_length == ours.next_work)
+            yield measured, partial(ours.run, batch)
 
 
 def layout_name(groups: ProcessGroups) -> str:
