@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,8 +36,13 @@ def _draw_saving(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     most = max(row["by_flops"] for row in rows)
     axes.plot([1, most], [1, most], color="#999999", linewidth=1, label="all of the saving")
     for number, layout in enumerate(dict.fromkeys(row["layout"] for row in rows)):
-        points = [(row["by_flops"], row["speed_up"]) for row in rows if row["layout"] == layout]
-        axes.plot(*zip(*points, strict=True), "o-", color=_COLOURS[number % len(_COLOURS)], label=layout)
+        of_layout = [row for row in rows if row["layout"] == layout]
+        by_flops = np.array([row["by_flops"] for row in of_layout])
+        low, value, high = (by_flops * [row["reached"][name] for row in of_layout] for name in ("low", "value", "high"))
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.errorbar(
+            by_flops, value, yerr=[value - low, high - value], fmt="o-", capsize=3, color=colour, label=layout
+        )
     axes.set_xlabel("speed-up over the full path by executed FLOPs")
-    axes.set_ylabel("measured")
+    axes.set_ylabel("measured (95% intervals)")
     axes.legend(frameon=False)

@@ -128,7 +128,8 @@ def preparation_lines(times: PreparationTimes) -> list[str]:
 
 
 def _with_interval(ratio: MedianRatio) -> str:
-    return f"{ratio.value:.1%} ({ratio.low:.1%} to {ratio.high:.1%})"
+    is_itself = ratio.low == ratio.value == ratio.high
+    return f"{ratio.value:.1%}" + ("" if is_itself else f" ({ratio.low:.1%} to {ratio.high:.1%})")
 
 
 def _share(waits: Sequence[float], measured: Measured) -> float:
