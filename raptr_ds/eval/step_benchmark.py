@@ -84,9 +84,9 @@ def measure_steps(
     """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
 
     In random order, so that what else the machine does, and what a row leaves behind in caches, meets all alike. The
-    first rounds are not counted. Memory has rounds of its own at the
-    end: measured from a known start, a step takes every page from the system anew, which a training step does not, and
-    which costs up to a tenth of it on a CPU. All ranks call it alike. config: with the vocabulary's size. clock:
+    first rounds are not counted. Memory has rounds of its own at the end: measured from a known start, a step takes
+    every page from the system anew, which a training step does not, and which costs up to a tenth of it on a CPU. All
+    ranks call it alike. config: with the vocabulary's size. clock:
     `wall`, or `cpu`, the process's own time on the processors, which a busy machine disturbs less; it leaves out what a
     rank waits for others. loader: asked for each step's batch, as in training.
     """

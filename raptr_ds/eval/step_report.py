@@ -43,17 +43,13 @@ def describe(config: RunConfig, result: StepBenchmark, device: torch.device, bat
 
 def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
     """Return the rows as JSON-able values, each with its medians and its ratios against our full path."""
-    full = result.paths[0]
-    return [
-        {
-            **asdict(row),
-            "median_seconds": median(row.seconds),
-            "speed_up": MedianRatio.of(full.seconds, row.seconds).value,
-            "by_flops": full.flops / row.flops,
-            "reached": asdict(MedianRatio.of(full.seconds, row.seconds, unit=full.flops / row.flops)),
-        }
-        for row in (*result.paths, *result.others)
-    ]
+    full, rows = result.paths[0], []
+    for row in (*result.paths, *result.others):
+        by_flops = full.flops / row.flops
+        reached = MedianRatio.of(full.seconds, row.seconds, unit=by_flops)
+        ratios = {"speed_up": reached.value * by_flops, "by_flops": by_flops, "reached": asdict(reached)}
+        rows.append({**asdict(row), "median_seconds": median(row.seconds), **ratios})
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Upstream faults in as few lines as they take, without any of our engines; run on the tests' worker pool."""
+"""Upstream faults in as few lines as they take, without any of our engines; workers.py of tests/dist runs them."""
 
 import logging
 from typing import Any
