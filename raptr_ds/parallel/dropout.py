@@ -50,6 +50,11 @@ def _to_int32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
+def keep_threshold(rate: float) -> int:
+    """Return below which number 31 bits of hash keep an element."""
+    return round((1.0 - rate) * (1 << 31))
+
+
 @dataclass(frozen=True)
 class DropoutStreams:
     """The dropout masks of one micro batch in one step.
@@ -89,7 +94,7 @@ class LayerDropout(NamedTuple):
         samples = _mix(self.sample_ids.to(device) + low)
         rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
         columns = _mix(features.to(torch.int32) * _GOLDEN + 1)
-        threshold = round((1.0 - rate) * (1 << 31))
+        threshold = keep_threshold(rate)
         if features.ndim == 1:
             return _keep(rows[:, :, None], columns[None, None, :], threshold)
         pairs = (len(rows), len(features))
