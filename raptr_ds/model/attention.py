@@ -1,13 +1,14 @@
-"""Multi-head self-attention on torch's scaled_dot_product_attention, heads split over the tensor ranks."""
+"""Multi-head self-attention, heads split over the tensor ranks, by torch's kernels or, on GPUs, our own."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.model.rotary import rotate
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.cross_entropy import at_least_fp32
-from raptr_ds.parallel.dropout import LayerDropout, attention_keep_mask
+from raptr_ds.parallel.dropout import LayerDropout, attention_hashes, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import ColumnLinear, RowLinear, mark_parts, pieces
 
@@ -18,13 +19,15 @@ _SHORT = 128
 class Attention(nn.Module):
     """Self-attention of this rank's heads; qkv rows are ordered (head, query|key|value, head dim), as Megatron's."""
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, uses_kernel: bool = False) -> None:
+        """uses_kernel: for masks and dropout the Triton kernel, in place of dense masks and spelled-out dropout."""
         super().__init__()
         hidden, bias = model.hidden_size, model.add_bias_linear
         self.head_dim = hidden // model.num_attention_heads
         self.num_local_heads = model.num_attention_heads // groups.topology.tensor
         self.first_head = groups.tensor_rank * self.num_local_heads
         self.dropout_rate = model.attention_dropout
+        self.uses_kernel = uses_kernel
         self.qkv = ColumnLinear(hidden, 3 * hidden, bias, groups)
         self.output = RowLinear(hidden, hidden, bias, groups)
         for parameter, dim in ((self.qkv.weight, 0), (self.qkv.bias, 0), (self.output.weight, 1)):
@@ -33,14 +36,16 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | KeyRanges | None,
         rotary: torch.Tensor | None,
         dropout: LayerDropout | None,
         active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; shapes: x (b, T, H); mask, added to the scores, broadcastable to (b, heads, T, T), None for none.
+        """Attend; shapes: x (b, T, H), returns the same.
 
-        active: (n,) int64, those of this rank's heads that run, counted from its first; None for all of them.
+        mask: which keys are seen, None for all; for the kernel ranges, else what is added to the scores, broadcastable
+        to (b, heads, T, T). active: (n,) int64, those of this rank's heads that run, counted from its first; None for
+        all of them.
         """
         batch, length, _ = x.shape
         num_heads = self.num_local_heads if active is None else len(active)
@@ -49,14 +54,41 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+        if self.dropout_rate == 0.0:
+            dropout = None
         if num_heads == 0:
-            mixed = value  # nothing, but the other tensor ranks' gradients for x pass through
-        elif dropout is None or self.dropout_rate == 0.0:
-            mixed = _attend(query, key, value, mask)
+            mixed = value.transpose(1, 2)  # nothing, but the other tensor ranks' gradients for x pass through
+        elif isinstance(mask, KeyRanges) or (self.uses_kernel and dropout is not None):
+            mixed = self._attend_by_kernel(query, key, value, mask, dropout, active)
+        elif dropout is None:
+            mixed = _attend(query, key, value, mask).transpose(1, 2)
         else:
-            mixed = self._attend_with_dropout(query, key, value, mask, dropout, active)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, num_heads * self.head_dim)
+            mixed = self._attend_with_dropout(query, key, value, mask, dropout, active).transpose(1, 2)
+        mixed = mixed.reshape(batch, length, num_heads * self.head_dim)
         return self.output(mixed) if active is None else self.output.of_columns(mixed, pieces(active, self.head_dim))
+
+    def _attend_by_kernel(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | KeyRanges | None,
+        dropout: LayerDropout | None,
+        active: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the result as (b, T, heads, head dim)."""
+        from raptr_ds.model.fused_attention import fused_attention  # Triton is not there on every machine
+
+        assert mask is None or isinstance(mask, KeyRanges), "a dense mask for the kernel"
+        if dropout is None:
+            return fused_attention(query, key, value, mask)
+        hashes = attention_hashes(dropout, query.shape[2], heads=self._heads(active, query.device))
+        return fused_attention(query, key, value, mask, hashes, self.dropout_rate)
+
+    def _heads(self, active: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Return the global indices of the heads that run here."""
+        local = torch.arange(self.num_local_heads, device=device) if active is None else active
+        return self.first_head + local
 
     def _attend_with_dropout(
         self,
@@ -75,9 +107,8 @@ class Attention(nn.Module):
         scores = at_least_fp32(query @ key.transpose(-1, -2)).mul_(self.head_dim**-0.5)
         if mask is not None:
             scores = scores.add_(mask)
-        if active is None:
-            active = torch.arange(self.num_local_heads, device=query.device)
-        keep = attention_keep_mask(self.dropout_rate, dropout, query.shape[2], heads=self.first_head + active)
+        heads = self._heads(active, query.device)
+        keep = attention_keep_mask(self.dropout_rate, dropout, query.shape[2], heads=heads)
         weights = torch.where(keep, scores.softmax(-1), 0.0)
         return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - self.dropout_rate))
 

@@ -1,34 +1,22 @@
-"""Attention in Triton: each query sees a range of keys, dropout is the project's hash, no T x T tensor is in memory.
+"""Triton kernels of attention: each query sees a range of keys, dropout is the project's hash.
 
-The kernels are flash attention's (Dao 2023): scores live in registers, block by block, and the backward pass computes
-them again from the logarithm of each row's sum. What differs is which blocks are visited. A query sees a range of keys
+They are flash attention's (Dao 2023): scores live in registers, block by block, and the backward pass computes them
+again from the logarithm of each row's sum. What differs is which blocks are visited. A query sees a range of keys
 whose bounds never decrease along the sequence (key_ranges.py), so that a block of queries visits one run of blocks of
 keys: a few where some keys are hidden, then many without a mask, then a few again. The same holds for the queries that
 see a block of keys.
 
-Runs on CUDA, and on a CPU where Triton interprets its kernels (TRITON_INTERPRET=1), as the tests do. Triton's language
-has no keyword for it: names in capitals are compile-time constants, and `bounds` are the borders of the three runs.
+Names in capitals are compile-time constants: D features of a head in a register row of WIDTH, RANGES whether there are
+any, THRESHOLD dropout's or 0. `bounds` are the borders of the three runs.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-
-from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.parallel.dropout import keep_threshold
-
-
-_LOG2_E = math.log2(math.e)
 
 
 @triton.jit
 def _keeps(rows, columns, THRESHOLD: tl.constexpr):
-    """Return which elements dropout keeps: the last step of the hash in parallel/dropout.py, on hashes that broadcast."""
+    """Return which elements dropout keeps, the last step of parallel/dropout.py's hash, for hashes that broadcast."""
     x = rows.to(tl.uint32, bitcast=True) ^ columns.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -68,7 +56,7 @@ def _bounds(first, end, low, length, OWN: tl.constexpr, OTHER: tl.constexpr, RAN
 
 
 @triton.jit
-def _forward(
+def forward(
     query, key, value, output, logarithms, first_key, end_key, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     heads, length, scale, keep_scale,
@@ -124,7 +112,7 @@ def _forward(
 
 
 @triton.jit
-def _output_products(
+def output_products(
     output, gradient, products, gradient_batch, gradient_head, gradient_row, heads, length,
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +126,7 @@ def _output_products(
 
 
 @triton.jit
-def _backward_queries(
+def backward_queries(
     query, key, value, gradient, logarithms, products, by_query, first_key, end_key, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     gradient_batch, gradient_head, gradient_row, heads, length, scale, factor, keep_scale,
@@ -190,7 +178,7 @@ def _backward_queries(
 
 
 @triton.jit
-def _backward_keys(
+def backward_keys(
     query, key, value, gradient, logarithms, products, by_key, by_value, first_query, end_query, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     gradient_batch, gradient_head, gradient_row, heads, length, scale, factor, keep_scale,
@@ -249,179 +237,3 @@ def _backward_keys(
     place = (batch * length * heads + head) * D
     _store_rows(by_key + place, key_total * factor, at, heads * D, length, D, WIDTH)
     _store_rows(by_value + place, value_total, at, heads * D, length, D, WIDTH)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Queries and keys of a block, and Triton's number of warps and of loads under way."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-def _forward_blocks(width: int, itemsize: int) -> _Blocks:
-    if itemsize > 2:
-        return _Blocks(64, 32, 4, 2)
-    return _Blocks(128, 64, 4, 3) if width <= 64 else _Blocks(128, 64, 8, 3) if width <= 128 else _Blocks(64, 32, 4, 2)
-
-
-def _backward_blocks(width: int, itemsize: int) -> tuple[_Blocks, _Blocks]:
-    """Return the blocks of the kernel for the queries' gradient and of that for the keys' and values'."""
-    if itemsize > 2:
-        return _Blocks(32, 32, 4, 1), _Blocks(32, 32, 4, 1)
-    if width <= 64:
-        return _Blocks(128, 64, 4, 3), _Blocks(64, 128, 4, 3)
-    return (_Blocks(128, 64, 8, 2), _Blocks(64, 128, 8, 2)) if width <= 128 else (_Blocks(64, 32, 4, 1),) * 2
-
-
-def fused_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ranges: KeyRanges | None,
-    hashes: tuple[torch.Tensor, torch.Tensor] | None = None,
-    rate: float = 0.0,
-) -> torch.Tensor:
-    """Return softmax(query key^T / sqrt(D)) value over the keys that each query sees, with dropout of the weights.
-
-    Shapes: query, key, value (b, heads, T, D), D at most 256; hashes (b, T) and (heads, T) int32, those of the rows and
-    columns of the weights (LayerDropout.row_and_column_hashes), None for no dropout; returns (b, T, heads, D).
-    """
-    return torch.ops.raptr_ds.attention(query, key, value, list(ranges or ()), list(hashes or ()), rate)[0]
-
-
-@torch.library.custom_op("raptr_ds::attention", mutates_args=())
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, size = query.shape
-    query, key, value = (_with_dense_rows(x) for x in (query, key, value))
-    output = torch.empty(batch, length, heads, size, dtype=query.dtype, device=query.device)
-    logarithms = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    constants = _constants(query, ranges, hashes, rate)
-    blocks = _forward_blocks(constants["WIDTH"], query.element_size())
-    first, end = (ranges[0], ranges[1]) if ranges else (logarithms, logarithms)
-    rows, columns = hashes or (logarithms, logarithms)
-    _forward[(triton.cdiv(length, blocks.queries), batch * heads)](
-        query, key, value, output, logarithms, first, end, rows, columns,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, length, size**-0.5 * _LOG2_E,
-        1.0 / (1.0 - rate), QUERIES=blocks.queries, KEYS=blocks.keys, num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages, **constants,
-    )  # fmt: skip
-    return output, logarithms
-
-
-@_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, size = query.shape
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@torch.library.custom_op("raptr_ds::attention_backward", mutates_args=())
-def _attention_backward(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logarithms: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, length, size = query.shape
-    query, key, value, gradient = (_with_dense_rows(x) for x in (query, key, value, gradient.transpose(1, 2)))
-    by_query, by_key, by_value = (torch.empty_like(output) for _ in range(3))
-    products = torch.empty_like(logarithms)
-    constants = _constants(query, ranges, hashes, rate)
-    for_queries, for_keys = _backward_blocks(constants["WIDTH"], query.element_size())
-    first_key, end_key, first_query, end_query = ranges or (logarithms,) * 4
-    rows, columns = hashes or (logarithms, logarithms)
-    strides = [stride for x in (query, key, value, gradient) for stride in x.stride()[:3]]
-    scale = size**-0.5
-    numbers = (*strides, heads, length, scale * _LOG2_E, scale, 1.0 / (1.0 - rate))
-    inputs = (query, key, value, gradient, logarithms, products)
-    blocks = for_queries
-    grid = triton.cdiv(length, blocks.queries), batch * heads
-    _output_products[grid](
-        output, gradient, products, *gradient.stride()[:3], heads, length,
-        D=size, WIDTH=constants["WIDTH"], QUERIES=blocks.queries,
-    )  # fmt: skip
-    _backward_queries[grid](
-        *inputs, by_query, first_key, end_key, rows, columns, *numbers, QUERIES=blocks.queries, KEYS=blocks.keys,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
-    )  # fmt: skip
-    blocks = for_keys
-    _backward_keys[(triton.cdiv(length, blocks.keys), batch * heads)](
-        *inputs, by_key, by_value, first_query, end_query, rows, columns, *numbers, QUERIES=blocks.queries,
-        KEYS=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
-    )  # fmt: skip
-    return by_query.transpose(1, 2), by_key.transpose(1, 2), by_value.transpose(1, 2)
-
-
-@_attention_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logarithms: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, length, size = query.shape
-    by_query, by_key, by_value = (query.new_empty(batch, length, heads, size).transpose(1, 2) for _ in range(3))
-    return by_query, by_key, by_value
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, ranges, hashes, ctx.rate = inputs
-    ctx.num_ranges = len(ranges)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, *ranges, *hashes)
-
-
-def _differentiate(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-    query, key, value, output, logarithms, *rest = ctx.saved_tensors
-    ranges, hashes = rest[: ctx.num_ranges], rest[ctx.num_ranges :]
-    found = torch.ops.raptr_ds.attention_backward(
-        gradient, query, key, value, output, logarithms, ranges, hashes, ctx.rate
-    )
-    return *found, [None] * len(ranges), [None] * len(hashes), None
-
-
-_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
-
-
-def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _constants(
-    query: torch.Tensor, ranges: Sequence[torch.Tensor], hashes: Sequence[torch.Tensor], rate: float
-) -> dict[str, Any]:
-    """Return the constants that all kernels share."""
-    is_exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {
-        "D": query.shape[-1],
-        "WIDTH": max(16, triton.next_power_of_2(query.shape[-1])),
-        "RANGES": bool(ranges),
-        "THRESHOLD": keep_threshold(rate) if hashes else 0,
-        "PRECISION": "ieee" if is_exact else "tf32",
-    }

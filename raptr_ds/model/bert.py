@@ -4,7 +4,6 @@ from raptr_ds.model.heads import Head
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 
-
 IS_CAUSAL = False
 """Whether positions outside the prefix see only what lies before them."""
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from raptr_ds.model.attention import Attention
+from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.model.mlp import MLP
 from raptr_ds.model.norm import build_norm
 from raptr_ds.model.spec import ModelSpec
@@ -18,18 +19,18 @@ class Block(nn.Module):
     one block compiles all.
     """
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, attention_kernel: bool = False) -> None:
         super().__init__()
         self.dropout_rate = model.hidden_dropout
         self.attention_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
-        self.attention = Attention(model, groups)
+        self.attention = Attention(model, groups, attention_kernel)
         self.mlp_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, groups)
 
     def forward(
         self,
         x: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | KeyRanges | None,
         rotary: torch.Tensor | None,
         masks: LayerDropout | None,
         residual_scale: torch.Tensor | None,

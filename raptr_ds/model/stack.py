@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raptr_ds.model.block import Block
 from raptr_ds.model.compiler import compiler_options
+from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
@@ -27,9 +28,10 @@ class Stack(nn.ModuleDict):
         recompute: bool,
         compiled: bool,
         keep_activations_up_to: int = 0,
+        attention_kernel: bool = False,
     ) -> None:
         """recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here."""
-        super().__init__({str(layer): Block(model, groups) for layer in layers})
+        super().__init__({str(layer): Block(model, groups, attention_kernel) for layer in layers})
         self.recompute, self.keep_activations_up_to = recompute, keep_activations_up_to
         self.num_local_parts = model.num_attention_heads // groups.topology.tensor
         self.first_part = groups.tensor_rank * self.num_local_parts
@@ -44,7 +46,7 @@ class Stack(nn.ModuleDict):
         self,
         x: torch.Tensor,
         path: Path,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | KeyRanges | None,
         rotary: torch.Tensor | None,
         streams: DropoutStreams | None,
     ) -> torch.Tensor:

@@ -8,6 +8,7 @@ from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model import bert, ul2
 from raptr_ds.model.embedding import Embedding
 from raptr_ds.model.initialization import initialize
+from raptr_ds.model.key_ranges import dense_mask, key_ranges
 from raptr_ds.model.rotary import rotary_table
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stack import Stack
@@ -33,15 +34,17 @@ class Stage(nn.Module):
         recompute: bool = False,
         compiled: bool = False,
         keep_activations_up_to: int = 0,
+        attention_kernel: bool = False,
     ) -> None:
         super().__init__()
+        self.attention_kernel = attention_kernel
         self.model = model
         self.architecture = _ARCHITECTURES[model.architecture]
         self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
             self.embedding = Embedding(model, groups)
-        self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to)
+        self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
         self.head = self.architecture.build_head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
@@ -62,7 +65,8 @@ class Stage(nn.Module):
             x, word_weight = self.embedding(x, streams, positions)
         elif self.embedding is not None:
             word_weight = self.embedding.word.weight
-        mask = _to_be_added(self.architecture.attention_mask(batch), x.dtype)
+        is_causal = self.architecture.IS_CAUSAL
+        mask = key_ranges(batch, is_causal) if self.attention_kernel else dense_mask(batch, is_causal, x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
             head_dim = self.model.hidden_size // self.model.num_attention_heads
@@ -75,13 +79,6 @@ class Stage(nn.Module):
         return self.head(x, batch.positions, batch.targets, word_weight)
 
 
-def _to_be_added(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return 0 where a key is seen and minus infinity where not: made once, where each layer would convert it."""
-    if seen is None:
-        return None
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-
 def build_stage(
     model: ModelSection,
     groups: ProcessGroups,
@@ -90,13 +87,14 @@ def build_stage(
     seed: int,
     compiled: bool = False,
     keep_activations_up_to: int = 0,
+    attention_kernel: bool = False,
 ) -> Stage:
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name).
 
     recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here.
-    compiled: by torch.compile, each block when it first runs.
+    compiled: by torch.compile, each block when it first runs. attention_kernel: our own, for masks and dropout.
     """
     spec = ModelSpec.of(model)
-    stage = Stage(spec, groups, layers, recompute, compiled, keep_activations_up_to)
+    stage = Stage(spec, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
     initialize(stage, spec, seed)
     return stage

@@ -2,9 +2,12 @@
 
 Plain torch holds logits, log-probabilities, the gradient of each and, below fp32, their fp32 copies. Here the logits
 become their exponentials where they stand, in pieces that stay in a core's cache, and these become the logits' gradient
-in the backward pass. The arithmetic is the same, to rounding.
+in the backward pass. On GPUs two kernels do the same in one pass each (cross_entropy_kernel.py). The arithmetic is the
+same, to rounding.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,10 +35,11 @@ def cross_entropy(
     the vocabulary, from row `first_row` of it on, of which those from `real_rows` on are padding; targets (N,) global
     ids; returns (N,). The gradient by `hidden` is this rank's part: whoever sums over the ranks does so before.
     """
-    return _CrossEntropy.apply(hidden, weight, bias, targets, first_row, real_rows, group)
+    form = _ByKernel if _has_kernel(hidden) else _InPieces
+    return form.apply(hidden, weight, bias, targets, first_row, real_rows, group)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _InPieces(torch.autograd.Function):
     """Saves exponentials of the logits; its backward pass consumes them, so it runs once."""
 
     @staticmethod
@@ -52,8 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         local = targets - first_row
         is_here = (local >= 0) & (local < real_rows)
         local = local.clamp(0, max(0, real_rows - 1))
-        weight_t = weight.t()
-        logits = hidden @ weight_t if bias is None else torch.addmm(bias, hidden, weight_t)
+        logits = _logits(hidden, weight, bias)
         if real_rows < len(weight):
             logits[:, real_rows:] = -torch.inf
         largest = logits.amax(1)
@@ -78,8 +81,70 @@ class _CrossEntropy(torch.autograd.Function):
         at_target = (scale * of_target.exp() - gradients[0]).to(by_logits.dtype)
         elsewhere = by_logits.gather(1, local[:, None])
         by_logits.scatter_(1, local[:, None], torch.where(is_here[:, None], at_target[:, None], elsewhere))
-        by_bias = by_logits.sum(0) if ctx.has_bias else None
-        return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None, None
+        return _gradients(by_logits, hidden, weight, ctx.has_bias)
+
+
+class _ByKernel(torch.autograd.Function):
+    """Saves the logits; its backward pass overwrites them, so it runs once."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        first_row: int,
+        real_rows: int,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        from raptr_ds.parallel.cross_entropy_kernel import statistics_of  # Triton is not there on every machine
+
+        local = targets - first_row
+        local = torch.where((local >= 0) & (local < real_rows), local, -1)
+        logits = _logits(hidden, weight, bias)
+        statistics = statistics_of(logits, local, real_rows)
+        if group.size() > 1:
+            largest = statistics[0].clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            statistics[1] *= (statistics[0] - largest).exp()
+            statistics[0] = largest
+            dist.all_reduce(statistics[1:], group=group)
+        logarithms = statistics[0] + statistics[1].log()
+        ctx.save_for_backward(hidden, weight, local, logarithms)
+        ctx.logits, ctx.real_rows, ctx.has_bias = logits, real_rows, bias is not None
+        return logarithms - statistics[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
+        from raptr_ds.parallel.cross_entropy_kernel import overwrite_by_gradient
+
+        hidden, weight, local, logarithms = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        assert logits is not None, "the backward pass of a cross-entropy runs once"
+        overwrite_by_gradient(logits, local, logarithms, gradients[0].contiguous(), ctx.real_rows)
+        return _gradients(logits, hidden, weight, ctx.has_bias)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _has_kernel(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton()
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def _gradients(
+    by_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, has_bias: bool
+) -> tuple[torch.Tensor | None, ...]:
+    by_bias = by_logits.sum(0) if has_bias else None
+    return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None, None
 
 
 def _to_exponentials(

@@ -82,18 +82,24 @@ class LayerDropout(NamedTuple):
     sample_ids: torch.Tensor
     keys: torch.Tensor
 
+    def row_and_column_hashes(
+        self, site: str, num_positions: int, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hashes of rows (b, T) and columns (as features), int32; an element's hash is that of their xor."""
+        low, high = self.keys[SITES.index(site)].unbind()
+        device = features.device
+        positions = torch.arange(num_positions, device=device, dtype=torch.int32)
+        samples = _mix(self.sample_ids.to(device) + low)
+        rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
+        return rows, _mix(features.to(torch.int32) * _GOLDEN + 1)
+
     def keep_mask(self, rate: float, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
         """Return which elements to keep, bool (b, G, T, F / G) for features (G, F / G) and (b, T, F) for (F,).
 
         Shapes: features (F,) or (G, F / G) int64, global indices of this rank's features. Units: rate, the share
         dropped.
         """
-        low, high = self.keys[SITES.index(site)].unbind()
-        device = features.device
-        positions = torch.arange(num_positions, device=device, dtype=torch.int32)
-        samples = _mix(self.sample_ids.to(device) + low)
-        rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
-        columns = _mix(features.to(torch.int32) * _GOLDEN + 1)
+        rows, columns = self.row_and_column_hashes(site, num_positions, features)
         threshold = keep_threshold(rate)
         if features.ndim == 1:
             return _keep(rows[:, :, None], columns[None, None, :], threshold)
@@ -156,5 +162,15 @@ def attention_keep_mask(rate: float, layer: LayerDropout, num_positions: int, *,
     Shapes: heads (heads,) int64, global indices of those that run here. The kept ones are to be multiplied by
     1 / (1 - rate).
     """
-    keys = torch.arange(num_positions, device=heads.device)
-    return layer.keep_mask(rate, "attention", num_positions, heads[:, None] * num_positions + keys)
+    return layer.keep_mask(rate, "attention", num_positions, _attention_features(num_positions, heads))
+
+
+def attention_hashes(
+    layer: LayerDropout, num_positions: int, *, heads: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same before its last step: hashes of the queries (b, T) and of the heads' keys (heads, T), int32."""
+    return layer.row_and_column_hashes("attention", num_positions, _attention_features(num_positions, heads))
+
+
+def _attention_features(num_positions: int, heads: torch.Tensor) -> torch.Tensor:
+    return heads[:, None] * num_positions + torch.arange(num_positions, device=heads.device)
