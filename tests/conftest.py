@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share few cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes compute as one would: NCCL refuses two of them on one GPU
+os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on CPU tensors, slowly (tests/interpreted.py)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -224,6 +224,9 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the layers with torch.compile: one graph, whatever the path. Needs zero_optimization.stage <= 2 and a
     C++ compiler; on a CPU it pays with dropout and for ul2 (docs/performance.md)."""
+    attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
+    """auto: on GPUs our Triton kernel for masks and dropout, torch's fused kernels where neither is; torch's on CPUs.
+    sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""
     save: Text | None = None
     """The run's folder. Derived: runs/ and the run file's name."""
     max_non_finite_steps: CountOrZero | None = None

@@ -8,6 +8,7 @@ from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.errors import ConfigError
+from raptr_ds.model.attention_backend import AttentionBackend, choose_attention
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
@@ -32,9 +33,15 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         seed=config.train.seed,
         compiled=config.train.compile,
         keep_activations_up_to=config.parallel.keep_activations_up_to,
+        attention_kernel=attention_of(config, groups).uses_kernel,
     )
     engine_class = PipelineEngine if groups.topology.pipeline > 1 else ZeroEngine
     return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)
+
+
+def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
+    """Return what computes attention in this run. Raises: ConfigError if it cannot be what the run file asks for."""
+    return choose_attention(config.train.attention_backend, config.model, config.data.packing, groups.device)
 
 
 def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 # On a CPU a piece of logits stays in a core's second-level cache; elsewhere it bounds the fp32 copies.
 _CPU_PIECE_ELEMENTS = 1 << 18
 _PIECE_ELEMENTS = 1 << 26
+# On a GPU each row of logits begins at a multiple of so many: an odd vocabulary would keep the matrix products (three
+# read or write logits) and the kernels from wide loads.
+_ALIGNED = 64
 
 
 def cross_entropy(
@@ -102,7 +105,8 @@ class _ByKernel(torch.autograd.Function):
 
         local = targets - first_row
         local = torch.where((local >= 0) & (local < real_rows), local, -1)
-        logits = _logits(hidden, weight, bias)
+        rows = hidden.new_empty(len(hidden), -(-len(weight) // _ALIGNED) * _ALIGNED)[:, : len(weight)]
+        logits = _logits(hidden, weight, bias, out=rows)
         statistics = statistics_of(logits, local, real_rows)
         if group.size() > 1:
             largest = statistics[0].clone()
@@ -136,8 +140,12 @@ def _has_kernel(hidden: torch.Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton()
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
 def _gradients(

@@ -38,19 +38,19 @@ def row_statistics(logits, targets, largest, sums, of_target, stride, real_rows,
 
 
 @triton.jit
-def to_gradient(logits, targets, logarithms, scales, stride, real_rows, num_rows, BLOCK: tl.constexpr):
-    """Overwrite logits by the gradient of scale * (log of the sum - target's logit); grid (N,)."""
+def to_gradient(logits, targets, logarithms, scales, stride, real_rows, BLOCK: tl.constexpr):
+    """Overwrite logits by the gradient of scale * (log of the sum - target's logit), padding by 0; grid (N,)."""
     position = tl.program_id(0)
     logits += position.to(tl.int64) * stride
     target = tl.load(targets + position)
     logarithm = tl.load(logarithms + position)
     scale = tl.load(scales + position)
-    for start in range(0, num_rows, BLOCK):
+    for start in range(0, stride, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(logits + at, mask=at < real_rows, other=float("-inf")).to(tl.float32)
         probabilities = tl.exp(values - logarithm)
         gradient = (probabilities - (at == target).to(tl.float32)) * scale
-        tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < num_rows)
+        tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < stride)
 
 
 def statistics_of(logits: torch.Tensor, targets: torch.Tensor, real_rows: int) -> torch.Tensor:
@@ -69,9 +69,13 @@ def statistics_of(logits: torch.Tensor, targets: torch.Tensor, real_rows: int) -
 def overwrite_by_gradient(
     logits: torch.Tensor, targets: torch.Tensor, logarithms: torch.Tensor, scales: torch.Tensor, real_rows: int
 ) -> None:
-    """Make logits (N, rows) their gradient, in place; logarithms, scales (N,) fp32: of the whole sum, of the loss."""
+    """Make logits (N, rows) their gradient, in place; logarithms, scales (N,) fp32: of the whole sum, of the loss.
+
+    What lies between the rows in memory becomes 0: matrix products may read a few elements more than they use (oneDNN's
+    in bf16 do), and NaN times 0 is NaN.
+    """
     kernel: Any = to_gradient
     if len(logits):
         kernel[(len(logits),)](
-            logits, targets, logarithms, scales, logits.stride(0), real_rows, logits.shape[1], BLOCK=_BLOCK, num_warps=8
+            logits, targets, logarithms, scales, logits.stride(0), real_rows, BLOCK=_BLOCK, num_warps=8
         )

@@ -1,0 +1,66 @@
+"""Which code computes attention: chosen once at the start of a run, from the run file and what the device has."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.errors import ConfigError
+
+_KEY = "raptr_ds.train.attention_backend"
+_LARGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """uses_kernel: masks and dropout go through our Triton kernel; description, warning: lines for the run's start."""
+
+    uses_kernel: bool
+    description: str
+    warning: str | None = None
+
+
+def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: torch.device) -> AttentionBackend:
+    """Return the backend for raptr_ds.train.attention_backend = `wanted` on a device.
+
+    Raises: ConfigError if the kernel is asked for by name and cannot run there.
+    """
+    by_torch = "torch's scaled_dot_product_attention"
+    has_dropout = bool(model.attention_dropout)
+    needs = [
+        *(["prefix mask"] if model.architecture == "ul2" else []),
+        *(["packed documents"] if is_packed else []),
+        *(["dropout"] if has_dropout else []),
+    ]
+    spelled_out = by_torch + (", spelled out where there is dropout" if has_dropout else "")
+    if wanted == "sdpa" or (wanted == "auto" and device.type == "cpu"):
+        return AttentionBackend(False, spelled_out)
+    obstacle = _obstacle(model.hidden_size // model.num_attention_heads, device)
+    if obstacle is None:
+        kernel = f"Triton kernel for {', '.join(needs) or 'padding'}"
+        return AttentionBackend(True, kernel + ("" if "prefix mask" in needs or has_dropout else f", else {by_torch}"))
+    if wanted == "triton":
+        raise ConfigError(
+            f"{_KEY}='triton' cannot run here: {obstacle}. Set {_KEY} to 'sdpa', or leave it out: the best that runs "
+            "here is chosen."
+        )
+    slower = "with a dense mask and spelled-out dropout" if has_dropout else "with a dense mask"
+    warning = f"attention runs {slower}, slower and with more memory: the Triton kernel cannot run here ({obstacle})"
+    return AttentionBackend(False, spelled_out, warning if needs else None)
+
+
+def _obstacle(head_dim: int, device: torch.device) -> str | None:
+    """Return why the kernel cannot run, None if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (it comes with torch's builds for GPUs; pip install triton)"
+    from triton import knobs
+
+    if device.type != "cuda":
+        return None if knobs.runtime.interpret else f"it needs a GPU and this run is on {device.type.upper()}s"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or more, this one has {capability[0]}.{capability[1]}"
+    if head_dim > _LARGEST_HEAD:
+        return f"heads have {head_dim} dimensions, and it takes at most {_LARGEST_HEAD}"
+    return None
