@@ -1,6 +1,6 @@
 """Triton's kernels on CPU tensors, by its interpreter: import this before a module of kernels.
 
-tests/conftest.py sets TRITON_INTERPRET. Its interpreter (triton 3.8.0, runtime/interpreter.py, create_dot) multiplies
+tests/conftest.py sets TRITON_INTERPRET. Its interpreter (triton 3.7.1, runtime/interpreter.py, create_dot) multiplies
 the bit patterns of bf16 as if they were integers; here they become fp32 first, which is what tensor cores compute.
 tests/upstream has a test that fails when Triton does so itself.
 """

@@ -23,8 +23,8 @@ _LOG2_E = math.log2(math.e)
 class _Blocks:
     """Queries and keys of a block, Triton's warps of a block and loads under way.
 
-    Chosen so that Hopper's compiler keeps everything in registers (tests/gpu holds it against that), by the width of a
-    head and whether dropout's hash wants some of them.
+    Chosen by the width of a head so that Hopper's compiler keeps everything in registers (tests/hopper.py compiles for
+    it without a GPU).
     """
 
     queries: int
@@ -45,12 +45,10 @@ def _query_blocks(width: int, itemsize: int) -> _Blocks:
     return _Blocks(128, 64, num_stages=2) if width <= 128 else _Blocks(64, 32, num_stages=1)
 
 
-def _key_blocks(width: int, itemsize: int, has_dropout: bool) -> _Blocks:
+def _key_blocks(width: int, itemsize: int) -> _Blocks:
     if itemsize > 2:
         return _Blocks(32, 32, 4, 1)
-    if width > 128:
-        return _Blocks(32, 64, num_stages=1)
-    return _Blocks(32 if width > 64 and has_dropout else 64, 128, num_stages=2)
+    return _Blocks(32, 128) if width <= 128 else _Blocks(32, 64, num_stages=1)
 
 
 def fused_attention(
@@ -141,7 +139,7 @@ def _attention_backward(
         *inputs, by_query, first_key, end_key, rows, columns, *numbers, QUERIES=blocks.queries, KEYS=blocks.keys,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
     )  # fmt: skip
-    blocks = _key_blocks(constants["WIDTH"], query.element_size(), bool(hashes))
+    blocks = _key_blocks(constants["WIDTH"], query.element_size())
     attention_kernel.backward_keys[(triton.cdiv(length, blocks.keys), batch * heads)](
         *inputs, by_key, by_value, first_query, end_query, rows, columns, *numbers, QUERIES=blocks.queries,
         KEYS=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,

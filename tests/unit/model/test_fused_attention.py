@@ -2,124 +2,38 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import tests.interpreted  # noqa: F401 - before the kernels
 from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import collate
 from raptr_ds.data.sample import PackedSample, Sample
-from raptr_ds.model.fused_attention import fused_attention
-from raptr_ds.model.key_ranges import KeyRanges
+from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
-from raptr_ds.parallel.dropout import DropoutStreams, attention_hashes, attention_keep_mask
+from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Parts, Path
 from raptr_ds.rng import stream
+from tests.attention_cases import CASES, Case, errors_of, tolerance, very_negative_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of what is masked
 
-BATCH, HEADS, RATE = 2, 3, 0.1
-LAYER = DropoutStreams(7, 3, torch.tensor([5, 90])).of_layer(2)
-GLOBAL_HEADS = torch.tensor([4, 5, 7])
-
-
-def ranges_of(first: torch.Tensor, end: torch.Tensor) -> KeyRanges:
-    position = torch.arange(first.shape[1]).expand(first.shape).contiguous()
-    queries = torch.searchsorted(end, position, right=True), torch.searchsorted(first, position, right=True)
-    return KeyRanges(*(bound.int() for bound in (first, end, *queries)))
-
-
-def prefixes(length: int, prefix: int) -> KeyRanges:
-    position = torch.arange(length)
-    end = torch.maximum(position + 1, torch.tensor([[prefix], [min(length, prefix + 17)]]))
-    return ranges_of(torch.zeros_like(end), end)
-
-
-def packed(length: int) -> KeyRanges:
-    first, end = torch.zeros(BATCH, length, dtype=torch.long), torch.zeros(BATCH, length, dtype=torch.long)
-    rng = stream(1, "packed", length)
-    for row in range(BATCH):
-        start = 0
-        while start < length:
-            size = min(length - start, int(rng.integers(1, 60)))
-            query = torch.arange(start, start + size)
-            first[row, query] = start
-            end[row, query] = torch.maximum(query + 1, torch.tensor(start + int(rng.integers(0, size + 1))))
-            start += size
-    return ranges_of(first, end)
-
-
-def spelled_out(query, key, value, ranges: KeyRanges | None, rate: float) -> torch.Tensor:
-    length = query.shape[2]
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if ranges is not None:
-        at = torch.arange(length)
-        seen = (at >= ranges.first_key[..., None]) & (at < ranges.end_key[..., None])
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    weights = scores.softmax(-1)
-    if rate:
-        keep = attention_keep_mask(rate, LAYER, length, heads=GLOBAL_HEADS)
-        weights = torch.where(keep, weights / (1.0 - rate), 0.0)
-    return (weights @ value).transpose(1, 2)
-
-
-# An odd length, one below and above a block, a remainder of 64 by 128 (which other kernels got wrong), very few tokens.
-CASES = [
-    ("whole", 192, 64, None, 0.0),
-    ("whole", 33, 24, None, RATE),
-    ("prefix", 192, 64, prefixes(192, 70), 0.0),
-    ("prefix, dropout", 130, 32, prefixes(130, 65), RATE),
-    ("empty prefix", 127, 64, prefixes(127, 0), RATE),
-    ("all prefix", 64, 32, prefixes(64, 64), 0.0),
-    ("packed", 257, 32, packed(257), 0.0),
-    ("packed, dropout", 192, 64, packed(192), RATE),
-    ("wide heads", 70, 128, packed(70), RATE),
-    ("odd heads", 40, 96, prefixes(40, 3), RATE),
-    ("three tokens", 3, 16, prefixes(3, 0), RATE),
-]
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=[f"{name}-{length}-{size}" for name, length, size, _, _ in CASES])
-def test_values_and_gradients(case, dtype: torch.dtype) -> None:
-    _, length, size, ranges, rate = case
-    generator = torch.Generator().manual_seed(length)
-    together = torch.randn(BATCH, length, HEADS, 3, size, generator=generator).to(dtype)
-    given = [part.requires_grad_() for part in together.permute(3, 0, 2, 1, 4).unbind(0)]  # strided, as the model's
-    hashes = attention_hashes(LAYER, length, heads=GLOBAL_HEADS) if rate else None
-    output = fused_attention(*given, ranges, hashes, rate)
-    weight = torch.randn(output.shape, generator=generator).to(dtype)
-    gradients = torch.autograd.grad(output, given, weight)
-    exact = [part.detach().double().requires_grad_() for part in given]
-    expected = spelled_out(*exact, ranges, rate)
-    oracles = torch.autograd.grad(expected, exact, weight.double())
-    # bf16: weights and their gradients are rounded to 8 bits before their products, as in every flash kernel.
-    tolerance = 1e-6 if dtype == torch.float32 else 1.2e-2
-    assert output.dtype == dtype
-    for found, oracle in zip((output, *gradients), (expected, *oracles), strict=True):
-        assert found.shape == oracle.shape
-        assert (found.double() - oracle).norm() <= tolerance * oracle.norm()
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    assert max(errors_of(case, dtype, torch.device("cpu"))) <= tolerance(dtype)
 
 
 def test_very_negative_scores_are_finite() -> None:
-    """cuDNN 9 gave NaN for a mask, a length of 64 more than a multiple of 128 and logarithms below -88.7."""
-    query, key, value = (torch.zeros(1, 1, 192, 64, dtype=torch.bfloat16) for _ in range(3))
-    query[..., 0], key[..., 0] = 1.0, -960.0
-    key[0, 0, 5, 0] = 960.0
-    value[..., 0] = torch.arange(192)
-    given = [part.requires_grad_() for part in (query, key, value)]
-    output = fused_attention(*given, ranges_of(*causal(192)))
+    output, gradients = very_negative_scores(torch.device("cpu"))
     assert output[0, 100:, 0, 0].tolist() == [5.0] * 92  # the one key that is not negligible
-    for gradient in torch.autograd.grad(output.sum(), given):
-        assert gradient.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def causal(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    end = torch.arange(1, length + 1)[None]
-    return torch.zeros_like(end), end
-
-
-def stages(architecture: str, groups: ProcessGroups) -> tuple[Stage, Stage]:
+def stages(architecture: str, groups: ProcessGroups, compiled: bool = False) -> tuple[Stage, Stage]:
+    """Return a model without the kernel, and one with it."""
     model = derive_model(
         ModelSection(
             architecture=architecture,  # type: ignore[arg-type]
@@ -133,8 +47,8 @@ def stages(architecture: str, groups: ProcessGroups) -> tuple[Stage, Stage]:
             init_method_std=0.2,
         )
     )
-    plain, fused = (build_stage(model, groups, range(3), False, 3, attention_kernel=kernel) for kernel in (False, True))
-    return plain, fused
+    plain = build_stage(model, groups, range(3), False, 3)
+    return plain, build_stage(model, groups, range(3), False, 3, compiled=compiled, attention_kernel=True)
 
 
 PATHS = {
@@ -173,3 +87,26 @@ def test_a_model_is_the_same_with_the_kernel(
     assert fused.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (fused[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_compiler() is not None, reason=f"cannot compile here: {missing_compiler()}")
+def test_a_compiled_block_holds_the_kernel_as_one_operation(groups: ProcessGroups) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    rng = stream(2, "fused")
+    tokens = rng.integers(0, 61, 24)
+    batch = collate([Sample(tokens, rng.permutation(24)[:4], tokens[:4], 9)] * 2, [3, 8], 24, pad_id=0)
+    plain, fused = stages("ul2", groups, compiled=True)
+    for step, path in enumerate((Path((0, 2), 3), Path((1,), 3), Path.full(3))):
+        streams = DropoutStreams(1, step, batch.sample_ids)
+        losses, gradients = [], []
+        for stage in (plain, fused):
+            losses.append(stage(batch.tokens, batch, path, streams).sum())
+            last = stage.layers[str(path.layers[-1])]
+            gradients.append(torch.autograd.grad(losses[-1], last.parameters()))
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+        for expected, gradient in zip(*gradients, strict=True):
+            assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
