@@ -58,6 +58,9 @@ class PipelineEngine(DeepSpeedState):
         module = PipelineStages(self.body, groups)
         super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
         engine: Any = self.engine
+        if groups.sequence_parallel:
+            # DeepSpeed lets each tensor rank send a share of what all have, and gathers: here each has its own.
+            engine.is_pipe_partitioned = engine.is_grad_partitioned = False
         if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
             engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
         self.body.observe_loss = engine.observe_loss

@@ -9,6 +9,7 @@ from raptr_ds.model.norm import build_norm
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import LayerDropout, dropout
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.sequence import sum_gradients
 
 
 class Block(nn.Module):
@@ -25,6 +26,9 @@ class Block(nn.Module):
         self.attention = Attention(model, groups)
         self.mlp_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, groups)
+        self.sequence_rank = groups.sequence_rank
+        for norm in (self.attention_norm, self.mlp_norm):
+            sum_gradients(norm, groups)
 
     def forward(
         self,
@@ -36,7 +40,7 @@ class Block(nn.Module):
         heads: torch.Tensor | None = None,
         blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the stream after this layer, shape (b, T, H).
+        """Return the stream after this layer, shape (b, T, H), or this rank's part of the sequences.
 
         Each branch is multiplied by residual_scale, a number in a tensor, or by nothing. masks: dropout's. heads and
         blocks: of this rank's attention heads and MLP blocks those that run, None for all.
