@@ -66,9 +66,9 @@ def sequence_parallel_has_ranks(draft: Draft) -> str | None:
     if not draft.parallel.sequence_parallel or draft.parallel.tensor_model_parallel_size > 1:
         return None
     return (
-        "raptr_ds.parallel.sequence_parallel=true has no effect with tensor_model_parallel_size=1: it splits activations "
-        "over the processes that share a layer. Set tensor_model_parallel_size to 2 or more, or sequence_parallel to "
-        "false."
+        "raptr_ds.parallel.sequence_parallel=true has no effect with tensor_model_parallel_size=1: it splits what the "
+        "processes that share a layer have copies of. Set tensor_model_parallel_size to 2 or more, or "
+        "sequence_parallel to false."
     )
 
 

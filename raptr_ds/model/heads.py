@@ -32,7 +32,8 @@ class Head(nn.Module):
     ) -> torch.Tensor:
         """Return the losses of the predicted positions, fp32.
 
-        Shapes: x (b, T, H), or this rank's part of the sequences; positions (N,) flat indices into b * T; targets (N,); returns (N,).
+        Shapes: x (b, T, H), or this rank's part of the sequences; positions (N,) flat indices into b * T; targets
+        (N,); returns (N,).
         """
         x = self.norm(pick_positions(x, positions, self.groups))
         if self.transform is not None and self.transform_norm is not None:

@@ -1,4 +1,4 @@
-"""The product of a column linear: what its gradients need of other ranks travels while the others are computed."""
+"""The product of a column linear, of one matrix or of two whose rows take turns, and its exchange with other ranks."""
 
 from typing import Any
 
@@ -68,3 +68,31 @@ class _ColumnProduct(torch.autograd.Function):
         by_parts = [part.t() @ rows for part in parts]
         by_weight = by_parts[0] if num_parts == 1 else torch.stack(by_parts, dim=1).flatten(0, 1)
         return by_x if summing is None else summing.take(), by_weight, None, None, None
+
+
+def reads_rows_apart(device: torch.device) -> bool:
+    """Whether a weight with the rows of two matrices in turns is multiplied as two, with a row stride, or as one.
+
+    On a CPU two: taking the outputs of one apart is a strided pass over each of them, which costs more than the rest of
+    the activation. On a GPU one: it fills the device better than two of half the size, whose strided operands the
+    fastest kernels do not take, and a compiled block takes the outputs apart in the kernel that multiplies them.
+    """
+    return device.type == "cpu"
+
+
+def even_and_odd_columns(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of y's even and odd features, (..., F / 2) each; their gradients are interleaved in one pass."""
+    return _EvenAndOddColumns.apply(y)
+
+
+class _EvenAndOddColumns(torch.autograd.Function):
+    """Slices whose gradients autograd would pad with zeros and add."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+        return y[..., 0::2], y[..., 1::2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return torch.stack(gradients, dim=-1).flatten(-2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.parallel.column_product import column_product
+from raptr_ds.parallel.column_product import column_product, even_and_odd_columns, reads_rows_apart
 from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import (
@@ -163,9 +163,7 @@ class ColumnLinear(ColumnParallelLinear):
 class GatedColumnLinear(ColumnLinear):
     """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
 
-    In that order a feature's two rows are on one rank whatever the tensor size. They are read as two matrices with a
-    row stride: taking the outputs apart instead is a strided pass over each of them, which on a CPU costs more than
-    the rest of the activation.
+    In that order a feature's two rows are on one rank whatever the tensor size.
     """
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
@@ -182,6 +180,8 @@ class GatedColumnLinear(ColumnLinear):
     def _gate_and_value(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not reads_rows_apart(x.device):
+            return even_and_odd_columns(self._linear(x, weight, bias))
         gate, value = self._products(x, weight, 2) if self.is_split else column_product(x, weight, 2)
         if bias is not None:
             gate, value = gate + bias[0::2], value + bias[1::2]
@@ -224,6 +224,7 @@ class RowLinear(RowParallelLinear):
 
     @_outside_graphs
     def _sum(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.tp_group is not None
         if self.is_along_sequence:
             return sum_of_part(y, bias, self.tp_group)
         y = reduce_from_tensor_model_parallel_region(y, self.tp_group)

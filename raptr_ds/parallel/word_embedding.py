@@ -49,6 +49,7 @@ class WordEmbedding(VocabParallelEmbedding):
         return (tokens - self.vocab_start_index).masked_fill(is_elsewhere, 0), is_elsewhere
 
     def _sum(self, rows: torch.Tensor, is_elsewhere: torch.Tensor) -> torch.Tensor:
+        assert self.tp_group is not None
         rows = rows.masked_fill(is_elsewhere[..., None], 0.0)
         if self.is_along_sequence:
             return sum_of_part(rows, None, self.tp_group)
