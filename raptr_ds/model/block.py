@@ -46,7 +46,9 @@ class Block(nn.Module):
         blocks: of this rank's attention heads and MLP blocks those that run, None for all.
         """
         attended = self.attention(self.attention_norm(x), mask, rotary, masks, heads)
-        attended = dropout(attended, self.dropout_rate, masks, "attention_output")
+        first = self.sequence_rank * x.shape[1]
+        attended = dropout(attended, self.dropout_rate, masks, "attention_output", first_position=first)
         x = x + (attended if residual_scale is None else attended * residual_scale)
-        processed = dropout(self.mlp(self.mlp_norm(x), blocks), self.dropout_rate, masks, "mlp_output")
+        processed = self.mlp(self.mlp_norm(x), blocks)
+        processed = dropout(processed, self.dropout_rate, masks, "mlp_output", first_position=first)
         return x + (processed if residual_scale is None else processed * residual_scale)

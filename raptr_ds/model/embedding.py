@@ -39,11 +39,12 @@ class Embedding(nn.Module):
         positions: (b, T), where they do not just count up (packed sequences).
         """
         x, weight = self.word.with_weight(tokens) if self.is_shared else (self.word(tokens), self.word.weight)
+        first = self.sequence_rank * x.shape[1]
         if self.position is not None:
             if positions is None:
                 positions = torch.arange(tokens.shape[1], device=tokens.device)
-            first = self.sequence_rank * x.shape[1]
             x = x + self.position(positions[..., first : first + x.shape[1]])
         if streams is None or self.dropout_rate == 0.0:
             return x, weight
-        return dropout(x, self.dropout_rate, streams.of_layer(EMBEDDING_LAYER), "embedding"), weight
+        masks = streams.of_layer(EMBEDDING_LAYER)
+        return dropout(x, self.dropout_rate, masks, "embedding", first_position=first), weight

@@ -77,7 +77,9 @@ class LayerDropout(NamedTuple):
     sample_ids: torch.Tensor
     keys: torch.Tensor
 
-    def keep_mask(self, rate: float, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
+    def keep_mask(
+        self, rate: float, site: str, num_positions: int, features: torch.Tensor, first_position: int = 0
+    ) -> torch.Tensor:
         """Return which elements to keep, bool (b, G, T, F / G) for features (G, F / G) and (b, T, F) for (F,).
 
         Shapes: features (F,) or (G, F / G) int64, global indices of this rank's features. Units: rate, the share
@@ -85,7 +87,7 @@ class LayerDropout(NamedTuple):
         """
         low, high = self.keys[SITES.index(site)].unbind()
         device = features.device
-        positions = torch.arange(num_positions, device=device, dtype=torch.int32)
+        positions = torch.arange(first_position, first_position + num_positions, device=device, dtype=torch.int32)
         samples = _mix(self.sample_ids.to(device) + low)
         rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
         columns = _mix(features.to(torch.int32) * _GOLDEN + 1)
@@ -132,6 +134,7 @@ def dropout(
     site: str,
     *,
     features: torch.Tensor | None = None,
+    first_position: int = 0,
 ) -> torch.Tensor:
     """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without a layer's masks (evaluation).
 
@@ -141,7 +144,7 @@ def dropout(
         return x
     if features is None:
         features = torch.arange(x.shape[-1], device=x.device)
-    keep = layer.keep_mask(rate, site, x.shape[1], features)
+    keep = layer.keep_mask(rate, site, x.shape[1], features, first_position)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 
