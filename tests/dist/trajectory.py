@@ -146,6 +146,7 @@ def shape_of(case: Case) -> ModelShape:
 
 def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
+    assert groups.sequence_parallel == case.sequence_parallel, "groups of another case"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
     stage = build_stage(
