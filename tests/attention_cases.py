@@ -9,8 +9,9 @@ import torch
 
 from raptr_ds.model.fused_attention import fused_attention
 from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.parallel.dropout import DropoutStreams, LayerDropout, attention_hashes, attention_keep_mask
+from raptr_ds.parallel.dropout import LayerDropout, attention_hashes, attention_keep_mask
 from raptr_ds.rng import stream
+from tests.dropout_masks import streams_of
 
 BATCH, HEADS, RATE = 2, 3, 0.1
 GLOBAL_HEADS = (4, 5, 7)
@@ -95,7 +96,7 @@ CASES = [
 
 
 def layer_dropout(device: torch.device) -> LayerDropout:
-    return DropoutStreams(7, 3, torch.tensor([5, 90], device=device)).of_layer(2)
+    return streams_of(7, 3, torch.tensor([5, 90], device=device)).of_layer(2)
 
 
 def errors_of(case: Case, dtype: torch.dtype, device: torch.device) -> list[float]:

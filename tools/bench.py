@@ -69,7 +69,10 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
 
     parallel = config.parallel
     groups = initialize_process_groups(
-        launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        launch,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
     )
     if groups.device.type == "cpu":
         keep_freed_memory()  # as in training, and the other stacks get it too

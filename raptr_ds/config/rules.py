@@ -61,6 +61,29 @@ def tensor_divides_ffn(draft: Draft) -> str | None:
     )
 
 
+def sequence_parallel_has_ranks(draft: Draft) -> str | None:
+    """sequence_parallel splits over tensor ranks."""
+    if not draft.parallel.sequence_parallel or draft.parallel.tensor_model_parallel_size > 1:
+        return None
+    return (
+        "raptr_ds.parallel.sequence_parallel=true has no effect with tensor_model_parallel_size=1: it splits what the "
+        "processes that share a layer have copies of. Set tensor_model_parallel_size to 2 or more, or "
+        "sequence_parallel to false."
+    )
+
+
+def tensor_divides_sequence(draft: Draft) -> str | None:
+    """seq_length % tensor_model_parallel_size == 0 with sequence_parallel."""
+    length, tensor = draft.model.seq_length, draft.parallel.tensor_model_parallel_size
+    if not draft.parallel.sequence_parallel or length % tensor == 0:
+        return None
+    return (
+        f"raptr_ds.parallel.sequence_parallel=true needs raptr_ds.model.seq_length={length} to be a multiple of "
+        f"tensor_model_parallel_size={tensor}. Set seq_length to {-(-length // tensor) * tensor}, or "
+        "sequence_parallel to false."
+    )
+
+
 def world_fits_layout(draft: Draft) -> str | None:
     """world_size % (tensor * pipeline) == 0."""
     world, size = draft.world_size, draft.model_parallel_size
@@ -330,6 +353,8 @@ RULES: tuple[Rule, ...] = (
     rotary_needs_even_head,
     tensor_divides_heads,
     tensor_divides_ffn,
+    sequence_parallel_has_ranks,
+    tensor_divides_sequence,
     world_fits_layout,
     stages_have_layers,
     pipeline_layers_fit,

@@ -78,6 +78,10 @@ class ParallelSection(Section):
 
     tensor_model_parallel_size: Count = 1
     """Processes that share each layer's matrices."""
+    sequence_parallel: bool = False
+    """Split what lies outside the matrices (residual stream, norms, hidden dropout) along the sequence over the same
+    processes, each of which has all of it without: less memory and work, for a quarter more bytes sent. seq_length must
+    be a multiple of tensor_model_parallel_size."""
     pipeline_model_parallel_size: Count = 1
     """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
     pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None

@@ -12,7 +12,7 @@ from raptr_ds.engine.deepspeed_state import DeepSpeedState
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
-from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 
@@ -27,16 +27,15 @@ class _StepBody(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
-        self.seed, self.step = 0, 0
+        self.dropout_keys: torch.Tensor | None = None
         self.weight = torch.ones(())
-        self.with_dropout = True
         self.waiting: Iterator[tuple[MicroBatch, Path]] = iter(())
         self.observe_loss: Callable[[torch.Tensor], None] = lambda _loss: None
         self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         micro, path = next(self.waiting)
-        streams = DropoutStreams(self.seed, self.step, micro.sample_ids) if self.with_dropout else None
+        streams = None if self.dropout_keys is None else DropoutStreams(self.dropout_keys, micro.sample_ids)
         x = self.stage(x, micro, path, streams)
         if not self.stage.is_last:
             return x
@@ -58,6 +57,9 @@ class PipelineEngine(DeepSpeedState):
         module = PipelineStages(self.body, groups)
         super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
         engine: Any = self.engine
+        if groups.sequence_parallel:
+            # DeepSpeed lets each tensor rank send a share of what all have, and gathers: here each has its own.
+            engine.is_pipe_partitioned = engine.is_grad_partitioned = False
         if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
             engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
         self.body.observe_loss = engine.observe_loss
@@ -71,7 +73,8 @@ class PipelineEngine(DeepSpeedState):
             engine.tied.begin(batch)
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
-        self._prepare(batch, path, self.loss_weight(batch, count), step)
+        keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
+        self._prepare(batch, path, self.loss_weight(batch, count), keys)
         # DeepSpeed averages the losses over micro batches and data-parallel ranks, which makes the weighted ones the
         # mean over the global batch's predicted positions, and tells every stage.
         loss = engine.train_batch(self._inputs(batch))
@@ -84,17 +87,15 @@ class PipelineEngine(DeepSpeedState):
         total, count = 0.0, 0.0
         for given in batches:
             batch = given.to(self.groups.device)
-            self._prepare(batch, path, torch.ones((), device=self.groups.device), step=None)
+            self._prepare(batch, path, torch.ones((), device=self.groups.device), None)
             micro_batches = len(batch.micro_batches)
             mean = self.engine.eval_batch(self._inputs(batch), num_micro_batches=micro_batches)
             total += float(mean) * micro_batches * self.groups.topology.data
             count += float(self.count_predictions(batch))
         return total / count
 
-    def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, step: int | None) -> None:
-        self.body.weight = weight
-        self.body.with_dropout = step is not None
-        self.body.step = step or 0
+    def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, keys: torch.Tensor | None) -> None:
+        self.body.weight, self.body.dropout_keys = weight, keys
         count = len(batch.micro_batches)
         self.body.waiting = iter((micro, path.of_micro_batch(n, count)) for n, micro in enumerate(batch.micro_batches))
 

@@ -17,7 +17,7 @@ from raptr_ds.engine.idle_layers import IdleLayers
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
-from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import Path
 
@@ -47,8 +47,9 @@ class ReferenceEngine:
         """Train step `step` along `path`."""
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        keys = dropout_keys(self.seed, step, self.stage.model.num_layers, batch.micro_batches[0].tokens.device)
         for number, micro in enumerate(batch.micro_batches):
-            streams = DropoutStreams(self.seed, step, micro.sample_ids)
+            streams = DropoutStreams(keys, micro.sample_ids)
             taken = path.of_micro_batch(number, len(batch.micro_batches))
             loss = self.stage(micro.tokens, micro, taken, streams).sum() / batch.num_predictions
             loss.backward()

@@ -11,7 +11,7 @@ from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
 from raptr_ds.engine.deepspeed_state import DeepSpeedState
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
-from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 
@@ -34,8 +34,9 @@ class ZeroEngine(DeepSpeedState):
         count = self.count_predictions(batch)
         weight = self.loss_weight(batch, count)
         total = torch.zeros((), device=self.groups.device)
+        keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
         for number, micro in enumerate(batch.micro_batches):
-            streams = DropoutStreams(self.seed, step, micro.sample_ids)
+            streams = DropoutStreams(keys, micro.sample_ids)
             taken = path.of_micro_batch(number, len(batch.micro_batches))
             engine.optimizer.follow_micro_batch(taken)
             loss = engine(micro.tokens, micro, taken, streams).sum() * weight

@@ -16,7 +16,7 @@ from raptr_ds.config.load import RunConfig
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.eval.random_batch import random_micro_batch
 from raptr_ds.model.stage import Stage, build_stage
-from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
 from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import Path
@@ -114,7 +114,8 @@ class DeviceProbe:
 
 def _train(stage: Stage, batch: MicroBatch, path: Path) -> None:
     stage.zero_grad(set_to_none=True)
-    stage(batch.tokens, batch, path, DropoutStreams(0, 0, batch.sample_ids)).mean().backward()
+    keys = dropout_keys(0, 0, stage.model.num_layers, batch.tokens.device)
+    stage(batch.tokens, batch, path, DropoutStreams(keys, batch.sample_ids)).mean().backward()
 
 
 def _optimizer_step(num_parameters: int, device: torch.device) -> Callable[[], object]:

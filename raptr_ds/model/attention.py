@@ -47,9 +47,9 @@ class Attention(nn.Module):
         to (b, heads, T, T). active: (n,) int64, those of this rank's heads that run, counted from its first; None for
         all of them.
         """
-        batch, length, _ = x.shape
         num_heads = self.num_local_heads if active is None else len(active)
         qkv = self.qkv(x) if active is None else self.qkv.of_rows(x, pieces(active, 3 * self.head_dim))
+        batch, length, _ = qkv.shape  # whole sequences, where x may be a part of them
         qkv = qkv.view(batch, length, num_heads, 3, self.head_dim)
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         if rotary is not None:

@@ -8,6 +8,7 @@ from raptr_ds.model.norm import build_norm
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import vocab_bias, vocab_cross_entropy, vocab_embedding
+from raptr_ds.parallel.sequence import pick_positions
 
 
 class Head(nn.Module):
@@ -31,9 +32,10 @@ class Head(nn.Module):
     ) -> torch.Tensor:
         """Return the losses of the predicted positions, fp32.
 
-        Shapes: x (b, T, H); positions (N,) flat indices into b * T; targets (N,); returns (N,).
+        Shapes: x (b, T, H), or this rank's part of the sequences; positions (N,) flat indices into b * T; targets
+        (N,); returns (N,).
         """
-        x = self.norm(x.flatten(0, 1).index_select(0, positions))
+        x = self.norm(pick_positions(x, positions, self.groups))
         if self.transform is not None and self.transform_norm is not None:
             x = self.transform_norm(functional.gelu(self.transform(x)))
         weight = tied_weight if self.output is None else self.output.weight

@@ -56,7 +56,8 @@ class Stage(nn.Module):
         """Run this stage on a micro batch.
 
         Shapes: x is (b, T) token ids on the first stage and the (b, T, H) stream elsewhere; returns the stream, or on
-        the last stage the losses of the predicted positions, (N,) fp32.
+        the last stage the losses of the predicted positions, (N,) fp32. With sequence parallelism the stream is this
+        rank's part of the sequences, (b, T / tensor, H), between stages too.
         """
         positions = None if batch.segments is None else batch.segments.positions
         word_weight = None
@@ -70,7 +71,7 @@ class Stage(nn.Module):
         rotary = None
         if self.model.position_embedding == "rotary":
             head_dim = self.model.hidden_size // self.model.num_attention_heads
-            rotary = rotary_table(x.shape[1], head_dim, self.model.rotary_base, x.device)
+            rotary = rotary_table(batch.tokens.shape[1], head_dim, self.model.rotary_base, x.device)
             if positions is not None:
                 rotary = rotary[:, positions][:, :, None]
         x = self.layers(x, path, mask, rotary, streams)

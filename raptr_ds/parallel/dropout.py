@@ -5,14 +5,14 @@ every split of batch, layers and heads, on every device, and again in recomputat
 tensor ranks hold different features their masks differ, where they hold copies the masks agree.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from raptr_ds.rng import stream_key
 
-# Odd 32-bit constants of a two-round multiply-xorshift finalizer, as signed ints: torch has no unsigned arithmetic.
+# Odd 32-bit constants of a two-round multiply-xorshift finalizer, as signed ints: torch has no unsigned arithmetic, and
+# products that wrap are the point. Compilers of C++ must be told so (model/compiler.py).
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
@@ -55,51 +55,66 @@ def keep_threshold(rate: float) -> int:
     return round((1.0 - rate) * (1 << 31))
 
 
-@dataclass(frozen=True)
-class DropoutStreams:
-    """The dropout masks of one micro batch in one step.
+def dropout_keys(seed: int, step: int, num_layers: int, device: torch.device) -> torch.Tensor:
+    """Return the keys of a step's masks, (num_layers + 1, sites, 2) int32 on the device: the embedding's, the layers'.
 
-    Shapes: sample_ids (b,) int64, the samples' places in the global batch.
+    Made once a step, and copied to a GPU without waiting for it.
     """
+    keys = [
+        [_halves(stream_key(seed, "dropout", step, layer, site)) for site in SITES] for layer in range(-1, num_layers)
+    ]
+    made = torch.tensor(keys, dtype=torch.int32)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
-    seed: int
-    step: int
-    sample_ids: torch.Tensor
+
+def _halves(key: int) -> tuple[int, int]:
+    return _to_int32(key), _to_int32(key >> 32)
+
+
+class DropoutStreams:
+    """The dropout masks of one micro batch in one step."""
+
+    def __init__(self, keys: torch.Tensor, sample_ids: torch.Tensor) -> None:
+        """keys: the step's, by `dropout_keys`; sample_ids: (b,) the samples' places in the run, on the same device."""
+        self.keys, self.sample_ids = keys, sample_ids.to(torch.int32)
 
     def of_layer(self, layer: int) -> "LayerDropout":
         """Return the masks of one layer; layers are global indices, the embedding is -1."""
-        keys = (stream_key(self.seed, "dropout", self.step, layer, site) for site in SITES)
-        halves = [(_to_int32(key), _to_int32(key >> 32)) for key in keys]
-        return LayerDropout(self.sample_ids.to(torch.int32), torch.tensor(halves, dtype=torch.int32))
+        return LayerDropout(self.sample_ids, self.keys[layer + 1])
 
 
 class LayerDropout(NamedTuple):
     """The dropout masks of one layer. Layer and step are values of tensors, so that a compiled block serves them all.
 
-    Shapes: sample_ids (b,) int32; keys (sites, 2) int32, on the CPU: arithmetic takes its elements as plain numbers.
+    Shapes: sample_ids (b,) int32; keys (sites, 2) int32; both on the model's device.
     """
 
     sample_ids: torch.Tensor
     keys: torch.Tensor
 
     def row_and_column_hashes(
-        self, site: str, num_positions: int, features: torch.Tensor
+        self, site: str, num_positions: int, features: torch.Tensor, first_position: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return hashes of rows (b, T) and columns (as features), int32; an element's hash is that of their xor."""
+        """Return hashes of rows (b, T) and columns (as features), int32; an element's hash is that of their xor.
+
+        first_position: of T positions, where they are a part of a sequence.
+        """
         low, high = self.keys[SITES.index(site)].unbind()
-        device = features.device
-        positions = torch.arange(num_positions, device=device, dtype=torch.int32)
-        samples = _mix(self.sample_ids.to(device) + low)
-        rows = _mix((samples[:, None] + positions[None, :] * _GOLDEN) ^ high)
+        positions = torch.arange(
+            first_position, first_position + num_positions, device=features.device, dtype=torch.int32
+        )
+        rows = _mix((_mix(self.sample_ids + low)[:, None] + positions[None, :] * _GOLDEN) ^ high)
         return rows, _mix(features.to(torch.int32) * _GOLDEN + 1)
 
-    def keep_mask(self, rate: float, site: str, num_positions: int, features: torch.Tensor) -> torch.Tensor:
+    def keep_mask(
+        self, rate: float, site: str, num_positions: int, features: torch.Tensor, first_position: int = 0
+    ) -> torch.Tensor:
         """Return which elements to keep, bool (b, G, T, F / G) for features (G, F / G) and (b, T, F) for (F,).
 
         Shapes: features (F,) or (G, F / G) int64, global indices of this rank's features. Units: rate, the share
-        dropped.
+        dropped. first_position: of the T positions, where they are a part of a sequence.
         """
-        rows, columns = self.row_and_column_hashes(site, num_positions, features)
+        rows, columns = self.row_and_column_hashes(site, num_positions, features, first_position)
         threshold = keep_threshold(rate)
         if features.ndim == 1:
             return _keep(rows[:, :, None], columns[None, None, :], threshold)
@@ -143,16 +158,18 @@ def dropout(
     site: str,
     *,
     features: torch.Tensor | None = None,
+    first_position: int = 0,
 ) -> torch.Tensor:
     """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without a layer's masks (evaluation).
 
-    Shapes: x (b, T, F); features (F,) global feature indices, by default all of them in order.
+    Shapes: x (b, T, F); features (F,) global feature indices, by default all of them in order. first_position: of the
+    T positions, where they are a part of a sequence.
     """
     if layer is None or rate == 0.0:
         return x
     if features is None:
         features = torch.arange(x.shape[-1], device=x.device)
-    keep = layer.keep_mask(rate, site, x.shape[1], features)
+    keep = layer.keep_mask(rate, site, x.shape[1], features, first_position)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 

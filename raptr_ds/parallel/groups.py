@@ -20,7 +20,8 @@ class ProcessGroups:
 
     `tensor`, `data` and `pipeline` are the mesh's axes; `model` is tensor x pipeline (one whole model); `embedding`
     joins the first and the last pipeline stage where the tied embedding has a copy on each, and is None elsewhere;
-    `control` is a gloo group of all ranks for small host-side messages.
+    `control` is a gloo group of all ranks for small host-side messages. sequence_parallel: the residual stream is split
+    along the sequence over `tensor` (parallel/sequence.py).
     """
 
     topology: Topology
@@ -36,6 +37,7 @@ class ProcessGroups:
     model: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
     control: dist.ProcessGroup
+    sequence_parallel: bool = False
 
     @property
     def is_first_stage(self) -> bool:
@@ -47,6 +49,11 @@ class ProcessGroups:
         """Whether this rank holds the head."""
         return self.pipeline_rank == self.topology.pipeline - 1
 
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of each sequence this rank's residual stream is; 0 where it is whole."""
+        return self.tensor_rank if self.sequence_parallel else 0
+
 
 def local_device(launch: Launch) -> torch.device:
     """Return this rank's accelerator, or the CPU where there is none."""
@@ -56,7 +63,11 @@ def local_device(launch: Launch) -> torch.device:
 
 
 def initialize_process_groups(
-    launch: Launch, tensor: int, pipeline: int, timeout: timedelta = timedelta(minutes=30)
+    launch: Launch,
+    tensor: int,
+    pipeline: int,
+    timeout: timedelta = timedelta(minutes=30),
+    sequence_parallel: bool = False,
 ) -> ProcessGroups:
     """Start torch.distributed and megatron-core's groups for this launch.
 
@@ -74,10 +85,12 @@ def initialize_process_groups(
             world_size=launch.world_size,
             timeout=timeout,
         )
-    return make_process_groups(topology, launch.rank, device)
+    return make_process_groups(topology, launch.rank, device, sequence_parallel)
 
 
-def make_process_groups(topology: Topology, rank: int, device: torch.device) -> ProcessGroups:
+def make_process_groups(
+    topology: Topology, rank: int, device: torch.device, sequence_parallel: bool = False
+) -> ProcessGroups:
     """Make the groups of `topology` in an initialized torch.distributed; every rank must call it, alike."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -102,6 +115,7 @@ def make_process_groups(topology: Topology, rank: int, device: torch.device) -> 
         model=_made(parallel_state.get_model_parallel_group()),
         embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
         control=dist.new_group(backend="gloo"),
+        sequence_parallel=sequence_parallel,
     )
 
 

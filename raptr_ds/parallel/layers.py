@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from raptr_ds.parallel.column_product import column_product, even_and_odd_columns, reads_rows_apart
 from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import (
@@ -18,6 +18,7 @@ from raptr_ds.parallel.megatron_core import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from raptr_ds.parallel.sequence import sum_of_part
 from raptr_ds.parallel.word_embedding import WordEmbedding
 
 
@@ -107,16 +108,20 @@ def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -
     parameter.shard = shard  # type: ignore[attr-defined]
 
 
-_Tensors = ParamSpec("_Tensors")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def _outside_graphs(method: Callable[_Tensors, torch.Tensor]) -> Callable[_Tensors, torch.Tensor]:
-    """Keep a method out of compiled graphs: those that wait for other ranks, in megatron-core's functions."""
+def _outside_graphs(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Keep a method out of compiled graphs: those that wait for other ranks."""
     return torch.compiler.disable(method)  # type: ignore[return-value]
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """A linear whose outputs are split over the tensor ranks; forward: (..., in) -> (..., out / tensor)."""
+    """A linear whose outputs are split over the tensor ranks; forward: (b, T, in) -> (b, T, out / tensor).
+
+    With sequence parallelism x is this rank's part of the sequences, (b, T / tensor, in); outputs are of whole ones.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
         super().__init__(
@@ -128,44 +133,41 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=False,
             tp_group=groups.tensor,
         )
-        self.is_split = groups.topology.tensor > 1
+        self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 _mark(parameter, 0, out_features, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
-        if not self.is_split:  # the same without megatron's custom backward and its separate pass for the bias
-            return functional.linear(x, self.weight, self.bias)  # pyright: ignore[reportArgumentType]
-        return self._forward_split(x)
-
-    @_outside_graphs
-    def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+        assert self.weight is not None
+        return self._linear(x, self.weight, self.bias)
 
     def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others."""
         assert self.weight is not None
         bias = None if self.bias is None else self.bias.index_select(0, rows)
-        x = self._for_all_ranks(x) if self.is_split else x
-        return functional.linear(x, self.weight.index_select(0, rows), bias)
+        return self._linear(x, self.weight.index_select(0, rows), bias)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not self.is_split:
+            return functional.linear(x, weight, bias)
+        (y,) = self._products(x, weight, 1)
+        return y if bias is None else y + bias
 
     @_outside_graphs
-    def _for_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x; the gradients that the tensor ranks have for it are summed."""
-        return copy_to_tensor_model_parallel_region(x, self.tp_group)
+    def _products(self, x: torch.Tensor, weight: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, ...]:
+        return column_product(x, weight, num_parts, self.tp_group, self.is_along_sequence)
 
 
 class GatedColumnLinear(ColumnLinear):
     """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
 
-    In that order a feature's two rows are on one rank whatever the tensor size. They are read as two matrices with a
-    row stride: taking the outputs apart instead is a strided pass over each of them, which on a CPU costs more than
-    the rest of the activation.
+    In that order a feature's two rows are on one rank whatever the tensor size.
     """
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        """Map (..., in) to gate and value, each (..., out / 2 / tensor)."""
+        """Map (b, T, in) to gate and value, each (b, T, out / 2 / tensor)."""
         assert self.weight is not None
         return self._gate_and_value(x, self.weight, self.bias)
 
@@ -178,38 +180,19 @@ class GatedColumnLinear(ColumnLinear):
     def _gate_and_value(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_split:
-            x = self._for_all_ranks(x)
-        gate, value = _EvenAndOddRows.apply(x, weight)
+        if not reads_rows_apart(x.device):
+            return even_and_odd_columns(self._linear(x, weight, bias))
+        gate, value = self._products(x, weight, 2) if self.is_split else column_product(x, weight, 2)
         if bias is not None:
             gate, value = gate + bias[0::2], value + bias[1::2]
         return gate, value
 
 
-class _EvenAndOddRows(torch.autograd.Function):
-    """Two linears by the even and the odd rows of one weight.
-
-    Written by hand so that the backward pass keeps the weight itself: slices of it would hold the gathered copy alive
-    that ZeRO 3 wants to release, and their gradients would be padded with zeros and added.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        ctx.save_for_backward(x, weight)
-        return functional.linear(x, weight[0::2]), functional.linear(x, weight[1::2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        x, weight = ctx.saved_tensors
-        even, odd = (gradient.flatten(0, -2) for gradient in gradients)
-        rows = x.flatten(0, -2)
-        x_gradient = (even @ weight[0::2]).addmm_(odd, weight[1::2]).view_as(x)
-        return x_gradient, torch.stack([even.t() @ rows, odd.t() @ rows], dim=1).flatten(0, 1)
-
-
 class RowLinear(RowParallelLinear):
-    """A linear whose inputs are split over the tensor ranks; forward: (..., in / tensor) -> (..., out)."""
+    """A linear whose inputs are split over the tensor ranks; forward: (b, T, in / tensor) -> (b, T, out).
+
+    With sequence parallelism outputs are this rank's part of the sequences, (b, T / tensor, out).
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
         super().__init__(
@@ -222,26 +205,30 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tensor,
         )
-        self.is_split = groups.topology.tensor > 1
+        self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
         _mark(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the summed outputs, the same on every tensor rank."""
+        """Return the summed outputs, the same on every tensor rank, or its part of them."""
         if not self.is_split:
             return functional.linear(x, self.weight, self.bias)
-        return self._forward_split(x)
-
-    @_outside_graphs
-    def _forward_split(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+        return self._sum(functional.linear(x, self.weight), self.bias)
 
     def of_columns(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return the summed outputs for inputs (..., n) whose places `columns` (n,) int64 tells; others are 0."""
-        assert self.weight is not None
-        y = functional.linear(x, self.weight.index_select(1, columns))
+        # Not functional.linear: at ZeRO 3 DeepSpeed puts one in its place that fails where a rank has no columns.
+        y = x @ self.weight.index_select(1, columns).t()
         if self.is_split:
-            y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
+            return self._sum(y, self.bias)
         return y if self.bias is None else y + self.bias
+
+    @_outside_graphs
+    def _sum(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.tp_group is not None
+        if self.is_along_sequence:
+            return sum_of_part(y, bias, self.tp_group)
+        y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
+        return y if bias is None else y + bias
 
 
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
@@ -251,7 +238,10 @@ def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
 
 
 def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> WordEmbedding:
-    """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden)."""
+    """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden).
+
+    With sequence parallelism it returns this rank's part of the sequences, (b, T / tensor, hidden).
+    """
     layer = WordEmbedding(
         padded_vocab_size(vocab_size, groups),
         hidden_size,
@@ -259,7 +249,7 @@ def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) ->
         config=_parallel_config(groups),
         tp_group=groups.tensor,
     )
-    layer.is_split = groups.topology.tensor > 1
+    layer.is_split, layer.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
     layer.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     _mark(layer.weight, 0, vocab_size, groups)
     return layer

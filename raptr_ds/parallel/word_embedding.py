@@ -12,12 +12,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from raptr_ds.parallel.megatron_core import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
+from raptr_ds.parallel.sequence import sum_of_part
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """Megatron-core's, which can also hand its weight on; forward: (b, T) ids -> (b, T, hidden)."""
+    """Megatron-core's, which can also hand its weight on; forward: (b, T) ids -> (b, T, hidden).
 
-    is_split = False
+    is_along_sequence: forward returns this rank's part of the sequences.
+    """
+
+    is_split, is_along_sequence = False, False
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the rows of (b, T) ids, summed over the ranks, each of which has those of its ids."""
+        if not self.is_split:
+            return functional.embedding(tokens, self.weight)
+        here, is_elsewhere = self._here(tokens)
+        return self._sum(functional.embedding(here, self.weight), is_elsewhere)
 
     def with_weight(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return forward's result, and the weight (rows here, hidden) for the head, with one gradient for both uses.
@@ -28,10 +39,21 @@ class WordEmbedding(VocabParallelEmbedding):
             return self(tokens), self.weight
         if not self.is_split:
             return _RowsAndWeight.apply(tokens, self.weight)
+        here, is_elsewhere = self._here(tokens)
+        rows, weight = _RowsAndWeight.apply(here, self.weight)
+        return self._sum(rows, is_elsewhere), weight
+
+    def _here(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ids counted from this rank's first, 0 where another rank has them, and where that is."""
         is_elsewhere = (tokens < self.vocab_start_index) | (tokens >= self.vocab_end_index)
-        rows, weight = _RowsAndWeight.apply((tokens - self.vocab_start_index).masked_fill(is_elsewhere, 0), self.weight)
+        return (tokens - self.vocab_start_index).masked_fill(is_elsewhere, 0), is_elsewhere
+
+    def _sum(self, rows: torch.Tensor, is_elsewhere: torch.Tensor) -> torch.Tensor:
+        assert self.tp_group is not None
         rows = rows.masked_fill(is_elsewhere[..., None], 0.0)
-        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group), weight
+        if self.is_along_sequence:
+            return sum_of_part(rows, None, self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
 
     def _joins_gradients(self) -> bool:
         """Whether it pays and works: on a GPU finding the different tokens would make the host wait for their number.

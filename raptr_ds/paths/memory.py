@@ -69,9 +69,9 @@ def layer_activation_bytes(shape: ModelShape, layout: Layout, state: TrainingSta
     """
     value = layout.bytes_per_value
     positions = layout.micro_batch * shape.seq_length
-    stream = positions * shape.hidden_size
+    stream = positions * shape.hidden_size / layout.stream_ranks
     inner = positions * shape.ffn_hidden_size / layout.tensor
-    split = stream / layout.tensor
+    split = positions * shape.hidden_size / layout.tensor
     total = 4 * stream * value + 4 * split * value
     total += (4 if shape.activation == "swiglu" else 2) * inner * value
     if shape.normalization == "rmsnorm":
@@ -100,7 +100,7 @@ def activation_bytes(
     layer keeps its input alone, and one layer at a time its whole set.
     """
     in_flight = _micro_batches_in_flight(layout, stage)
-    stream = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
+    stream = layout.micro_batch * shape.seq_length * shape.hidden_size / layout.stream_ranks * layout.bytes_per_value
     layer = layer_activation_bytes(shape, layout, state)
     if layout.recompute:
         total = in_flight * num_active * stream + (layer if num_active else 0.0)

@@ -45,6 +45,7 @@ class Layout:
 
     stage_layers: layers of each pipeline part in the model's order; with num_chunks > 1 stage s holds the parts s,
     s + stages, ... (interleaved). micro_batch: sequences; num_micro_batches: of each data-parallel rank.
+    sequence_parallel: the residual stream is split over the tensor ranks (which decides memory; times leave it out).
     """
 
     stage_layers: tuple[int, ...]
@@ -58,11 +59,17 @@ class Layout:
     bytes_per_value: int = 2
     gradient_bytes_per_value: int | None = None
     kept_whole: float = np.inf
+    sequence_parallel: bool = False
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
         return len(self.stage_layers) // self.num_chunks
+
+    @property
+    def stream_ranks(self) -> int:
+        """Processes that share the residual stream of a sequence."""
+        return self.tensor if self.sequence_parallel else 1
 
     @property
     def num_ranks(self) -> int:

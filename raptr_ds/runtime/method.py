@@ -102,6 +102,7 @@ def layout_of(config: RunConfig) -> Layout:
         micro_batch=config.batch.micro_batch,
         num_micro_batches=config.batch.accumulation,
         tensor=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
         data=config.batch.data_parallel,
         # Stages 1 and 2 are left out where there is nobody to share with (engine/deepspeed_engine.py).
         zero_stage=config.zero_stage if config.batch.data_parallel > 1 or config.zero_stage == 3 else 0,

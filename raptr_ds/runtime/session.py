@@ -146,7 +146,10 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     """
     parallel = config.parallel
     groups = initialize_process_groups(
-        launch, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        launch,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
     )
     with ExitStack() as stack:
         stack.callback(_leave_groups)

@@ -15,7 +15,16 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.runtime.checkpoint_folder import checkpoints_in, step_folder
 from raptr_ds.runtime.checkpoints import Checkpoints
-from tests.dist.trajectory import Case, batch_at, build_engine, full_weights, model_of, path_method, weights_differ
+from tests.dist.trajectory import (
+    Case,
+    batch_at,
+    build_engine,
+    full_weights,
+    model_of,
+    path_method,
+    process_groups,
+    weights_differ,
+)
 from tests.dist.workers import run_distributed
 
 LAST = 9  # three phases of three steps
@@ -27,7 +36,7 @@ LAYOUTS = {
     "dp2-zero2": (2, Case(zero=2)),
     "dp2-zero3": (2, Case(zero=3)),
     "tp2": (2, Case(tensor=2)),
-    "tp2-zero3": (2, Case(tensor=2, zero=3)),
+    "tp2-sp-zero3": (2, Case(tensor=2, sequence_parallel=True, zero=3)),
     "pp2-zero1": (4, Case(pipeline=2, zero=1)),
     "tp2-pp2": (4, Case(tensor=2, pipeline=2)),
 }
@@ -63,7 +72,7 @@ class Resumed:
 
 def resume(launch: Launch, case: Case, folder: str, save_at: int) -> Resumed:
     """Train over a phase boundary, saving before it; restore that in another engine and train the rest again."""
-    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    groups = process_groups(launch, case)
     checkpoints = Checkpoints(Path(folder), groups, keep=1)
     engine, last = build_engine(case, groups), save_at + RESUMED_STEPS
     train(engine, case, groups, 0, save_at)
@@ -101,6 +110,7 @@ def resume(launch: Launch, case: Case, folder: str, save_at: int) -> Resumed:
         ("dp2-zero3", "fp32", 1),
         ("dp2-zero3", "bf16", 4),
         ("tp2", "fp32", 4),
+        ("tp2-sp-zero3", "bf16", 4),
         ("pp2-zero1", "bf16", 4),
     ],
 )
@@ -139,7 +149,7 @@ class Part:
 
 def continue_run(launch: Launch, case: Case, folder: str, last: int) -> Part:
     """Continue the run in `folder` to step `last`, in this case's layout, and save."""
-    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    groups = process_groups(launch, case)
     checkpoints = Checkpoints(Path(folder), groups, keep=1)
     engine = build_engine(case, groups)
     restored = checkpoints.restore(engine, "auto", model_of(case))
@@ -163,7 +173,7 @@ def test_a_run_continues_in_any_layout(skipped_update: str, tmp_path: Path) -> N
         "pp2-zero1",
         "dp2-zero2",
         "tp2-pp2",
-        "tp2-zero3",
+        "tp2-sp-zero3",
         "dp2-zero0",
     ]
     layouts = {
@@ -204,7 +214,7 @@ class Seen:
 
 def meet_failures(launch: Launch, case: Case, folder: str) -> Seen:
     """Save three times, the second time with no room for rank 1; then damage the file of the last rank."""
-    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    groups = process_groups(launch, case)
     checkpoints = Checkpoints(Path(folder), groups, keep=3)
     engine, model = build_engine(case, groups), model_of(case)
     errors = []

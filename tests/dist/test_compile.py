@@ -21,9 +21,10 @@ pytestmark = [
     [
         ("bert-freeze", {"zero": 2}),
         ("ul2-freeze", {"tensor": 2, "recompute": True}),
+        ("bert-freeze", {"tensor": 2, "sequence_parallel": True}),
         ("bert-zero_grad", {"pipeline": 2}),
     ],
-    ids=["DP2 ZeRO 2", "TP2, recompute", "PP2"],
+    ids=["DP2 ZeRO 2", "TP2, recompute", "TP2 SP", "PP2"],
 )
 def test_a_compiled_layout_follows_the_reference(run: str, changes: dict[str, Any]) -> None:
     case = RUNS[run]

@@ -77,19 +77,26 @@ LAYOUTS = {
     "TP4": (4, {"tensor": 4}),
     "TP2 DP2 ZeRO 2": (4, {"tensor": 2, "zero": 2}),
     "TP2 DP2 ZeRO 3": (4, {"tensor": 2, "zero": 3}),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
+    "TP4 SP": (4, {"tensor": 4, "sequence_parallel": True}),
+    "TP2 SP DP2": (4, {"tensor": 2, "sequence_parallel": True}),
+    "TP2 SP DP2 ZeRO 1, recompute": (4, {"tensor": 2, "sequence_parallel": True, "zero": 1, "recompute": True}),
+    "TP2 SP DP2 ZeRO 2": (4, {"tensor": 2, "sequence_parallel": True, "zero": 2, "micro_batch": 1}),
+    "TP2 SP DP2 ZeRO 3": (4, {"tensor": 2, "sequence_parallel": True, "zero": 3}),
     "PP2": (2, {"pipeline": 2}),
     "PP2 DP2 ZeRO 1, recompute": (4, {"pipeline": 2, "zero": 1, "recompute": True}),
     "PP2 uneven": (2, {"pipeline": 2, "pipeline_layers": (1, 4)}),
     "PP2 DP2": (4, {"pipeline": 2, "micro_batch": 1}),
     "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),
     "PP2 TP2": (4, {"pipeline": 2, "tensor": 2}),
+    "PP2 TP2 SP": (4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True}),
     "PP4": (4, {"pipeline": 4}),
     "PP4, four micro batches": (4, {"pipeline": 4, "micro_batch": 3}),
 }
 
-FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 DP2 ZeRO 1, recompute", "PP2 TP2", "PP4")
+FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "TP2 SP DP2 ZeRO 3", "PP2 DP2 ZeRO 1, recompute", "PP2 TP2 SP", "PP4")
 
-LONG = ("DP2 ZeRO 1", "DP2 ZeRO 3", "PP2 TP2")
+LONG = ("DP2 ZeRO 1", "DP2 ZeRO 3", "PP2 TP2 SP")
 # Where growth copies between ranks, or between parts that are cut otherwise.
 GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
 
@@ -104,15 +111,22 @@ SEVERAL_PATHS = {
         "TP2 DP2 ZeRO 3",
         "PP2",
         "PP2 DP2 ZeRO 1, recompute",
-        "PP2 TP2",
+        "PP2 TP2 SP",
     ),
     "ul2-3-paths-zero_grad": ("DP2 ZeRO 1", "DP2 ZeRO 2", "DP2 ZeRO 3", "PP2 DP2"),
 }
 
 # Freezing parts needs whole tensors in the optimizer; with one head of four some tensor ranks have none.
 WIDTHS = {
-    "bert-width": ("DP2", "TP2", "TP4", "PP2", "PP2 TP2"),
-    "ul2-width-zero_grad": ("DP2 ZeRO 2", "DP2 ZeRO 3", "TP2 DP2 ZeRO 1, recompute", "PP2 TP2"),
+    "bert-width": ("DP2", "TP2", "TP2 SP", "TP4", "TP4 SP", "PP2", "PP2 TP2"),
+    "ul2-width-zero_grad": (
+        "DP2 ZeRO 2",
+        "DP2 ZeRO 3",
+        "TP2 DP2 ZeRO 1, recompute",
+        "TP2 DP2 ZeRO 3",
+        "TP2 SP DP2 ZeRO 3",
+        "PP2 TP2",
+    ),
 }
 
 # One run across two phase boundaries in every layout, and long in three; the others, shorter, in a few.

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.paths.memory import TrainingState, rank_memory
+from raptr_ds.paths.memory import TrainingState, layer_activation_bytes, rank_memory
 from raptr_ds.paths.step_time import Layout
-from tests.dist.trajectory import Case, batch_at, build_engine, shape_of
+from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups, shape_of
 from tests.dist.workers import run_distributed
+from tests.dropout_masks import streams_of
 
 
 def live_bytes() -> int:
@@ -77,6 +80,46 @@ def test_weights_and_optimizer_are_as_the_formula_says(name):
             memory = rank_memory(shape, layout, state, stage, 8 // case.pipeline, 2)
             assert held == pytest.approx(memory.weights + memory.optimizer, rel=0.04)
     assert num_parameters(shape) > 100_000
+
+
+def kept_by_layers(launch: Launch, case: Case) -> int:
+    """Return the bytes of all storages that autograd saves for three layers, parameters aside."""
+    groups = process_groups(launch, case)
+    layers = stage_layers((case.num_layers,))[0]
+    stage = build_stage(model_of(case), groups, layers, case.recompute, SEED)
+    micro = batch_at(case, groups, 0).micro_batches[0]
+    own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    totals = []
+    for length in (1, 4):
+        kept = {}  # tensors alive, so that no other storage gets their address
+
+        def pack(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        path = Path(tuple(range(length)), case.num_layers)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = stage(micro.tokens, micro, path, streams_of(SEED, 0, micro.sample_ids))
+        totals.append(sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - own))
+        assert losses.requires_grad
+    return totals[1] - totals[0]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers_keep_what_the_formula_says(architecture, recompute, sequence_parallel):
+    """Sequence parallelism halves what two tensor ranks have copies of, and keeps no gathered sequence."""
+    case = Case(
+        architecture=architecture, tensor=2, sequence_parallel=sequence_parallel, recompute=recompute, dropout=0.0
+    )
+    shape = shape_of(case)
+    layout = Layout((5,), case.micro_batch, 1, tensor=2, bytes_per_value=4, sequence_parallel=sequence_parallel)
+    layer = layer_activation_bytes(shape, layout, TrainingState(4))
+    if recompute:
+        layer = case.micro_batch * shape.seq_length * shape.hidden_size * 4 / (2 if sequence_parallel else 1)
+    for kept in run_distributed(kept_by_layers, 2, case):
+        assert kept == pytest.approx(3 * layer, rel=0.02)
 
 
 def reduce_bucket(launch: Launch, case: Case) -> tuple[int, int]:

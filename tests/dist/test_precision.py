@@ -20,6 +20,11 @@ LAYOUTS = {
     "DP2 ZeRO 2": (2, {"zero": 2}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
     "TP2": (2, {"tensor": 2}),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
+    "TP2 SP DP2 ZeRO 1, fp32 accumulation": (
+        4,
+        {"tensor": 2, "sequence_parallel": True, "zero": 1, "accumulate_in_fp32": True, "micro_batch": 1},
+    ),
     "PP2": (2, {"pipeline": 2}),
     "PP2, fp32 accumulation": (2, {"pipeline": 2, "accumulate_in_fp32": True}),
     "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),

@@ -34,6 +34,7 @@ class Case:
     engine: str = "deepspeed"  # or "reference"
     tensor: int = 1
     pipeline: int = 1
+    sequence_parallel: bool = False
     zero: int = 0
     micro_batch: int = 2
     global_batch: int = 12
@@ -77,7 +78,7 @@ class Outcome:
 
 def run_case(launch: Launch, case: Case) -> Outcome:
     """Train the case on this rank."""
-    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    groups = process_groups(launch, case)
     engine = build_engine(case, groups)
     method = path_method(case)
     results = []
@@ -94,6 +95,11 @@ def run_case(launch: Launch, case: Case) -> Outcome:
         weights=full_weights(engine, groups),
         skipped=[result.skipped for result in results],
     )
+
+
+def process_groups(launch: Launch, case: Case) -> ProcessGroups:
+    """Return the case's groups on this rank."""
+    return initialize_process_groups(launch, case.tensor, case.pipeline, sequence_parallel=case.sequence_parallel)
 
 
 def path_method(case: Case) -> PathMethod:
@@ -140,6 +146,7 @@ def shape_of(case: Case) -> ModelShape:
 
 def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     """Return the case's engine on this rank."""
+    assert groups.sequence_parallel == case.sequence_parallel, "groups of another case"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     layers = stage_layers(case.pipeline_layers or derive_pipeline_layers(case.num_layers, case.pipeline))
     stage = build_stage(

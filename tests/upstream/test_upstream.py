@@ -14,8 +14,9 @@ from megatron.core import parallel_state
 
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.model.compiler import compiler_options, missing_compiler
-from raptr_ds.parallel.dropout import DropoutStreams, dropout
+from raptr_ds.parallel.dropout import dropout
 from tests.dist.workers import run_distributed
+from tests.dropout_masks import streams_of
 from tests.upstream.reproductions import (
     gradient_of_a_skipped_layer_at_stage_0,
     learning_rates_of_warmup,
@@ -137,7 +138,7 @@ def test_the_first_reduction_of_zero_1_and_2_loads_the_inductor() -> None:
 
 def elements_that_compiling_changes(options: dict[str, int]) -> int:
     """Return how many elements of a dropout with rows of 24, one and a half vectors of 512 bits, come out otherwise."""
-    masks = DropoutStreams(1, 0, torch.arange(3)).of_layer(2)
+    masks = streams_of(1, 0, torch.arange(3)).of_layer(2)
 
     def drop(x: torch.Tensor) -> torch.Tensor:
         return dropout(x, 0.1, masks, "mlp_output")

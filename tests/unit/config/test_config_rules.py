@@ -39,6 +39,28 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             f"{R}tensor_model_parallel_size=2 {M}ffn_hidden_size=102",
         ),
     ],
+    "sequence_parallel_has_ranks": [
+        (
+            2,
+            f"{R}sequence_parallel=true",
+            ["sequence_parallel=true", "no effect", "tensor_model_parallel_size=1", "to false"],
+            f"{R}sequence_parallel=true {R}tensor_model_parallel_size=2",
+        ),
+    ],
+    "tensor_divides_sequence": [
+        (
+            4,
+            f"{R}sequence_parallel=true {R}tensor_model_parallel_size=4 {M}seq_length=30",
+            ["seq_length=30", "size=4", "Set seq_length to 32"],
+            f"{R}tensor_model_parallel_size=4 {M}seq_length=30",
+        ),
+        (
+            4,
+            f"{R}sequence_parallel=true {R}tensor_model_parallel_size=4 {M}seq_length=30",
+            ["a multiple of tensor_model_parallel_size=4"],
+            f"{R}sequence_parallel=true {R}tensor_model_parallel_size=4 {M}seq_length=28",
+        ),
+    ],
     "world_fits_layout": [
         (
             3,

@@ -12,10 +12,10 @@ from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
-from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 from raptr_ds.rng import stream
+from tests.dropout_masks import streams_of
 
 NUM_LAYERS, BATCH = 5, 2  # the shapes of tests/dist/trajectory.py: what is compiled for one is found by the other
 PATHS = [
@@ -54,7 +54,7 @@ def batch_of(model: ModelSection) -> MicroBatch:
 def run(stage: Stage, batch: MicroBatch, path: Path, step: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss of a path in a step, and all its gradients."""
     stage.zero_grad(set_to_none=True)
-    loss = stage(batch.tokens, batch, path, DropoutStreams(1, step, batch.sample_ids)).mean()
+    loss = stage(batch.tokens, batch, path, streams_of(1, step, batch.sample_ids)).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
 

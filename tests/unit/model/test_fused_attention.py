@@ -11,11 +11,11 @@ from raptr_ds.data.batch import collate
 from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
-from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Parts, Path
 from raptr_ds.rng import stream
 from tests.attention_cases import CASES, Case, errors_of, tolerance, very_negative_scores
+from tests.dropout_masks import streams_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of what is masked
 
@@ -76,7 +76,7 @@ def test_a_model_is_the_same_with_the_kernel(
     ]
     rows = [PackedSample(tuple(row)) if form == "packed" else row[0] for row in samples]
     batch = collate(rows, [3, 8], 24, pad_id=0)
-    streams = DropoutStreams(1, 4, batch.sample_ids) if training else None
+    streams = streams_of(1, 4, batch.sample_ids) if training else None
     found = []
     for stage in stages(architecture, groups):
         losses = stage(batch.tokens, batch, path, streams)
@@ -99,7 +99,7 @@ def test_a_compiled_block_holds_the_kernel_as_one_operation(groups: ProcessGroup
     batch = collate([Sample(tokens, rng.permutation(24)[:4], tokens[:4], 9)] * 2, [3, 8], 24, pad_id=0)
     plain, fused = stages("ul2", groups, compiled=True)
     for step, path in enumerate((Path((0, 2), 3), Path((1,), 3), Path.full(3))):
-        streams = DropoutStreams(1, step, batch.sample_ids)
+        streams = streams_of(1, step, batch.sample_ids)
         losses, gradients = [], []
         for stage in (plain, fused):
             losses.append(stage(batch.tokens, batch, path, streams).sum())

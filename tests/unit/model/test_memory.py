@@ -11,11 +11,11 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.model.stage import build_stage
-from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import ModelShape
 from raptr_ds.paths.memory import TrainingState, activation_bytes, layer_activation_bytes
 from raptr_ds.paths.step_time import Layout
+from tests.dropout_masks import streams_of
 
 # Longer than what attention on a CPU computes in fp32 in place of 16 bits, which the formula leaves out.
 LENGTH, VOCAB, BATCH, LAYERS = 160, 3000, 2, 5
@@ -59,7 +59,7 @@ def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dty
     stage = build_stage(model, groups, range(LAYERS), recompute, 1).to(dtype)
     sample = Sample(np.zeros(LENGTH, np.int64), np.arange(9), np.zeros(9, np.int64), LENGTH // 2)
     micro = collate([sample] * BATCH, range(BATCH), LENGTH, 0)
-    streams = DropoutStreams(1, 0, micro.sample_ids)
+    streams = streams_of(1, 0, micro.sample_ids)
     kept = [kept_bytes(stage, micro, length, streams) for length in (0, 1, 4)]
     shape = ModelShape(**{name.name: getattr(model, name.name) for name in dataclasses.fields(ModelShape)})
     layout = Layout((LAYERS,), BATCH, 1, recompute=recompute, bytes_per_value=dtype.itemsize)

@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from raptr_ds.parallel import dropout as dropout_module
-from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask, dropout
+from raptr_ds.parallel.dropout import DropoutStreams, attention_hashes, attention_keep_mask, dropout, keep_threshold
+from tests.dropout_masks import streams_of
 
-STREAMS = DropoutStreams(seed=1234, step=17, sample_ids=torch.tensor([40, 41, 90, 7]))
+SAMPLES = torch.tensor([40, 41, 90, 7])
+STREAMS = streams_of(1234, 17, SAMPLES)
 LAYER = STREAMS.of_layer(2)
 # A correct mask passes this in all but 1e-5 of seeds; the seed here is fixed.
 SIGMAS = 4.4
@@ -54,9 +56,9 @@ def test_no_sample_position_or_feature_is_favoured(dim: int) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        lambda rate: mask(replace(STREAMS, step=18), rate),
-        lambda rate: mask(replace(STREAMS, seed=1235), rate),
-        lambda rate: mask(replace(STREAMS, sample_ids=STREAMS.sample_ids + 4), rate),
+        lambda rate: mask(streams_of(1234, 18, SAMPLES), rate),
+        lambda rate: mask(streams_of(1235, 17, SAMPLES), rate),
+        lambda rate: mask(streams_of(1234, 17, SAMPLES + 4), rate),
         lambda rate: mask(rate=rate, layer=4),
         lambda rate: mask(rate=rate, layer=-1),
         lambda rate: mask(rate=rate, site="attention_output"),
@@ -80,8 +82,8 @@ def test_rows_and_columns_do_not_conspire() -> None:
 
 def test_each_sample_has_its_mask_wherever_it_stands() -> None:
     whole = mask()
-    for row, sample in enumerate(STREAMS.sample_ids):
-        alone = mask(replace(STREAMS, sample_ids=sample[None]))
+    for row, sample in enumerate(SAMPLES):
+        alone = mask(streams_of(1234, 17, sample[None]))
         assert torch.equal(alone[0], whole[row])
 
 
@@ -119,6 +121,26 @@ def test_the_size_of_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch, pie
     monkeypatch.setattr(dropout_module, "_CPU_PIECE_ELEMENTS", piece)
     assert torch.equal(mask(), hidden)
     assert torch.equal(attention_keep_mask(0.1, LAYER, 24, heads=torch.arange(1, 4)), heads)
+
+
+def test_a_part_of_a_sequence_has_its_part_of_the_mask() -> None:
+    part = STREAMS.of_layer(3).keep_mask(0.1, "mlp_output", 24, torch.arange(512), first_position=40)
+    assert torch.equal(part, mask()[:, 40:])
+
+
+def test_hashes_of_rows_and_columns_make_the_mask_of_attention() -> None:
+    """What a kernel gets (model/attention_kernel.py): the last step of the hash, by arithmetic without overflow."""
+    heads = torch.tensor([1, 5])
+    rows, columns = attention_hashes(LAYER, 24, heads=heads)
+    assert rows.dtype == columns.dtype == torch.int32
+    x = (rows.numpy()[:, None, :, None] ^ columns.numpy()[None, :, None, :]).astype(np.uint32)
+    x = x ^ (x >> np.uint32(16))
+    x = (x.astype(np.uint64) * 0x7FEB352D).astype(np.uint32)
+    x = x ^ (x >> np.uint32(15))
+    x = (x.astype(np.uint64) * 0x846CA68B).astype(np.uint32)
+    x = x ^ (x >> np.uint32(16))
+    expected = torch.from_numpy((x & np.uint32(0x7FFFFFFF)) < keep_threshold(0.1))
+    assert torch.equal(attention_keep_mask(0.1, LAYER, 24, heads=heads), expected)
 
 
 def test_the_mask_of_this_version_is_the_mask_of_the_last() -> None:

@@ -1,0 +1,117 @@
+"""Sequence parallelism: the residual stream split along the sequence over the tensor ranks, and what they exchange.
+
+A rank has the positions from `tensor_rank * T / tensor` on of every sequence, (b, T / tensor, H), wherever the model
+works position by position; the matrices see whole sequences. megatron-core's own functions for this call torch.cuda
+on a CPU and want the sequence as the first dim.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.megatron_core import reduce_from_tensor_model_parallel_region
+
+# torch 2.13 renames both, and warns of the names that older ones have.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class Arriving:
+    """A tensor that is under way between ranks."""
+
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
+        self._work, self._tensor = work, tensor
+
+    def take(self) -> torch.Tensor:
+        """Return the tensor, once it is there: on a GPU later kernels wait for it, the host does not."""
+        self._work.wait()
+        return self._tensor
+
+
+class ArrivingSequence(Arriving):
+    """Whole sequences that are under way, the ranks' parts one behind the other."""
+
+    def take(self) -> torch.Tensor:
+        """Return them, (b, T, H): a view where there is one sequence, a copy of several."""
+        return super().take().transpose(0, 1).flatten(1, 2)
+
+
+def start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
+    """Start to sum x over the ranks, in place."""
+    return Arriving(dist.all_reduce(x, group=group, async_op=True), x)
+
+
+def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> ArrivingSequence:
+    """Start to put the ranks' parts (b, t, H) together to whole sequences."""
+    parts = x.new_empty(group.size(), *x.shape)
+    return ArrivingSequence(_all_gather(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True), parts)
+
+
+def start_sum_of_part(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
+    """Start to sum x (b, T, H) over the ranks, each of which gets its part of the sequences, (b, T / ranks, H)."""
+    parts = x.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+    part = torch.empty_like(parts[0])
+    return Arriving(_reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True), part)
+
+
+def sum_of_part(x: torch.Tensor, bias: torch.Tensor | None, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's part of the sum over the ranks, plus the bias.
+
+    Shapes: x (b, T, H), bias (H,); returns (b, T / ranks, H). Both gradients are those of whole sequences.
+    """
+    return _SumOfPart.apply(x, bias, group)
+
+
+class _SumOfPart(torch.autograd.Function):
+    """The bias is in it because the backward pass has its whole gradient at hand."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.group, ctx.has_bias = group, bias is not None
+        part = start_sum_of_part(x, group).take()
+        return part if bias is None else part.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
+        whole = start_gather(gradients[0], ctx.group).take()
+        return whole, whole.sum((0, 1)) if ctx.has_bias else None, None
+
+
+def pick_positions(x: torch.Tensor, positions: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
+    """Return the stream at some positions of the whole sequences, the same on every tensor rank.
+
+    Shapes: x (b, T, H), or this rank's part of it; positions (N,) int64, flat indices into b * T; returns (N, H). The
+    gradient must be the same on every rank too.
+    """
+    if not groups.sequence_parallel:
+        return x.flatten(0, 1).index_select(0, positions)
+    part, ranks = x.shape[1], groups.topology.tensor
+    sample, position = positions // (part * ranks), positions % (part * ranks)
+    here = position - groups.sequence_rank * part
+    is_elsewhere = (here < 0) | (here >= part)
+    rows = x.flatten(0, 1).index_select(0, sample * part + here.clamp(0, part - 1))
+    return reduce_from_tensor_model_parallel_region(rows.masked_fill(is_elsewhere[:, None], 0.0), groups.tensor)
+
+
+def sum_gradients(module: nn.Module, groups: ProcessGroups) -> None:
+    """Sum over the tensor ranks the gradients of a module that each runs on its part of the sequences.
+
+    In a hook that autograd calls before it accumulates a gradient: so no engine, at no ZeRO stage, ever sees a part of
+    one. The price is a small all-reduce for each parameter and micro batch.
+    """
+    if groups.sequence_parallel:
+        for parameter in module.parameters():
+            parameter.register_hook(partial(_sum, group=groups.tensor))
+
+
+def _sum(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return start_sum(gradient.clone(), group).take()
