@@ -76,9 +76,9 @@ def attention_kernels(width: int, has_ranges: bool, rate: float) -> list[dict[st
     shared = {"D": width, "WIDTH": width, "RANGES": has_ranges, "THRESHOLD": threshold, "PRECISION": "tf32"}
     found = []
     for kernel, blocks in (
-        (attention_kernel.forward, fused_attention._forward_blocks(width, 2)),
-        (attention_kernel.backward_queries, fused_attention._query_blocks(width, 2)),
-        (attention_kernel.backward_keys, fused_attention._key_blocks(width, 2)),
+        (attention_kernel.attention_forward, fused_attention._forward_blocks(width, 2)),
+        (attention_kernel.attention_backward_queries, fused_attention._query_blocks(width, 2)),
+        (attention_kernel.attention_backward_keys, fused_attention._key_blocks(width, 2)),
     ):
         sizes = asdict(blocks)
         constants = {**shared, "QUERIES": sizes.pop("queries"), "KEYS": sizes.pop("keys")}
@@ -91,7 +91,7 @@ def main() -> None:
     found = []
     for width, (has_ranges, rate) in product((64, 128), ((True, 0.0), (False, 0.1), (True, 0.1))):
         found += attention_kernels(width, has_ranges, rate)
-    for kernel in (cross_entropy_kernel.row_statistics, cross_entropy_kernel.to_gradient):
+    for kernel in (cross_entropy_kernel.cross_entropy_statistics, cross_entropy_kernel.cross_entropy_gradient):
         found.append(compiled(kernel, {"BLOCK": cross_entropy_kernel._BLOCK}))
     print(json.dumps(found))
 

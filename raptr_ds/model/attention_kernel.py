@@ -56,7 +56,7 @@ def _bounds(first, end, low, length, OWN: tl.constexpr, OTHER: tl.constexpr, RAN
 
 
 @triton.jit
-def forward(
+def attention_forward(
     query, key, value, output, logarithms, first_key, end_key, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     heads, length, scale, keep_scale,
@@ -112,7 +112,7 @@ def forward(
 
 
 @triton.jit
-def output_products(
+def attention_output_products(
     output, gradient, products, gradient_batch, gradient_head, gradient_row, heads, length,
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def output_products(
 
 
 @triton.jit
-def backward_queries(
+def attention_backward_queries(
     query, key, value, gradient, logarithms, products, by_query, first_key, end_key, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     gradient_batch, gradient_head, gradient_row, heads, length, scale, factor, keep_scale,
@@ -178,7 +178,7 @@ def backward_queries(
 
 
 @triton.jit
-def backward_keys(
+def attention_backward_keys(
     query, key, value, gradient, logarithms, products, by_key, by_value, first_query, end_query, rows, columns,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     gradient_batch, gradient_head, gradient_row, heads, length, scale, factor, keep_scale,

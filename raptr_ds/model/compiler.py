@@ -1,28 +1,33 @@
-"""Whether torch.compile has what it needs here, and what it is told: it writes C++ on CPUs, and launchers on GPUs."""
+"""Whether torch.compile has what it needs here, and what it must be told: it writes C++ on CPUs, and Triton on GPUs."""
 
 from functools import cache
-
-import torch
+from importlib.util import find_spec
 
 
 @cache
-def missing_compiler() -> str | None:
-    """Return why blocks cannot be compiled on this machine, None where they can."""
+def missing_compiler(device_type: str = "cpu") -> str | None:
+    """Return why blocks cannot be compiled on this machine for a kind of device, None where they can."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import, and needed by few
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        get_cpp_compiler()
+        get_cpp_compiler()  # on GPUs, too: Triton's launchers are compiled
     except InvalidCxxCompiler as error:
         return str(error).strip().splitlines()[0]
+    if device_type == "cuda" and find_spec("triton") is None:
+        return "Triton is not installed"
     return None
 
 
-def compiler_options() -> dict[str, int]:
-    """Return torch.compile's options: on a CPU with AVX-512 its vectors are 256 bits wide nevertheless.
+@cache
+def let_integers_wrap() -> None:
+    """Make the C++ that torch's inductor compiles define what an overflowing product of signed integers is.
 
-    g++ 12.2 (Debian 12's) drops masked stores of 512 bits from what torch 2.13.0 writes (_inductor/codegen/cpp.py):
-    where a row is no multiple of 16 elements its end may keep what memory held before, silently. g++ 11 does not.
-    tests/upstream has a reproduction.
+    Dropout hashes by 32-bit products that wrap, as they do in torch's own operations and in Triton. In C++ they are
+    undefined without -fwrapv: g++ 12.2 drops stores from what torch 2.13.0 writes, and what torch 2.11.0 writes crashes.
+    Inductor has no setting for flags (_inductor/cpp_builder.py), so the function that lists them gets one more.
     """
-    return {"cpp.simdlen": 256} if torch.cpu.get_capabilities().get("avx512_f") else {}
+    from torch._inductor import cpp_builder
+
+    flags_of = cpp_builder._get_ffast_math_flags
+    cpp_builder._get_ffast_math_flags = lambda: [*flags_of(), "fwrapv"]

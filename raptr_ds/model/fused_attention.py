@@ -85,7 +85,7 @@ def _attention(
     blocks = _forward_blocks(constants["WIDTH"], query.element_size())
     first, end = (ranges[0], ranges[1]) if ranges else (logarithms, logarithms)
     rows, columns = hashes or (logarithms, logarithms)
-    _KERNELS.forward[(triton.cdiv(length, blocks.queries), batch * heads)](
+    _KERNELS.attention_forward[(triton.cdiv(length, blocks.queries), batch * heads)](
         query, key, value, output, logarithms, first, end, rows, columns,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, length, size**-0.5 * _LOG2_E,
         1.0 / (1.0 - rate), QUERIES=blocks.queries, KEYS=blocks.keys, num_warps=blocks.num_warps,
@@ -132,16 +132,16 @@ def _attention_backward(
     inputs = (query, key, value, gradient, logarithms, products)
     blocks = _query_blocks(constants["WIDTH"], query.element_size())
     grid = triton.cdiv(length, blocks.queries), batch * heads
-    _KERNELS.output_products[grid](
+    _KERNELS.attention_output_products[grid](
         output, gradient, products, *gradient.stride()[:3], heads, length,
         D=size, WIDTH=constants["WIDTH"], QUERIES=blocks.queries,
     )  # fmt: skip
-    _KERNELS.backward_queries[grid](
+    _KERNELS.attention_backward_queries[grid](
         *inputs, by_query, first_key, end_key, rows, columns, *numbers, QUERIES=blocks.queries, KEYS=blocks.keys,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
     )  # fmt: skip
     blocks = _key_blocks(constants["WIDTH"], query.element_size())
-    _KERNELS.backward_keys[(triton.cdiv(length, blocks.keys), batch * heads)](
+    _KERNELS.attention_backward_keys[(triton.cdiv(length, blocks.keys), batch * heads)](
         *inputs, by_key, by_value, first_query, end_query, rows, columns, *numbers, QUERIES=blocks.queries,
         KEYS=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
     )  # fmt: skip

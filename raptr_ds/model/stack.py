@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raptr_ds.model.block import Block
-from raptr_ds.model.compiler import compiler_options
+from raptr_ds.model.compiler import let_integers_wrap
 from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
@@ -39,8 +39,9 @@ class Stack(nn.ModuleDict):
         if compiled:
             # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
             torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+            let_integers_wrap()
             for block in self.values():  # one graph of a size serves all: a block holds nothing else
-                block.compile(dynamic=False, options=compiler_options())
+                block.compile(dynamic=False)
 
     def forward(
         self,

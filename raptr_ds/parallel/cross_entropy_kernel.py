@@ -14,7 +14,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def row_statistics(logits, targets, largest, sums, of_target, stride, real_rows, BLOCK: tl.constexpr):
+def cross_entropy_statistics(logits, targets, largest, sums, of_target, stride, real_rows, BLOCK: tl.constexpr):
     """Store each position's largest logit, the sum of exp(logit - largest), and its target's logit; grid (N,).
 
     targets: this rank's row of the target, -1 where another rank has it, whose logit counts as 0.
@@ -38,7 +38,7 @@ def row_statistics(logits, targets, largest, sums, of_target, stride, real_rows,
 
 
 @triton.jit
-def to_gradient(logits, targets, logarithms, scales, stride, real_rows, BLOCK: tl.constexpr):
+def cross_entropy_gradient(logits, targets, logarithms, scales, stride, real_rows, BLOCK: tl.constexpr):
     """Overwrite logits by the gradient of scale * (log of the sum - target's logit), padding by 0; grid (N,)."""
     position = tl.program_id(0)
     logits += position.to(tl.int64) * stride
@@ -60,7 +60,7 @@ def statistics_of(logits: torch.Tensor, targets: torch.Tensor, real_rows: int) -
     that are not padding.
     """
     found = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
-    kernel: Any = row_statistics
+    kernel: Any = cross_entropy_statistics
     if len(logits):
         kernel[(len(logits),)](logits, targets, *found, logits.stride(0), real_rows, BLOCK=_BLOCK, num_warps=8)
     return found
@@ -74,7 +74,7 @@ def overwrite_by_gradient(
     What lies between the rows in memory becomes 0: matrix products may read a few elements more than they use (oneDNN's
     in bf16 do), and NaN times 0 is NaN.
     """
-    kernel: Any = to_gradient
+    kernel: Any = cross_entropy_gradient
     if len(logits):
         kernel[(len(logits),)](
             logits, targets, logarithms, scales, logits.stride(0), real_rows, BLOCK=_BLOCK, num_warps=8

@@ -10,8 +10,9 @@ from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
-from raptr_ds.model.compiler import missing_compiler
+from raptr_ds.model.compiler import let_integers_wrap, missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
+from raptr_ds.parallel.dropout import LayerDropout, dropout
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path
 from raptr_ds.rng import stream
@@ -88,3 +89,25 @@ def test_one_graph_for_all_paths_and_the_same_numbers(
     # With and without a factor on the branches, and the evaluation's: nothing per layer, step or path.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [1, 15, 16, 24, 37, 64])
+def test_compiled_masks_are_the_eager_ones(features: int) -> None:
+    """Rows of no whole number of vectors too: without -fwrapv g++ 12.2 drops stores, or the code crashes."""
+    let_integers_wrap()
+    torch.compiler.reset()
+    masks = streams_of(1, 0, torch.tensor([3, 40, 500])).of_layer(2)
+
+    def drop(x: torch.Tensor, masks: LayerDropout) -> torch.Tensor:
+        return dropout(x, 0.1, masks, "mlp_output")
+
+    x = torch.randn(3, 16, features)
+    assert torch.equal(torch.compile(drop, dynamic=False)(x, masks), drop(x, masks))
+
+
+def test_the_compiler_is_told_that_integers_wrap() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler, get_cpp_options
+
+    let_integers_wrap()
+    assert "fwrapv" in get_cpp_options(get_cpp_compiler(), do_link=True)[1]
