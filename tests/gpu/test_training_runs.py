@@ -70,7 +70,7 @@ def test_losses(name: str, started: Futures, record_property: Record) -> None:
 
 @pytest.mark.parametrize("name", [] if IS_DRY_RUN else ["stopped", "killed"])
 def test_a_run_in_two_parts_is_the_run_in_one(name: str, started: Futures, record_property: Record) -> None:
-    """Ended in the middle and started again; a GPU sums some gradients in any order, which 100 steps in bf16 amplify."""
+    """A GPU sums some gradients in any order, which a hundred steps in bf16 amplify: hence the tolerance."""
     resumed = started[name].result()
     assert resumed.exit_codes == [0, -9 if name == "killed" else 75, 0]
     assert 0 < resumed.num_before < STOPPED_STEPS

@@ -135,7 +135,7 @@ def main() -> int:
     code = [REPOSITORY / "raptr_ds", REPOSITORY / "tests" / "gpu"]
     found = faults(options.folder, device_packages(), imported_packages(code))
     tree, carried = travelling_bytes(REPOSITORY, options.folder)
-    print(f"the repository's files {tree / _MIB:.1f} MiB, carried {carried / _MIB:.1f} MiB, of {options.limit_mib:g} MiB")
+    print(f"repository {tree / _MIB:.1f} MiB, carried {carried / _MIB:.1f} MiB, at most {options.limit_mib:g} MiB")
     if tree + carried > options.limit_mib * _MIB:
         found.append(f"{(tree + carried) / _MIB:.1f} MiB are more than travel")
     for fault in found:

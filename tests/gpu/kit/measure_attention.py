@@ -14,13 +14,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from raptr_ds.parallel.launch import prepare_imports
+from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
 from tests.gpu.kit.findings import Findings, one_line
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, median_seconds, rate_text
-
-prepare_imports(DEVICE.type == "cuda")
-
-from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
 
 _REPETITIONS = 10
 _DROPOUT = 0.1

@@ -10,35 +10,27 @@ import argparse
 import gc
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-# Before torch: freed blocks of one shape serve another, as models and batches of several sizes follow each other.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.errors import ConfigError
-from raptr_ds.parallel.launch import detect_launch, prepare_imports
-from tests.gpu.kit.findings import Findings
-from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, peak
-from tests.gpu.kit.measured_models import MODELS, Batch, MeasuredModel
-
-prepare_imports(DEVICE.type == "cuda")
-
-from raptr_ds.engine.build import build_engine
-from raptr_ds.eval.contestants import measured_path
 from raptr_ds.eval.device_measurement import synchronize
 from raptr_ds.eval.medians import MedianRatio
 from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.launch import detect_launch, prepare_imports
 from raptr_ds.paths.cost import num_parameters, step_flops
 from raptr_ds.rng import stream
 from raptr_ds.runtime.method import shape_of
 from raptr_ds.runtime.throughput import model_flops_utilization
+from tests.gpu.kit.findings import Findings
+from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, peak
+from tests.gpu.kit.measured_models import MODELS, Batch
 from tests.gpu.kit.step_profile import profile_step
 
 _FULL = (1.0,)
@@ -87,24 +79,31 @@ VARIANTS = {
 
 @dataclass
 class StepTimes:
-    """What was measured of a variant: seconds of each share of the layers, by round, and bytes on the device."""
+    """What was measured of a variant: seconds of each share of the layers, by round, and bytes on the device.
+
+    first_seconds: of the very first step, which compiles where steps are compiled.
+    """
 
     seconds: dict[float, list[float]]
-    losses: list[float]
-    peak_bytes: int
-    reserved_bytes: int
+    losses: list[float] = field(default_factory=list)
+    first_seconds: float = 0.0
+    peak_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 class TrainedModel:
     """A model under training, built as training builds it; `close` gives its memory back."""
 
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
-        self._groups = groups
+        from raptr_ds.engine.build import build_engine  # DeepSpeed: after prepare_imports
+
         self._engine: Any = build_engine(config, groups)
         self._number = 0
 
     def step(self, config: RunConfig, batch: Any, share: float) -> tuple[float, float]:
         """Train one step along a random path of this share of the layers; return seconds and loss."""
+        from raptr_ds.eval.contestants import measured_path
+
         length = round(share * config.model.num_layers)
         path = measured_path(config, length, stream(0, "measured path", self._number))
         synchronize(DEVICE)
@@ -121,10 +120,11 @@ class TrainedModel:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         batch = random_step_batch(config, 0)
-        found = StepTimes({share: [] for share in variant.shares}, [], 0, 0)
+        found = StepTimes({share: [] for share in variant.shares})
         for number in range(_WARMUP_ROUNDS + (1 if IS_DRY_RUN else variant.rounds)):
             for share in variant.shares:
                 seconds, loss = self.step(config, batch, share)
+                found.first_seconds = found.first_seconds or seconds
                 found.losses.append(loss)
                 if number >= _WARMUP_ROUNDS:
                     found.seconds[share].append(seconds)
@@ -164,6 +164,7 @@ def report(findings: Findings, name: str, config: RunConfig, found: StepTimes) -
         text += "" if mfu is None else f", MFU {mfu:.1%}"
         text += f", {sequences * shape.seq_length / seconds / 1e3:.1f}k tokens/s"
         if share == 1.0:
+            text += f", first step {found.first_seconds:.1f} s"
             text += f", peak {found.peak_bytes / 2**30:.1f} GiB, reserved {found.reserved_bytes / 2**30:.1f} GiB"
         else:
             by_flops = flops[1.0] / flops[share]
@@ -182,7 +183,7 @@ def report(findings: Findings, name: str, config: RunConfig, found: StepTimes) -
 
 
 class Measurement:
-    """The variants of a model, one after another, each on the model of the one before where the settings are the same."""
+    """The variants of a model, one after another; those with the same settings share what is trained."""
 
     def __init__(self, name: str, groups: ProcessGroups, findings: Findings, profile: Path | None) -> None:
         self._name, self._model, self._groups = name, MODELS[name], groups
@@ -250,6 +251,9 @@ def main() -> None:
     begun = time.perf_counter()
     options = parse()
     findings = Findings.of_environment()
+    # Models and batches of several sizes follow each other: what one freed, in its own block sizes, serves the next.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    prepare_imports(DEVICE.type == "cuda")
     groups = initialize_process_groups(detect_launch(), 1, 1)
     measurement = Measurement(options.model, groups, findings, options.profile)
     for variant in VARIANTS[options.model]:

@@ -6,9 +6,9 @@
 # Results land in OUT: summary.txt, results.jsonl, profile_*.txt, bench_bert_base.md and logs.tgz, up to date after each step, so
 # that a run that is cut off loses one step only. No step stops the next. The exit code is 1 if anything was bad.
 #
-# Variables: OUT, KIT_SECONDS (530), KIT_DEVICE (cuda; cpu for a dry run, tiny), KIT_CARRIED (.gpu: wheels and data),
-# KIT_DATA (prepared data), KIT_PATIENCE (1: what every limit is multiplied by), KIT_JOBS (8 training runs at a time),
-# KIT_PYTHON (python3), KIT_SITE (where wheels are installed).
+# Variables: OUT (.gpu/out), KIT_SECONDS (530), KIT_DEVICE (cuda; cpu for a dry run, tiny), KIT_DATA (.gpu/data/docs: prepared
+# data), KIT_PATIENCE (1: what every limit is multiplied by), KIT_JOBS (8 training runs at a time), KIT_PYTHON (python3),
+# KIT_SITE (a folder where carried wheels are installed; in a dry run they are not without it).
 set -u
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
@@ -16,7 +16,7 @@ cd "$repo" || exit 1
 export KIT_DEVICE=${KIT_DEVICE:-cuda} KIT_PATIENCE=${KIT_PATIENCE:-1}
 python=${KIT_PYTHON:-python3}
 seconds=${KIT_SECONDS:-530}
-carried=${KIT_CARRIED:-$repo/.gpu}
+carried=$repo/.gpu
 out=${OUT:-$carried/out}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -94,10 +94,10 @@ if [ "$KIT_DEVICE" = cuda ] && command -v nvidia-smi >/dev/null; then
     monitor=$!
 fi
 
-# Every other file of tests/gpu is one of kernels.
-kernels=()
+# Every file of tests/gpu that has no step of its own.
+others=()
 for file in tests/gpu/test_*.py; do
-    case $file in */test_environment.py | */test_training_runs.py) ;; *) kernels+=("$file") ;; esac
+    case $file in */test_environment.py | */test_training_runs.py) ;; *) others+=("$file") ;; esac
 done
 if [ "$KIT_DEVICE" = cuda ]; then
     compared=(--config deepspeed_configs/bert_base_raptr.json --random-tokens 30522 --repetitions 5 --set train_batch_size=64)
@@ -112,8 +112,8 @@ report=$out/bench_bert_base.md
 #    name        limit needs
 step environment 60 10 "${tests[@]}" tests/gpu/test_environment.py
 step ceilings    40 10 "$python" -m tests.gpu.kit.measure_ceilings
-[ ${#kernels[@]} = 0 ] ||
-    step kernels 110 20 "${tests[@]}" "${kernels[@]}"
+[ ${#others[@]} = 0 ] ||
+    step others  110 20 "${tests[@]}" "${others[@]}"
 step runs        175 40 "${tests[@]}" tests/gpu/test_training_runs.py -k "not fused_adam"
 step ul2_1b      170 45 "$python" -m tests.gpu.kit.measure_training ul2_1b --profile "$out/profile_ul2_1b.txt"
 step attention   60 20 "$python" -m tests.gpu.kit.measure_attention

@@ -3,11 +3,11 @@
 #
 #   make environment && bash tests/gpu/kit/prepare.sh      about a minute; needs a package registry
 #
-# Variables: KIT_CARRIED (.gpu: the folder), VENV (.venv: the environment, whose versions are carried).
+# VENV (.venv) is the environment whose versions are carried.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-carried=${KIT_CARRIED:-.gpu}
+carried=.gpu
 python=${VENV:-.venv}/bin/python
 [ -x "$python" ] || { echo "prepare.sh: there is no $python. Run make environment first." >&2; exit 1; }
 wheels=$carried/wheels
