@@ -35,6 +35,10 @@ def initialize(module: nn.Module, model: ModelSpec, seed: int) -> None:
             full = torch.empty(shard.full_shape).normal_(0.0, std, generator=generator)
             parameter.copy_(shard.of_full(full, parameter.shape))
 
+    if torch.get_num_threads() == 1:  # a thread beside this one would keep memory of its own
+        for named in module.named_parameters():
+            fill(named)
+        return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(fill, module.named_parameters()):
             pass  # raises what a thread raised

@@ -42,5 +42,5 @@ def test_what_fails_in_a_thread_is_raised(groups: ProcessGroups) -> None:
     stage = build_stage(SECTION, groups, range(3), recompute=False, seed=7)
     stage.extra = torch.nn.Parameter(torch.zeros(2))
     stage.extra.shard = "not a shard"  # type: ignore[attr-defined]
-    with pytest.raises(Exception, match="shard"):
+    with pytest.raises(AttributeError, match="full_shape"):
         initialize(stage, ModelSpec.of(SECTION), 7)
