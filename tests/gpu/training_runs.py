@@ -32,34 +32,45 @@ _SMALL = (
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """A run of a quickstart's model, smaller still, and what it is held against.
+class Tolerance:
+    """By what fraction the first loss, and any loss, may differ from another run's.
 
-    settings: as for --set. against: the name of another run, from whose losses the first may differ by the fraction
-    `first`, and any by `later`. The first loss has no step behind it: it differs by rounding alone. Later ones carry
-    AdamW's first steps, which turn on the signs of gradients near zero, and rounding flips those.
-    forced_zero: the ZeRO stage, run as such on one process.
+    The first has no step behind it: it differs by rounding alone. Later ones carry AdamW's first steps, which turn on
+    the signs of gradients near zero, and rounding flips those.
+    """
+
+    first: float
+    later: float
+
+
+_SAME_PRECISION = Tolerance(2e-5, 3e-3)
+_BF16_AGAINST_FP32 = Tolerance(5e-3, 3e-2)  # 8 bits in every activation
+_FP16_AGAINST_FP32 = Tolerance(5e-3, 1e-1)  # and the search for a loss scale skips steps
+_BF16 = Tolerance(2e-3, 3e-2)  # rounded at other places
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run of a quickstart's model, smaller still, and the name of the run whose losses it is held against.
+
+    settings: as for --set. forced_zero: the ZeRO stage, run as such on one process.
     """
 
     model: str
     settings: tuple[str, ...] = ()
     against: str | None = None
-    first: float = 2e-5
-    later: float = 3e-3
+    tolerance: Tolerance = _SAME_PRECISION
     on_cpu: bool = False
     forced_zero: int | None = None
     limit_seconds: int = 100
 
 
 _DROPOUT = ("raptr_ds.model.hidden_dropout=0.1", "raptr_ds.model.attention_dropout=0.1")
-_BF16, _FP16 = "bf16.enabled=true", "fp16.enabled=true"
+_IN_BF16, _IN_FP16 = "bf16.enabled=true", "fp16.enabled=true"
 _COMPILED, _PLAIN = "raptr_ds.train.compile=true", "raptr_ds.train.compile=false"
 _PACKED = "raptr_ds.data.packing=true"
 _WIDTH = "raptr_ds.path.method=width"
 _FP32_SUMS = "data_types.grad_accum_dtype=fp32"
-# What a number with 8 or 11 bits costs: the first loss against fp32's, and after steps whose updates are rounded too.
-_AGAINST_FP32 = {"first": 5e-3, "later": 3e-2}
-_AMONG_BF16 = {"first": 2e-3, "later": 3e-2}
 
 RUNS = {
     "bert_on_cpu": TrainingRun("bert", _DROPOUT, on_cpu=True),
@@ -68,22 +79,22 @@ RUNS = {
     "bert": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert_on_cpu"),
     "ul2": TrainingRun("ul2", (_PLAIN,), "ul2_on_cpu"),
     "bert_compiled": TrainingRun("bert", (*_DROPOUT, _COMPILED), "bert", limit_seconds=160),
-    "bert_bf16": TrainingRun("bert", (*_DROPOUT, _PLAIN, _BF16), "bert", **_AGAINST_FP32),
-    "ul2_bf16": TrainingRun("ul2", (_PLAIN, _BF16), "ul2", **_AGAINST_FP32),
-    "ul2_compiled_bf16": TrainingRun("ul2", (_COMPILED, _BF16), "ul2_bf16", **_AMONG_BF16, limit_seconds=160),
-    "ul2_fp16": TrainingRun("ul2", (_PLAIN, _FP16), "ul2", first=5e-3, later=1e-1),  # the scale's search skips steps
+    "bert_bf16": TrainingRun("bert", (*_DROPOUT, _PLAIN, _IN_BF16), "bert", _BF16_AGAINST_FP32),
+    "ul2_bf16": TrainingRun("ul2", (_PLAIN, _IN_BF16), "ul2", _BF16_AGAINST_FP32),
+    "ul2_compiled_bf16": TrainingRun("ul2", (_COMPILED, _IN_BF16), "ul2_bf16", _BF16, limit_seconds=160),
+    "ul2_fp16": TrainingRun("ul2", (_PLAIN, _IN_FP16), "ul2", _FP16_AGAINST_FP32),
     "bert_zero_1": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=1),
     "bert_zero_2": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=2),
     "bert_zero_3": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=3),
     "ul2_zero_1_bf16": TrainingRun(
-        "ul2", (_PLAIN, _BF16, "zero_optimization.overlap_comm=true"), "ul2_bf16", **_AMONG_BF16, forced_zero=1
+        "ul2", (_PLAIN, _IN_BF16, "zero_optimization.overlap_comm=true"), "ul2_bf16", _BF16, forced_zero=1
     ),
-    "ul2_zero_3_bf16": TrainingRun("ul2", (_PLAIN, _BF16), "ul2_bf16", **_AMONG_BF16, forced_zero=3),
-    "ul2_fp32_accumulation": TrainingRun("ul2", (_PLAIN, _BF16, _FP32_SUMS), "ul2_bf16", **_AMONG_BF16),
+    "ul2_zero_3_bf16": TrainingRun("ul2", (_PLAIN, _IN_BF16), "ul2_bf16", _BF16, forced_zero=3),
+    "ul2_fp32_accumulation": TrainingRun("ul2", (_PLAIN, _IN_BF16, _FP32_SUMS), "ul2_bf16", _BF16),
     "ul2_recomputed": TrainingRun("ul2", (_PLAIN, "raptr_ds.parallel.activation_checkpointing=true"), "ul2"),
-    "ul2_packed_bf16": TrainingRun("ul2", (_COMPILED, _BF16, _PACKED), limit_seconds=160),
-    "bert_packed_bf16": TrainingRun("bert", (_PLAIN, _BF16, _PACKED)),
-    "ul2_length_192_bf16": TrainingRun("ul2", (_PLAIN, _BF16, "raptr_ds.model.seq_length=192")),  # 128 + 64
+    "ul2_packed_bf16": TrainingRun("ul2", (_COMPILED, _IN_BF16, _PACKED), limit_seconds=160),
+    "bert_packed_bf16": TrainingRun("bert", (_PLAIN, _IN_BF16, _PACKED)),
+    "ul2_length_192_bf16": TrainingRun("ul2", (_PLAIN, _IN_BF16, "raptr_ds.model.seq_length=192")),  # 128 + 64
     "width": TrainingRun("bert", (_PLAIN, _WIDTH), "width_on_cpu"),
     "ul2_zero_grad": TrainingRun("ul2", (_PLAIN, "raptr_ds.path.skipped_update=zero_grad")),
     # DeepSpeed's own optimizer, which nvcc compiles for a minute first.
@@ -155,7 +166,7 @@ def train(name: str, data: Path, folder: Path) -> Finished:
 
 def train_in_two_parts(data: Path, folder: Path, is_killed: bool) -> Resumed:
     """Run UL2 in one piece, and again, ended in the middle: by kill -9, with checkpoints by then, or by a signal."""
-    precision = () if IS_DRY_RUN else (_BF16,)
+    precision = () if IS_DRY_RUN else (_IN_BF16,)
     interval = f"raptr_ds.checkpoint.interval={20 if is_killed else 0}"
     run = TrainingRun("ul2", (_PLAIN, *precision, interval, "raptr_ds.eval.batches=0"))
     name = "killed" if is_killed else "stopped"
@@ -186,16 +197,25 @@ def largest_difference(losses: list[float], expected: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=False))
 
 
+def run_file_of(run: TrainingRun) -> str:
+    """Return the run file, below the repository."""
+    return f"deepspeed_configs/{run.model}_quickstart.json"
+
+
+def settings_of(run: TrainingRun, data: Path, save: Path, steps: int) -> list[str]:
+    """Return what a run changes of its run file, as for --set."""
+    where = [f"raptr_ds.data.path={data}", f"raptr_ds.train.save={save}", f"raptr_ds.train.steps={steps}"]
+    return [*_SMALL, *where, f"zero_optimization.stage={run.forced_zero or 0}", *run.settings]
+
+
 def _start(run: TrainingRun, data: Path, save: Path, log: Path, steps: int, *more: str) -> subprocess.Popen[bytes]:
     script = "tests/gpu/forced_zero.py" if run.forced_zero else "raptr_ds/pretrain.py"
-    settings = [*_SMALL, f"raptr_ds.data.path={data}", f"raptr_ds.train.save={save}", f"raptr_ds.train.steps={steps}"]
-    settings += [f"zero_optimization.stage={run.forced_zero or 0}", *run.settings, *more]
-    run_file = f"deepspeed_configs/{run.model}_quickstart.json"
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCH_VARIABLES}
     environment["OMP_NUM_THREADS"] = "1" if IS_DRY_RUN else "2"
     if run.on_cpu or DEVICE.type == "cpu":
         environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    command = [sys.executable, script, "--deepspeed_config", run_file, "--set", *settings]
+    settings = [*settings_of(run, data, save, steps), *more]
+    command = [sys.executable, script, "--deepspeed_config", run_file_of(run), "--set", *settings]
     with log.open("ab") as stream:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
