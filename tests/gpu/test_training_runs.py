@@ -41,9 +41,11 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     own = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     names = {str(item.callspec.params["name"]) for item in own}
     with ThreadPoolExecutor(int(os.environ.get("KIT_JOBS", "1" if IS_DRY_RUN else "8"))) as pool:
-        futures: Futures = {name: pool.submit(train, name, data, folder) for name in in_order(names & RUNS.keys())}
-        for name in sorted(names & {"killed", "stopped"}):
+        futures: Futures = {}
+        for name in sorted(names & {"killed", "stopped"}):  # three runs each
             futures[name] = pool.submit(train_in_two_parts, data, folder, name == "killed")
+        for name in in_order(names & RUNS.keys()):
+            futures[name] = pool.submit(train, name, data, folder)
         yield futures
         pool.shutdown(cancel_futures=True)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from raptr_ds.config.load import RunConfig
+from raptr_ds.runtime.method import predictions_per_sequence
 from tests.gpu.kit.findings import Findings
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, median_seconds, rate_text
 from tests.gpu.kit.measured_models import MODELS
@@ -25,8 +26,8 @@ def measure_copy(findings: Findings) -> None:
     findings.figure("copy", f"{rate / 1e12:.3g} TB/s, bytes read and written", bytes_per_second=rate)
 
 
-def layer_products(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
-    """Yield the matrix products of a layer on one micro batch: name, rows m, columns n, inner size k."""
+def products(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the matrix products of a layer and the head on one micro batch: name, rows m, columns n, inner size k."""
     model, tokens = config.model, config.batch.micro_batch * config.model.seq_length
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     assert ffn is not None, "not derived"
@@ -36,6 +37,8 @@ def layer_products(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
     for name, (outputs, inputs) in shapes.items():
         yield name, tokens, outputs, inputs
         yield f"{name}, weight gradient", outputs, inputs, tokens
+    assert model.vocab_size is not None, "not known"
+    yield "logits", round(predictions_per_sequence(config) * config.batch.micro_batch), model.vocab_size, hidden
 
 
 def measure_product(findings: Findings, name: str, m: int, n: int, k: int) -> None:
@@ -55,7 +58,7 @@ def main() -> None:
         measure_product(findings, "square", _SQUARE, _SQUARE, _SQUARE)
     for name, model in MODELS.items():
         with findings.part(f"products of {name}"):
-            for product, m, n, k in layer_products(model.config()):
+            for product, m, n, k in products(model.config()):
                 measure_product(findings, f"{name} {product}", m, n, k)
     findings.leave()
 
