@@ -72,11 +72,11 @@ def test_losses(name: str, started: Futures, record_property: Record) -> None:
 
 @pytest.mark.parametrize("name", [] if IS_DRY_RUN else ["stopped", "killed"])
 def test_a_run_in_two_parts_is_the_run_in_one(name: str, started: Futures, record_property: Record) -> None:
-    """A GPU sums some gradients in any order, which a hundred steps in bf16 amplify: hence the tolerance."""
+    """A GPU sums some gradients in any order, which a hundred steps amplify; other batches would differ by percents."""
     resumed = started[name].result()
     assert resumed.exit_codes == [0, -9 if name == "killed" else 75, 0]
     assert 0 < resumed.num_before < STOPPED_STEPS
     assert len(resumed.losses) == len(resumed.whole) == STOPPED_STEPS
     difference = largest_difference(resumed.losses, resumed.whole)
     record_property("finding", f"after {resumed.num_before} of {STOPPED_STEPS} steps, off by {difference:.1e} at most")
-    assert difference < 5e-2
+    assert difference < 2e-3

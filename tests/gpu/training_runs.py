@@ -33,20 +33,20 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class Tolerance:
-    """By what fraction the first loss, and any loss, may differ from another run's.
+    """By what fraction the first loss, and any of NUM_STEPS, may differ from another run's.
 
     The first has no step behind it: it differs by rounding alone. Later ones carry AdamW's first steps, which turn on
-    the signs of gradients near zero, and rounding flips those.
+    the signs of gradients near zero, and rounding flips those. The values are fifty times what the same pairs differ by
+    on a CPU, or more, and at most a seventh of what ten steps change a loss by.
     """
 
     first: float
     later: float
 
 
-_SAME_PRECISION = Tolerance(2e-5, 3e-3)
-_BF16_AGAINST_FP32 = Tolerance(5e-3, 3e-2)  # 8 bits in every activation
-_FP16_AGAINST_FP32 = Tolerance(5e-3, 1e-1)  # and the search for a loss scale skips steps
-_BF16 = Tolerance(2e-3, 3e-2)  # rounded at other places
+_SAME_PRECISION = Tolerance(2e-5, 1e-3)
+_16_BITS = Tolerance(1e-3, 1e-2)  # against fp32
+_BF16 = Tolerance(5e-4, 1e-2)  # against bf16, rounded at other places
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ RUNS = {
     "bert": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert_on_cpu"),
     "ul2": TrainingRun("ul2", (_PLAIN,), "ul2_on_cpu"),
     "bert_compiled": TrainingRun("bert", (*_DROPOUT, _COMPILED), "bert", limit_seconds=140),
-    "bert_bf16": TrainingRun("bert", (*_DROPOUT, _PLAIN, _IN_BF16), "bert", _BF16_AGAINST_FP32),
-    "ul2_bf16": TrainingRun("ul2", (_PLAIN, _IN_BF16), "ul2", _BF16_AGAINST_FP32),
+    "bert_bf16": TrainingRun("bert", (*_DROPOUT, _PLAIN, _IN_BF16), "bert", _16_BITS),
+    "ul2_bf16": TrainingRun("ul2", (_PLAIN, _IN_BF16), "ul2", _16_BITS),
     "ul2_compiled_bf16": TrainingRun("ul2", (_COMPILED, _IN_BF16), "ul2_bf16", _BF16, limit_seconds=140),
-    "ul2_fp16": TrainingRun("ul2", (_PLAIN, _IN_FP16), "ul2", _FP16_AGAINST_FP32),
+    "ul2_fp16": TrainingRun("ul2", (_PLAIN, _IN_FP16), "ul2", _16_BITS),
     "bert_zero_1": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=1),
     "bert_zero_2": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=2),
     "bert_zero_3": TrainingRun("bert", (*_DROPOUT, _PLAIN), "bert", forced_zero=3),
@@ -167,9 +167,8 @@ def train(name: str, data: Path, folder: Path) -> Finished:
 
 def train_in_two_parts(data: Path, folder: Path, is_killed: bool) -> Resumed:
     """Run UL2 in one piece, and again, ended in the middle: by kill -9, with checkpoints by then, or by a signal."""
-    precision = () if IS_DRY_RUN else (_IN_BF16,)
     interval = f"raptr_ds.checkpoint.interval={20 if is_killed else 0}"
-    run = TrainingRun("ul2", (_PLAIN, *precision, interval, "raptr_ds.eval.batches=0"))
+    run = TrainingRun("ul2", (_PLAIN, interval, "raptr_ds.eval.batches=0"))
     name = "killed" if is_killed else "stopped"
     save, whole, log = folder / name, folder / f"{name}_whole", folder / f"{name}.log"
     codes = [_wait(_start(run, data, whole, log, STOPPED_STEPS), run.limit_seconds)]
