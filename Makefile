@@ -1,6 +1,7 @@
-# The two commands of the README, and what contributors run. Each sets up what it needs and reuses what is there.
+# The commands of the README, and what contributors run. Each sets up what it needs and reuses what is there.
 #   make quickstart   environment, embedded corpus, a small BERT by random paths, its evaluation and a plot
 #   make test         environment, system packages, make check, all tests
+#   make test-gpu     environment, the tests that need a GPU (tests/gpu/README.md)
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or 3.12), VENV=FOLDER the environment, TEST_WORKERS=N how many tests
 # run at a time.
@@ -19,10 +20,10 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format environment environment-dev system-packages hooks clean
+.PHONY: help quickstart test test-gpu check format environment environment-dev system-packages hooks clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,5p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
 
 quickstart: environment data
 	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} deepspeed --num_accelerators $(PROCESSES) \
@@ -37,6 +38,10 @@ data: environment
 test: environment-dev system-packages check
 	$(inside) python -m compileall -q raptr_ds tests tools
 	$(inside) OMP_NUM_THREADS=1 python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+# Where torch sees no GPU each is skipped and says so.
+test-gpu: environment-dev
+	$(inside) KIT_DEVICE=cuda python -m pytest tests/gpu $(PYTEST_ARGS)
 
 # Exactly what continuous integration runs before the tests.
 check: environment-dev

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread per process, no GPU, and what runs together."""
+"""What holds for every test: one thread per process, no GPU but for `make test-gpu`, and what runs together."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share few cores
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes compute as one would: NCCL refuses two of them on one GPU
-os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on CPU tensors, slowly (tests/interpreted.py)
+if os.environ.get("KIT_DEVICE") != "cuda":  # which `make test-gpu` sets
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes compute as one would: NCCL refuses two on one GPU
+    os.environ["TRITON_INTERPRET"] = "1"  # its kernels run on CPU tensors, slowly (tests/interpreted.py)
 
 
 @pytest.hookimpl(optionalhook=True)

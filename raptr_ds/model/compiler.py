@@ -24,7 +24,7 @@ def let_integers_wrap() -> None:
     """Make the C++ that torch's inductor compiles define what an overflowing product of signed integers is.
 
     Dropout hashes by 32-bit products that wrap, as they do in torch's own operations and in Triton. In C++ they are
-    undefined without -fwrapv: g++ 12.2 drops stores from what torch 2.13.0 writes, and what torch 2.11.0 writes crashes.
+    undefined without -fwrapv: g++ 12.2 drops stores from what torch 2.13.0 writes, and what 2.11.0 writes crashes.
     Inductor has no setting for flags (_inductor/cpp_builder.py), so the function that lists them gets one more.
     """
     from torch._inductor import cpp_builder

@@ -136,7 +136,7 @@ def test_inductor_does_not_define_overflow() -> None:
     """Mended: model/compiler.py, let_integers_wrap, can go."""
     program = (
         "from torch._inductor.cpp_builder import get_cpp_compiler, get_cpp_options\n"
-        "print('fwrapv' in get_cpp_options(get_cpp_compiler(), do_link=True)[1])"
+        "print('fwrapv' in get_cpp_options(get_cpp_compiler(), do_link=True)[2])"
     )
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"

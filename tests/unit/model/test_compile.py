@@ -110,4 +110,4 @@ def test_the_compiler_is_told_that_integers_wrap() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler, get_cpp_options
 
     let_integers_wrap()
-    assert "fwrapv" in get_cpp_options(get_cpp_compiler(), do_link=True)[1]
+    assert "fwrapv" in get_cpp_options(get_cpp_compiler(), do_link=True)[2]
