@@ -154,7 +154,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
-        micro_batches = micro_batches_of(config, method)
+        micro_batches = micro_batches_of(config, method, groups.device.type == "cuda")
         batches = together(
             groups,
             lambda: build_loader(
