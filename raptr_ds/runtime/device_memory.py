@@ -44,12 +44,13 @@ class MemoryNeed:
     num_active: int
 
     @classmethod
-    def of(cls, config: RunConfig, stage: int, on_gpu: bool) -> "MemoryNeed":
-        """Return that of a run whose vocabulary's size is known."""
+    def of(cls, config: RunConfig, stage: int, on_gpu: bool, longest: int | None = None) -> "MemoryNeed":
+        """Return that of a run whose vocabulary's size is known; longest: layers of the path, if not the run's own."""
         setting = setting_of(config, Device(is_gpu=on_gpu))
         layout = setting.layout
-        phases = path_method_of(config).phases.phases
-        longest = max(phase.path_length or config.model.num_layers for phase in phases)
+        if longest is None:
+            phases = path_method_of(config).phases.phases
+            longest = max(phase.path_length or config.model.num_layers for phase in phases)
         num_active = min(longest, sum(layout.stage_layers[stage :: layout.num_stages]))
         recompute = layout.recompute and num_active > setting.keep_up_to
         setting = replace(setting, layout=replace(layout, recompute=recompute))

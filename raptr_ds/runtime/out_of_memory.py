@@ -66,8 +66,8 @@ def _tell_the_others(code: Exit) -> bool:
     try:
         store.set(_CODE, str(int(code)))
         return store.add(_RANKS, 1) == 1
-    except RuntimeError:  # rank 0, which keeps it, is gone; twice is better than never
-        return True
+    except RuntimeError:  # rank 0, which keeps it, is gone: the run has ended, for a reason that it has printed
+        return False
 
 
 def _code_of_another_rank() -> Exit | None:
