@@ -119,15 +119,17 @@ class MemoryNeed:
                 break
 
 
-def shortage(config: RunConfig, stage: int, device: DeviceMemory | None) -> list[str]:
-    """Return a warning if the run's plan needs more than the device has; nothing otherwise."""
+def shortage(config: RunConfig, device: DeviceMemory | None) -> list[str]:
+    """Return a warning if the plan of the run's fullest rank needs more than a device has; nothing otherwise."""
     if device is None:
         return []
-    need = MemoryNeed.of(config, stage, on_gpu=True)
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    needs = [MemoryNeed.of(config, stage, on_gpu=True) for stage in stages]
+    need = max(needs, key=lambda need: need.memory.total)
     if need.memory.total <= device.total:
         return []
     return [
-        f"warning: by the plan a rank needs about {_gib(need.memory.total)} of memory, and {device.name} has "
+        f"warning: by the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} has "
         f"{_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
         *(f"  {line}" for line in need.mends()),
     ]

@@ -180,7 +180,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 progress.say(line)
             if config.parallel.grow_micro_batch:
                 progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
-            for line in shortage(config, groups.pipeline_rank, DeviceMemory.of(groups.device)):
+            for line in shortage(config, DeviceMemory.of(groups.device)):
                 progress.say(line)
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)

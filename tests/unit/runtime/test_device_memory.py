@@ -54,11 +54,22 @@ def test_what_would_help_saves_what_it_says(processes, overrides, on_gpu):
 
 def test_a_device_that_is_too_small_is_told_before_training():
     need = MemoryNeed.of(run(), 0, on_gpu=True)
-    assert shortage(run(), 0, None) == shortage(run(), 0, DeviceMemory("large", int(need.memory.total) + 1)) == []
-    first, *mends = shortage(run(), 0, DeviceMemory("A small GPU", 10 * GIB))
+    assert shortage(run(), None) == shortage(run(), DeviceMemory("large", int(need.memory.total) + 1)) == []
+    first, *mends = shortage(run(), DeviceMemory("A small GPU", 10 * GIB))
     for part in (f"{need.memory.total / GIB:.2f} GiB", "A small GPU", "10.00 GiB", "17.91 GiB optimizer state"):
         assert part in first
     assert any("activation_checkpointing=true" in line for line in mends)
+
+
+def test_of_a_pipeline_the_fullest_rank_counts():
+    layers = "raptr_ds.parallel.pipeline_layers=[4,20]"
+    last = MemoryNeed.of(run(f"{PIPELINE}=2", layers, processes=2), 1, on_gpu=True)
+    assert last.memory.total > 1.5 * MemoryNeed.of(last.config, 0, on_gpu=True).memory.total
+    assert shortage(last.config, DeviceMemory("A GPU", int(last.memory.total) + 1)) == []
+    assert (
+        f"{last.memory.total / GIB:.2f} GiB"
+        in shortage(last.config, DeviceMemory("A GPU", int(last.memory.total) - 1))[0]
+    )
 
 
 def test_the_parts_are_in_order_and_all_there():
