@@ -19,6 +19,10 @@ class RaptrError(Exception):
 
     exit_code = Exit.FAULT
 
+    def is_told_by(self, rank: int) -> bool:
+        """Whether a rank is the one that prints it: the first, as all ranks raise the same."""
+        return rank == 0
+
 
 class ConfigError(RaptrError):
     """The run file, an override or the launch does not make a valid run."""
@@ -40,6 +44,21 @@ class CheckpointError(RaptrError):
 
 class AgreementError(RaptrError):
     """Ranks do not hold the same path for a step; training on would corrupt gradients."""
+
+
+class DeviceMemoryError(RaptrError):
+    """A device has too little memory for the run; raised on the ranks where it shows, of which the first one speaks.
+
+    Its exit code is a mistake's before the first step is trained, a fault's later.
+    """
+
+    def __init__(self, message: str, exit_code: Exit, is_first: bool) -> None:
+        super().__init__(message)
+        self.exit_code, self._is_first = exit_code, is_first
+
+    def is_told_by(self, rank: int) -> bool:
+        """Whether this is the rank that ran out of memory first."""
+        return self._is_first
 
 
 class NonFiniteError(RaptrError):

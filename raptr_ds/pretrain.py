@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
         with StopSignals(watch_launcher=launch.launcher != "none") as signals:
             return pretrain(config, launch, signals)
     except RaptrError as error:
-        if launch is None or launch.rank == 0:
+        if launch is None or error.is_told_by(launch.rank):
             print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -49,10 +49,14 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
 
         has_gpu = torch.cuda.is_available()
         prepare_imports(has_gpu)
+        from raptr_ds.runtime.out_of_memory import memory_errors_explained
         from raptr_ds.runtime.session import open_session
     if not has_gpu:
         keep_freed_memory()
-    with open_session(config, launch, signals) as session:
+    with (
+        open_session(config, launch, signals) as session,
+        memory_errors_explained(session.config, session.groups, lambda: session.num_trained),
+    ):
         return session.finish(train(session))
 
 

@@ -3,9 +3,11 @@
 Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what executed FLOPs promise; the same
 model in Hugging Face transformers and with megatron-core's layers, both under plain DeepSpeed, on the same weights and
 batch; the time that path agreement and loader cost; memory. Everything takes turns, so that a busy machine disturbs all
-rows alike. --layouts measures our paths in several processes too, --text tokenizing and indexing against megatron's
-recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A launcher can also start it:
-torchrun --nproc_per_node 2 tools/bench.py --set raptr_ds.parallel.tensor_model_parallel_size=2.
+rows in the same way; where a GPU cannot hold three models they are measured one after another, and one that does not
+fit even so has a row that says so. --layouts measures our paths in several processes too, --text tokenizing and
+indexing against megatron's recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A
+launcher can also start it: torchrun --nproc_per_node 2 tools/bench.py --set
+raptr_ds.parallel.tensor_model_parallel_size=2.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         from raptr_ds.analysis.benchmark_plot import plot_benchmark
         from raptr_ds.data.loader import folders_of
         from raptr_ds.eval.preparation_benchmark import measure_preparation
-        from raptr_ds.eval.step_benchmark import measure_steps
+        from raptr_ds.eval.step_benchmark import Options, measure_steps
         from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
         from raptr_ds.parallel.groups import initialize_process_groups
 
@@ -80,7 +82,8 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         config, batch, loader, origin = _batch(config, options.random_tokens, groups.data_rank)
         if loader is not None:
             stack.enter_context(loader)
-        result = measure_steps(config, groups, batch, options.repetitions, options.clock, loader)
+        how = Options(options.repetitions, options.clock, options.one_at_a_time, options.compile_others)
+        result = measure_steps(config, groups, batch, how, loader)
     if launch.rank > 0:
         return
     rows = rows_of(result)
@@ -112,6 +115,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, for a busy machine"
     )
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="build, measure and free each stack before the next (default: if they do not fit into the GPU together)",
+    )
+    parser.add_argument("--compile-others", action="store_true", help="Hugging Face's model by torch.compile too")
     parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="do without prepared data")
     parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="TP2, PP2, TP2PP2: started here")
     parser.add_argument("--text", type=Path, help="a JSONL file to tokenize and index, against megatron's recipe")

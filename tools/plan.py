@@ -18,6 +18,7 @@ from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.eval.local_device import measure_this_machine
 from raptr_ds.paths.cost import num_parameters
+from raptr_ds.paths.memory import GPU_CONTEXT_BYTES
 from raptr_ds.paths.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
 from raptr_ds.paths.step_time import Device
 from raptr_ds.runtime.advice import advice
@@ -40,6 +41,12 @@ def main() -> None:
     )
     speed.add_argument("--measure", action="store_true", help="measure what devices and links reach on this machine")
     parser.add_argument("--network", type=float, default=40.0, help="GB/s between machines, for a device (default 40)")
+    parser.add_argument(
+        "--device",
+        choices=("gpu", "cpu"),
+        default="gpu",
+        help="what a layer keeps depends on it (--measure: this one's)",
+    )
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device: tell what fits into it")
     parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
     arguments = parser.parse_args()
@@ -47,7 +54,11 @@ def main() -> None:
         raise ConfigError(f"--processes {arguments.processes}: a run has at least one process.")
     if not (arguments.tflops > 0 and arguments.network > 0):
         raise ConfigError(f"--tflops {arguments.tflops} --network {arguments.network}: speeds must be above 0.")
-    device = Device(flops_per_second=arguments.tflops * 1e12, network_bytes_per_second=arguments.network * 1e9)
+    device = Device(
+        flops_per_second=arguments.tflops * 1e12,
+        network_bytes_per_second=arguments.network * 1e9,
+        is_gpu=arguments.device == "gpu",
+    )
     config, notes = _load(arguments.run_file, arguments.set, arguments.processes)
     if arguments.measure:
         device = measure_this_machine(config, arguments.processes, device)
@@ -172,7 +183,8 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"- time: {plan.seconds / 3600:,.4g} h, {plan.seconds_saved:.1%} less than the standard run's "
         f"{standard:,.4g} h",
         "",
-        "Memory of the fullest rank, GiB:",
+        f"Memory of the fullest rank at its peak, GiB, on a {'GPU' if setting.state.on_gpu else 'CPU'}"
+        f"{_counted_as(setting)}:",
         "",
         "| phase | micro batch | recomputed | pipeline stage | weights | gradients | optimizer | activations | total |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -186,6 +198,17 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
             f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputed} | {phase.fullest_stage} | {cells} |"
         )
     return lines
+
+
+def _counted_as(setting: Setting) -> str:
+    """Return what the memory of a GPU is counted with."""
+    if not setting.state.on_gpu:
+        return ""
+    layers = "compiled" if setting.state.compiled else "not compiled"
+    return (
+        f" (attention in one kernel, layers {layers}; the total has {GPU_CONTEXT_BYTES / _GIB:.1f} GiB for context and "
+        "workspaces, an estimate)"
+    )
 
 
 def _kept_whole(setting: Setting) -> list[str]:

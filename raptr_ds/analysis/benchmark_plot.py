@@ -13,7 +13,14 @@ _OURS = "raptr_ds"
 
 
 def plot_benchmark(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write a PNG of the benchmark's rows (eval/step_report.py, rows_of), of one layout or several."""
+    """Write a PNG of the benchmark's rows (eval/step_report.py, rows_of), of one layout or several.
+
+    Rows that ran out of memory, or have no full path to be compared with, are left out; if none is left, nothing is
+    written.
+    """
+    rows = [row for row in rows if row["reached"] is not None]
+    if not rows:
+        return
     figure = Figure(figsize=(11, 4.2), dpi=90, layout="constrained")
     times, saving = figure.subplots(1, 2)
     _draw_seconds(times, [row for row in rows if row["layout"] == rows[0]["layout"]])

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from raptr_ds.config.load import RunConfig
+from raptr_ds.engine.device_checks import GpuFacts, check_gpu
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
@@ -11,6 +12,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.model.attention_backend import AttentionBackend, choose_attention
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
+from raptr_ds.parallel.agreement import together
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.topology import stage_layers
 
@@ -23,6 +25,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_optimizer(config, groups)
     _check_compiler(config)
+    together(groups, lambda: check_gpu(config, GpuFacts.of(groups.device)))  # machines may have different ones
     assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(

@@ -75,8 +75,12 @@ class OurStep:
         return agreed - start, loaded - agreed
 
     def close(self) -> None:
-        """Wait for the agreement that runs ahead; all ranks call it alike, so that none leaves another alone in it."""
+        """Wait for the agreement that runs ahead; all ranks call it alike, so that none leaves another alone in it.
+
+        The engine is let go of: the agreement's thread, which does not end, refers to this object.
+        """
         self._agreement.restart()
+        del self._engine
 
 
 def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> Path:
@@ -132,10 +136,13 @@ class HuggingFaceStep(_PlainStep):
 
     name = "Hugging Face + DeepSpeed"
 
-    def __init__(self, config: RunConfig, weights: Weights) -> None:
-        """Raises: ConfigError if transformers has no such model."""
+    def __init__(self, config: RunConfig, weights: Weights, is_compiled: bool = False) -> None:
+        """is_compiled: by torch.compile, the whole model. Raises: ConfigError if transformers has no such model."""
         self._model = config.model
-        super().__init__(to_hugging_face(config.model, weights), config)
+        model = to_hugging_face(config.model, weights)
+        if is_compiled:
+            model.compile(dynamic=False)
+        super().__init__(model, config)
 
     def loss(self, micro: MicroBatch) -> torch.Tensor:
         """Return the mean loss of a micro batch."""

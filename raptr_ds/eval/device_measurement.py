@@ -93,7 +93,7 @@ class DeviceProbe:
         """
         seconds = {name: median(samples) for name, samples in self.times.items()}
         size = self._groups.topology.world_size
-        device = replace(device, ranks_per_machine=size)
+        device = replace(device, ranks_per_machine=size, is_gpu=self._groups.device.type == "cuda")
         if size > 1:
             sent = 2 * (size - 1) / size * self._message * self._layout.bytes_per_value
             transfer = max(seconds["large message"] - seconds["small message"], _SHORTEST)

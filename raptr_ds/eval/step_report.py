@@ -14,18 +14,20 @@ import torch
 from raptr_ds.config.load import RunConfig
 from raptr_ds.eval.medians import MedianRatio
 from raptr_ds.eval.preparation_benchmark import PreparationTimes
-from raptr_ds.eval.step_benchmark import Measured, StepBenchmark
+from raptr_ds.eval.step_benchmark import StepBenchmark
+from raptr_ds.eval.step_samples import Measured
 
 _MIB = 1 << 20
 # The aims: full path against Hugging Face, share of the speed-up that FLOPs promise, shares of a full step.
-FASTER_THAN_HUGGING_FACE, REACHED_ALONE, REACHED_TOGETHER = 1.2, 0.97, 0.95
+FASTER_THAN_HUGGING_FACE, FASTER_THAN_COMPILED, REACHED_ALONE, REACHED_TOGETHER = 1.2, 1.3, 0.97, 0.95
 MOST_AGREEMENT, MOST_LOADER_STALL = 0.001, 0.01
 
 
 def describe(config: RunConfig, result: StepBenchmark, device: torch.device, batch_origin: str) -> list[str]:
     """Return what was measured, as a Markdown list. batch_origin: where the tokens came from."""
     model, batch = config.model, config.batch
-    losses = ", ".join(f"{row.name} {row.loss:.6f}" for row in (result.paths[0], *result.others))
+    rows = (result.paths[0], *result.others)
+    losses = ", ".join(f"{row.name} {row.loss:.6f}" for row in rows if row.loss is not None)
     return [
         f"- model: {model.architecture}, {model.num_layers} layers of width {model.hidden_size}, "
         f"{model.num_attention_heads} heads, feed-forward {model.ffn_hidden_size}, vocabulary {model.vocab_size:,}, "
@@ -35,10 +37,18 @@ def describe(config: RunConfig, result: StepBenchmark, device: torch.device, bat
         f"- precision {config.precision}, ZeRO {config.zero_stage}, compiled: {str(config.train.compile).lower()}; "
         f"{_machine(device)}",
         f"- loss of the batch before the first step: {losses}",
-        f"- {len(result.paths[0].seconds)} rounds, one step of each row in every round; medians, ratios within a "
-        f"round, with their 95% intervals; {result.clock} clock"
-        + ("" if result.clock == "wall" else ", of the busiest rank"),
+        f"- {result.options.repetitions} rounds, {_taking_turns(result)}, with their 95% intervals; "
+        f"{result.options.clock} clock" + ("" if result.options.clock == "wall" else ", of the busiest rank"),
     ]
+
+
+def _taking_turns(result: StepBenchmark) -> str:
+    if result.why_apart is None:
+        return "in turns: one step of each row in every round; medians, ratios within a round"
+    return (
+        f"one stack after another ({result.why_apart}), our paths in turns; medians, ratios of them, and of our paths "
+        "within a round"
+    )
 
 
 def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
@@ -46,10 +56,21 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
     full, rows = result.paths[0], []
     for row in (*result.paths, *result.others):
         by_flops = full.flops / row.flops
-        reached = MedianRatio.of(full.seconds, row.seconds, unit=by_flops)
-        ratios = {"speed_up": reached.value * by_flops, "by_flops": by_flops, "reached": asdict(reached)}
-        rows.append({**asdict(row), "median_seconds": median(row.seconds), **ratios})
+        found: dict[str, Any] = {"median_seconds": None, "speed_up": None, "by_flops": by_flops, "reached": None}
+        if row.seconds:
+            found["median_seconds"] = median(row.seconds)
+        if row.seconds and full.seconds:
+            reached = _ratio(result, full, row, by_flops)
+            found.update(speed_up=reached.value * by_flops, reached=asdict(reached))
+        rows.append({**asdict(row), **found})
     return rows
+
+
+def _ratio(result: StepBenchmark, slower: Measured, faster: Measured, unit: float = 1.0) -> MedianRatio:
+    """Return how many times as fast a row is as another, within rounds where they shared them."""
+    is_ours = slower.name == faster.name
+    of = MedianRatio.of if is_ours or result.why_apart is None else MedianRatio.of_separate
+    return of(slower.seconds, faster.seconds, unit)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -61,12 +82,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for row in rows:
         seconds, samples = row["median_seconds"], row["seconds"]
+        if row["out_of_memory"] is not None:
+            lines.append(
+                f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {row['out_of_memory']} | | | "
+                f"{row['by_flops']:.3f} | | | | |"
+            )
+            continue
         spread = f"{min(samples) / seconds - 1:+.0%} {max(samples) / seconds - 1:+.0%}"
         memory = median(row["memory_bytes"]) / _MIB
         predicted = "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.4f}"
+        speed_up = "" if row["speed_up"] is None else f"{row['speed_up']:.3f}"
+        reached = "" if row["reached"] is None else _with_interval(MedianRatio(**row["reached"]))
         lines.append(
             f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {seconds:.4f} | {spread} | "
-            f"{row['speed_up']:.3f} | {row['by_flops']:.3f} | {_with_interval(MedianRatio(**row['reached']))} | "
+            f"{speed_up} | {row['by_flops']:.3f} | {reached} | "
             f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} | {predicted} |"
         )
     return lines
@@ -74,6 +103,28 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which aims hold, each with its number. rows: those of all layouts."""
+    full = result.paths[0]
+    lines = _waits(result) + _against_others(result) if full.seconds else []
+    lines += [f"- no row for {name}: {reason}" for name, reason in result.absent.items()]
+    for layout in dict.fromkeys(row["layout"] for row in rows):
+        ours = [row for row in rows if row["layout"] == layout and row["name"] == full.name and row["reached"]]
+        reached = min((MedianRatio(**row["reached"]) for row in ours[1:]), key=lambda ratio: ratio.value, default=None)
+        aim = REACHED_ALONE if layout == "one process" else REACHED_TOGETHER
+        if reached is not None:
+            lines.append(
+                f"- {layout}: shorter paths reach {_with_interval(reached)} or more; aim {aim:.0%}: "
+                f"{reached.against(aim)}"
+            )
+    peaks = {row.name: max(row.peak_bytes) for row in (*result.others, *result.paths[::-1]) if row.peak_bytes}
+    if result.why_apart is None:
+        return [*lines, f"- peak memory of the process, all rows together: {max(peaks.values()) / _MIB:,.0f} MiB"]
+    each = ", ".join(f"{name} {peak / _MIB:,.0f} MiB" for name, peak in reversed(peaks.items()))
+    lines.append(f"- peak memory of the process: {each}")
+    return lines
+
+
+def _waits(result: StepBenchmark) -> list[str]:
+    """Return what agreement and loader cost our full path."""
     full = result.paths[0]
     agreement = _share(full.agreement_seconds, full)
     waits = [wait for measured in result.paths for wait in measured.agreement_seconds]
@@ -87,25 +138,28 @@ def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> lis
             f"- the loader keeps a step waiting {stall:.4%} of its time; aim {MOST_LOADER_STALL:.0%}: "
             f"{_held(stall <= MOST_LOADER_STALL)}"
         )
-    for other in result.others:
-        ratio = MedianRatio.of(other.seconds, full.seconds)
-        aim = ""
-        if other is result.others[0] and "Hugging Face" in other.name:
-            aim = f"; aim {FASTER_THAN_HUGGING_FACE}: {ratio.against(FASTER_THAN_HUGGING_FACE)}"
+    return lines
+
+
+def _against_others(result: StepBenchmark) -> list[str]:
+    """Return how our full path compares with other stacks, and its memory with the plan."""
+    full, lines = result.paths[0], []
+    for other in (row for row in result.others if row.seconds):
+        ratio = _ratio(result, other, full)
+        verdict = ""
+        if "Hugging Face" in other.name:
+            aim = FASTER_THAN_COMPILED if result.options.compile_others else FASTER_THAN_HUGGING_FACE
+            verdict = f"; aim {aim}: {ratio.against(aim)}"
         lines.append(
-            f"- full path against {other.name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) x as fast{aim}"
+            f"- full path against {other.name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) x as fast"
+            f"{verdict}"
         )
-    lines += [f"- no row for {name}: {reason}" for name, reason in result.absent.items()]
-    for layout in dict.fromkeys(row["layout"] for row in rows):
-        ours = [row for row in rows if row["layout"] == layout and row["name"] == full.name]
-        reached = min((MedianRatio(**row["reached"]) for row in ours[1:]), key=lambda ratio: ratio.value, default=None)
-        aim = REACHED_ALONE if layout == "one process" else REACHED_TOGETHER
-        if reached is not None:
-            lines.append(
-                f"- {layout}: shorter paths reach {_with_interval(reached)} or more; aim {aim:.0%}: "
-                f"{reached.against(aim)}"
-            )
-    lines.append(f"- peak memory of the process, all rows together: {result.peak_bytes / _MIB:,.0f} MiB")
+    if result.planned_bytes is not None:
+        peak = max(full.peak_bytes)
+        lines.append(
+            f"- full path's peak in torch's allocator: {peak / _MIB:,.0f} MiB; the memory plan has "
+            f"{result.planned_bytes / _MIB:,.0f} MiB, {result.planned_bytes / peak - 1:+.1%}"
+        )
     return lines
 
 

@@ -32,6 +32,8 @@ class Device:
     ranks_per_machine: int = 8
     latency_seconds: float = 10e-6
     """Of one message or collective."""
+    is_gpu: bool = True
+    """Which decides what a layer keeps in memory (paths/memory.py)."""
 
     def link_bytes_per_second(self, num_ranks: int) -> float:
         """Return the speed between ranks of a group that spans num_ranks neighbours."""

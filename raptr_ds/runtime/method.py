@@ -130,18 +130,18 @@ def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bo
     return max(reuse, int(zero_optimization.get("stage3_max_live_parameters", DEFAULT_KEPT_PARAMETERS)) - layer * 2 / 3)
 
 
-def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
+def micro_batches_of(config: RunConfig, method: PathMethod, on_gpu: bool) -> tuple[int, ...]:
     """Return the sequences of a micro batch in each phase: the run file's, or more where it may grow."""
     phases, base = method.phases.phases, config.batch.micro_batch
     if not config.parallel.grow_micro_batch:
         return tuple(base for _ in phases)
-    layout, shape, state = layout_of(config), shape_of(config), training_state_of(config)
+    layout, shape, state = layout_of(config), shape_of(config), training_state_of(config, on_gpu)
     predicted = predictions_per_sequence(config)
     lengths = [config.model.num_layers if phase.path_length is None else phase.path_length for phase in phases]
     return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
 
 
-def training_state_of(config: RunConfig) -> TrainingState:
+def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
     """Return what decides the run's memory beside shape and layout."""
     momentum = 4 if config.optimizer["params"].get("momentum") else 0
     zero = config.deepspeed.get("zero_optimization", {})
@@ -152,6 +152,8 @@ def training_state_of(config: RunConfig) -> TrainingState:
         optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
         reduce_buffers=2 if zero.get("overlap_comm") and config.zero_stage < 3 else 1,
+        on_gpu=on_gpu,
+        compiled=config.train.compile,
     )
 
 
@@ -161,8 +163,8 @@ def setting_of(config: RunConfig, device: Device) -> Setting:
         shape_of(config),
         layout_of(config),
         device,
-        training_state_of(config),
+        training_state_of(config, device.is_gpu),
         predictions_per_sequence(config),
         keep_up_to=config.parallel.keep_activations_up_to,
-        micro_batches=micro_batches_of(config, path_method_of(config)),
+        micro_batches=micro_batches_of(config, path_method_of(config), device.is_gpu),
     )

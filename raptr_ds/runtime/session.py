@@ -13,7 +13,7 @@ from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.engine.build import attention_of, build_engine
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
-from raptr_ds.errors import CheckpointError, Exit
+from raptr_ds.errors import CheckpointError, DeviceMemoryError, Exit
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
@@ -21,10 +21,12 @@ from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
+from raptr_ds.runtime.device_memory import DeviceMemory, shortage
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
+from raptr_ds.runtime.out_of_memory import memory_errors_explained
 from raptr_ds.runtime.progress import build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
 from raptr_ds.runtime.signals import StopSignals
@@ -51,6 +53,7 @@ class Session:
     signals: StopSignals
     non_finite: NonFinitePolicy
     state: RunState
+    num_trained: int = 0  # steps since this start
 
     def agreed_path(self, step: int) -> tuple[Path, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
@@ -64,6 +67,7 @@ class Session:
 
     def record(self, state: RunState, result: StepResult, path: Path, learning_rate: float, seconds: float) -> None:
         """Write down one step."""
+        self.num_trained += 1
         self.metrics.record_step(
             TrainingStep(
                 step=state.step,
@@ -152,12 +156,12 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         sequence_parallel=parallel.sequence_parallel,
     )
     with ExitStack() as stack:
-        stack.callback(_leave_groups)
+        stack.push(_leave_groups)
         folder = FilePath(str(config.train.save))
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
-        micro_batches = micro_batches_of(config, method)
+        micro_batches = micro_batches_of(config, method, groups.device.type == "cuda")
         batches = together(
             groups,
             lambda: build_loader(
@@ -179,7 +183,10 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 progress.say(line)
             if config.parallel.grow_micro_batch:
                 progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
-        engine = build_engine(config, groups)
+            for line in shortage(config, DeviceMemory.of(groups.device)):
+                progress.say(line)
+        with memory_errors_explained(config, groups, lambda: 0):
+            engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print
         checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
         stack.callback(checkpoints.close)
@@ -260,8 +267,9 @@ def _standing(config: RunConfig, folder: FilePath, step: int) -> str:
     )
 
 
-def _leave_groups() -> None:
-    if dist.is_initialized():
+def _leave_groups(_: object, error: BaseException | None, __: object) -> None:
+    # Where a device has no memory left the other ranks do not come, and NCCL would wait for them.
+    if dist.is_initialized() and not isinstance(error, DeviceMemoryError):
         dist.destroy_process_group()
 
 

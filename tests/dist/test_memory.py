@@ -16,6 +16,7 @@ from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.paths.memory import TrainingState, layer_activation_bytes, rank_memory
 from raptr_ds.paths.step_time import Layout
+from tests import kept_tensors
 from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups, shape_of
 from tests.dist.workers import run_distributed
 from tests.dropout_masks import streams_of
@@ -141,3 +142,50 @@ def test_the_buffer_of_gradients_is_no_larger_than_all_gradients(zero):
     with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
     without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
     assert with_bucket - without == 2 * num_parameters(shape)
+
+
+@pytest.mark.parametrize("accumulate_in_fp32", [False, True])
+@pytest.mark.parametrize("zero", [1, 2])
+def test_the_buffer_of_gradients_has_the_type_that_the_formula_counts(zero, accumulate_in_fp32):
+    """ZeRO 1 fills it from what has accumulated, ZeRO 2 from each micro batch's gradients."""
+    case = Case(zero=zero, precision="bf16", accumulate_in_fp32=accumulate_in_fp32)
+    layout = Layout((5,), 2, 3, data=2, zero_stage=zero, gradient_bytes_per_value=4 if accumulate_in_fp32 else 2)
+    state, shape = TrainingState(4, reduce_bucket=1000), shape_of(case)
+    with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
+    without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
+    for buffer_bytes in run_distributed(bucket_bytes_per_element, 2, case):
+        assert with_bucket - without == 1000 * buffer_bytes
+
+
+def bucket_bytes_per_element(launch: Launch, case: Case) -> int:
+    """Return the size of an element of DeepSpeed's buffer of gradients, from the buffer that a step has filled."""
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline)
+    engine: Any = build_engine(case, groups)
+    found: list[int] = []
+    optimizer = engine.engine.optimizer
+    reduce = optimizer.average_tensor
+
+    def average_tensor(tensor: torch.Tensor, *more: Any) -> None:
+        found.append(tensor.element_size())
+        reduce(tensor, *more)
+
+    optimizer.average_tensor = average_tensor
+    engine.train_step(batch_at(case, groups, 0), Path.full(case.num_layers), 0, 1e-3)
+    assert len(set(found)) == 1
+    return found[0]
+
+
+def gpu_layer(launch: Launch, architecture: str) -> float:
+    """Return what one compiled layer keeps on one of two tensor ranks."""
+    groups = initialize_process_groups(launch, 2, 1)
+    return kept_tensors.kept_by_a_layer(groups, architecture, 0.1, is_compiled=True)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+def test_a_compiled_layer_on_tensor_ranks_keeps_what_the_formula_says(architecture):
+    """What waits for other ranks stays out of graphs, and each graph between keeps what it needs itself."""
+    state = TrainingState(4, 0.1, 0.1, on_gpu=True, compiled=True)
+    shape = kept_tensors.shape_of(architecture)
+    expected = layer_activation_bytes(shape, Layout((kept_tensors.LAYERS,), kept_tensors.BATCH, 1, tensor=2), state)
+    for kept in run_distributed(gpu_layer, 2, architecture):
+        assert kept == pytest.approx(expected, rel=0.02)

@@ -41,3 +41,13 @@ def test_what_slows_a_whole_round_down_cancels() -> None:
 )
 def test_the_verdict_knows_the_noise(aim: float, says: str) -> None:
     assert MedianRatio(0.95, 0.92, 0.97).against(aim) == says
+
+
+def test_samples_of_different_rounds_have_a_wider_interval() -> None:
+    """What slows rounds down cancels within them, and does not between them."""
+    rounds = [1.0 + number / 10 for number in range(11)]
+    twice = [2 * seconds for seconds in rounds]
+    within, apart = MedianRatio.of(twice, rounds, unit=4.0), MedianRatio.of_separate(twice, rounds, unit=4.0)
+    assert within.value == within.low == within.high == apart.value == 0.5
+    assert apart.low < 0.45
+    assert apart.high > 0.55

@@ -1,0 +1,62 @@
+"""The peak that the memory plan predicts for a GPU, against what torch's allocator counts in real steps there."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raptr_ds.config.load import load_run_config
+from raptr_ds.engine.build import build_engine
+from raptr_ds.eval.random_batch import random_step_batch
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.launch import Launch, free_port
+from raptr_ds.paths import Path
+from raptr_ds.paths.memory import GPU_CONTEXT_BYTES
+from raptr_ds.paths.plan import fullest_rank
+from raptr_ds.paths.step_time import Device
+from raptr_ds.runtime.method import setting_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none here")
+
+RUN_FILES = FilePath(__file__).parents[2] / "deepspeed_configs"
+STEPS = 3  # the first compiles, the second has the optimizer's state
+CASES = {
+    "ul2": ("ul2_1b_full", ["raptr_ds.model.num_layers=8", "train_batch_size=16"]),
+    "ul2, one micro batch": ("ul2_1b_full", ["raptr_ds.model.num_layers=8", "train_batch_size=8"]),
+    "ul2, recomputed": (
+        "ul2_1b_full",
+        ["raptr_ds.model.num_layers=8", "train_batch_size=16", "raptr_ds.parallel.activation_checkpointing=true"],
+    ),
+    "bert, with dropout": ("bert_base_full", ["train_batch_size=64"]),
+    "bert, gradients in bf16": ("bert_base_full", ["train_batch_size=64", "data_types.grad_accum_dtype=bf16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[ProcessGroups]:
+    """The process groups of one process on the GPU."""
+    yield initialize_process_groups(Launch(0, 0, 1, "127.0.0.1", free_port(), "tests"), 1, 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_the_measured_peak_is_within_a_tenth_of_the_plan(groups, name, compiled, record_property):
+    """A tenth is what the plan promises; what it leaves out (workspaces, small buffers) is a few percent."""
+    file, overrides = CASES[name]
+    overrides = [*overrides, f"raptr_ds.train.compile={str(compiled).lower()}"]
+    config = load_run_config(RUN_FILES / f"{file}.json", overrides, 1).with_vocab_size(32_000)
+    gc.collect()  # the engine of the case before
+    before = torch.cuda.memory_allocated()
+    engine = build_engine(config, groups)
+    batch, path = random_step_batch(config, 0), Path.full(config.model.num_layers)
+    for step in range(STEPS):
+        torch.cuda.reset_peak_memory_stats()
+        engine.train_step(batch, path, step, 1e-4)
+    measured = torch.cuda.max_memory_allocated() - before
+    _, memory = fullest_rank([path], setting_of(config, Device()))
+    record_property("finding", f"{name}: measured {measured / 2**30:.2f} GiB, planned {memory}")
+    assert measured == pytest.approx(memory.total - GPU_CONTEXT_BYTES, rel=0.1)

@@ -1,0 +1,80 @@
+"""A rank's device runs out of memory: it explains, no other hangs, and the exit code says whether steps are lost."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import call, deepspeed_command, training_lines
+
+FAILING = """
+import os, sys
+sys.path.insert(0, {repository!r})
+import torch
+from raptr_ds import pretrain
+from raptr_ds.parallel.launch import prepare_imports
+
+prepare_imports(False)
+import raptr_ds.runtime.session as session
+from raptr_ds.engine.zero import ZeroEngine
+
+RANKS, STEP = {ranks!r}, {step!r}
+build, train = session.build_engine, ZeroEngine.train_step
+
+def fail():
+    if int(os.environ["RANK"]) in RANKS:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+def build_engine(config, groups):
+    if STEP is None:
+        fail()
+    return build(config, groups)
+
+def train_step(self, batch, path, step, learning_rate):
+    if step == STEP:
+        fail()
+    return train(self, batch, path, step, learning_rate)
+
+session.build_engine, ZeroEngine.train_step = build_engine, train_step
+code = int(pretrain.main(sys.argv[1:]))
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def run_short_of_memory(run_file: Path, ranks: tuple[int, ...], step: int | None, *settings: str) -> tuple[int, str]:
+    """Run on two processes, of which some find no memory in a 0-based step, or None: when the engine is built."""
+    script = run_file.parent / "short_of_memory.py"
+    repository = str(Path(__file__).parents[2])
+    script.write_text(FAILING.format(repository=repository, ranks=ranks, step=step))
+    command = [
+        str(script) if part == "raptr_ds/pretrain.py" else part for part in deepspeed_command(run_file, *settings)
+    ]
+    done = call(command)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("ranks", "step"), [((1,), 0), ((0, 1), 0), ((1,), None)])
+def test_before_anything_is_trained_it_is_a_mistake_told_once(run_file, tmp_path, ranks, step):
+    code, said = run_short_of_memory(run_file, ranks, step)
+    assert code == 2, said
+    assert said.count("raptr_ds: DeviceMemoryError") == 1
+    assert "Traceback" not in said
+    for part in ("nothing is trained", "Tried to allocate 2.00 GiB", "MiB optimizer state", "of them logits"):
+        assert part in said
+    for mend in ("train_micro_batch_size_per_gpu=1", "zero_optimization.stage=2", "activation_checkpointing=true"):
+        assert f"{mend}" in said
+    assert training_lines(tmp_path / "run") == []
+
+
+def test_later_it_is_a_fault_and_the_run_goes_on_from_its_checkpoint(run_file, tmp_path):
+    settings = ["raptr_ds.checkpoint.interval=4", "raptr_ds.train.steps=8"]
+    code, said = run_short_of_memory(run_file, (1,), 6, *settings)
+    assert code == 1, said
+    assert said.count("raptr_ds: DeviceMemoryError: rank 1") == 1
+    assert "after 6 steps of this start" in said
+    assert "goes on from its newest checkpoint" in said
+    done = call(deepspeed_command(run_file, *settings))
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 4" in done.stdout + done.stderr
+    assert training_lines(tmp_path / "run")[-1]["step"] == 8
