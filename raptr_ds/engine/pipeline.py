@@ -53,7 +53,7 @@ class PipelineEngine(DeepSpeedState):
         self, config: dict[str, Any], stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str
     ) -> None:
         self.body = _StepBody(stage)
-        self.body.seed = seed
+        self.seed = seed
         module = PipelineStages(self.body, groups)
         super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
         engine: Any = self.engine
