@@ -74,6 +74,12 @@ class RunConfig:
             )
         return self
 
+    def compiles(self, on_gpu: bool) -> bool:
+        """Whether layers are to be compiled on such a device: as the run file says, else on GPUs where they can be."""
+        if self.train.compile is not None:
+            return self.train.compile
+        return on_gpu and self.zero_stage <= 2 and self.path.method != "width"
+
     def resolved(self) -> dict[str, Any]:
         """Return the whole run as a JSON-able run file that says everything; loading it gives this run again."""
         tree = dict(self.deepspeed)

@@ -225,9 +225,10 @@ class TrainSection(Section):
     """Optimizer steps of the whole run."""
     seed: CountOrZero = 1234
     """Decides initial weights, data order, paths and dropout, on every layout alike."""
-    compile: bool = False
-    """Compile the layers with torch.compile: one graph, whatever the path. Needs zero_optimization.stage <= 2 and a
-    C++ compiler; on a CPU it pays with dropout and for ul2 (docs/performance.md)."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile: one graph, whatever the path. Needs zero_optimization.stage <= 2, a C++
+    compiler and no path.method width. Derived: true on GPUs that have these, else false; on a CPU it pays with dropout
+    and for ul2 (docs/performance.md)."""
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     """auto: on GPUs our Triton kernel for masks and dropout, torch's fused kernels where neither is; torch's on CPUs.
     sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""

@@ -1,6 +1,7 @@
 """From a run's configuration to its engine."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from raptr_ds.config.load import RunConfig
@@ -24,7 +25,6 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_optimizer(config, groups)
-    _check_compiler(config)
     together(groups, lambda: check_gpu(config, GpuFacts.of(groups.device)))  # machines may have different ones
     assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
@@ -34,7 +34,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         layers[groups.pipeline_rank],
         recompute=config.parallel.activation_checkpointing,
         seed=config.train.seed,
-        compiled=config.train.compile,
+        compiled=compilation_of(config, groups).is_compiled,
         keep_activations_up_to=config.parallel.keep_activations_up_to,
         attention_kernel=attention_of(config, groups).uses_kernel,
     )
@@ -47,20 +47,35 @@ def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
     return choose_attention(config.train.attention_backend, config.model, config.data.packing, groups.device)
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """Whether layers are compiled, and a line for the run's start where they should be and cannot."""
+
+    is_compiled: bool
+    warning: str | None = None
+
+
+def compilation_of(config: RunConfig, groups: ProcessGroups) -> Compilation:
+    """Return whether layers are compiled in this run. Raises: ConfigError if the run file asks for it in vain."""
+    if not config.compiles(groups.device.type == "cuda"):
+        return Compilation(False)
+    reason = missing_compiler(groups.device.type)
+    if reason is None:
+        return Compilation(True)
+    if config.train.compile:
+        raise ConfigError(
+            f"raptr_ds.train.compile=true needs a C++ compiler, on a GPU Triton as well, and one is missing here "
+            f"({reason}). Install it (Debian: apt-get install g++; pip install triton), name the compiler in the "
+            "environment variable CXX, or set raptr_ds.train.compile to false."
+        )
+    return Compilation(False, f"layers are not compiled, which is slower: {reason}")
+
+
 def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
     if config.optimizer["type"] == "Lion" and groups.device.type == "cpu":
         raise ConfigError(
             "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
             "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
-        )
-
-
-def _check_compiler(config: RunConfig) -> None:
-    if config.train.compile and (reason := missing_compiler()) is not None:
-        raise ConfigError(
-            f"raptr_ds.train.compile=true needs a C++ compiler, and there is none here ({reason}). Install one "
-            "(Debian: apt-get install g++), name it in the environment variable CXX, or set raptr_ds.train.compile to "
-            "false."
         )
 
 

@@ -27,6 +27,7 @@ def describe(config: RunConfig, result: StepBenchmark, device: torch.device, bat
     """Return what was measured, as a Markdown list. batch_origin: where the tokens came from."""
     model, batch = config.model, config.batch
     rows = (result.paths[0], *result.others)
+    is_compiled = config.compiles(device.type == "cuda")
     losses = ", ".join(f"{row.name} {row.loss:.6f}" for row in rows if row.loss is not None)
     return [
         f"- model: {model.architecture}, {model.num_layers} layers of width {model.hidden_size}, "
@@ -34,7 +35,7 @@ def describe(config: RunConfig, result: StepBenchmark, device: torch.device, bat
         f"{result.num_parameters / 1e6:.1f}M parameters, dropout {model.hidden_dropout}/{model.attention_dropout}",
         f"- batch: {batch.global_batch} sequences of {model.seq_length} tokens in micro batches of "
         f"{batch.micro_batch}, {result.num_predictions} predicted positions; {batch_origin}",
-        f"- precision {config.precision}, ZeRO {config.zero_stage}, compiled: {str(config.train.compile).lower()}; "
+        f"- precision {config.precision}, ZeRO {config.zero_stage}, compiled: {str(is_compiled).lower()}; "
         f"{_machine(device)}",
         f"- loss of the batch before the first step: {losses}",
         f"- {result.options.repetitions} rounds, {_taking_turns(result)}, with their 95% intervals; "

@@ -92,7 +92,9 @@ class MemoryNeed:
         layout, model = self.setting.layout, self.config.model
 
         def changed(**values: int | bool) -> Setting:
-            return replace(self.setting, layout=replace(layout, **values))
+            changed_layout, state = replace(layout, **values), self.setting.state
+            is_compiled = state.compiled and changed_layout.zero_stage <= 2  # as the run then would be
+            return replace(self.setting, layout=changed_layout, state=replace(state, compiled=is_compiled))
 
         if layout.micro_batch > 1:
             half, twice = layout.micro_batch // 2, 2 * layout.num_micro_batches

@@ -153,7 +153,7 @@ def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
         reduce_buffers=2 if zero.get("overlap_comm") and config.zero_stage < 3 else 1,
         on_gpu=on_gpu,
-        compiled=config.train.compile,
+        compiled=config.compiles(on_gpu),
     )
 
 

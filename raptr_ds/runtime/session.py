@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
-from raptr_ds.engine.build import attention_of, build_engine
+from raptr_ds.engine.build import attention_of, build_engine, compilation_of
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
 from raptr_ds.errors import CheckpointError, DeviceMemoryError, Exit
@@ -286,15 +286,15 @@ def _introduction(config: RunConfig, groups: ProcessGroups) -> list[str]:
     alone = topology.data == 1 and config.zero_stage in (1, 2)
     zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
     shape = shape_of(config)
-    attention = attention_of(config, groups)
+    attention, compilation = attention_of(config, groups), compilation_of(config, groups)
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
         f"layout: tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
         f"ZeRO {zero}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
         f"{config.batch.accumulation} accumulated x {config.batch.data_parallel}",
-        f"attention: {attention.description}",
-        *([f"warning: {attention.warning}"] if attention.warning else []),
+        f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
+        *(f"warning: {warning}" for warning in (attention.warning, compilation.warning) if warning),
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
         *(f"  derived: {line}" for line in config.derived),
     ]

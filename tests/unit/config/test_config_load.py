@@ -59,7 +59,7 @@ def test_components_read_no_none(load):
     config = load(world_size=2)
     for section in (config.model, config.parallel, config.path, config.train):
         left = {key for key, value in section if value is None}
-        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages", "layerdrop"}
+        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages", "layerdrop", "compile"}
     assert config.parallel.pipeline_layers == (12,)
     assert config.train.save == "runs/run"
     assert (config.precision, config.zero_stage, config.gradient_clipping) == ("fp32", 0, 1.0)
