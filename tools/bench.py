@@ -88,7 +88,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         return
     rows = rows_of(result)
     for layout in options.layouts:
-        rows += _rows_of_layout(layout)
+        rows += _rows_of_layout(layout, full=rows[0])
     lines = [*describe(config, result, groups.device, origin), "", *table(rows), "", *conclusions(result, rows)]
     if options.text is not None:
         tokenizer = options.tokenizer or config.data.tokenizer or Path(next(iter(folders_of(config.data.path))))
@@ -144,8 +144,13 @@ def _sizes_of(layout: str) -> dict[str, int]:
     return {name: int(size) for name, size in parts}
 
 
-def _rows_of_layout(layout: str) -> list[dict[str, Any]]:
-    """Run this command in the processes of a layout and return its rows; --layouts and what reports are left out."""
+def _rows_of_layout(layout: str, full: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run this command in the processes of a layout and return its rows; --layouts and what reports are left out.
+
+    full: our full path's row, in whose place comes one that says so if the processes run out of memory.
+    """
+    from raptr_ds.eval.step_report import row_without_memory
+
     sizes = _sizes_of(layout)
     processes = int(np.prod(list(sizes.values())))
     settings = [f"raptr_ds.parallel.{_SIZES[name]}={size}" for name, size in sizes.items()]
@@ -155,6 +160,8 @@ def _rows_of_layout(layout: str) -> list[dict[str, Any]]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [*launcher, __file__, *kept, "--json", str(file), "--set", *settings]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not file.exists() and "out of memory" in done.stderr:
+            return [row_without_memory(full, layout.upper())]
         if not file.exists():
             raise ConfigError(f"--layouts {layout} failed: {done.stderr[-2000:]}")
         return json.loads(file.read_text(encoding="utf-8"))

@@ -67,6 +67,13 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
     return rows
 
 
+def row_without_memory(full: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """Return the row of a layout whose processes ran out of memory. full: our full path's row, of any layout."""
+    empty = {"seconds": [], "agreement_seconds": [], "loader_seconds": [], "memory_bytes": [], "peak_bytes": []}
+    unknown = dict.fromkeys(("loss", "predicted_seconds", "median_seconds", "speed_up", "reached"))
+    return {**full, **empty, **unknown, "layout": layout, "out_of_memory": "out of memory"}
+
+
 def _ratio(result: StepBenchmark, slower: Measured, faster: Measured, unit: float = 1.0) -> MedianRatio:
     """Return how many times as fast a row is as another, within rounds where they shared them."""
     is_ours = slower.name == faster.name

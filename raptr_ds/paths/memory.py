@@ -114,7 +114,7 @@ def _layer_bytes_on_gpu(shape: ModelShape, layout: Layout, state: TrainingState)
     """
     positions = layout.micro_batch * shape.seq_length
     stream = positions * shape.hidden_size
-    split = stream / layout.tensor
+    split = positions * shape.hidden_size / layout.tensor
     inner = positions * shape.ffn_hidden_size / layout.tensor
     gated = 3 if state.compiled else 4
     values = 4 * stream + (6 if shape.position_embedding == "rotary" else 4) * split
@@ -133,8 +133,9 @@ def _backward_bytes(shape: ModelShape, layout: Layout) -> float:
     """
     positions = layout.micro_batch * shape.seq_length
     inner = (3 if shape.activation == "swiglu" else 2) * positions * shape.ffn_hidden_size / layout.tensor
+    stream = positions * shape.hidden_size
     weights = layer_parameters(shape) / layout.tensor
-    return (inner + 2 * positions * shape.hidden_size + weights) * layout.bytes_per_value
+    return (inner + 2 * stream + weights) * layout.bytes_per_value
 
 
 def activation_bytes(

@@ -2,15 +2,20 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.errors import ConfigError
 from raptr_ds.eval.contestants import measured_path
+from raptr_ds.eval.step_report import table
+from raptr_ds.eval.step_samples import Measured
 from raptr_ds.parallel.topology import stage_layers
 
 ROOT = Path(__file__).parents[3]
@@ -111,6 +116,25 @@ def test_a_model_without_a_twin_is_measured_without() -> None:
     assert done.returncode == 0, done.stderr
     assert "no row for Hugging Face + DeepSpeed: LlamaForCausalLM" in done.stdout
     assert "| Hugging Face" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [("torch.OutOfMemoryError: CUDA out of memory. Tried", "a row"), ("ValueError: something else", "a mistake")],
+)
+def test_a_layout_that_runs_out_of_memory_has_a_row(monkeypatch: pytest.MonkeyPatch, said: str, outcome: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = runpy.run_path(str(ROOT / "tools" / "bench.py"))
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: failed)
+    ratios = {"speed_up": 1.0, "by_flops": 1.0, "reached": {"value": 1.0, "low": 1.0, "high": 1.0}}
+    full = {**asdict(Measured("raptr_ds", "one process", 4, 100, [1.0])), "median_seconds": 1.0, **ratios}
+    if outcome == "a mistake":
+        with pytest.raises(ConfigError, match="TP2 failed: ValueError"):
+            tool["_rows_of_layout"]("TP2", full)
+        return
+    rows = tool["_rows_of_layout"]("tp2", full)
+    assert table(rows)[2:] == ["| raptr_ds | TP2 | 4 | out of memory | | | 1.000 | | | | |"]
 
 
 @pytest.mark.parametrize(
