@@ -28,8 +28,8 @@ def column_product(
 class _ColumnProduct(torch.autograd.Function):
     """Written by hand for two reasons.
 
-    The sum of x's gradient over the ranks takes as long as a matrix product, and the weight's gradient does not need
-    it; what was gathered of x is not kept but gathered again, meanwhile x's gradient is computed (as Megatron does).
+    The weight's gradient is computed while x's is summed over the ranks; and what was gathered of x is not kept, but
+    gathered again while x's gradient is computed (as Megatron does).
 
     And the backward pass keeps the weight itself: slices of it would hold the gathered copy alive that ZeRO 3 wants to
     release, and their gradients would be padded with zeros and added.
@@ -74,8 +74,8 @@ def reads_rows_apart(device: torch.device) -> bool:
     """Whether a weight with the rows of two matrices in turns is multiplied as two, with a row stride, or as one.
 
     On a CPU two: taking the outputs of one apart is a strided pass over each of them, which costs more than the rest of
-    the activation. On a GPU one: it fills the device better than two of half the size, whose strided operands the
-    fastest kernels do not take, and a compiled block takes the outputs apart in the kernel that multiplies them.
+    the activation. On a GPU one: half as many products, each twice as large, x and its gradient in one go, and a
+    compiled block takes the outputs apart in the kernel that multiplies them, and puts the gradients together likewise.
     """
     return device.type == "cpu"
 

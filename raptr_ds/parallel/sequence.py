@@ -18,8 +18,8 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import reduce_from_tensor_model_parallel_region
 
 # torch 2.13 renames both, and warns of the names that older ones have.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Arriving:

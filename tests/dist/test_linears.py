@@ -1,17 +1,25 @@
 """Linears split over tensor ranks, with and without sequence parallelism: plain torch's values and gradients."""
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel import layers
+from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
 from raptr_ds.parallel.sequence import Arriving, pick_positions
+from raptr_ds.paths import Path
+from tests.dist.trajectory import HIDDEN as MODEL_WIDTH
+from tests.dist.trajectory import SEED, SEQ_LENGTH, Case, batch_at, model_of, process_groups
 from tests.dist.workers import run_distributed
 
 BATCH, LENGTH, HIDDEN, INNER = 3, 8, 12, 16
@@ -139,6 +147,50 @@ def test_what_is_sent_travels_during_the_products(kind: str, products: int, alon
     )
     for events in run_distributed(backward_events, 2, kind, along_sequence):
         assert events == expected
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives by kind and by the elements of their larger side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = next(kind for kind in ("gather", "scatter", "reduce") if kind in func.overloadpacket.__name__)
+            sizes = [leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.counts[kind, max(sizes)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def sent_by_a_layer(launch: Launch, case: Case) -> list[dict[tuple[str, int], int]]:
+    """Return what one more layer sends forward and backward."""
+    groups = process_groups(launch, case)
+    stage = build_stage(model_of(case), groups, range(case.num_layers), case.recompute, SEED)
+    micro = batch_at(case, groups, 0).micro_batches[0]
+    counts = []
+    for path_length in (1, 2):
+        path = Path(tuple(range(path_length)), case.num_layers)
+        with Sent() as forward:
+            losses = stage(micro.tokens, micro, path, DropoutStreams(SEED, 0, micro.sample_ids))
+        with Sent() as backward:
+            losses.sum().backward()
+        counts.append((forward.counts, backward.counts))
+    return [dict(two - one) for one, two in zip(*counts, strict=True)]
+
+
+@pytest.mark.parametrize(("architecture", "norm_parameters"), [("bert", 4), ("ul2", 2)])
+def test_a_layer_sends_what_the_table_says(architecture: str, norm_parameters: int) -> None:
+    """docs/scaling.md, "Tensor ranks and the sequence"."""
+    case = Case(architecture=architecture, tensor=2)
+    stream = case.micro_batch * SEQ_LENGTH * MODEL_WIDTH
+    for sent in run_distributed(sent_by_a_layer, 2, case):
+        assert sent == [{("reduce", stream): 2}, {("reduce", stream): 2}]
+    for forward, backward in run_distributed(sent_by_a_layer, 2, replace(case, sequence_parallel=True)):
+        assert forward == {("gather", stream): 2, ("scatter", stream): 2}
+        norms = {("reduce", MODEL_WIDTH): norm_parameters}
+        assert backward == {("gather", stream): 4, ("scatter", stream): 2, **norms}
 
 
 def picked(launch: Launch) -> tuple[bool, bool]:

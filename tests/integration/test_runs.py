@@ -84,6 +84,7 @@ def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file
         ("bert", {"sampling": "balanced", "balance_stages": 2}, ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
         ("bert", {"paths_per_step": 2}, ["raptr_ds.parallel.pipeline_model_parallel_size=2"]),
         ("ul2", {}, ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
+        ("bert", {}, ["raptr_ds.parallel.tensor_model_parallel_size=2", "raptr_ds.parallel.sequence_parallel=true"]),
         ("ul2", {}, ["zero_optimization.stage=3"]),
         ("bert", {}, ["zero_optimization.stage=2", "raptr_ds.parallel.grow_micro_batch=true"]),
     ],

@@ -107,6 +107,18 @@ def linear_is_replaced_by_zero_3(launch: Launch) -> bool:
     return torch.nn.functional.linear is not before
 
 
+def sequence_parallelism_fails(launch: Launch) -> bool:
+    """Return whether megatron-core's gather along the sequence fails on a CPU."""
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    start(launch)
+    try:
+        gather_from_sequence_parallel_region(torch.ones(2, 1, 4), group=dist.group.WORLD)
+    except (AssertionError, RuntimeError) as error:  # torch.cuda's
+        return "CUDA" in str(error) or "NVIDIA" in str(error)
+    return False
+
+
 def learning_rates_of_warmup(launch: Launch) -> list[float]:
     """Return the learning rates of the first four steps under DeepSpeed's own linear warm-up over four steps."""
     start(launch)

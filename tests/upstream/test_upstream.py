@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
+from torch.nn import functional
 
 from raptr_ds.engine.learning_rate import learning_rate_at
 from tests.dist.workers import run_distributed
@@ -20,6 +23,7 @@ from tests.upstream.reproductions import (
     moves_of_a_skipped_layer,
     releases_follow_the_order,
     restarts_of_the_trace,
+    sequence_parallelism_fails,
     weight_after_micro_batches,
 )
 
@@ -77,6 +81,20 @@ def test_zero_3_adds_to_the_last_steps_gradient_where_the_first_micro_batch_skip
 def test_zero_3_replaces_linear_for_the_whole_process() -> None:
     """Mended: tests/dist/workers.py need not put it back."""
     assert all(run_distributed(linear_is_replaced_by_zero_3, 1))
+
+
+def test_zero_3s_linear_fails_without_inputs() -> None:
+    """Mended: RowLinear.of_columns could be functional.linear."""
+    x, weight = torch.ones(2, 3, 0, requires_grad=True), torch.ones(4, 0, requires_grad=True)
+    functional.linear(x, weight).sum().backward()  # torch's own does not
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        zero3_linear_wrap(x, weight).sum().backward()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it works")
+def test_megatron_cores_sequence_parallelism_needs_cuda() -> None:
+    """Mended: parallel/sequence.py could be megatron-core's mappings, for its layout (T, b, H)."""
+    assert all(run_distributed(sequence_parallelism_fails, 2))
 
 
 def test_the_first_two_steps_of_warmup_train_nothing() -> None:
