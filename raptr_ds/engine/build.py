@@ -58,4 +58,7 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Return DeepSpeed's part of the run, with what our engines need of it."""
     filled = dict(config.deepspeed)
     filled.setdefault("steps_per_print", 1 << 60)  # progress is ours to print
+    # On by default, it waits for the device twice a micro batch (deepspeed 0.19.8, utils/timer.py, ThroughputTimer).
+    timers = filled.get("timers", {})
+    filled["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
     return filled
