@@ -15,9 +15,10 @@ class Exit(IntEnum):
 
 
 class RaptrError(Exception):
-    """Base of all errors that carry a message for a person."""
+    """Base of all errors that carry a message for a person; is_told_by_all: every rank prints it, not rank 0 alone."""
 
     exit_code = Exit.FAULT
+    is_told_by_all = False
 
 
 class ConfigError(RaptrError):
@@ -40,6 +41,12 @@ class CheckpointError(RaptrError):
 
 class AgreementError(RaptrError):
     """Ranks do not hold the same path for a step; training on would corrupt gradients."""
+
+
+class AbsentRankError(RaptrError):
+    """Some ranks of the run have not come; rank 0 may be one of them."""
+
+    is_told_by_all = True
 
 
 class NonFiniteError(RaptrError):

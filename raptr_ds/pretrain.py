@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
         with StopSignals(watch_launcher=launch.launcher != "none") as signals:
             return pretrain(config, launch, signals)
     except RaptrError as error:
-        if launch is None or launch.rank == 0:
+        if launch is None or launch.rank == 0 or error.is_told_by_all:
             print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 

@@ -143,6 +143,8 @@ class DeepSpeedState:
         They are skipped until then, so that no step of theirs is outstanding.
         """
         copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
+        if self.idle is not None:
+            self.idle.forget_counts()
         self.engine.optimizer.refresh(growth.sources.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
@@ -158,6 +160,8 @@ class DeepSpeedState:
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
         """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
         create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
+        if self.idle is not None:
+            self.idle.forget_counts()
 
     def refresh_weights(self) -> None:
         """Make the working weights follow from the fp32 ones."""
