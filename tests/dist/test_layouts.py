@@ -72,7 +72,6 @@ LAYOUTS = {
         2,
         {"zero": 2, "overlap": True, "micro_batch": 1, "micro_batches": (3, 2, 1)},
     ),
-    "PP2 DP2 ZeRO 1, overlapped": (4, {"pipeline": 2, "zero": 1, "overlap": True, "reduce_bucket": 5000}),
     "DP2 ZeRO 3, small buckets": (2, {"zero": 3, "reduce_bucket": 5000}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
     "DP2 ZeRO 3, growing micro batches": (2, {"zero": 3, "micro_batch": 1, "micro_batches": (6, 3, 1)}),
