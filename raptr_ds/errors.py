@@ -61,6 +61,14 @@ class DeviceMemoryError(RaptrError):
         return self._is_first
 
 
+class AbsentRankError(RaptrError):
+    """Some ranks of the run have not come; rank 0 may be one of them."""
+
+    def is_told_by(self, rank: int) -> bool:
+        """Whether a rank prints it: each does."""
+        return True
+
+
 class NonFiniteError(RaptrError):
     """Too many steps in a row had a loss or gradient that is not finite; no weight has moved since before them."""
 

@@ -63,6 +63,18 @@ def derive_parallel(parallel: ParallelSection, num_layers: int) -> ParallelSecti
     return parallel.model_copy(update={"pipeline_layers": layers})
 
 
+def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: ParallelSection, paths_per_step: int) -> bool:
+    """Return whether ZeRO reduces gradients during the backward pass on GPUs; overlap_comm of a run file goes first.
+
+    With several paths a step DeepSpeed's stage 1 would forget some layers (docs/upstream.md); with pipeline stages it
+    turns this off by itself; stage 3 always does it.
+    """
+    if "overlap_comm" in zero:
+        return bool(zero["overlap_comm"])
+    stage, stages = int(zero.get("stage", 0)), parallel.pipeline_model_parallel_size
+    return stage == 3 or (stage in (1, 2) and data_parallel > 1 and stages == 1 and paths_per_step == 1)
+
+
 def balanced_stage_layers(path: PathSection, parallel: ParallelSection, num_layers: int) -> tuple[int, ...]:
     """Return the layers of each stage that balanced sampling balances.
 

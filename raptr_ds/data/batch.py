@@ -1,7 +1,8 @@
 """What a training step receives: micro batches of tensors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from raptr_ds.data.sample import PackedSample, Sample
 
 PADDING = -1
+ALIGNMENT = 16
+"""Bytes; what the widest load of a GPU's kernels asks of a tensor's address."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro batch on `device`, copied behind the host's back where that is a GPU."""
-        return _to_device(self, device)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Return a tensor, or a dataclass of them, on `device`; anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        if device.type != "cuda" or value.is_cuda:
-            return value.to(device)
-        return value.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
-    if isinstance(value, MicroBatch | Segments):
-        return type(value)(**{f.name: _to_device(getattr(value, f.name), device) for f in fields(value)})
-    return value
+        return _to_device((self,), device)[0]
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,64 @@ class StepBatch:
 
     def to(self, device: torch.device) -> "StepBatch":
         """Return the batch on `device`."""
-        return StepBatch(tuple(micro.to(device) for micro in self.micro_batches))
+        return StepBatch(_to_device(self.micro_batches, device))
+
+
+def _to_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> tuple[MicroBatch, ...]:
+    """Return micro batches on `device`; on a GPU as views of one buffer, which one copy has filled.
+
+    The copy is made from pinned memory: from other memory the host would wait for the device.
+    """
+    tensors = [tensor for micro in micro_batches for tensor in _tensors_of(micro)]
+    if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
+        moved = unpacked(packed(tensors, pin_memory=True).to(device, non_blocking=True), tensors)
+    else:
+        moved = [tensor.to(device) for tensor in tensors]
+    following = iter(moved)
+    return tuple(_with_tensors(micro, following) for micro in micro_batches)
+
+
+def _tensors_of(value: MicroBatch | Segments) -> Iterator[torch.Tensor]:
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, Segments):
+            yield from _tensors_of(part)
+
+
+def _with_tensors(value: Any, following: Iterator[torch.Tensor]) -> Any:
+    """Return a copy of `value` with the following tensors, in the order of _tensors_of."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, torch.Tensor):
+            changes[field.name] = next(following)
+        elif isinstance(part, Segments):
+            changes[field.name] = _with_tensors(part, following)
+    return replace(value, **changes)
+
+
+def packed(tensors: Sequence[torch.Tensor], pin_memory: bool) -> torch.Tensor:
+    """Return the tensors' bytes in one buffer on the host, each at a multiple of ALIGNMENT."""
+    buffer = torch.empty(_starts(tensors)[-1], dtype=torch.uint8, pin_memory=pin_memory)
+    for view, tensor in zip(unpacked(buffer, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    return buffer
+
+
+def unpacked(buffer: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views of a packed buffer, with the types and shapes of `like`."""
+    starts = _starts(like)[:-1]
+    return [
+        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=True)
+    ]
+
+
+def _starts(tensors: Sequence[torch.Tensor]) -> list[int]:
+    sizes = (-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    return list(accumulate(sizes, initial=0))
 
 
 def collate(

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.load import RunConfig
 from raptr_ds.engine.device_checks import GpuFacts, check_gpu
 from raptr_ds.engine.pipeline import PipelineEngine
@@ -39,7 +40,8 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         attention_kernel=attention_of(config, groups).uses_kernel,
     )
     engine_class = PipelineEngine if groups.topology.pipeline > 1 else ZeroEngine
-    return engine_class(_deepspeed_config(config), stage, groups, config.train.seed, config.path.skipped_update)
+    deepspeed_config = _deepspeed_config(config, on_gpu=groups.device.type == "cuda")
+    return engine_class(deepspeed_config, stage, groups, config.train.seed, config.path.skipped_update)
 
 
 def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
@@ -79,8 +81,15 @@ def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
         )
 
 
-def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's part of the run, with what our engines need of it."""
     filled = dict(config.deepspeed)
     filled.setdefault("steps_per_print", 1 << 60)  # progress is ours to print
+    # On by default, it waits for the device twice a micro batch (deepspeed 0.19.8, utils/timer.py, ThroughputTimer).
+    timers = filled.get("timers", {})
+    filled["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
+    if on_gpu:  # a CPU computes and sends with the same cores
+        zero = filled.get("zero_optimization", {})
+        overlaps = derive_overlap(zero, config.batch.data_parallel, config.parallel, config.path.paths_per_step)
+        filled["zero_optimization"] = {**zero, "overlap_comm": overlaps}
     return filled

@@ -61,9 +61,15 @@ class DeepSpeedState:
 
     def count_predictions(self, batch: StepBatch) -> torch.Tensor:
         """Return the predicted positions of the global batch, an fp64 scalar on the device."""
-        count = torch.tensor(float(batch.num_predictions), dtype=torch.float64, device=self.groups.device)
-        dist.all_reduce(count, group=self.groups.data)
-        return count
+        # Filled by a kernel: a copy of a number of the host would wait for the device.
+        count = torch.full((), batch.num_predictions, dtype=torch.float64, device=self.groups.device)
+        return self.summed_over_data(count)
+
+    def summed_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` summed over the data-parallel ranks, in place."""
+        if self.groups.topology.data > 1:
+            dist.all_reduce(values, group=self.groups.data)
+        return values
 
     def loss_weight(self, batch: StepBatch, num_predictions: torch.Tensor) -> torch.Tensor:
         """Return what a micro batch's summed loss is multiplied by.
@@ -80,15 +86,23 @@ class DeepSpeedState:
             scale = optimizer.loss_scale
             loss.register_hook(lambda gradient: gradient * scale)
 
-    def result(self, loss: float, num_predictions: torch.Tensor) -> StepResult:
-        """Return the step's result, after DeepSpeed has stepped."""
+    def result(self, loss: torch.Tensor, share: int, num_predictions: torch.Tensor) -> StepResult:
+        """Return the step's result, after DeepSpeed has stepped: the one place where a step waits for the device.
+
+        loss: a scalar on the device, `share` times the mean over the global batch.
+        """
         optimizer = self.engine.optimizer
+        norm = optimizer._global_grad_norm  # ZeRO 1 to 3 have looked at it already, and put a number if it is invalid
+        on_device = [loss, num_predictions, *([norm] if isinstance(norm, torch.Tensor) else [])]
+        total, count, *norms = read_back(torch.stack([value.double() for value in on_device]))
+        norm = norms[0] if norms else float(norm)
+        if isinstance(optimizer, ReplicatedOptimizer):
+            optimizer.finish_step(norm)
         if self.idle is not None and not optimizer.overflow:
             self.idle.miss(optimizer.moves, self._learning_rate)
-        norm = float(optimizer._global_grad_norm)
         return StepResult(
-            loss=loss,
-            num_predictions=int(num_predictions),
+            loss=total / share,
+            num_predictions=int(count),
             grad_norm=norm if norm >= 0 else float("nan"),
             skipped=bool(optimizer.overflow),
             loss_scale=float(optimizer.loss_scaler.loss_scale),
@@ -129,6 +143,8 @@ class DeepSpeedState:
         They are skipped until then, so that no step of theirs is outstanding.
         """
         copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
+        if self.idle is not None:
+            self.idle.forget_counts()
         self.engine.optimizer.refresh(growth.sources.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
@@ -144,6 +160,8 @@ class DeepSpeedState:
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
         """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
         create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
+        if self.idle is not None:
+            self.idle.forget_counts()
 
     def refresh_weights(self) -> None:
         """Make the working weights follow from the fp32 ones."""
@@ -163,6 +181,11 @@ class DeepSpeedState:
             return
         for key, value in values.items():
             setattr(scaler, key, type(getattr(scaler, key))(value))
+
+
+def read_back(values: torch.Tensor) -> list[float]:
+    """Return the values on the host, which waits for the device here and nowhere else in a step or an evaluation."""
+    return values.tolist()
 
 
 def _every_layer(_layer: int) -> bool:

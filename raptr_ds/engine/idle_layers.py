@@ -14,6 +14,7 @@ class IdleLayers:
     def __init__(self, optimizer: torch.optim.Optimizer, layers: Iterable[int]) -> None:
         self._optimizer = optimizer
         self._missed: dict[int, list[float]] = {layer: [] for layer in layers}
+        self._counts: dict[int, float] = {}  # steps of each layer, as far as known: a GPU's own count is waited for
 
     @staticmethod
     def can_serve(optimizer: torch.optim.Optimizer) -> bool:
@@ -26,15 +27,20 @@ class IdleLayers:
         for layer, rates in self._missed.items():
             if not moves(layer):
                 rates.append(learning_rate)
+            elif layer in self._counts:
+                self._counts[layer] += 1
 
     def make_up(self, holders: Sequence[Holder], is_wanted: Callable[[int], bool]) -> set[int]:
         """Make the missed steps of the wanted layers, on weights and states of `holders`; return the layers changed."""
         due = {layer: rates for layer, rates in self._missed.items() if rates and is_wanted(layer)}
         for holder in holders:
-            if rates := due.get(holder.group["layer"]):
-                self._step(holder, rates)
-        for layer in due:
+            layer = holder.group["layer"]
+            if rates := due.get(layer):
+                self._step(holder, layer, rates)
+        for layer, rates in due.items():
             self._missed[layer] = []
+            if layer in self._counts:
+                self._counts[layer] += len(rates)
         return set(due)
 
     def missed_steps(self) -> dict[str, list[float]]:
@@ -44,18 +50,25 @@ class IdleLayers:
     def load(self, values: Mapping[str, Sequence[float]]) -> None:
         """Take over what `missed_steps` gave; layers of other pipeline stages are left out."""
         self._missed = {layer: list(values.get(str(layer), [])) for layer in self._missed}
+        self.forget_counts()
+
+    def forget_counts(self) -> None:
+        """Look at the optimizer's step counts again: they were set from outside."""
+        self._counts.clear()
 
     @torch.no_grad()
-    def _step(self, holder: Holder, rates: Sequence[float]) -> None:
+    def _step(self, holder: Holder, layer: int, rates: Sequence[float]) -> None:
         group, state = holder.group, self._optimizer.state[holder.flat]
         if not state:  # a layer that has never been active: only decay moves it
             state[STEP] = counter_like(self._optimizer, holder, 0.0)
             state.update({kind: torch.zeros_like(holder.flat).detach() for kind in ("exp_avg", "exp_avg_sq")})
+        if layer not in self._counts:
+            self._counts[layer] = float(state[STEP])
         make_up_for(
             holder.flat,
             state["exp_avg"],
             state["exp_avg_sq"],
-            float(state[STEP]),
+            self._counts[layer],
             rates,
             betas=group["betas"],
             eps=group["eps"],

@@ -8,6 +8,7 @@ from torch import nn
 
 from raptr_ds.engine.fragments import state_kinds
 from raptr_ds.parallel.layers import pieces
+from raptr_ds.parallel.transfer import without_waiting
 from raptr_ds.paths.path import Path
 
 
@@ -50,4 +51,4 @@ def idle_elements(
     idle = [part for part in range(here) if tensor_rank * here + part not in active]
     if not idle:
         return None
-    return dim, pieces(torch.tensor(idle, device=parameter.device), size)
+    return dim, pieces(without_waiting(torch.tensor(idle), parameter.device), size)

@@ -79,7 +79,7 @@ class PathZero:
         One collective, where DeepSpeed has one for each group.
         """
         groups = self.process_groups
-        norm = global_norm([*owned, *self.loss_check.take()], groups.device, groups.world)
+        norm = global_norm(owned, self.loss_check, groups.device, groups.world)
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def check_overflow(self, partition_gradients: bool = True) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from raptr_ds.data.batch import MicroBatch, StepBatch
 from raptr_ds.engine.deepspeed_engine import PipelineStages, build_deepspeed_engine
-from raptr_ds.engine.deepspeed_state import DeepSpeedState
+from raptr_ds.engine.deepspeed_state import DeepSpeedState, read_back
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
@@ -78,21 +78,24 @@ class PipelineEngine(DeepSpeedState):
         # DeepSpeed averages the losses over micro batches and data-parallel ranks, which makes the weighted ones the
         # mean over the global batch's predicted positions, and tells every stage.
         loss = engine.train_batch(self._inputs(batch))
-        return self.result(float(loss), count)
+        return self.result(loss, 1, count)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.begin_evaluation(path)
-        total, count = 0.0, 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        count = 0
         for given in batches:
             batch = given.to(self.groups.device)
             self._prepare(batch, path, torch.ones((), device=self.groups.device), None)
             micro_batches = len(batch.micro_batches)
             mean = self.engine.eval_batch(self._inputs(batch), num_micro_batches=micro_batches)
-            total += float(mean) * micro_batches * self.groups.topology.data
-            count += float(self.count_predictions(batch))
-        return total / count
+            total += mean.double().sum() * (micro_batches * self.groups.topology.data)  # of one element
+            count += given.num_predictions
+        counted = self.summed_over_data(torch.full_like(total, count))
+        loss, predictions = read_back(torch.stack([total, counted]))
+        return loss / predictions
 
     def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, keys: torch.Tensor | None) -> None:
         self.body.weight, self.body.dropout_keys = weight, keys

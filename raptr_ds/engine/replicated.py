@@ -4,8 +4,9 @@ DeepSpeed's own stage 0 creates and reduces zero gradients for skipped layers (r
 _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (runtime/utils.py, clip_grad_norm_).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import Path
 
 _BUCKET_ELEMENTS = 1 << 26
+_OWN_OF_A_GROUP = ("params", "layer", "names")
 
 
 class ReplicatedOptimizer:
@@ -42,7 +44,8 @@ class ReplicatedOptimizer:
         self.freezes_parts = True  # whether heads and MLP blocks that have not run stay as they are
         self.path: Path | None = None
         self.loss_check = LossCheck()
-        self.overflow = False
+        self.overflow, self._is_unfinished = False, False
+        self.decides_on_device = _skips_on_device(inner, groups.device)
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.pairs: list[tuple[nn.Parameter, torch.Tensor, int]] = []
         for group in inner.param_groups:
@@ -85,14 +88,16 @@ class ReplicatedOptimizer:
         if self.groups.topology.data == 1:
             return
         bucket: list[torch.Tensor] = []
+        elements = 0
         for parameter, _, _ in self.pairs:
             gradient = gradient_of(parameter)
             if gradient is None:
                 continue
             bucket.append(gradient)
-            if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+            elements += gradient.numel()
+            if elements >= _BUCKET_ELEMENTS:
                 self._reduce(bucket)
-                bucket = []
+                bucket, elements = [], 0
         self._reduce(bucket)
 
     def _reduce(self, bucket: list[torch.Tensor]) -> None:
@@ -101,34 +106,89 @@ class ReplicatedOptimizer:
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=self.groups.data)
         flat /= self.groups.topology.data
-        for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        means = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
 
     def step(self) -> None:
-        """Apply the reduced gradients, or skip the step on all ranks alike if their norm or a loss is not finite."""
+        """Apply the reduced gradients, or skip the step on all ranks alike if their norm or a loss is not finite.
+
+        Where the step decides on the device, `overflow` holds only after `finish_step`.
+        """
         scale = self.loss_scale
         gradients = [(w, m, gradient_of(w)) for w, m, layer in self.pairs if self.moves(layer)]
         # All ranks of the data axis hold the same gradients: the first counts them, the others only see their losses.
         is_counted = self.groups.data_rank == 0
         owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
-        norm = global_norm([*owned, *self.loss_check.take()], self.groups.device, self.groups.world) / scale
-        self.overflow = not bool(torch.isfinite(norm))
+        norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
         self._global_grad_norm = norm
-        self.loss_scaler.update_scale(self.overflow)
-        if self.overflow:
-            return
+        self.overflow, self._is_unfinished = False, True
+        if not self.decides_on_device:
+            self.finish_step(norm.item())
+            if self.overflow:
+                return
+        self._hand_over(gradients)
         factor = clip_factor(norm, self.max_norm) / scale
-        for _, master, gradient in gradients:
-            # In place where the gradient has the master's type already: nobody else reads it after this.
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype).mul_(factor)
-        every = self.inner.param_groups
-        self.inner.param_groups = [group for group in every if self.moves(group["layer"])]
-        try:
-            with self._idle_parts_kept():
+        with self._idle_parts_kept(), self._merged_groups():
+            if self.decides_on_device:
+                self._step_if_finite(norm, factor)
+            else:
+                if isinstance(factor, torch.Tensor) or factor != 1.0:
+                    torch._foreach_mul_([master.grad for _, master, _ in gradients], factor)
                 self.inner.step()
+        self.refresh(self.moves)
+
+    def finish_step(self, norm: float) -> None:
+        """Settle, once the host has the step's norm, whether it was skipped, and the loss scale."""
+        if self._is_unfinished:
+            self._is_unfinished = False
+            self.overflow = not math.isfinite(norm)
+            self.loss_scaler.update_scale(self.overflow)
+
+    @staticmethod
+    def _hand_over(gradients: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
+        """Give the fp32 weights their gradients, in fp32; the accumulated ones themselves where they are that already.
+
+        They are scaled in place: nobody else reads them after this.
+        """
+        narrow = []
+        for _, master, gradient in gradients:
+            if gradient is None:
+                master.grad = torch.zeros_like(master)
+            elif gradient.dtype == master.dtype:
+                master.grad = gradient
+            else:
+                master.grad = torch.empty_like(master)
+                narrow.append((master.grad, gradient))
+        if narrow:
+            torch._foreach_copy_([wide for wide, _ in narrow], [gradient for _, gradient in narrow])
+
+    def _step_if_finite(self, norm: torch.Tensor, factor: torch.Tensor | float) -> None:
+        """Step in the optimizer's kernel, which divides by grad_scale and, where found_inf is 1, changes nothing.
+
+        torch/optim/adam.py, _fused_adam, which torch.amp.GradScaler calls so: step counts are put back as well.
+        """
+        inner: Any = self.inner
+        inner.found_inf = torch.isfinite(norm).logical_not_().float()
+        inner.grad_scale = 1.0 / factor if isinstance(factor, torch.Tensor) else torch.full_like(norm, 1.0 / factor)
+        try:
+            inner.step()
+        finally:
+            del inner.found_inf, inner.grad_scale
+
+    @contextmanager
+    def _merged_groups(self) -> Iterator[None]:
+        """Let the inner optimizer see the groups that move, as one where they have the same hyperparameters.
+
+        torch keeps states and step counts by parameter, so one call can step layers of different counts. DeepSpeed's
+        fused optimizers count once for a group (ops/adam/fused_adam.py) and get the groups as they are.
+        """
+        every = self.inner.param_groups
+        moving = [group for group in every if self.moves(group["layer"])]
+        self.inner.param_groups = _merged(moving) if type(self.inner).__module__.startswith("torch.") else moving
+        try:
+            yield
         finally:
             self.inner.param_groups = every
-        self.refresh(self.moves)
 
     def _idle_parts_kept(self) -> AbstractContextManager[None]:
         if self.path is None or self.path.parts is None or not self.freezes_parts:
@@ -140,9 +200,9 @@ class ReplicatedOptimizer:
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
         """Let the working weights of the wanted layers follow from the fp32 ones, where those are others."""
-        for working, master, layer in self.pairs:
-            if working is not master and is_wanted(layer):
-                working.copy_(master)
+        behind = [(w, m) for w, m, layer in self.pairs if w is not m and is_wanted(layer)]
+        if behind:
+            torch._foreach_copy_([working for working, _ in behind], [master for _, master in behind])
 
     def gather(self, is_wanted: Callable[[int], bool]) -> None:
         """Do nothing: every rank has all weights."""
@@ -152,6 +212,26 @@ class ReplicatedOptimizer:
         for working, master, _ in self.pairs:
             working.grad = master.grad = None
             working.fp32_grad = None  # type: ignore[attr-defined]
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one group for all that agree in everything but their parameters; the given ones are left alone."""
+    merged: list[dict[str, Any]] = []
+    for group in groups:
+        options = {key: value for key, value in group.items() if key not in _OWN_OF_A_GROUP}
+        for other in merged:
+            if {key: value for key, value in other.items() if key != "params"} == options:
+                other["params"] += group["params"]
+                break
+        else:
+            merged.append({**options, "params": list(group["params"])})
+    return merged
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether the host need not wait to know if a step is finite: torch's fused Adam looks itself, on a GPU."""
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return device.type == "cuda" and is_adam and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.transfer import without_waiting
 
 
 class TiedGradient:
@@ -55,7 +56,7 @@ class TiedGradient:
         Shapes: gradient (rows of this tensor rank, H).
         """
         assert gradient.dtype == self._dtype, (gradient.dtype, self._dtype)
-        rows = self._rows.to(gradient.device, non_blocking=True)
+        rows = without_waiting(self._rows, gradient.device)
         if self._is_first:
             assert self._arriving is not None, "reduced before the last backward pass"
             (arriving, received), self._arriving = self._arriving, None

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from raptr_ds.data.batch import MicroBatch, StepBatch
+from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
-from raptr_ds.engine.deepspeed_state import DeepSpeedState
+from raptr_ds.engine.deepspeed_state import DeepSpeedState, read_back
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
@@ -45,9 +44,8 @@ class ZeroEngine(DeepSpeedState):
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        dist.all_reduce(total, group=self.groups.data)
-        share = len(batch.micro_batches) * self.groups.topology.data
-        return self.result(total.item() / share, count)
+        self.summed_over_data(total)
+        return self.result(total, len(batch.micro_batches) * self.groups.topology.data, count)
 
     def _accumulate_over(self, num_micro_batches: int) -> None:
         """Tell DeepSpeed how many micro batches make this step; it counts them to know when to reduce and step."""
@@ -60,13 +58,12 @@ class ZeroEngine(DeepSpeedState):
     def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.begin_evaluation(path)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        count = 0
         for batch in batches:
+            count += batch.num_predictions
             for micro in batch.to(self.groups.device).micro_batches:
-                sums += self._evaluate_micro_batch(micro, path)
-        dist.all_reduce(sums, group=self.groups.data)
-        return (sums[0] / sums[1]).item()
-
-    def _evaluate_micro_batch(self, micro: MicroBatch, path: Path) -> torch.Tensor:
-        losses = self.engine.module(micro.tokens, micro, path, None)
-        return torch.stack([losses.double().sum(), torch.tensor(micro.num_predictions, device=losses.device).double()])
+                total += self.engine.module(micro.tokens, micro, path, None).double().sum()
+        sums = torch.stack([total, torch.full_like(total, count)])
+        loss, predictions = read_back(self.summed_over_data(sums))
+        return loss / predictions

@@ -12,6 +12,7 @@ from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.transfer import without_waiting
 from raptr_ds.paths.path import Path
 
 _MOST_GRAPHS = 64
@@ -77,6 +78,6 @@ class Stack(nn.ModuleDict):
             return [None, None]
         here = range(self.first_part, self.first_part + self.num_local_parts)
         return [
-            torch.tensor([part - self.first_part for part in parts[layer] if part in here], device=device).long()
+            without_waiting(torch.tensor([p - self.first_part for p in parts[layer] if p in here]).long(), device)
             for parts in (path.parts.heads, path.parts.blocks)
         ]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.megatron_core import parallel_state
+from raptr_ds.parallel.roll_call import RankDevice, call_roll, meet
 from raptr_ds.parallel.topology import Topology
 
 
@@ -69,27 +70,40 @@ def initialize_process_groups(
     timeout: timedelta = timedelta(minutes=30),
     sequence_parallel: bool = False,
 ) -> ProcessGroups:
-    """Start torch.distributed and megatron-core's groups for this launch.
+    """Start torch.distributed and megatron-core's groups for this launch, and the communicators between all ranks.
 
-    Raises: ConfigError if the world size does not fit the mesh.
+    timeout: of each step of the start, and of every collective on these groups afterwards, in whole minutes.
+
+    Raises: ConfigError if the world size does not fit the mesh, or the ranks' devices do not fit together;
+    AbsentRankError if a rank does not come.
     """
     topology = Topology.of(launch.world_size, tensor, pipeline)
     device = local_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        store = call_roll(launch, RankDevice.of(device), timeout)
+        # All of NCCL's settings that a run needs; torch's own defaults end a process whose collective hangs or fails.
+        # A bound device makes torch split the groups' communicators from one, made now, and not guess the device.
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
-    return make_process_groups(topology, launch.rank, device, sequence_parallel)
+    groups = make_process_groups(topology, launch.rank, device, timeout, sequence_parallel)
+    warm_up(groups, timeout)
+    return groups
 
 
 def make_process_groups(
-    topology: Topology, rank: int, device: torch.device, sequence_parallel: bool = False
+    topology: Topology,
+    rank: int,
+    device: torch.device,
+    timeout: timedelta = timedelta(minutes=30),
+    sequence_parallel: bool = False,
 ) -> ProcessGroups:
     """Make the groups of `topology` in an initialized torch.distributed; every rank must call it, alike."""
     if parallel_state.model_parallel_is_initialized():
@@ -98,6 +112,7 @@ def make_process_groups(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
     pipeline_rank, data_rank, tensor_rank = topology.coordinates(rank)
     tied_across_stages = topology.pipeline > 1 and pipeline_rank in (0, topology.pipeline - 1)
@@ -114,9 +129,27 @@ def make_process_groups(
         pipeline=_made(parallel_state.get_pipeline_model_parallel_group()),
         model=_made(parallel_state.get_model_parallel_group()),
         embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
-        control=dist.new_group(backend="gloo"),
+        control=dist.new_group(backend="gloo", timeout=timeout),
         sequence_parallel=sequence_parallel,
     )
+
+
+def warm_up(groups: ProcessGroups, timeout: timedelta) -> None:
+    """Make every communicator of the run work once, so that a rank or a network that does not is found before step 0.
+
+    All ranks go through the kinds of groups in one order, and groups of a kind share no rank: none waits in a circle.
+
+    Raises: AbsentRankError.
+    """
+    if groups.topology.world_size == 1:
+        return
+    meet(groups.control, timeout, "the first collective")
+    for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.model, groups.embedding):
+        if group is not None and group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=groups.device), group=group)
+    if groups.device.type == "cuda":
+        torch.cuda.synchronize(groups.device)
+    meet(groups.control, timeout, "the end of the first collective on every group")
 
 
 @contextmanager

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from raptr_ds.errors import ConfigError
 
 _DEFAULT_PORT = 29500
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank and rendezvous of one process of a run."""
+    """Rank and rendezvous of one process of a run.
+
+    store_attempt: where the launcher itself serves the store at the address (torchrun), which attempt this is.
+    """
 
     rank: int
     local_rank: int
@@ -22,6 +26,7 @@ class Launch:
     master_port: int
     launcher: str
     restart_count: int = 0
+    store_attempt: int | None = None
 
 
 def detect_launch() -> Launch:
@@ -33,7 +38,7 @@ def detect_launch() -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun, and anything that imitates them
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-        found = Launch(rank, local, world, _address(), _port(), launcher)
+        found = Launch(rank, local, world, _address(), _port(), launcher, store_attempt=_store_attempt())
     elif "OMPI_COMM_WORLD_RANK" in env:
         found = _mpirun_launch()
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
@@ -56,9 +61,20 @@ def detect_launch() -> Launch:
 def prepare_imports(has_gpu: bool) -> None:
     """Settle what DeepSpeed and megatron-core would find out and print, on every rank, when they are imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    if has_gpu and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        # Paths change in length, and blocks cut for one do not fit the next. torch reads this when it first allocates
+        # on a GPU (c10/cuda/CUDAAllocatorConfig.h, instance), not when it is imported.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
+
+
+def _store_attempt() -> int | None:
+    """Return torchrun's attempt where its agent serves the store (torch/distributed/rendezvous.py); None elsewhere."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def has_own_malloc_settings() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from raptr_ds.config.derive import balanced_stage_layers
+from raptr_ds.config.derive import balanced_stage_layers, derive_overlap
 from raptr_ds.config.load import RunConfig
 from raptr_ds.config.sections import PathSection
 from raptr_ds.data.denoisers import mean_predictions, resolve_denoisers
@@ -145,13 +145,16 @@ def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
     """Return what decides the run's memory beside shape and layout."""
     momentum = 4 if config.optimizer["params"].get("momentum") else 0
     zero = config.deepspeed.get("zero_optimization", {})
+    overlaps = zero.get("overlap_comm", False)
+    if on_gpu:
+        overlaps = derive_overlap(zero, config.batch.data_parallel, config.parallel, config.path.paths_per_step)
     return TrainingState(
         num_attention_heads=config.model.num_attention_heads,
         hidden_dropout=config.model.hidden_dropout or 0.0,
         attention_dropout=config.model.attention_dropout or 0.0,
         optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
-        reduce_buffers=2 if zero.get("overlap_comm") and config.zero_stage < 3 else 1,
+        reduce_buffers=2 if overlaps and config.zero_stage < 3 else 1,
         on_gpu=on_gpu,
         compiled=config.compiles(on_gpu),
     )

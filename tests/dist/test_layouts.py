@@ -65,6 +65,13 @@ LAYOUTS = {
     # Less than a layer's gradients, more than any one.
     "DP2 ZeRO 1, small buckets": (2, {"zero": 1, "reduce_bucket": 5000}),
     "DP2 ZeRO 2, small buckets": (2, {"zero": 2, "reduce_bucket": 5000}),
+    # What a GPU's runs do by default; small buckets are sent during the backward pass.
+    "DP2 ZeRO 1, overlapped": (2, {"zero": 1, "overlap": True, "reduce_bucket": 5000}),
+    "DP2 ZeRO 2, overlapped": (2, {"zero": 2, "overlap": True, "reduce_bucket": 5000}),
+    "DP2 ZeRO 2, overlapped, growing micro batches": (
+        2,
+        {"zero": 2, "overlap": True, "micro_batch": 1, "micro_batches": (3, 2, 1)},
+    ),
     "DP2 ZeRO 3, small buckets": (2, {"zero": 3, "reduce_bucket": 5000}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
     "DP2 ZeRO 3, growing micro batches": (2, {"zero": 3, "micro_batch": 1, "micro_batches": (6, 3, 1)}),

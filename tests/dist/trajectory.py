@@ -48,6 +48,7 @@ class Case:
     fp16_scale_power: int = 8
     pipeline_layers: tuple[int, ...] | None = None
     reduce_bucket: int = 0
+    overlap: bool = False
     zero_3_options: tuple[tuple[str, int], ...] = ()
     # the run itself, which a layout must not change
     architecture: str = "bert"
@@ -181,6 +182,8 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     }
     if case.reduce_bucket:
         config["zero_optimization"]["reduce_bucket_size"] = case.reduce_bucket
+    if case.overlap:
+        config["zero_optimization"]["overlap_comm"] = True
     if case.zero == 3:
         # Norms and small biases stay whole; by DeepSpeed's default all of so small a model would.
         options = {"param_persistence_threshold": HIDDEN, **dict(case.zero_3_options)}

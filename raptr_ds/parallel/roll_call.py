@@ -1,0 +1,130 @@
+"""Which ranks of a run have come, and with which device: found out before anything collective, which would hang."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.errors import AbsentRankError, ConfigError
+from raptr_ds.parallel.launch import Launch
+
+_KEY, _DONE = "raptr_ds/rank/{}", "raptr_ds/done/{}"
+
+
+@dataclass(frozen=True)
+class RankDevice:
+    """What a rank trains on. gpu: its identity, the same for all processes on all machines; None for a CPU."""
+
+    gpu: str | None
+    has_nccl: bool
+
+    @staticmethod
+    def of(device: torch.device) -> "RankDevice":
+        """Describe this rank's device."""
+        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        return RankDevice(gpu, dist.is_nccl_available())
+
+
+def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> dist.Store:
+    """Return the launch's store after every rank has written its device there, and the devices fit together.
+
+    Raises: AbsentRankError, naming the ranks that did not come within `timeout`; ConfigError, on all ranks alike.
+    """
+    store = _open_store(launch, timeout)
+    keys = [_KEY.format(rank) for rank in range(launch.world_size)]
+    try:
+        store.set(keys[launch.rank], json.dumps(asdict(device)))
+        store.wait(keys, timeout)
+        devices = [RankDevice(**json.loads(value)) for value in store.multi_get(keys)]
+    except dist.DistError as error:
+        raise AbsentRankError(_who_is_missing(store, keys, timeout)) from error
+    if problem := device_problem(devices):
+        _stay_until_all_know(store, launch, timeout)
+        raise ConfigError(problem)
+    return store
+
+
+def device_problem(devices: Sequence[RankDevice]) -> str | None:
+    """Return what is wrong with the devices of a run's ranks, and the alternative; None if nothing."""
+    without_gpu = [rank for rank, device in enumerate(devices) if device.gpu is None]
+    if len(without_gpu) == len(devices):
+        return None
+    if without_gpu:
+        return (
+            f"ranks {_listed(without_gpu)} of {len(devices)} have no GPU, and the others have one. Give every process "
+            "a GPU, or set CUDA_VISIBLE_DEVICES to nothing to train on CPUs."
+        )
+    without_nccl = [rank for rank, device in enumerate(devices) if not device.has_nccl]
+    if without_nccl:
+        return (
+            f"the torch of ranks {_listed(without_nccl)} of {len(devices)} has no NCCL, by which GPUs communicate. "
+            "Install a torch that has it (all of Linux's CUDA builds), or set CUDA_VISIBLE_DEVICES to nothing to "
+            "train on CPUs."
+        )
+    for gpu in dict.fromkeys(device.gpu for device in devices):
+        sharing = [rank for rank, device in enumerate(devices) if device.gpu == gpu]
+        if len(sharing) > 1:
+            return (
+                f"ranks {_listed(sharing)} of {len(devices)} share one GPU ({gpu}), and NCCL needs one for each. Start "
+                "as many processes on a machine as it has GPUs, or set CUDA_VISIBLE_DEVICES to nothing to train on "
+                "CPUs."
+            )
+    return None
+
+
+def meet(group: dist.ProcessGroup, timeout: timedelta, where: str) -> None:
+    """Wait for all ranks of a gloo group to come here. Raises: AbsentRankError, on rank 0 naming those that do not."""
+    try:
+        dist.monitored_barrier(group, timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        seconds = timeout.total_seconds()
+        raise AbsentRankError(f"not every rank came to {where} within {seconds:g} s: {error}") from error
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    try:
+        store = dist.TCPStore(
+            launch.master_addr,
+            launch.master_port,
+            launch.world_size,
+            is_master=launch.rank == 0 and launch.store_attempt is None,
+            timeout=timeout,
+            wait_for_workers=False,  # the roll call waits, and knows who is missing
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if launch.rank == 0:
+            raise
+        raise AbsentRankError(
+            f"rank {launch.rank} found nobody at {launch.master_addr}:{launch.master_port} within "
+            f"{timeout.total_seconds():g} s, where rank 0 should be ({error})"
+        ) from error
+    return dist.PrefixStore(f"attempt_{launch.store_attempt or 0}", store)
+
+
+def _stay_until_all_know(store: dist.Store, launch: Launch, timeout: timedelta) -> None:
+    """Keep rank 0's process, and the store in it, until every rank has read what it needs to come to the same end."""
+    keys = [_DONE.format(rank) for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], "")
+    if launch.rank == 0:
+        store.wait(keys, timeout)
+
+
+def _who_is_missing(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> str:
+    within = f"within {timeout.total_seconds():g} s"
+    try:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError:
+        return f"rank 0, which keeps the list of ranks, was gone before all {len(keys)} had come {within}"
+    return (
+        f"ranks {_listed(missing)} of {len(keys)} did not come {within}. Look at their machines and logs; every "
+        "process needs the same world size, address and port"
+    )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16]))
+    return shown if len(ranks) <= 16 else f"{shown}, ... ({len(ranks)} in all)"
