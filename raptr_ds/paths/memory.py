@@ -113,7 +113,7 @@ def _layer_bytes_on_gpu(shape: ModelShape, layout: Layout, state: TrainingState)
     results. An RMS norm is one kernel on a GPU.
     """
     positions = layout.micro_batch * shape.seq_length
-    stream = positions * shape.hidden_size
+    stream = positions * shape.hidden_size / layout.stream_ranks
     split = positions * shape.hidden_size / layout.tensor
     inner = positions * shape.ffn_hidden_size / layout.tensor
     gated = 3 if state.compiled else 4
@@ -133,9 +133,9 @@ def _backward_bytes(shape: ModelShape, layout: Layout) -> float:
     """
     positions = layout.micro_batch * shape.seq_length
     inner = (3 if shape.activation == "swiglu" else 2) * positions * shape.ffn_hidden_size / layout.tensor
-    stream = positions * shape.hidden_size
+    stream = positions * shape.hidden_size  # one of the two is gathered where tensor ranks hold parts of it
     weights = layer_parameters(shape) / layout.tensor
-    return (inner + 2 * stream + weights) * layout.bytes_per_value
+    return (inner + stream + stream / layout.stream_ranks + weights) * layout.bytes_per_value
 
 
 def activation_bytes(

@@ -175,17 +175,20 @@ def bucket_bytes_per_element(launch: Launch, case: Case) -> int:
     return found[0]
 
 
-def gpu_layer(launch: Launch, architecture: str) -> float:
+def gpu_layer(launch: Launch, architecture: str, sequence_parallel: bool) -> float:
     """Return what one compiled layer keeps on one of two tensor ranks."""
-    groups = initialize_process_groups(launch, 2, 1)
+    groups = initialize_process_groups(launch, 2, 1, sequence_parallel=sequence_parallel)
     return kept_tensors.kept_by_a_layer(groups, architecture, 0.1, is_compiled=True)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
-def test_a_compiled_layer_on_tensor_ranks_keeps_what_the_formula_says(architecture):
+def test_a_compiled_layer_on_tensor_ranks_keeps_what_the_formula_says(architecture, sequence_parallel):
     """What waits for other ranks stays out of graphs, and each graph between keeps what it needs itself."""
     state = TrainingState(4, 0.1, 0.1, on_gpu=True, compiled=True)
     shape = kept_tensors.shape_of(architecture)
-    expected = layer_activation_bytes(shape, Layout((kept_tensors.LAYERS,), kept_tensors.BATCH, 1, tensor=2), state)
-    for kept in run_distributed(gpu_layer, 2, architecture):
+    layers, batch = (kept_tensors.LAYERS,), kept_tensors.BATCH
+    layout = Layout(layers, batch, 1, tensor=2, sequence_parallel=sequence_parallel)
+    expected = layer_activation_bytes(shape, layout, state)
+    for kept in run_distributed(gpu_layer, 2, architecture, sequence_parallel):
         assert kept == pytest.approx(expected, rel=0.02)
