@@ -6,8 +6,10 @@ Each result is also written as a finding (tests/gpu/kit/findings.py) where KIT_R
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,18 @@ def _why_skipped() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "needs a GPU, and torch sees none here"
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[Any]:
+    """The process groups of one process, on the device, for all files: they are made once in a process."""
+    import torch.distributed as dist
+
+    from raptr_ds.parallel.groups import initialize_process_groups
+    from raptr_ds.parallel.launch import Launch, free_port
+
+    yield initialize_process_groups(Launch(0, 0, 1, "127.0.0.1", free_port(), "tests"), 1, 1, timedelta(minutes=1))
+    dist.destroy_process_group()
 
 
 class _Skipped(pytest.Item):

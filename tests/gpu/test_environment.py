@@ -4,7 +4,6 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import raptr_ds
-from raptr_ds.parallel.groups import initialize_process_groups
-from raptr_ds.parallel.launch import detect_launch, prepare_imports
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.launch import prepare_imports
 from raptr_ds.runtime.throughput import peak_flops
 from tests.gpu.kit.measured_device import DEVICE
 
@@ -44,24 +43,20 @@ def test_every_module_can_be_imported(record_property: Record) -> None:
     record_property("finding", f"{len(names)} modules in {time.perf_counter() - start:.1f} s")
 
 
-def test_process_groups_reduce_and_send(record_property: Record) -> None:
+def test_process_groups_reduce_and_send(groups: ProcessGroups, record_property: Record) -> None:
     """The device's backend in every group, and gloo in the one for the host's messages."""
     start = time.perf_counter()
-    groups = initialize_process_groups(detect_launch(), 1, 1, timeout=timedelta(seconds=60))
-    try:
-        assert dist.get_backend(groups.world) == ("nccl" if DEVICE.type == "cuda" else "gloo")
-        assert dist.get_backend(groups.control) == "gloo"
-        ones = torch.ones(8, device=groups.device)
-        for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.model):
-            dist.all_reduce(ones, group=group)
-        assert ones.sum().item() == 8.0
-        words: list[object] = ["sent"]
-        dist.broadcast_object_list(words, src=0, group=groups.control)
-        assert words == ["sent"]
-        backend = dist.get_backend(groups.world)
-        record_property("finding", f"{backend} and gloo in {time.perf_counter() - start:.1f} s")
-    finally:
-        dist.destroy_process_group()
+    assert dist.get_backend(groups.world) == ("nccl" if DEVICE.type == "cuda" else "gloo")
+    assert dist.get_backend(groups.control) == "gloo"
+    ones = torch.ones(8, device=groups.device)
+    for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.model):
+        dist.all_reduce(ones, group=group)
+    assert ones.sum().item() == 8.0
+    words: list[object] = ["sent"]
+    dist.broadcast_object_list(words, src=0, group=groups.control)
+    assert words == ["sent"]
+    backend = dist.get_backend(groups.world)
+    record_property("finding", f"{backend} and gloo in {time.perf_counter() - start:.1f} s")
 
 
 def test_the_devices_peak_is_known(record_property: Record) -> None:

@@ -1,13 +1,13 @@
 """SwiGLU on a GPU: one product there, with plain torch's values and gradients, and not slower than two."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional
 
 from raptr_ds.parallel import layers
-from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
+from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import GatedColumnLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none here")
@@ -16,14 +16,9 @@ ROWS, HIDDEN, INNER = 8 * 1024, 2304, 6144  # about ul2_1b's
 SEVERAL = 20
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroups]:
-    with lone_process_groups() as lone:
-        yield lone
-
-
 def gated_linear(groups: ProcessGroups) -> GatedColumnLinear:
     linear = GatedColumnLinear(HIDDEN, 2 * INNER, False, groups)
+    assert linear.weight is not None
     torch.nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(1))
     return linear.to("cuda", torch.bfloat16)
 

@@ -1,18 +1,14 @@
 """The peak that the memory plan predicts for a GPU, against what torch's allocator counts in real steps there."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path as FilePath
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.engine.build import build_engine
 from raptr_ds.eval.random_batch import random_step_batch
-from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
-from raptr_ds.parallel.launch import Launch, free_port
 from raptr_ds.paths import Path
 from raptr_ds.paths.memory import GPU_CONTEXT_BYTES
 from raptr_ds.paths.plan import fullest_rank
@@ -33,13 +29,6 @@ CASES = {
     "bert, with dropout": ("bert_base_full", ["train_batch_size=64"]),
     "bert, gradients in bf16": ("bert_base_full", ["train_batch_size=64", "data_types.grad_accum_dtype=bf16"]),
 }
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroups]:
-    """The process groups of one process on the GPU."""
-    yield initialize_process_groups(Launch(0, 0, 1, "127.0.0.1", free_port(), "tests"), 1, 1)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

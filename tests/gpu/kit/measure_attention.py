@@ -14,7 +14,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from raptr_ds.parallel.dropout import DropoutStreams, attention_keep_mask
+from raptr_ds.model.key_ranges import KeyRanges
+from raptr_ds.parallel.dropout import LayerDropout, attention_hashes, attention_keep_mask
+from tests.attention_cases import ranges_of
+from tests.dropout_masks import streams_of
 from tests.gpu.kit.findings import Findings, one_line
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, median_seconds, rate_text
 
@@ -44,6 +47,19 @@ class Case:
         if self.mask == "padding":
             return below[:, None, None, :]
         return ((position <= position[:, None]) | below[:, None, :])[:, None]
+
+    def ranges(self) -> KeyRanges | None:
+        """Return the same as our kernel takes it."""
+        if self.mask == "none":
+            return None
+        position = torch.arange(self.shape[2], device=DEVICE)
+        end = self.lengths()[:, None].expand(-1, self.shape[2])
+        end = torch.maximum(position + 1, end) if self.mask == "prefix" else end.contiguous()
+        return ranges_of(torch.zeros_like(end), end)
+
+    def dropout(self) -> LayerDropout:
+        """Return the masks of a layer for these sequences."""
+        return streams_of(7, 11, torch.arange(self.shape[0], device=DEVICE)).of_layer(3)
 
 
 CASES = (
@@ -95,6 +111,23 @@ def _flex(case: Case) -> Attention:
     return attend
 
 
+def _ours(rate: float) -> Callable[[Case], Attention]:
+    """Return our kernel with dropout at a rate; its hashes of rows and columns are part of the time."""
+
+    def make(case: Case) -> Attention:
+        from raptr_ds.model.fused_attention import fused_attention
+
+        ranges, masks, heads = case.ranges(), case.dropout(), torch.arange(case.shape[1], device=DEVICE)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            hashes = attention_hashes(masks, query.shape[2], heads=heads) if rate else None
+            return fused_attention(query, key, value, ranges, hashes, rate).transpose(1, 2)
+
+        return attend
+
+    return make
+
+
 # Each makes a case's attention; one that cannot compute it raises, when made or when called.
 KERNELS: dict[str, Callable[[Case], Attention]] = {
     "torch's choice": _sdpa(),
@@ -102,8 +135,10 @@ KERNELS: dict[str, Callable[[Case], Attention]] = {
     "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
     "memory-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "FlexAttention": _flex,
+    "ours": _ours(0.0),
+    "ours, dropout 0.1": _ours(_DROPOUT),
 }
-_COMPILED = {"FlexAttention"}  # by torch.compile, which takes longer than a dry run has
+_NOT_DRY = {"FlexAttention", "ours", "ours, dropout 0.1"}  # compiling takes long, and kernels are for GPUs
 
 
 def measure_kernel(findings: Findings, case: Case, kernel: str) -> None:
@@ -133,9 +168,8 @@ def measure_kernel(findings: Findings, case: Case, kernel: str) -> None:
 def measure_dropout_mask(findings: Findings, case: Case) -> None:
     """Measure the mask of attention's dropout where it is spelled out, as a matrix of its own."""
     batch, heads, length, _ = case.shape
-    streams = DropoutStreams(7, 11, torch.arange(batch, device=DEVICE)).of_layer(3)
-    rows = torch.arange(heads, device=DEVICE)
-    seconds = median_seconds(lambda: attention_keep_mask(_DROPOUT, streams, length, heads=rows), repetitions=5)
+    masks, rows = case.dropout(), torch.arange(heads, device=DEVICE)
+    seconds = median_seconds(lambda: attention_keep_mask(_DROPOUT, masks, length, heads=rows), repetitions=5)
     rate = batch * heads * length**2 / seconds
     findings.figure(f"attention {case.name}, dropout's mask", f"{seconds * 1e3:.2f} ms, {rate / 1e9:.3g} G elements/s")
 
@@ -146,7 +180,7 @@ def main() -> None:
     cases = [Case(case.name, (1, 2, 64, 32), case.mask) for case in CASES] if IS_DRY_RUN else CASES
     for case in cases:
         for kernel in KERNELS:
-            if IS_DRY_RUN and kernel in _COMPILED:
+            if IS_DRY_RUN and kernel in _NOT_DRY:
                 continue
             with findings.part(f"attention {case.name} {kernel}"):
                 measure_kernel(findings, case, kernel)

@@ -58,6 +58,7 @@ class Variant:
 
 _NO_DROPOUT = ("raptr_ds.model.hidden_dropout=0.0", "raptr_ds.model.attention_dropout=0.0")
 _NOT_COMPILED = ("raptr_ds.train.compile=false",)
+_BY_TORCH = ("raptr_ds.train.attention_backend=sdpa",)
 
 # In order of worth: time may run out. Rows with the same settings stand together, as they share a model.
 VARIANTS = {
@@ -66,12 +67,14 @@ VARIANTS = {
         Variant("larger micro batch", batch=Batch(16, 1), rounds=2),
         Variant("more micro batches", batch=Batch(8, 8), rounds=1),
         Variant("not compiled", _NOT_COMPILED, rounds=2, is_profiled=True),
+        Variant("attention by torch, dense masks", _BY_TORCH, rounds=2),
         Variant("gradients accumulated in bf16", ("data_types.grad_accum_dtype=bf16",), rounds=2),
     ),
     "bert_base": (
         Variant("as shipped, dropout 0.1", shares=_PATHS, is_profiled=True),
         Variant("without dropout", _NO_DROPOUT, shares=_PATHS, is_profiled=True),
         Variant("not compiled", _NOT_COMPILED, rounds=2, is_profiled=True),
+        Variant("attention by torch, dropout spelled out", _BY_TORCH, rounds=2),
         Variant("not compiled, without dropout", (*_NOT_COMPILED, *_NO_DROPOUT), rounds=2),
     ),
 }

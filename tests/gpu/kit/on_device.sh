@@ -97,7 +97,7 @@ fi
 # Every file of tests/gpu that has no step of its own.
 others=()
 for file in tests/gpu/test_*.py; do
-    case $file in */test_environment.py | */test_training_runs.py) ;; *) others+=("$file") ;; esac
+    case $file in */test_environment.py | */test_training_runs.py | */test_memory_on_gpu.py) ;; *) others+=("$file") ;; esac
 done
 if [ "$KIT_DEVICE" = cuda ]; then
     compared=(--config deepspeed_configs/bert_base_raptr.json --random-tokens 30522 --repetitions 5 --set train_batch_size=64)
@@ -118,8 +118,11 @@ step runs        175 40 "${tests[@]}" tests/gpu/test_training_runs.py -k "not fu
 step ul2_1b      170 45 "$python" -m tests.gpu.kit.measure_training ul2_1b --profile "$out/profile_ul2_1b.txt"
 step attention   60 20 "$python" -m tests.gpu.kit.measure_attention
 step bert_base   120 40 "$python" -m tests.gpu.kit.measure_training bert_base --profile "$out/profile_bert_base.txt" --seconds 100
+[ "$KIT_DEVICE" = cpu ] ||
+    step memory  80 40 "${tests[@]}" tests/gpu/test_memory_on_gpu.py
 step compare     100 45 "$python" tools/bench.py "${compared[@]}" --output "$report"
 [ ! -s "$report" ] || grep -E '^(\||- )' "$report" | cut -c1-300 | tee -a "$out/summary.txt"
+step blocks      60 30 "$python" -m tests.gpu.kit.measure_blocks
 [ "$KIT_DEVICE" = cpu ] ||
     step fused_adam 100 60 "${tests[@]}" tests/gpu/test_training_runs.py -k fused_adam
 
