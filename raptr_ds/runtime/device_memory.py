@@ -9,7 +9,7 @@ from raptr_ds.config.load import RunConfig
 from raptr_ds.paths.memory import RankMemory, logits_bytes, rank_memory
 from raptr_ds.paths.plan import Setting
 from raptr_ds.paths.step_time import Device
-from raptr_ds.runtime.method import path_method_of, setting_of
+from raptr_ds.runtime.method import path_method_of, reduce_buffers_of, setting_of
 
 _GIB = 1 << 30
 _FRAGMENTED = 0.05  # of the device's memory, reserved by torch and not in use: from there on it is worth a word
@@ -92,9 +92,13 @@ class MemoryNeed:
         layout, model = self.setting.layout, self.config.model
 
         def changed(**values: int | bool) -> Setting:
-            changed_layout, state = replace(layout, **values), self.setting.state
-            is_compiled = state.compiled and changed_layout.zero_stage <= 2  # as the run then would be
-            return replace(self.setting, layout=changed_layout, state=replace(state, compiled=is_compiled))
+            other, state = replace(layout, **values), self.setting.state
+            state = replace(  # what the run then would derive
+                state,
+                compiled=state.compiled and other.zero_stage <= 2,
+                reduce_buffers=reduce_buffers_of(self.config, state.on_gpu, other.zero_stage, other.data),
+            )
+            return replace(self.setting, layout=other, state=state)
 
         if layout.micro_batch > 1:
             half, twice = layout.micro_batch // 2, 2 * layout.num_micro_batches

@@ -141,20 +141,26 @@ def micro_batches_of(config: RunConfig, method: PathMethod, on_gpu: bool) -> tup
     return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
 
 
+def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_parallel: int) -> int:
+    """Return how many buffers of gradients ZeRO has, at this stage over so many ranks: two where reducing overlaps."""
+    zero = {**config.deepspeed.get("zero_optimization", {}), "stage": zero_stage}
+    overlaps = zero.get("overlap_comm", False)
+    if on_gpu:
+        overlaps = derive_overlap(zero, data_parallel, config.parallel, config.path.paths_per_step)
+    return 2 if overlaps and zero_stage < 3 else 1
+
+
 def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
     """Return what decides the run's memory beside shape and layout."""
     momentum = 4 if config.optimizer["params"].get("momentum") else 0
     zero = config.deepspeed.get("zero_optimization", {})
-    overlaps = zero.get("overlap_comm", False)
-    if on_gpu:
-        overlaps = derive_overlap(zero, config.batch.data_parallel, config.parallel, config.path.paths_per_step)
     return TrainingState(
         num_attention_heads=config.model.num_attention_heads,
         hidden_dropout=config.model.hidden_dropout or 0.0,
         attention_dropout=config.model.attention_dropout or 0.0,
         optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
-        reduce_buffers=2 if overlaps and config.zero_stage < 3 else 1,
+        reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
         on_gpu=on_gpu,
         compiled=config.compiles(on_gpu),
     )
