@@ -22,7 +22,9 @@ def test_compiling_without_a_compiler_is_a_mistake(monkeypatch: pytest.MonkeyPat
 
 
 def deepspeed_config(on_gpu: bool, *overrides: str, world_size: int = 2) -> dict[str, Any]:
-    config = load_run_config(FilePath("deepspeed_configs/bert_quickstart.json"), list(overrides), world_size)
+    config = load_run_config(
+        FilePath("deepspeed_configs/bert_quickstart.json"), ["train_micro_batch_size_per_gpu=4", *overrides], world_size
+    )
     return build._deepspeed_config(config, on_gpu)
 
 
