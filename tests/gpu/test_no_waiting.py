@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
-from raptr_ds.parallel.launch import Launch, free_port, prepare_imports
+from raptr_ds.parallel.launch import detect_launch, prepare_imports
 from raptr_ds.paths import Path
 from tests.dist.trajectory import Case
 
@@ -35,7 +35,7 @@ CASES = {
 def groups() -> Iterator[ProcessGroups]:
     """The groups of this process alone, on its GPU."""
     prepare_imports(has_gpu=True)
-    yield initialize_process_groups(Launch(0, 0, 1, "127.0.0.1", free_port(), "none"), 1, 1)
+    yield initialize_process_groups(detect_launch(), 1, 1)
     torch.distributed.destroy_process_group()
 
 
