@@ -1,13 +1,13 @@
 """One gradient norm, the same in every layout."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 
+from raptr_ds.engine import foreach
+
 
 def global_norm(
-    gradients: Sequence[torch.Tensor], losses: "LossCheck", device: torch.device, group: dist.ProcessGroup
+    gradients: list[torch.Tensor], losses: "LossCheck", device: torch.device, group: dist.ProcessGroup
 ) -> torch.Tensor:
     """Return the L2 norm over this rank's gradients and those of the other ranks of `group`, an fp32 scalar.
 
@@ -15,8 +15,7 @@ def global_norm(
     tensors are taken in fp32, their squares summed in fp64, so that the split hardly shows. What `losses` has seen is
     taken out of it; the norm is not finite where a loss was not.
     """
-    norms = list(torch._foreach_norm(gradients, 2, torch.float32)) if gradients else []  # some launches for all on CUDA
-    norms += [loss.abs().float() for loss in losses.take()]
+    norms = [*foreach.norms(gradients), *(loss.abs().float() for loss in losses.take())]
     total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     if group.size() > 1:
         dist.all_reduce(total, group=group)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raptr_ds.engine import foreach
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
 from raptr_ds.engine.idle_parts import idle_parts_kept
 from raptr_ds.engine.parameter_groups import moving_layers
@@ -107,7 +108,7 @@ class ReplicatedOptimizer:
         dist.all_reduce(flat, group=self.groups.data)
         flat /= self.groups.topology.data
         means = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
+        foreach.copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
 
     def step(self) -> None:
         """Apply the reduced gradients, or skip the step on all ranks alike if their norm or a loss is not finite.
@@ -126,14 +127,14 @@ class ReplicatedOptimizer:
             self.finish_step(norm.item())
             if self.overflow:
                 return
-        self._hand_over(gradients)
+        accumulated = self._hand_over(gradients)
         factor = clip_factor(norm, self.max_norm) / scale
         with self._idle_parts_kept(), self._merged_groups():
             if self.decides_on_device:
                 self._step_if_finite(norm, factor)
             else:
                 if isinstance(factor, torch.Tensor) or factor != 1.0:
-                    torch._foreach_mul_([master.grad for _, master, _ in gradients], factor)
+                    foreach.multiply_(accumulated, factor)
                 self.inner.step()
         self.refresh(self.moves)
 
@@ -145,22 +146,26 @@ class ReplicatedOptimizer:
             self.loss_scaler.update_scale(self.overflow)
 
     @staticmethod
-    def _hand_over(gradients: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
+    def _hand_over(gradients: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
         """Give the fp32 weights their gradients, in fp32; the accumulated ones themselves where they are that already.
+
+        Returns them.
 
         They are scaled in place: nobody else reads them after this.
         """
-        narrow = []
+        given, wide, narrow = [], [], []
         for _, master, gradient in gradients:
             if gradient is None:
-                master.grad = torch.zeros_like(master)
+                given.append(torch.zeros_like(master))
             elif gradient.dtype == master.dtype:
-                master.grad = gradient
+                given.append(gradient)
             else:
-                master.grad = torch.empty_like(master)
-                narrow.append((master.grad, gradient))
-        if narrow:
-            torch._foreach_copy_([wide for wide, _ in narrow], [gradient for _, gradient in narrow])
+                given.append(torch.empty_like(master))
+                wide.append(given[-1])
+                narrow.append(gradient)
+            master.grad = given[-1]
+        foreach.copy_(wide, narrow)
+        return given
 
     def _step_if_finite(self, norm: torch.Tensor, factor: torch.Tensor | float) -> None:
         """Step in the optimizer's kernel, which divides by grad_scale and, where found_inf is 1, changes nothing.
@@ -201,8 +206,7 @@ class ReplicatedOptimizer:
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
         """Let the working weights of the wanted layers follow from the fp32 ones, where those are others."""
         behind = [(w, m) for w, m, layer in self.pairs if w is not m and is_wanted(layer)]
-        if behind:
-            torch._foreach_copy_([working for working, _ in behind], [master for _, master in behind])
+        foreach.copy_([working for working, _ in behind], [master for _, master in behind])
 
     def gather(self, is_wanted: Callable[[int], bool]) -> None:
         """Do nothing: every rank has all weights."""

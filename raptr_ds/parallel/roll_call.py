@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from raptr_ds.errors import AbsentRankError, ConfigError
 from raptr_ds.parallel.launch import Launch
@@ -28,7 +29,7 @@ class RankDevice:
         return RankDevice(gpu, dist.is_nccl_available())
 
 
-def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> dist.Store:
+def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> Store:
     """Return the launch's store after every rank has written its device there, and the devices fit together.
 
     Raises: AbsentRankError, naming the ranks that did not come within `timeout`; ConfigError, on all ranks alike.
@@ -84,9 +85,9 @@ def meet(group: dist.ProcessGroup, timeout: timedelta, where: str) -> None:
         raise AbsentRankError(f"not every rank came to {where} within {seconds:g} s: {error}") from error
 
 
-def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+def _open_store(launch: Launch, timeout: timedelta) -> Store:
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             launch.master_addr,
             launch.master_port,
             launch.world_size,
@@ -102,10 +103,10 @@ def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
             f"rank {launch.rank} found nobody at {launch.master_addr}:{launch.master_port} within "
             f"{timeout.total_seconds():g} s, where rank 0 should be ({error})"
         ) from error
-    return dist.PrefixStore(f"attempt_{launch.store_attempt or 0}", store)
+    return PrefixStore(f"attempt_{launch.store_attempt or 0}", store)
 
 
-def _stay_until_all_know(store: dist.Store, launch: Launch, timeout: timedelta) -> None:
+def _stay_until_all_know(store: Store, launch: Launch, timeout: timedelta) -> None:
     """Keep rank 0's process, and the store in it, until every rank has read what it needs to come to the same end."""
     keys = [_DONE.format(rank) for rank in range(launch.world_size)]
     store.set(keys[launch.rank], "")
@@ -113,7 +114,7 @@ def _stay_until_all_know(store: dist.Store, launch: Launch, timeout: timedelta) 
         store.wait(keys, timeout)
 
 
-def _who_is_missing(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> str:
+def _who_is_missing(store: Store, keys: Sequence[str], timeout: timedelta) -> str:
     within = f"within {timeout.total_seconds():g} s"
     try:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raptr_ds.engine.protocol import Engine
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
@@ -60,14 +59,10 @@ def train(
         losses=[result.loss for result in results],
         grad_norms=[result.grad_norm for result in results],
         eval_loss=engine.evaluate([batch_at(case, groups, 1000)], Path.full(case.num_layers)),
-        weights=full_weights(_typed(engine), groups),
+        weights=full_weights(engine, groups),
         skipped=[result.skipped for result in results],
     )
     return outcome, is_untouched, dict(calls.counts)
-
-
-def _typed(engine: Engine) -> Engine:
-    return engine
 
 
 def _spoil(_module: Any, _inputs: Any, losses: torch.Tensor) -> torch.Tensor:
@@ -86,7 +81,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_that_decides_itself_follows_one_that_asks_the_host(name: str) -> None:
-    """They round differently: the kernel divides where the host multiplies. In bf16 a weight may round the other way."""
+    """They round differently: the kernel divides where the host multiplies; in bf16 a weight may round differently."""
     case = CASES[name]
     loss = 1e-3 if case.precision == "bf16" else 1e-6
     (asked, _, _), (itself, is_untouched, _) = (
@@ -108,6 +103,27 @@ def test_the_loss_scale_is_found_as_when_the_host_is_asked() -> None:
     assert not all(itself.skipped)
     finite = [step for step, skipped in enumerate(asked.skipped) if not skipped]
     assert [itself.losses[s] for s in finite] == pytest.approx([asked.losses[s] for s in finite], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_of_a_warm_step_is_looked_at_on_the_host_but_its_result(name: str) -> None:
+    """What a CPU looks at is what a GPU would be waited for; the GPU itself is tests/gpu/test_no_waiting.py's."""
+    assert run_distributed(looks_of_a_step, 1, CASES[name], True)[0] == 0
+    assert run_distributed(looks_of_a_step, 1, CASES[name], False)[0] == 1, "the norm"
+
+
+def looks_of_a_step(launch: Launch, case: Case, decides_on_device: bool) -> int:
+    """Return how often the last step of the case makes a Python number of a tensor, besides the read-back."""
+    groups = initialize_process_groups(launch, 1, 1)
+    engine: Any = build_engine(case, groups)
+    engine.engine.optimizer.decides_on_device = decides_on_device
+    calls = _Calls()
+    for step in range(case.steps):
+        calls.counts.clear()
+        with calls:
+            engine.train_step(batch_at(case, groups, step), path_method(case).path_at(step), step, case.learning_rate)
+    assert calls.counts["mm"] or calls.counts["addmm"], "nothing was counted"
+    return calls.counts["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

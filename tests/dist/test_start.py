@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raptr_ds import pretrain
 from raptr_ds.errors import AbsentRankError, ConfigError, Exit
 from raptr_ds.parallel.groups import initialize_process_groups, make_process_groups, warm_up
 from raptr_ds.parallel.launch import Launch
@@ -95,3 +96,19 @@ def test_all_ranks_refuse_devices_that_do_not_fit() -> None:
     texts = run_distributed(share_a_gpu, 2, timeout=60.0)
     assert texts[0] == texts[1]
     assert "ranks 0, 1 of 2 share one GPU" in texts[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whoever_is_there_says_who_is_not(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 may be the one that is missing."""
+
+    def pretend(*_arguments: object) -> Exit:
+        raise AbsentRankError("ranks 2 of 3 did not come within 3 s")
+
+    monkeypatch.setattr(pretrain, "detect_launch", lambda: Launch(rank, rank, 3, "127.0.0.1", 1, "tests"))
+    monkeypatch.setattr(pretrain, "load_run_config", lambda *_arguments: None)
+    monkeypatch.setattr(pretrain, "pretrain", pretend)
+    assert pretrain.main(["--deepspeed_config", "x.json"]) == Exit.FAULT
+    assert "ranks 2 of 3 did not come" in capsys.readouterr().err

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.parallel.launch import Launch, detect_launch
+from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 
 _READ_OR_SET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
     *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
     *("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
 )
 
@@ -92,3 +94,21 @@ def test_deepspeed_finds_the_variables_that_it_reads_itself(monkeypatch: pytest.
     launch(monkeypatch, SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_NTASKS="2", MASTER_ADDR="n", MASTER_PORT="5")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["1", "0", "2", "n", "5"]
+
+
+def test_torchruns_agent_keeps_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    agent = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
+    assert launch(monkeypatch, **ranks, **agent).store_attempt == 3
+    assert launch(monkeypatch, TORCHELASTIC_USE_AGENT_STORE="False").store_attempt is None
+
+
+def test_memory_of_a_gpu_is_kept_in_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_imports(has_gpu=False)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    prepare_imports(has_gpu=True)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ, "the user's own settings go first"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    prepare_imports(has_gpu=True)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
