@@ -12,6 +12,7 @@ PROCESSES ?= 2
 DATA ?= data/docs
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
+OLDEST_TESTS ?= tests/unit/model/test_compile.py tests/unit/parallel/test_dropout.py
 
 export PYTHON
 # A command inside the environment, as if it were activated.
@@ -20,7 +21,7 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu check format environment environment-dev system-packages hooks clean
+.PHONY: help quickstart test test-gpu test-oldest-torch check format environment environment-dev system-packages hooks clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
@@ -42,6 +43,11 @@ test: environment-dev system-packages check
 # Where torch sees no GPU each is skipped and says so.
 test-gpu: environment-dev
 	$(inside) KIT_DEVICE=cuda python -m pytest tests/gpu $(PYTEST_ARGS)
+
+# What torch compiles, on the oldest torch that is supported: an environment of its own, of some 5 GB.
+test-oldest-torch:
+	@tools/make_environment.sh $(VENV)-oldest requirements-oldest.txt
+	OMP_NUM_THREADS=1 $(abspath $(VENV)-oldest)/bin/python -m pytest $(OLDEST_TESTS)
 
 # Exactly what continuous integration runs before the tests.
 check: environment-dev
