@@ -12,7 +12,8 @@ PROCESSES ?= 2
 DATA ?= data/docs
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
-OLDEST_TESTS ?= tests/unit/model/test_compile.py tests/unit/parallel/test_dropout.py
+OLDEST_TESTS ?= $(addprefix tests/unit/,model/test_compile.py model/test_block_on_hopper.py \
+	model/test_kernels_on_hopper.py parallel/test_dropout.py)
 
 export PYTHON
 # A command inside the environment, as if it were activated.

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.load import RunConfig
 from raptr_ds.engine.device_checks import GpuFacts, check_gpu
@@ -11,7 +13,7 @@ from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.errors import ConfigError
-from raptr_ds.model.attention_backend import AttentionBackend, choose_attention
+from raptr_ds.model.attention_backend import AttentionBackend, choose_attention, kernel_obstacle
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.agreement import together
@@ -45,8 +47,22 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
 
 
 def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
-    """Return what computes attention in this run. Raises: ConfigError if it cannot be what the run file asks for."""
-    return choose_attention(config.train.attention_backend, config.model, config.data.packing, groups.device)
+    """Return what computes attention in this run, the same on all ranks, which all call it.
+
+    Raises: ConfigError if it cannot be what the run file asks for.
+    """
+    obstacle = _anywhere(groups, kernel_obstacle(config.model, groups.device))
+    wanted, device_type = config.train.attention_backend, groups.device.type
+    return choose_attention(wanted, config.model, config.data.packing, device_type, obstacle)
+
+
+def _anywhere(groups: ProcessGroups, obstacle: str | None) -> str | None:
+    """Return the first rank's obstacle, None if no rank has any: copies on ranks that compute differently drift."""
+    if groups.topology.world_size == 1:
+        return obstacle
+    found: list[str | None] = [None] * groups.topology.world_size
+    dist.all_gather_object(found, obstacle, group=groups.control)
+    return next((f"{text}, on rank {rank}" for rank, text in enumerate(found) if text is not None), None)
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,13 @@ class Compilation:
 
 
 def compilation_of(config: RunConfig, groups: ProcessGroups) -> Compilation:
-    """Return whether layers are compiled in this run. Raises: ConfigError if the run file asks for it in vain."""
+    """Return whether layers are compiled in this run, the same on all ranks, which all call it.
+
+    Raises: ConfigError if the run file asks for it in vain.
+    """
     if not config.compiles(groups.device.type == "cuda"):
         return Compilation(False)
-    reason = missing_compiler(groups.device.type)
+    reason = _anywhere(groups, missing_compiler(groups.device.type))
     if reason is None:
         return Compilation(True)
     if config.train.compile:

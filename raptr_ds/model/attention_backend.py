@@ -21,9 +21,12 @@ class AttentionBackend:
     warning: str | None = None
 
 
-def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: torch.device) -> AttentionBackend:
-    """Return the backend for raptr_ds.train.attention_backend = `wanted` on a device.
+def choose_attention(
+    wanted: str, model: ModelSection, is_packed: bool, device_type: str, obstacle: str | None
+) -> AttentionBackend:
+    """Return the backend for raptr_ds.train.attention_backend = `wanted` on a kind of device.
 
+    obstacle: why the kernel cannot run on the run's devices, by `kernel_obstacle`; None if it can.
     Raises: ConfigError if the kernel is asked for by name and cannot run there.
     """
     by_torch = "torch's scaled_dot_product_attention"
@@ -34,9 +37,8 @@ def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: 
         *(["dropout"] if has_dropout else []),
     ]
     spelled_out = by_torch + (", spelled out where there is dropout" if has_dropout else "")
-    if wanted == "sdpa" or (wanted == "auto" and device.type == "cpu"):
+    if wanted == "sdpa" or (wanted == "auto" and device_type == "cpu"):
         return AttentionBackend(False, spelled_out)
-    obstacle = _obstacle(model.hidden_size // model.num_attention_heads, device)
     if obstacle is None:
         kernel = f"Triton kernel for {', '.join(needs) or 'padding'}"
         return AttentionBackend(True, kernel + ("" if "prefix mask" in needs or has_dropout else f", else {by_torch}"))
@@ -50,8 +52,8 @@ def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: 
     return AttentionBackend(False, spelled_out, warning if needs else None)
 
 
-def _obstacle(head_dim: int, device: torch.device) -> str | None:
-    """Return why the kernel cannot run, None if it can."""
+def kernel_obstacle(model: ModelSection, device: torch.device) -> str | None:
+    """Return why the kernel cannot run on a device, None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed (it comes with torch's builds for GPUs; pip install triton)"
     from triton import knobs
@@ -61,6 +63,7 @@ def _obstacle(head_dim: int, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or more, this one has {capability[0]}.{capability[1]}"
+    head_dim = model.hidden_size // model.num_attention_heads
     if head_dim > _LARGEST_HEAD:
         return f"heads have {head_dim} dimensions, and it takes at most {_LARGEST_HEAD}"
     return None

@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
-from raptr_ds.engine.build import attention_of, build_engine, compilation_of
+from raptr_ds.engine.build import Compilation, attention_of, build_engine, compilation_of
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
 from raptr_ds.errors import CheckpointError, DeviceMemoryError, Exit
+from raptr_ds.model.attention_backend import AttentionBackend
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
@@ -177,9 +178,10 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         stack.enter_context(batches)
         together(groups, lambda: prepare_run_folder(folder, groups.rank))
+        attention, compilation = attention_of(config, groups), compilation_of(config, groups)
         progress = build_progress(config.log.progress) if groups.rank == 0 else None
         if progress is not None:
-            for line in (*_introduction(config, groups), *left_out_layers(method)):
+            for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
                 progress.say(line)
             if config.parallel.grow_micro_batch:
                 progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
@@ -280,13 +282,14 @@ def _peak(config: RunConfig, groups: ProcessGroups) -> float | None:
     return peak_flops(name, config.precision)
 
 
-def _introduction(config: RunConfig, groups: ProcessGroups) -> list[str]:
+def _introduction(
+    config: RunConfig, groups: ProcessGroups, attention: AttentionBackend, compilation: Compilation
+) -> list[str]:
     topology = groups.topology
     model, path = config.model, config.path
     alone = topology.data == 1 and config.zero_stage in (1, 2)
     zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
     shape = shape_of(config)
-    attention, compilation = attention_of(config, groups), compilation_of(config, groups)
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",

@@ -21,7 +21,7 @@ def config_of(compile_key: bool | None, zero_stage: int = 1, method: str = "rapt
 
 
 def groups_on(device: str) -> Any:
-    return SimpleNamespace(device=torch.device(device))
+    return SimpleNamespace(device=torch.device(device), topology=SimpleNamespace(world_size=1))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.model import attention_backend
-from raptr_ds.model.attention_backend import choose_attention
+from raptr_ds.model.attention_backend import AttentionBackend, kernel_obstacle
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -23,6 +23,12 @@ def model_of(architecture: str = "ul2", dropout: float = 0.0, head_dim: int = 64
             attention_dropout=dropout,
         )
     )
+
+
+def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: torch.device) -> AttentionBackend:
+    """Choose as a run of one process does."""
+    obstacle = kernel_obstacle(model, device)
+    return attention_backend.choose_attention(wanted, model, is_packed, device.type, obstacle)
 
 
 @pytest.fixture(autouse=True)
