@@ -18,8 +18,10 @@ class Embedding(nn.Module):
     Where the head is tied to it and on the same stage, both use the weight that forward returns.
     """
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups) -> None:
+    def __init__(self, model: ModelSpec, groups: ProcessGroups, compiled: bool = False) -> None:
+        """compiled: dropout by torch.compile; what is around it is a few kernels anyway."""
         super().__init__()
+        self.drop = torch.compile(dropout, dynamic=False) if compiled else dropout
         self.dropout_rate = model.hidden_dropout
         self.is_shared = model.tie_word_embeddings and groups.is_last_stage
         self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
@@ -47,4 +49,4 @@ class Embedding(nn.Module):
         if streams is None or self.dropout_rate == 0.0:
             return x, weight
         masks = streams.of_layer(EMBEDDING_LAYER)
-        return dropout(x, self.dropout_rate, masks, "embedding", first_position=first), weight
+        return self.drop(x, self.dropout_rate, masks, "embedding", first_position=first), weight

@@ -43,7 +43,7 @@ class Stage(nn.Module):
         self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
-            self.embedding = Embedding(model, groups)
+            self.embedding = Embedding(model, groups, compiled)
         self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
         self.head = self.architecture.build_head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:

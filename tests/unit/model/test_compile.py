@@ -86,8 +86,8 @@ def test_one_graph_for_all_paths_and_the_same_numbers(
     with torch.no_grad():
         losses = [stage(batch.tokens, batch, PATHS[-1], None).mean().item() for stage in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    # With and without a factor on the branches, and the evaluation's: nothing per layer, step or path.
-    assert counters["stats"]["unique_graphs"] == 3
+    # With and without a factor on the branches, the evaluation's, the embedding's: nothing per layer, step or path.
+    assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
 
 
