@@ -13,8 +13,9 @@ def norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def multiply_(tensors: list[torch.Tensor], factor: torch.Tensor | float) -> None:
-    """Multiply each tensor in place by one number."""
-    _torch._foreach_mul_(tensors, factor)
+    """Multiply each tensor in place by one number; the list may be empty, as on a stage that a path leaves out."""
+    if tensors:
+        _torch._foreach_mul_(tensors, factor)
 
 
 def copy_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counter(TorchDispatchMode):
     """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
 
-    copied_elements: that ZeRO's passes through flat buffers give (cat, copy_, div_), inside or not.
+    copied_elements: that ZeRO's passes through flat buffers give (cat, copy_, div_, lists too), inside or not.
 
     largest_bytes: by collective, the larger side of each call: what a reduce-scatter gets, an all-gather gives.
     """
@@ -33,8 +33,11 @@ class Counter(TorchDispatchMode):
             self.largest_bytes[name] = self.largest_bytes.get(name, 0) + max(sides, default=0)
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in {"cat", "copy_", "div_"}:
+        name = func.overloadpacket.__name__
+        if name in {"cat", "copy_", "div_"}:
             self.copied_elements += result.numel()
+        elif name == "_foreach_copy_":
+            self.copied_elements += sum(target.numel() for target in args[0])
         if self.inside and not getattr(func, "is_view", False):
             given = result if result is not None else args[0]  # in-place operators on lists return nothing
             tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel import layers
-from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
@@ -21,6 +20,7 @@ from raptr_ds.paths import Path
 from tests.dist.trajectory import HIDDEN as MODEL_WIDTH
 from tests.dist.trajectory import SEED, SEQ_LENGTH, Case, batch_at, model_of, process_groups
 from tests.dist.workers import run_distributed
+from tests.dropout_masks import streams_of
 
 BATCH, LENGTH, HIDDEN, INNER = 3, 8, 12, 16
 CHOSEN = {0: [2, 3, 6, 7], 1: [0, 1], 2: [], 3: [4, 5]}  # of a rank's inner features, by rank
@@ -173,7 +173,7 @@ def sent_by_a_layer(launch: Launch, case: Case) -> list[dict[tuple[str, int], in
     for path_length in (1, 2):
         path = Path(tuple(range(path_length)), case.num_layers)
         with Sent() as forward:
-            losses = stage(micro.tokens, micro, path, DropoutStreams(SEED, 0, micro.sample_ids))
+            losses = stage(micro.tokens, micro, path, streams_of(SEED, 0, micro.sample_ids))
         with Sent() as backward:
             losses.sum().backward()
         counts.append((forward.counts, backward.counts))
