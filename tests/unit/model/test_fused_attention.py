@@ -108,5 +108,5 @@ def test_a_compiled_block_holds_the_kernel_as_one_operation(groups: ProcessGroup
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
         for expected, gradient in zip(*gradients, strict=True):
             assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2  # the blocks', and the embedding's dropout
     assert not counters["graph_break"]
