@@ -51,8 +51,10 @@ def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
 
     Raises: ConfigError if it cannot be what the run file asks for.
     """
-    obstacle = _anywhere(groups, kernel_obstacle(config.model, groups.device))
     wanted, device_type = config.train.attention_backend, groups.device.type
+    obstacle = None
+    if wanted == "triton" or (wanted == "auto" and device_type != "cpu"):  # else Triton need not even be imported
+        obstacle = _anywhere(groups, kernel_obstacle(config.model, groups.device))
     return choose_attention(wanted, config.model, config.data.packing, device_type, obstacle)
 
 

@@ -147,11 +147,10 @@ class ReplicatedOptimizer:
 
     @staticmethod
     def _hand_over(gradients: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
-        """Give the fp32 weights their gradients, in fp32; the accumulated ones themselves where they are that already.
+        """Give the fp32 weights their gradients, in fp32, and return these gradients.
 
-        Returns them.
-
-        They are scaled in place: nobody else reads them after this.
+        The accumulated ones themselves where they are fp32 already: they are scaled in place, and nobody else reads
+        them after this.
         """
         given, wide, narrow = [], [], []
         for _, master, gradient in gradients:

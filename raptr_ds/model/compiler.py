@@ -1,4 +1,4 @@
-"""Whether torch.compile has what it needs here, and what it must be told: it writes C++ on CPUs, and Triton on GPUs."""
+"""Whether torch.compile has what it needs here, and which flag it needs: it writes C++ on CPUs, Triton on GPUs."""
 
 from functools import cache
 from importlib.util import find_spec

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from raptr_ds.parallel.transfer import without_waiting
 from raptr_ds.rng import stream_key
 
 # Odd 32-bit constants of a two-round multiply-xorshift finalizer, as signed ints: torch has no unsigned arithmetic, and
-# products that wrap are the point. Compilers of C++ must be told so (model/compiler.py).
+# products that wrap are the point. A compiler of C++ needs a flag for that (model/compiler.py).
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
@@ -63,8 +64,7 @@ def dropout_keys(seed: int, step: int, num_layers: int, device: torch.device) ->
     keys = [
         [_halves(stream_key(seed, "dropout", step, layer, site)) for site in SITES] for layer in range(-1, num_layers)
     ]
-    made = torch.tensor(keys, dtype=torch.int32)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    return without_waiting(torch.tensor(keys, dtype=torch.int32), device)
 
 
 def _halves(key: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class RankDevice:
 def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> Store:
     """Return the launch's store after every rank has written its device there, and the devices fit together.
 
-    Raises: AbsentRankError, naming the ranks that did not come within `timeout`; ConfigError, on all ranks alike.
+    Raises: AbsentRankError, naming the ranks that did not come within `timeout`; ConfigError, on every rank.
     """
     store = _open_store(launch, timeout)
     keys = [_KEY.format(rank) for rank in range(launch.world_size)]

@@ -82,7 +82,7 @@ class MemoryNeed:
         ordered = sorted(parts.items(), key=lambda part: -part[1])
         return [f"{_gib(size)} {name}" for name, size in ordered if size]
 
-    def mends(self) -> list[str]:
+    def remedies(self) -> list[str]:
         """Return the settings that would lower the peak, each with by how much, the best first."""
         now = self.memory.total
         saved = [(now - self._memory_of(setting).total, text) for text, setting in self._alternatives()]
@@ -137,7 +137,7 @@ def shortage(config: RunConfig, device: DeviceMemory | None) -> list[str]:
     return [
         f"warning: by the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} has "
         f"{_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
-        *(f"  {line}" for line in need.mends()),
+        *(f"  {line}" for line in need.remedies()),
     ]
 
 
@@ -148,7 +148,7 @@ def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> l
     lines = [
         f"By the plan this rank needs about {_gib(need.memory.total)}{there}: {'; '.join(need.parts())}.",
         "What would help, by the same plan:",
-        *(f"  {line}" for line in need.mends()),
+        *(f"  {line}" for line in need.remedies()),
     ]
     if device is not None and (unused := device.reserved - device.allocated) > _FRAGMENTED * device.total:
         lines.append(

@@ -39,8 +39,8 @@ def saved_by(lines: list[str]) -> dict[str, float]:
 def test_what_would_help_saves_what_it_says(processes, overrides, on_gpu):
     """Each setting is tried: the plan of the run with it is smaller by the number given."""
     now = MemoryNeed.of(run(*overrides, processes=processes), 0, on_gpu)
-    promised = saved_by(now.mends())
-    assert len(promised) == len(now.mends()) >= 2
+    promised = saved_by(now.remedies())
+    assert len(promised) == len(now.remedies()) >= 2
     assert list(promised.values()) == sorted(promised.values(), reverse=True)
     for text, saved in promised.items():
         setting = re.search(r"[a-z_.]+=\w+", text)
