@@ -293,7 +293,7 @@ def _introduction(
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
-        f"layout: tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
+        f"layout: tensor {topology.tensor}{', sequence parallel,' if groups.sequence_parallel else ''} x pipeline {topology.pipeline} x data {topology.data}, "
         f"ZeRO {zero}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
         f"{config.batch.accumulation} accumulated x {config.batch.data_parallel}",
         f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
