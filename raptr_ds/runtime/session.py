@@ -293,9 +293,10 @@ def _introduction(
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
-        f"layout: tensor {topology.tensor}{', sequence parallel,' if groups.sequence_parallel else ''} x pipeline {topology.pipeline} x data {topology.data}, "
-        f"ZeRO {zero}, batch {config.batch.global_batch} = {config.batch.micro_batch} x "
-        f"{config.batch.accumulation} accumulated x {config.batch.data_parallel}",
+        f"layout: tensor {topology.tensor}{' with its sequences split' if groups.sequence_parallel else ''} x "
+        f"pipeline {topology.pipeline} x data {topology.data}, ZeRO {zero}, "
+        f"batch {config.batch.global_batch} = {config.batch.micro_batch} x {config.batch.accumulation} accumulated x "
+        f"{config.batch.data_parallel}",
         f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
         *(f"warning: {warning}" for warning in (attention.warning, compilation.warning) if warning),
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
