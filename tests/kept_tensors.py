@@ -1,8 +1,7 @@
 """What a layer keeps for its backward pass on a GPU, counted on a CPU: stand-ins for what a GPU has a kernel for.
 
-Attention is an operator of its own that keeps query, key, value, its output and the logarithms of its sums, as the
-fused kernels do, with dropout or without; an RMS norm keeps its input and one number for each row. Compiling stops
-where torch has decided what to keep and what to compute again (its partitioner), before code is generated.
+Attention is our kernel, interpreted. An RMS norm keeps its input and one number for each row. Compiling stops where
+torch has decided what to keep and what to compute again (its partitioner), before code is generated.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+import tests.interpreted  # noqa: F401 - before the kernels
 from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
@@ -27,51 +27,6 @@ LENGTH, VOCAB, BATCH, LAYERS, PREDICTED = 160, 3000, 2, 5, 9
 PARTITIONED = "aot_eager_decomp_partition"  # torch.compile's backend that does all but generate code
 
 
-@torch.library.custom_op("tests::attention", mutates_args=())
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an output (b, T, heads, head dim) and a number for each row (b, heads, T); only their shapes count."""
-    return torch.zeros_like(query.transpose(1, 2)).contiguous(), query.new_zeros(query.shape[:3], dtype=torch.float32)
-
-
-@_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, size = query.shape
-    return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@torch.library.custom_op("tests::attention_backward", mutates_args=())
-def _backward(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logarithms: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return zeros in place of the three gradients."""
-    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros(value.shape, dtype=value.dtype)
-
-
-@_backward.register_fake
-def _(gradient: Any, query: Any, key: Any, value: Any, output: Any, logarithms: Any) -> Any:
-    return torch.empty_like(query), torch.empty_like(key), value.new_empty(value.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> Any:
-    return _backward(gradient, *ctx.saved_tensors)
-
-
-_attention.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    return _attention(query, key, value)[0].transpose(1, 2)
-
-
 class _RMSNorm(torch.autograd.Function):
     """Keeps what CUDA's kernel keeps (aten::_fused_rms_norm): the input and a number for each row."""
 
@@ -83,20 +38,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore
-        raise NotImplementedError("only what is kept counts")
+        raise AssertionError("only what is kept counts")
 
 
 @contextlib.contextmanager
 def stand_ins(is_compiled: bool) -> Iterator[None]:
-    """Replace what a GPU has kernels for; an RMS norm in compiled code is composed there as well."""
-    attend, norm = functional.scaled_dot_product_attention, functional.rms_norm
-    functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+    """Replace what a GPU has a kernel for; an RMS norm in compiled code is composed there as well."""
+    norm = functional.rms_norm
     if not is_compiled:
         functional.rms_norm = lambda x, _shape, weight, epsilon: _RMSNorm.apply(x, weight, epsilon)  # type: ignore
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention, functional.rms_norm = attend, norm
+        functional.rms_norm = norm
         torch._dynamo.reset()
 
 
@@ -123,10 +77,10 @@ def shape_of(architecture: str) -> ModelShape:
 
 
 def build(
-    groups: ProcessGroups, model: ModelSection, dtype: torch.dtype, recompute: bool = False
+    groups: ProcessGroups, model: ModelSection, dtype: torch.dtype, recompute: bool = False, on_gpu: bool = False
 ) -> tuple[Stage, MicroBatch]:
-    """Return the model and a micro batch for it."""
-    stage = build_stage(model, groups, range(LAYERS), recompute, 1).to(dtype)
+    """Return the model, as it is built for a CPU or a GPU, and a micro batch for it."""
+    stage = build_stage(model, groups, range(LAYERS), recompute, 1, attention_kernel=on_gpu).to(dtype)
     positions = np.arange(PREDICTED)
     sample = Sample(np.zeros(LENGTH, np.int64), positions, np.zeros(PREDICTED, np.int64), LENGTH // 2)
     return stage, collate([sample] * BATCH, range(BATCH), LENGTH, 0)
@@ -153,7 +107,7 @@ def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int) -> int:
 
 def kept_by_a_layer(groups: ProcessGroups, architecture: str, rate: float, is_compiled: bool) -> float:
     """Return the bytes that one layer of the model keeps in bf16 on a GPU, with hidden dropout at `rate`."""
-    stage, micro = build(groups, model_of(architecture, (rate, 0.0)), torch.bfloat16)
+    stage, micro = build(groups, model_of(architecture, (rate, rate)), torch.bfloat16, on_gpu=True)
     with stand_ins(is_compiled):
         if is_compiled:
             for block in stage.layers.values():
