@@ -7,6 +7,7 @@ second, and leaves nothing of a case to the next one (module globals, hooks, the
 import importlib
 import multiprocessing as mp
 import os
+import random
 import socket
 import time
 import traceback
@@ -25,10 +26,18 @@ class WorkerError(AssertionError):
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free on loopback, below those that the kernel gives to outgoing connections.
+
+    A port that the kernel chose itself may be given to a connection of another test before it is listened on.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
