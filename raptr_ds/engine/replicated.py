@@ -111,7 +111,7 @@ class ReplicatedOptimizer:
         foreach.copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
 
     def step(self) -> None:
-        """Apply the reduced gradients, or skip the step on all ranks alike if their norm or a loss is not finite.
+        """Apply the reduced gradients, or skip the step on every rank if their norm or a loss is not finite.
 
         Where the step decides on the device, `overflow` holds only after `finish_step`.
         """

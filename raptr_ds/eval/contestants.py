@@ -75,7 +75,7 @@ class OurStep:
         return agreed - start, loaded - agreed
 
     def close(self) -> None:
-        """Wait for the agreement that runs ahead; all ranks call it alike, so that none leaves another alone in it.
+        """Wait for the agreement that runs ahead; every rank calls it, so that none leaves another alone in it.
 
         The engine is let go of: the agreement's thread, which does not end, refers to this object.
         """

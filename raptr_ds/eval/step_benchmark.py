@@ -63,7 +63,7 @@ def measure_steps(
     In random order, so that what else the machine does, and what a row leaves behind in caches, meets all alike. The
     first rounds are not counted. Memory has rounds of its own at the end: measured from a known start, a step takes
     every page from the system anew, which a training step does not, and which costs up to a tenth of it on a CPU. All
-    ranks call it alike. Where three models do not fit into the device (by the plan, or as it turns out), each is
+    ranks call it. Where three models do not fit into the device (by the plan, or as it turns out), each is
     measured by itself; one that does not fit even so has a row that says so. config: with the vocabulary's size.
     loader: asked for each step's batch, as in training.
     """

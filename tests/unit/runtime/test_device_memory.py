@@ -1,4 +1,4 @@
-"""A device with too little memory: what the run is told beforehand and afterwards, in figures that hold."""
+"""A device with too little memory: what is printed before and after, in figures that hold."""
 
 import re
 from pathlib import Path
@@ -55,10 +55,10 @@ def test_what_would_help_saves_what_it_says(processes, overrides, on_gpu):
 def test_a_device_that_is_too_small_is_told_before_training():
     need = MemoryNeed.of(run(), 0, on_gpu=True)
     assert shortage(run(), None) == shortage(run(), DeviceMemory("large", int(need.memory.total) + 1)) == []
-    first, *mends = shortage(run(), DeviceMemory("A small GPU", 10 * GIB))
+    first, *remedies = shortage(run(), DeviceMemory("A small GPU", 10 * GIB))
     for part in (f"{need.memory.total / GIB:.2f} GiB", "A small GPU", "10.00 GiB", "17.91 GiB optimizer state"):
         assert part in first
-    assert any("activation_checkpointing=true" in line for line in mends)
+    assert any("activation_checkpointing=true" in line for line in remedies)
 
 
 def test_of_a_pipeline_the_fullest_rank_counts():
