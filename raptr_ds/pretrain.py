@@ -65,8 +65,8 @@ def train(session: Session) -> Exit:
 
     Raises: NonFiniteError, on all ranks alike, where too many steps in a row were skipped and the run may not go on.
     """
-    from raptr_ds.eval.full_model import evaluate
     from raptr_ds.runtime.recovery import recover
+    from raptr_ds.runtime.session import evaluate
 
     config, state = session.config, session.state
     while state.step < config.train.steps:

@@ -61,12 +61,12 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         import torch
 
         prepare_imports(torch.cuda.is_available())
-        import raptr_ds.parallel.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
-        from raptr_ds.analysis.benchmark_plot import plot_benchmark
+        import raptr_ds.bench.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
+        from raptr_ds.bench.plot import plot_benchmark
+        from raptr_ds.bench.preparation import measure_preparation
+        from raptr_ds.bench.report import conclusions, describe, preparation_lines, rows_of, table
+        from raptr_ds.bench.steps import Options, measure_steps
         from raptr_ds.data.loader import folders_of
-        from raptr_ds.eval.preparation_benchmark import measure_preparation
-        from raptr_ds.eval.step_benchmark import Options, measure_steps
-        from raptr_ds.eval.step_report import conclusions, describe, preparation_lines, rows_of, table
         from raptr_ds.parallel.groups import initialize_process_groups
 
     parallel = config.parallel
@@ -149,7 +149,7 @@ def _rows_of_layout(layout: str, full: dict[str, Any]) -> list[dict[str, Any]]:
 
     full: our full path's row, in whose place comes one that says so if the processes run out of memory.
     """
-    from raptr_ds.eval.step_report import row_without_memory
+    from raptr_ds.bench.report import row_without_memory
 
     sizes = _sizes_of(layout)
     processes = int(np.prod(list(sizes.values())))
@@ -190,7 +190,7 @@ def _batch(
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
     """Return the run with its vocabulary, a step's batch, the loader and where they are from; real data if prepared."""
     from raptr_ds.data.loader import build_loader, folders_of, load_tokenizer
-    from raptr_ds.eval.random_batch import random_step_batch
+    from raptr_ds.data.random_batch import random_step_batch
 
     prepared = all(Path(folder).is_dir() for folder in folders_of(config.data.path))
     if random_vocab_size is None and prepared:

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.analysis.comparison import load_comparison
-from raptr_ds.analysis.comparison_report import result_lines, write_report
-from raptr_ds.config.experiment import load_experiment
 from raptr_ds.errors import DataError, Exit
-from raptr_ds.eval.experiment_listing import list_runs
-from raptr_ds.eval.experiment_plan import Planner
-from raptr_ds.eval.experiment_record import read_record, session_of, write_record
-from raptr_ds.eval.experiment_runner import LocalLaunch, claimed, current_progress, refuse_other_runs, run_comparison
-from raptr_ds.eval.experiment_slurm import settings_of, submit, write_jobs
+from raptr_ds.lab.comparison import load_comparison
+from raptr_ds.lab.file import load_experiment
+from raptr_ds.lab.plan import Planner
+from raptr_ds.lab.record import read_record, session_of, write_record
+from raptr_ds.lab.report import result_lines, write_report
+from raptr_ds.lab.runner import LocalLaunch, claimed, current_progress, list_runs, refuse_other_runs, run_comparison
+from raptr_ds.lab.slurm import settings_of, submit, write_jobs
 
 DEFAULT_VOCAB_SIZE = 32_000
 

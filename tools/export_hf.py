@@ -14,14 +14,14 @@ import _command_line
 import torch
 from transformers import PreTrainedModel
 
+from raptr_ds.checkpoint.folder import CHECKPOINTS
+from raptr_ds.checkpoint.weights import TrainedModel, load_trained_model
 from raptr_ds.data.loader import folders_of
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.eval.checkpoint_weights import TrainedModel, load_trained_model
-from raptr_ds.eval.huggingface import to_hugging_face
-from raptr_ds.eval.huggingface_tokenizer import tokenizer_to_hugging_face
-from raptr_ds.runtime.checkpoint_folder import CHECKPOINTS
+from raptr_ds.hf.model import to_hugging_face
+from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,13 +16,14 @@ from raptr_ds.config.derive import count_fixed
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.local_device import measure_this_machine
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.paths.memory import GPU_CONTEXT_BYTES
-from raptr_ds.paths.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
-from raptr_ds.paths.step_time import Device
-from raptr_ds.runtime.advice import advice
-from raptr_ds.runtime.method import path_method_of, setting_of
+from raptr_ds.planner.advice import advice
+from raptr_ds.planner.local_device import measure_this_machine
+from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
+from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
+from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.method import path_method_of
 
 DEFAULT_VOCAB_SIZE = 32_000
 DEFAULT_TFLOPS = 400.0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.analysis.curves import load_curves
-from raptr_ds.analysis.plots import plot_runs
+from raptr_ds.plots.curves import load_curves
+from raptr_ds.plots.runs import plot_runs
 
 
 def main() -> None:

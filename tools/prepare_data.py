@@ -15,15 +15,15 @@ import _command_line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raptr_ds.data.corpus import DatasetSource, Source, file_sources
-from raptr_ds.data.distinct import DistinctParagraphs
-from raptr_ds.data.embedded import EmbeddedSource
-from raptr_ds.data.indexing import Preparation, PreparationSettings
 from raptr_ds.data.manifest import Manifest
-from raptr_ds.data.named_corpora import NAMED_CORPORA, named_sources, provenance_of
-from raptr_ds.data.readers import ReadingOptions
-from raptr_ds.data.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
 from raptr_ds.errors import ConfigError
+from raptr_ds.prepare.corpus import DatasetSource, Source, file_sources
+from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.embedded import EmbeddedSource
+from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from raptr_ds.prepare.named_corpora import NAMED_CORPORA, named_sources, provenance_of
+from raptr_ds.prepare.readers import ReadingOptions
+from raptr_ds.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.analysis.scaling_plot import plot_scaling
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths import Path as LayerPath
 from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
-from raptr_ds.paths.scaling import pipeline_speed_up, sampled_paths
-from raptr_ds.paths.step_time import Device, Layout, step_seconds
+from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
+from raptr_ds.planner.scaling_plot import plot_scaling
+from raptr_ds.planner.step_time import Device, Layout, step_seconds
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tools/scaling.py: begin -->", "<!-- tools/scaling.py: end -->"

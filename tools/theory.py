@@ -15,10 +15,11 @@ import _command_line
 import numpy as np
 import torch
 
-from raptr_ds.analysis.theory_plots import plot_polynomials, plot_stability, plot_transitions
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.polynomials import PolynomialCurve, PolynomialSettings, learn, path_methods, polynomial_table
-from raptr_ds.eval.stability import (
+from raptr_ds.parallel.launch import prepare_imports
+from raptr_ds.theory.plots import plot_polynomials, plot_stability, plot_transitions
+from raptr_ds.theory.polynomials import PolynomialCurve, PolynomialSettings, learn, path_methods, polynomial_table
+from raptr_ds.theory.stability import (
     VARIANTS,
     StabilitySettings,
     gaps_in_training,
@@ -26,7 +27,6 @@ from raptr_ds.eval.stability import (
     initial_table,
     training_table,
 )
-from raptr_ds.parallel.launch import prepare_imports
 
 
 def polynomials(arguments: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def stability(arguments: argparse.Namespace) -> None:
 def transitions(arguments: argparse.Namespace) -> None:
     """Measure the loss before and after each growth of the paths of a run that kept its checkpoints; print and plot."""
     prepare_imports(has_gpu=False)
-    from raptr_ds.eval.transitions import transition_table, transitions_of
+    from raptr_ds.theory.transitions import transition_table, transitions_of
 
     found = transitions_of(arguments.run, arguments.paths, arguments.batches)
     print("\n".join(transition_table(found)))

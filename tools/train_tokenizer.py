@@ -12,8 +12,8 @@ import _command_line
 from prepare_data import add_corpus_arguments, add_tokenizer_arguments, corpus_sources, tokenizer_settings
 from rich.console import Console
 
-from raptr_ds.data.tokenizer_training import train_tokenizer
 from raptr_ds.errors import DataError
+from raptr_ds.prepare.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

@@ -7,11 +7,15 @@ from typing import Protocol
 
 import numpy as np
 
+from raptr_ds.config.batch import BatchGeometry
+from raptr_ds.config.load import RunConfig
+from raptr_ds.config.sections import DataSection, ModelSection, ObjectiveSection
 from raptr_ds.data.batch import MicroBatch, StepBatch, collate
-from raptr_ds.data.denoisers import MixtureOfDenoisers, resolve_denoisers
+from raptr_ds.data.denoisers import MixtureOfDenoisers, mean_predictions, resolve_denoisers
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER, Manifest
 from raptr_ds.data.masked_lm import MaskedLM
+from raptr_ds.data.masked_lm import mean_predictions as mean_masked
 from raptr_ds.data.mixture import Mixture
 from raptr_ds.data.packing import PackedDocuments
 from raptr_ds.data.sample import PackedSample, Sample
@@ -32,56 +36,6 @@ class Objective(Protocol):
     def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample | PackedSample:
         """Corrupt at most `window` tokens."""
         ...
-
-
-class DataSection(Protocol):
-    """`raptr_ds.data` of a run file."""
-
-    @property
-    def path(self) -> str | Mapping[str, float]: ...
-    @property
-    def tokenizer(self) -> str | None: ...
-    @property
-    def packing(self) -> bool: ...
-    @property
-    def num_workers(self) -> int: ...
-    @property
-    def prefetch(self) -> int: ...
-
-
-class ObjectiveSection(Protocol):
-    """`raptr_ds.objective` of a run file."""
-
-    @property
-    def mask_rate(self) -> float: ...
-    @property
-    def whole_word(self) -> bool: ...
-    @property
-    def denoisers(self) -> object: ...
-
-
-class ModelSection(Protocol):
-    """What the data need of `raptr_ds.model`."""
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def seq_length(self) -> int: ...
-    @property
-    def vocab_size(self) -> int | None: ...
-
-
-class BatchGeometry(Protocol):
-    """How a global batch is cut: global_batch = micro_batch * data_parallel * accumulation."""
-
-    @property
-    def global_batch(self) -> int: ...
-    @property
-    def micro_batch(self) -> int: ...
-    @property
-    def accumulation(self) -> int: ...
-    @property
-    def data_parallel(self) -> int: ...
 
 
 class Samples:
@@ -249,7 +203,7 @@ def build_objective(
     if model.architecture == "bert":
         maker = MaskedLM(tokenizer, model.seq_length, objective.mask_rate, objective.whole_word)
     else:
-        denoisers = resolve_denoisers(objective.denoisers)  # type: ignore[arg-type]
+        denoisers = resolve_denoisers(objective.denoisers)
         maker = MixtureOfDenoisers(tokenizer, model.seq_length, denoisers)
     return PackedDocuments(maker, model.seq_length, tokenizer.eos_id) if packing else maker
 
@@ -284,3 +238,10 @@ def build_loader(
         prefetch=data.prefetch,
         micro_batch_at=micro_batch_at,
     )
+
+
+def predictions_per_sequence(config: RunConfig) -> float:
+    """Return the expected number of predicted positions of a full sequence: the objective's, whatever the data."""
+    if config.model.architecture == "bert":
+        return mean_masked(config.model.seq_length, config.objective.mask_rate)
+    return mean_predictions(config.model.seq_length, resolve_denoisers(config.objective.denoisers))

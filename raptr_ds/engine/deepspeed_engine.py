@@ -27,7 +27,7 @@ from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.memory import DEFAULT_REDUCE_BUCKET
+from raptr_ds.planner.memory import DEFAULT_REDUCE_BUCKET
 
 
 class TensorParallelUnit:

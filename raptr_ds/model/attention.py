@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional
 
 from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.model.rotary import rotate
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.cross_entropy import at_least_fp32
 from raptr_ds.parallel.dropout import LayerDropout, attention_hashes, attention_keep_mask
@@ -126,3 +125,20 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
     query, key, value = query.float(), key.float(), value.float()
     mask = None if mask is None else mask.float()
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).to(dtype)
+
+
+def rotary_table(length: int, head_dim: int, base: float, device: torch.device) -> torch.Tensor:
+    """Return cosines and sines, shape (2, length, head_dim / 2), fp32 (Su et al. 2021), in Llama's half-split form."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate x of shape (b, heads, T, head_dim) by its positions; computed in fp32 or more, returned in x's type.
+
+    Shapes: table (2, T, head_dim / 2), or (2, b, 1, T, head_dim / 2) where each sequence has positions of its own.
+    """
+    cosine, sine = table
+    first, second = x.chunk(2, dim=-1)  # the table's type, fp32, promotes what is less
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)

@@ -6,10 +6,10 @@ from torch import nn
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model import bert, ul2
+from raptr_ds.model.attention import rotary_table
 from raptr_ds.model.embedding import Embedding
 from raptr_ds.model.initialization import initialize
 from raptr_ds.model.key_ranges import dense_mask, key_ranges
-from raptr_ds.model.rotary import rotary_table
 from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from raptr_ds.config.load import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.runtime.device_memory import DeviceMemory, explanation
+from raptr_ds.planner.shortage import DeviceMemory, explanation
 
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -1,8 +1,8 @@
 """Leaving a row of steps that were not finite: back to a checkpoint from before it, past its data; or a clean end."""
 
+from raptr_ds.checkpoint.manager import RestoredState
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.errors import CheckpointError, NonFiniteError
-from raptr_ds.runtime.checkpoints import RestoredState
 from raptr_ds.runtime.metrics_file import ROLLED_BACK
 from raptr_ds.runtime.non_finite import MENDS, what_happened
 from raptr_ds.runtime.session import Session

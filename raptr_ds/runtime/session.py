@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 import torch
 import torch.distributed as dist
 
+from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.engine.build import Compilation, attention_of, build_engine, compilation_of
@@ -21,9 +22,9 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path, PathMethod
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.runtime.checkpoints import Checkpoints, RestoredState, SaveReport
-from raptr_ds.runtime.device_memory import DeviceMemory, shortage
-from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, shape_of
+from raptr_ds.planner.setting import micro_batches_of
+from raptr_ds.planner.shortage import DeviceMemory, shortage
+from raptr_ds.runtime.method import left_out_layers, path_method_of, shape_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
@@ -302,3 +303,16 @@ def _introduction(
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
         *(f"  derived: {line}" for line in config.derived),
     ]
+
+
+def evaluate(session: Session, state: RunState) -> float:
+    """Evaluate the model on the run's validation batches, record and return the loss; all ranks call it alike.
+
+    The full model, whatever path was trained; where the method grows it, all layers that the last step had.
+    """
+    session.long_work_ahead()
+    model = session.method.model_at(state.step - 1)
+    batches = (session.batches.validation(index) for index in range(session.config.eval.batches))
+    loss = session.engine.evaluate(batches, model)
+    session.record_evaluation(state, loss, model.length)
+    return loss

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from raptr_ds.checkpoint.folder import checkpoints_in, step_folder
+from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.runtime.checkpoint_folder import checkpoints_in, step_folder
-from raptr_ds.runtime.checkpoints import Checkpoints
 from tests.dist.trajectory import (
     Case,
     batch_at,

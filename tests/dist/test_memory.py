@@ -14,8 +14,8 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.paths.memory import TrainingState, layer_activation_bytes, rank_memory
-from raptr_ds.paths.step_time import Layout
+from raptr_ds.planner.memory import TrainingState, layer_activation_bytes, rank_memory
+from raptr_ds.planner.step_time import Layout
 from tests import kept_tensors
 from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups, shape_of
 from tests.dist.workers import run_distributed

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raptr_ds.checkpoint.folder import checkpoints_in, step_folder
+from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.protocol import Engine
@@ -19,8 +21,6 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
 from raptr_ds.pretrain import train
-from raptr_ds.runtime.checkpoint_folder import checkpoints_in, step_folder
-from raptr_ds.runtime.checkpoints import Checkpoints
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.session import Session

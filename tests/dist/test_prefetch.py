@@ -10,9 +10,9 @@ from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.paths.memory import TrainingState, rank_memory
-from raptr_ds.paths.step_time import Layout
-from raptr_ds.runtime.method import kept_whole
+from raptr_ds.planner.memory import TrainingState, rank_memory
+from raptr_ds.planner.setting import kept_whole
+from raptr_ds.planner.step_time import Layout
 from tests.dist.trajectory import Case, batch_at, build_engine, path_method, shape_of
 from tests.dist.workers import run_distributed
 

@@ -14,8 +14,8 @@ from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import Path
 from raptr_ds.paths.cost import layer_parameters
-from raptr_ds.paths.step_time import Device, Layout, step_seconds
-from raptr_ds.runtime.method import kept_whole
+from raptr_ds.planner.setting import kept_whole
+from raptr_ds.planner.step_time import Device, Layout, step_seconds
 from tests.dist.counting import counting
 from tests.dist.trajectory import HIDDEN, Case, batch_at, build_engine, shape_of
 from tests.dist.workers import run_distributed

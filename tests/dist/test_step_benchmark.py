@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from raptr_ds.bench import entrants
+from raptr_ds.bench import steps as step_benchmark
+from raptr_ds.bench.contestants import HuggingFaceStep, MegatronStep
+from raptr_ds.bench.report import conclusions, describe, rows_of, table
+from raptr_ds.bench.steps import Options, measure_steps
 from raptr_ds.config.load import load_run_config
-from raptr_ds.eval import entrants, step_benchmark
-from raptr_ds.eval.contestants import HuggingFaceStep, MegatronStep
-from raptr_ds.eval.random_batch import random_step_batch
-from raptr_ds.eval.step_benchmark import Options, measure_steps
-from raptr_ds.eval.step_report import conclusions, describe, rows_of, table
+from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.runtime.device_memory import DeviceMemory
+from raptr_ds.planner.shortage import DeviceMemory
 from tests.dist.test_memory import live_bytes
 from tests.dist.workers import WorkerError, run_distributed
 

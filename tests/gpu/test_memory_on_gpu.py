@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from raptr_ds.config.load import load_run_config
+from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
-from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.paths import Path
-from raptr_ds.paths.memory import GPU_CONTEXT_BYTES
-from raptr_ds.paths.plan import fullest_rank
-from raptr_ds.paths.step_time import Device
-from raptr_ds.runtime.method import setting_of
+from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
+from raptr_ds.planner.plan import fullest_rank
+from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.step_time import Device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none here")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raptr_ds.eval.transitions import transitions_of
+from raptr_ds.theory.transitions import transitions_of
 from tests.integration.conftest import (
     ENV,
     REPOSITORY,

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from raptr_ds.config.experiment import load_experiment
-from raptr_ds.eval.experiment_plan import Planner
-from raptr_ds.eval.experiment_slurm import write_jobs
+from raptr_ds.lab.file import load_experiment
+from raptr_ds.lab.plan import Planner
+from raptr_ds.lab.slurm import write_jobs
 from tests.slurm.lab import SlurmLab
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,18 +13,18 @@ MAX_LINES = 400
 # Who may import a library, by folder or file of raptr_ds. Tools and tests may import what they like, but for DeepSpeed
 # and megatron-core: tools are thin command lines over the library.
 IMPORTERS = {
-    "deepspeed": {"engine"},
-    "megatron": {"parallel", "data/megatron_recipe.py"},
-    "transformers": {"eval"},
+    "deepspeed": {"engine", "bench"},
+    "megatron": {"parallel", "bench"},
+    "transformers": {"hf"},
     "mpi4py": {"parallel/launch.py"},
-    "datasets": {"data"},
-    "sentencepiece": {"data", "eval"},
-    "pyarrow": {"data"},
+    "datasets": {"prepare"},
+    "sentencepiece": {"data", "prepare", "bench", "hf"},
+    "pyarrow": {"prepare"},
     "tensorboard": {"runtime"},
-    "matplotlib": {"analysis"},
-    "safetensors": {"runtime"},
+    "matplotlib": {"bench", "lab", "planner", "plots", "theory"},
+    "safetensors": {"checkpoint"},
     "hjson": {"config"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "lab"},
 }
 ENVIRONMENT_READER = "parallel/launch.py"
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}

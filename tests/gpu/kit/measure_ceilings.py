@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from raptr_ds.config.load import RunConfig
-from raptr_ds.runtime.method import predictions_per_sequence
+from raptr_ds.data.loader import predictions_per_sequence
 from tests.gpu.kit.findings import Findings
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, median_seconds, rate_text
 from tests.gpu.kit.measured_models import MODELS

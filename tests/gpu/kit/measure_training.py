@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
+from raptr_ds.bench.medians import MedianRatio
 from raptr_ds.config.load import RunConfig
+from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.device_measurement import synchronize
-from raptr_ds.eval.medians import MedianRatio
-from raptr_ds.eval.random_batch import random_step_batch
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch, prepare_imports
 from raptr_ds.paths.cost import num_parameters, step_flops
+from raptr_ds.planner.measure import synchronize
 from raptr_ds.rng import stream
 from raptr_ds.runtime.method import shape_of
 from raptr_ds.runtime.throughput import model_flops_utilization
@@ -105,7 +105,7 @@ class TrainedModel:
 
     def step(self, config: RunConfig, batch: Any, share: float) -> tuple[float, float]:
         """Train one step along a random path of this share of the layers; return seconds and loss."""
-        from raptr_ds.eval.contestants import measured_path
+        from raptr_ds.bench.contestants import measured_path
 
         length = round(share * config.model.num_layers)
         path = measured_path(config, length, stream(0, "measured path", self._number))

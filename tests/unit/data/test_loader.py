@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_text import TextSource, made_up_text
 
 from raptr_ds.data.batch import MicroBatch, StepBatch
-from raptr_ds.data.indexing import Preparation, PreparationSettings
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
+from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from tests.made_up_text import TextSource, made_up_text
 
 SEQ_LENGTH = 64
 TENSORS = [field.name for field in dataclasses.fields(MicroBatch) if field.name not in {"is_full", "segments"}]

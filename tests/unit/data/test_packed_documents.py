@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_text import TextSource, made_up_text
 
 from raptr_ds.data.batch import PADDING
-from raptr_ds.data.indexing import Preparation, PreparationSettings
 from raptr_ds.data.loader import Loader, build_loader
 from raptr_ds.data.masked_lm import MaskedLM
 from raptr_ds.data.packing import PackedDocuments
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from tests.made_up_text import TextSource, made_up_text
 
 SEQ_LENGTH = 96
 

@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import sentencepiece
-from data_text import TextSource
 
 from raptr_ds.data.tokenizer import NAMED_SPECIALS, Tokenizer, sentinel_name
-from raptr_ds.data.tokenizer_training import TokenizerSettings, sample_documents, train_tokenizer
 from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.prepare.tokenizer_training import TokenizerSettings, sample_documents, train_tokenizer
+from tests.made_up_text import TextSource
 
 LINES = ["the cat sat on the mat and the dog sat on the log"] * 20
 

@@ -14,7 +14,7 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.errors import ConfigError
-from raptr_ds.eval.huggingface import (
+from raptr_ds.hf.model import (
     from_hugging_face,
     hugging_face_inputs,
     rename_from_hugging_face,

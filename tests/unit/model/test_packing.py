@@ -8,7 +8,7 @@ from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import PackedSample, Sample
-from raptr_ds.eval.huggingface import hugging_face_inputs, to_hugging_face
+from raptr_ds.hf.model import hugging_face_inputs, to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.path import Path

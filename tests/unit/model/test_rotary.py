@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 
-from raptr_ds.model.rotary import rotary_table, rotate
+from raptr_ds.model.attention import rotary_table, rotate
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.runtime.method import balanced_stages_of, left_out_layers, path_method_of, predictions_per_sequence
+from raptr_ds.data.loader import predictions_per_sequence
+from raptr_ds.runtime.method import balanced_stages_of, left_out_layers, path_method_of
 
 P, R = "raptr_ds.path.", "raptr_ds.parallel."
 

@@ -1,1 +1,0 @@
-"""Analysis of finished or running runs; reads their metrics only."""

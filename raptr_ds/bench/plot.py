@@ -1,0 +1,55 @@
+"""The benchmark as a plot: seconds of a step beside each other, and how much of the saving in FLOPs is one in time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_OURS = "raptr_ds"
+
+
+def plot_benchmark(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write a PNG of the benchmark's rows (bench/report.py, rows_of), of one layout or several.
+
+    Rows that ran out of memory, or have no full path to be compared with, are left out; if none is left, nothing is
+    written.
+    """
+    rows = [row for row in rows if row["reached"] is not None]
+    if not rows:
+        return
+    figure = Figure(figsize=(11, 4.2), dpi=90, layout="constrained")
+    times, saving = figure.subplots(1, 2)
+    _draw_seconds(times, [row for row in rows if row["layout"] == rows[0]["layout"]])
+    _draw_saving(saving, [row for row in rows if row["name"] == _OURS])
+    figure.savefig(file)
+
+
+def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    labels = [f"{row['name']}, {row['path_length']:g} layers" for row in rows]
+    colours = [_COLOURS[0] if row["name"] == _OURS else _COLOURS[1] for row in rows]
+    bars = axes.barh(labels, [row["median_seconds"] for row in rows], color=colours)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("seconds of a step (median)")
+    axes.set_title(rows[0]["layout"])
+
+
+def _draw_saving(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    most = max(row["by_flops"] for row in rows)
+    axes.plot([1, most], [1, most], color="#999999", linewidth=1, label="all of the saving")
+    for number, layout in enumerate(dict.fromkeys(row["layout"] for row in rows)):
+        of_layout = [row for row in rows if row["layout"] == layout]
+        by_flops = np.array([row["by_flops"] for row in of_layout])
+        low, value, high = (by_flops * [row["reached"][name] for row in of_layout] for name in ("low", "value", "high"))
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.errorbar(
+            by_flops, value, yerr=[value - low, high - value], fmt="o-", capsize=3, color=colour, label=layout
+        )
+    axes.set_xlabel("speed-up over the full path by executed FLOPs")
+    axes.set_ylabel("measured (95% intervals)")
+    axes.legend(frameon=False)

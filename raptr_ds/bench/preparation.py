@@ -1,0 +1,92 @@
+"""Tokenizing and indexing: our preparation of a text beside Megatron's recipe, with the same tokenizer on one core."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from raptr_ds.data.indexed import token_dtype
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.prepare.corpus import FileSource
+from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from raptr_ds.prepare.readers import ReadingOptions
+
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass
+class PreparationTimes:
+    """Seconds of each repetition, in turns; tokens that each made of text_bytes."""
+
+    text_bytes: int
+    ours: list[float] = field(default_factory=list)
+    megatron: list[float] = field(default_factory=list)
+    our_tokens: int = 0
+    megatron_tokens: int = 0
+
+
+def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, clock: str) -> PreparationTimes:
+    """Prepare the JSONL file `text` both ways, `repetitions` times. Ours also splits validation off and verifies."""
+    tokenizer = Tokenizer.load(tokenizer_path)
+    times = PreparationTimes(text.stat().st_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        encode_and_index(_head(text, folder / "head.jsonl"), tokenizer, folder / "head")  # its imports are not counted
+        for number in range(repetitions):
+            prefix = folder / f"megatron-{number}"
+            seconds, times.megatron_tokens = _timed(clock, lambda p=prefix: encode_and_index(text, tokenizer, p))
+            times.megatron.append(seconds)
+            output = folder / f"ours-{number}"
+            settings = PreparationSettings(tokenizer_path=str(tokenizer_path))
+            source = FileSource(text, ReadingOptions())
+            preparation = Preparation([source], output, settings, report=lambda line: None)
+            seconds, times.our_tokens = _timed(
+                clock, lambda p=preparation: sum(split.tokens for split in p.run().splits.values())
+            )
+            times.ours.append(seconds)
+            shutil.rmtree(output)
+    return times
+
+
+def _timed(clock: str, action: Callable[[], int]) -> tuple[float, int]:
+    start = _CLOCKS[clock]()
+    result = action()
+    return _CLOCKS[clock]() - start, result
+
+
+def _head(text: Path, output: Path) -> Path:
+    with text.open(encoding="utf-8") as lines:
+        output.write_text(next(lines), encoding="utf-8")
+    return output
+
+
+def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:
+    """Write PREFIX.bin and .idx of the JSONL file `text` and return the number of tokens.
+
+    Each line is parsed, its text encoded by sentencepiece as it stands, the end of the document appended, and the
+    result given to megatron-core's builder (Megatron-LM, tools/preprocess_data.py, in one process).
+    """
+    # Seven seconds of imports that a training run does not need.
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(prefix.with_suffix(".bin")), dtype=_type(tokenizer.vocab_size))
+    processor, total = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model), 0
+    with text.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids = processor.encode(json.loads(line)["text"])
+            ids.append(tokenizer.eos_id)
+            builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
+            total += len(ids)
+    builder.finalize(str(prefix.with_suffix(".idx")))
+    return total
+
+
+def _type(vocab_size: int) -> type[np.number]:
+    return np.uint16 if token_dtype(vocab_size) == np.uint16 else np.int32

@@ -1,0 +1,190 @@
+"""Step times: a model at several path lengths beside the same model in other stacks, in turns where memory allows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from raptr_ds.bench.contestants import HuggingFaceStep
+from raptr_ds.bench.entrants import Entrant, OurEntrant, entrants_of, free_memory
+from raptr_ds.bench.samples import Measured, Step, measure_memory, time_step
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.batch import StepBatch
+from raptr_ds.data.loader import Loader
+from raptr_ds.errors import ConfigError
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths.cost import num_parameters
+from raptr_ds.planner.shortage import DeviceMemory, MemoryNeed
+from raptr_ds.rng import stream
+from raptr_ds.runtime.method import shape_of
+from raptr_ds.runtime.out_of_memory import is_out_of_memory
+
+WARMUP_ROUNDS = 2
+MEMORY_ROUNDS = 3
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure. clock: `wall`, or `cpu`, the process's own time on the processors, which a busy machine disturbs
+    less; it leaves out what a rank waits for others. one_at_a_time: build, measure and free each entrant before the
+    next, whatever fits. compile_others: Hugging Face's model by torch.compile.
+    """
+
+    repetitions: int
+    clock: str = "wall"
+    one_at_a_time: bool = False
+    compile_others: bool = False
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """What was measured. paths: ours, the full path first. others: the same model elsewhere; absent: why some are not.
+
+    why_apart: why each entrant was measured before the next was built; None where all took turns. planned_bytes: the
+    peak of our full path by the memory plan, where a GPU's was measured and nothing else was in its memory.
+    has_loader: whether the batches came from prepared data, so that waiting for them was measured.
+    """
+
+    num_parameters: int
+    num_predictions: int
+    paths: list[Measured]
+    others: list[Measured]
+    absent: dict[str, str]
+    options: Options
+    has_loader: bool
+    why_apart: str | None = None
+    planned_bytes: float | None = None
+
+
+def measure_steps(
+    config: RunConfig, groups: ProcessGroups, batch: StepBatch, options: Options, loader: Loader | None = None
+) -> StepBenchmark:
+    """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
+
+    In random order, so that what else the machine does, and what a row leaves behind in caches, meets all alike. The
+    first rounds are not counted. Memory has rounds of its own at the end: measured from a known start, a step takes
+    every page from the system anew, which a training step does not, and which costs up to a tenth of it on a CPU. All
+    ranks call it. Where three models do not fit into the device (by the plan, or as it turns out), each is
+    measured by itself; one that does not fit even so has a row that says so. config: with the vocabulary's size.
+    loader: asked for each step's batch, as in training.
+    """
+    entrants = entrants_of(config, groups, layout_name(groups), batch, loader, options.compile_others)
+    device, absent = DeviceMemory.of(groups.device), {}
+    is_alone = len(entrants) == 1
+    why_apart = "as asked for" if options.one_at_a_time else _do_not_fit(config, device, is_alone)
+    if why_apart is None and not _in_turns(entrants, groups, options, absent):
+        why_apart = "side by side they ran out of memory"
+    if why_apart is not None:
+        for entrant in entrants:
+            if not _in_turns([entrant], groups, options, absent):
+                needed = _needed_bytes(config, entrant.name, device is not None)
+                for row in entrant.rows:
+                    row.out_of_memory = _out_of_memory(needed, device)
+    ours, *others = entrants
+    has_own_peak = device is not None and (is_alone or why_apart is not None)
+    need = MemoryNeed.of(config, groups.pipeline_rank, has_own_peak, config.model.num_layers).memory
+    return StepBenchmark(
+        num_parameters=num_parameters(shape_of(config)),
+        num_predictions=batch.num_predictions,
+        paths=ours.rows,
+        others=[row for other in others if other.name not in absent for row in other.rows],
+        absent=absent,
+        options=options,
+        has_loader=loader is not None,
+        why_apart=None if is_alone else why_apart,
+        planned_bytes=need.total - need.context if has_own_peak else None,
+    )
+
+
+def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, absent: dict[str, str]) -> bool:
+    """Build the entrants, measure them in turns and free them; return whether the memory was enough.
+
+    Who cannot take part is added to `absent`. Of several processes one alone cannot go on without memory: it raises.
+    """
+    fits = False
+    try:
+        _measure([entrant for entrant in entrants if _is_built(entrant, absent)], groups, options)
+        fits = True
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or groups.topology.world_size > 1:
+            raise
+        for row in (row for entrant in entrants for row in entrant.rows):
+            row.forget()
+    # Past the error, whose frames refer to what is to be freed.
+    for entrant in entrants:
+        entrant.close()
+    free_memory(groups.device)
+    return fits
+
+
+def _is_built(entrant: Entrant, absent: dict[str, str]) -> bool:
+    try:
+        entrant.build()
+    except ConfigError as error:
+        if isinstance(entrant, OurEntrant):
+            raise
+        absent[entrant.name] = str(error)
+        return False
+    return True
+
+
+def _measure(entrants: list[Entrant], groups: ProcessGroups, options: Options) -> None:
+    for number in range(WARMUP_ROUNDS + options.repetitions):
+        for entrant in entrants:
+            entrant.begin_round(is_first_to_count=number == WARMUP_ROUNDS)
+        for measured, step in _round(number, entrants):
+            time_step(measured, groups, number >= WARMUP_ROUNDS, options.clock, step)
+    for entrant in entrants:
+        entrant.end_of_timing()
+    for number in range(MEMORY_ROUNDS):
+        for measured, step in _round(number, entrants):
+            measure_memory(measured, groups.device, step)
+
+
+def _round(number: int, entrants: list[Entrant]) -> Iterator[tuple[Measured, Step]]:
+    """Yield the steps of a round, each with its row, in random order."""
+    turns = [turn for entrant in [*entrants[1:], *entrants[:1]] for turn in entrant.turns()]
+    for chosen in stream(0, "bench turns", number).permutation(len(turns)):
+        yield turns[chosen]()
+
+
+def layout_name(groups: ProcessGroups) -> str:
+    """Return a layout in short: TP2, PP2, TP2 PP2, one process."""
+    topology = groups.topology
+    parts = {"TP": topology.tensor, "PP": topology.pipeline, "DP": topology.data}
+    return " ".join(f"{name}{size}" for name, size in parts.items() if size > 1) or "one process"
+
+
+def _do_not_fit(config: RunConfig, device: DeviceMemory | None, is_alone: bool) -> str | None:
+    """Return why three models cannot be side by side in a device's memory by the plan; None where they can.
+
+    Three times what stays between steps, and once what a step needs, of the one that needs most.
+    """
+    if device is None or is_alone:
+        return None
+    memory = MemoryNeed.of(config, 0, True, config.model.num_layers).memory
+    stays = memory.weights + memory.gradients + memory.optimizer
+    needed = 2 * stays + _needed_bytes(config, HuggingFaceStep.name, on_gpu=True)
+    if needed <= device.total:
+        return None
+    return f"side by side they need about {needed / _GIB:.0f} GiB of {device.total / _GIB:.0f}"
+
+
+def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
+    """Return about what an entrant needs: ours by the plan, another by the same without compiled layers.
+
+    Hugging Face computes the logits of all positions, and from them in fp32 the loss and its gradient.
+    """
+    need = MemoryNeed.of(config, 0, on_gpu, config.model.num_layers)
+    if name == OurEntrant.name:
+        return need.memory.total
+    plain = replace(need.setting, state=replace(need.setting.state, compiled=False))
+    total = replace(need, setting=plain).memory.total
+    if not name.startswith(HuggingFaceStep.name):
+        return total
+    shape, layout = plain.shape, plain.layout
+    return total + layout.micro_batch * shape.seq_length * shape.vocab_size * (layout.bytes_per_value + 2 * 4)
+
+
+def _out_of_memory(needed_bytes: float, device: DeviceMemory | None) -> str:
+    there = "" if device is None else f" of {device.total / _GIB:.1f}"
+    return f"out of memory: needs about {needed_bytes / _GIB:.1f} GiB{there}"

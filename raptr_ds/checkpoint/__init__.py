@@ -1,0 +1,1 @@
+"""Checkpoints: what a run continues from, written while it trains, restored in any layout."""

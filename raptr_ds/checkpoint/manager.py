@@ -1,0 +1,300 @@
+"""Checkpoints of a run: saved while training goes on, verified and restored into any layout.
+
+All methods but `close` are called by all ranks alike, from the main thread, between two steps. Only there do ranks
+communicate; the threads that write talk to nobody. So no rank can wait for one that is elsewhere, and a write of any
+length delays no collective: while one is under way each `poll` is one small reduction.
+"""
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raptr_ds.checkpoint.folder import (
+    checkpoints_at,
+    checkpoints_in,
+    outdated,
+    publish,
+    set_aside,
+    step_folder,
+    tidy,
+    unfinished_folder,
+)
+from raptr_ds.checkpoint.manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    check_complete,
+    check_model,
+    file_name,
+)
+from raptr_ds.checkpoint.read import fill_engine, read_manifest, verify_files
+from raptr_ds.checkpoint.write import RankWrite, Snapshot, Writer
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.errors import CheckpointError
+from raptr_ds.parallel.agreement import on_first_rank, together
+from raptr_ds.parallel.groups import ProcessGroups
+
+_WAIT_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class RestoredState:
+    """What the loop continues with: the step, what it gave as run_state, and where it was read from."""
+
+    step: int
+    run_state: dict[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How a save ended.
+
+    error: why there is no checkpoint of this step, None if there is. stop_seconds: how long this rank's training stood
+    still for it; write_seconds: of the slowest rank, beside training. num_bytes: of all ranks.
+    """
+
+    step: int
+    folder: Path
+    error: str | None
+    stop_seconds: float
+    write_seconds: float
+    num_bytes: int
+
+
+@dataclass
+class _Pending:
+    """A save under way."""
+
+    step: int
+    writer: Writer
+    model: dict[str, Any]
+    run_state: dict[str, Any]
+    loss_scaler: dict[str, float]
+    stop_seconds: float
+
+
+def check_writable(folder: Path, groups: ProcessGroups) -> None:
+    """Make the run's checkpoint folder and see that every rank can write there.
+
+    Raises: CheckpointError, on all ranks alike, with the first rank that cannot.
+    """
+
+    def make() -> None:
+        _try_to_write(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+
+    def probe() -> None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"rank {groups.rank} does not see {folder}, which rank 0 made. Set raptr_ds.train.save to a folder on "
+                "a file system that all nodes share."
+            )
+        _try_to_write(folder, lambda: tempfile.TemporaryFile(dir=folder).close())
+
+    on_first_rank(groups, make)
+    together(groups, probe)
+
+
+def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write checkpoints to {folder}: {error.strerror or error}. Set raptr_ds.train.save to a folder "
+            "that you may write."
+        ) from error
+
+
+class Checkpoints:
+    """Saves to, and restores from, the folder of a run's checkpoints.
+
+    folder: RUN/checkpoints. keep: how many checkpoints stay. tell: takes messages for people, on rank 0 only.
+    Raises: CheckpointError if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, groups: ProcessGroups, keep: int, tell: Callable[[str], None] = print) -> None:
+        self.folder, self.groups, self.keep = folder, groups, keep
+        self._tell = tell if groups.rank == 0 else lambda _message: None
+        self._snapshot = Snapshot()
+        self._pending: _Pending | None = None
+        self._reports: list[SaveReport] = []
+        self._sweeper: threading.Thread | None = None
+        check_writable(self.folder, groups)
+        for done in on_first_rank(groups, lambda: tidy(self.folder)):
+            self._tell(f"checkpoints: {done}")
+
+    def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> float:
+        """Copy the state after `step` steps and begin to write it; return the seconds that this took.
+
+        A save that is still under way is waited for first. run_state: plain JSON, the same on all ranks. Whether the
+        checkpoint came to be is told by a later `poll` or `wait`.
+        """
+        begin = time.perf_counter()
+        self._conclude_when_written()
+        plain_state = json.loads(json.dumps(run_state))
+        self._snapshot.take((f for f in engine.fragments() if engine.owns(f)), self.groups.rank)
+        target = unfinished_folder(self.folder, step)
+        writer = Writer(self._snapshot, target, self.groups.rank, engine.step_counts(), engine.missed_steps())
+        seconds = time.perf_counter() - begin
+        described = model.model_dump(mode="json")
+        self._pending = _Pending(step, writer, described, plain_state, engine.loss_scaler_state(), seconds)
+        return seconds
+
+    def poll(self) -> list[SaveReport]:
+        """Complete a save if all ranks have written their part; return what has ended since the last call."""
+        if self._pending is not None and self._all_written(self._pending):
+            self._conclude(self._pending)
+        reports, self._reports = self._reports, []
+        return reports
+
+    def wait(self) -> list[SaveReport]:
+        """Complete the save under way, however long it takes; return what has ended since the last `poll`."""
+        self._conclude_when_written()
+        if self._sweeper is not None:
+            self._sweeper.join()
+        return self.poll()
+
+    def close(self) -> None:
+        """Stop at once, on this rank alone, with or without the others; a save that was not waited for is given up."""
+        if self._pending is not None:
+            self._pending.writer.abandon()
+            self._pending = None
+        if self._sweeper is not None:
+            self._sweeper.join()
+
+    def _all_written(self, pending: _Pending) -> bool:
+        done = torch.tensor(int(pending.writer.is_done))
+        dist.all_reduce(done, dist.ReduceOp.MIN, group=self.groups.control)
+        return bool(done)
+
+    def _conclude_when_written(self) -> None:
+        if self._pending is None:
+            return
+        while not self._all_written(self._pending):  # not one long collective, which would time out
+            time.sleep(_WAIT_SECONDS)
+        self._conclude(self._pending)
+
+    def _conclude(self, pending: _Pending) -> None:
+        """Agree on what was written; make it a checkpoint on rank 0, or forget it."""
+        begin = time.perf_counter()
+        self._pending = None
+        writes: list[Any] | None = [None] * self.groups.topology.world_size if self.groups.rank == 0 else None
+        dist.gather_object(pending.writer.outcome, writes, dst=0, group=self.groups.control)
+        error, num_bytes, seconds = on_first_rank(self.groups, lambda: self._finish(pending, writes or []))
+        stopped = pending.stop_seconds + time.perf_counter() - begin
+        final = step_folder(self.folder, pending.step)
+        self._reports.append(SaveReport(pending.step, final, error, stopped, seconds, num_bytes))
+        if error is not None:
+            self._tell(
+                f"checkpoint of step {pending.step} not written, training goes on: {error}. "
+                f"raptr_ds.checkpoint.keep={self.keep} needs room for {self.keep + 1} checkpoints in {self.folder}."
+            )
+
+    def _finish(self, pending: _Pending, writes: list[RankWrite]) -> tuple[str | None, int, float]:
+        """On rank 0: return (error or None, bytes, seconds). Raises: RuntimeError for a fault of a writer."""
+        unfinished = unfinished_folder(self.folder, pending.step)
+        failed = next((write for write in writes if write.failure is not None), None)
+        error = failed.failure if failed is not None else None
+        if failed is not None and failed.is_fault:
+            raise RuntimeError(failed.failure)
+        if failed is None:
+            manifest = self._manifest(pending, writes)
+            try:
+                publish(unfinished, step_folder(self.folder, pending.step), manifest.encode())
+            except OSError as problem:
+                error = f"cannot complete {unfinished}: {problem.strerror or problem}"
+        if error is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            self._delete_outdated(pending.step)
+        return error, sum(write.num_bytes for write in writes), max(write.seconds for write in writes)
+
+    def _manifest(self, pending: _Pending, writes: list[RankWrite]) -> Manifest:
+        entries = tuple(entry for write in writes for entry in write.entries)
+        check_complete(entries)
+        topology = self.groups.topology
+        return Manifest(
+            step=pending.step,
+            model=pending.model,
+            run_state=pending.run_state,
+            loss_scaler=pending.loss_scaler,
+            step_counts={name: count for write in writes for name, count in write.step_counts.items()},
+            layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+            files={file_name(rank): write.file for rank, write in enumerate(writes) if write.file is not None},
+            entries=entries,
+            missed_steps={layer: rates for write in writes for layer, rates in write.missed_steps.items()},
+        )
+
+    def _delete_outdated(self, step: int) -> None:
+        try:
+            paths = outdated(self.folder, step, self.keep)
+        except OSError as error:
+            self._tell(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
+            return
+        if self._sweeper is not None:
+            self._sweeper.join()
+        # Deleting many gigabytes can take seconds, so it does not hold up training; `tidy` finishes what is left.
+        self._sweeper = threading.Thread(
+            target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in paths],
+            name="checkpoint-sweeper",
+            daemon=True,
+        )
+        self._sweeper.start()
+
+    def restore(
+        self, engine: Engine, where: str, model: ModelSection, not_after: int | None = None
+    ) -> RestoredState | None:
+        """Load a checkpoint into the engine; return None if the run starts afresh.
+
+        where: `auto` (the run's newest good checkpoint, if it has any), `none`, or a folder: a run's, its checkpoints'
+        or one checkpoint. not_after: the last step whose checkpoint `auto` may take, None for any. Checkpoints of this
+        run that lie after the restored step are set aside.
+        A save that is still under way is waited for first, so that a run can also roll back.
+        Raises: CheckpointError, on all ranks alike: damaged (`auto`: all of them), missing, or of another model.
+        """
+        self._conclude_when_written()
+        if where == "none":
+            self._set_aside(after=-1)
+            return None
+        if where == "auto":
+            candidates = on_first_rank(self.groups, lambda: checkpoints_in(self.folder, not_after))
+        else:
+            candidates = on_first_rank(self.groups, lambda: checkpoints_at(Path(where)))[:1]
+        damages = []
+        for folder in candidates:
+            try:
+                manifest = self._restore_one(engine, folder, model)
+            except DamagedCheckpointError as damage:
+                damages.append(f"{folder} is damaged: {damage}.")
+                self._tell(damages[-1])
+                continue
+            is_own = folder.resolve().parent == self.folder.resolve()
+            self._set_aside(after=manifest.step if is_own else -1)
+            return RestoredState(manifest.step, manifest.run_state, folder)
+        if not damages:
+            return None
+        mend = "Set raptr_ds.checkpoint.load to another checkpoint, or to none to start afresh."
+        raise CheckpointError(f"no checkpoint to continue from. {' '.join(damages)} {mend}")
+
+    def _restore_one(self, engine: Engine, folder: Path, model: ModelSection) -> Manifest:
+        manifest = on_first_rank(self.groups, lambda: read_manifest(folder))
+        check_model(manifest, model, folder)
+        rank, world_size = self.groups.rank, self.groups.topology.world_size
+        together(self.groups, lambda: verify_files(folder, manifest, rank, world_size))
+        together(self.groups, lambda: fill_engine(engine, folder, manifest))
+        engine.refresh_weights()
+        return manifest
+
+    def _set_aside(self, after: int) -> None:
+        moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
+        if moved is not None:
+            self._tell(f"checkpoints that this run does not continue from were moved to {moved}")

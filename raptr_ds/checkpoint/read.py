@@ -1,0 +1,140 @@
+"""Reading a checkpoint: verified as a whole, by all ranks together, then each rank takes just what it needs."""
+
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from raptr_ds.checkpoint.manifest import (
+    CHUNK_BYTES,
+    MANIFEST,
+    DamagedCheckpointError,
+    Entry,
+    Manifest,
+    checksum,
+)
+from raptr_ds.checkpoint.reshard import Transfer, num_real_elements, transfers
+from raptr_ds.checkpoint.write import geometry_of
+from raptr_ds.engine.fragments import Fragment
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.errors import CheckpointError
+
+_MAX_THREADS = 8
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return a checkpoint's manifest. Raises: DamagedCheckpointError."""
+    try:
+        return Manifest.decode((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise DamagedCheckpointError(f"cannot read {MANIFEST}: {error.strerror or error}") from error
+
+
+def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) -> None:
+    """Check sizes of all files, and the checksums of every `num_shares`-th chunk from chunk `share` on.
+
+    Raises: DamagedCheckpointError naming the first file that is not as it was written.
+    """
+    chunks = []
+    for name, file in sorted(manifest.files.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedCheckpointError(f"{name}: {error.strerror or error}") from error
+        if size != file.size:
+            raise DamagedCheckpointError(f"{name} has {size:,} bytes instead of {file.size:,}")
+        chunks += [(name, number, expected) for number, expected in enumerate(file.checksums)]
+
+    def verify(chunk: tuple[str, int, str]) -> None:
+        name, number, expected = chunk
+        try:
+            with (folder / name).open("rb") as stream:
+                stream.seek(number * CHUNK_BYTES)
+                data = stream.read(CHUNK_BYTES)
+        except OSError as error:
+            raise DamagedCheckpointError(f"cannot read {name}: {error.strerror or error}") from error
+        if checksum(data) != expected:
+            raise DamagedCheckpointError(f"{name} does not match its checksum (chunk {number})")
+
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(verify, chunks[share::num_shares]):
+            pass
+
+
+def fill_engine(engine: Engine, folder: Path, manifest: Manifest) -> None:
+    """Give the engine the checkpoint's state, all but its working weights; no communication.
+
+    Raises: CheckpointError if an element that this rank holds is not in the checkpoint; DamagedCheckpointError if a
+    file cannot be read.
+    """
+    engine.create_state(manifest.kinds(), manifest.step_counts)
+    sources: dict[str, list[Entry]] = {}
+    for entry in manifest.entries:
+        sources.setdefault(entry.name, []).append(entry)
+    try:
+        with torch.no_grad(), _TensorFiles(folder) as files:
+            for fragment in engine.fragments():
+                _fill(fragment, sources.get(fragment.name, ()), files)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"cannot read the tensors: {error}") from error
+    engine.load_loss_scaler_state(manifest.loss_scaler)
+    engine.load_missed_steps(manifest.missed_steps)
+
+
+class _TensorFiles:
+    """The open files of a checkpoint, each opened once when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._open, self._stack = folder, {}, ExitStack()
+
+    def __enter__(self) -> "_TensorFiles":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def read(self, file: str, key: str, first: int, numel: int) -> torch.Tensor:
+        """Return elements first..first + numel of a 1-D tensor."""
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        tensor: Any = self._open[file].get_slice(key)
+        return tensor[first : first + numel]
+
+
+def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> None:
+    target = geometry_of(fragment)
+    filled = 0
+    for entry in entries:
+        if fragment.kind not in entry.keys:
+            continue
+        if entry.geometry.full_shape != target.full_shape:
+            raise CheckpointError(
+                f"{fragment.name} has shape {list(entry.geometry.full_shape)} in {files.folder} and "
+                f"{list(target.full_shape)} here: it is a checkpoint of another model. Continue it with its own "
+                "run file, or train this model in another folder (raptr_ds.train.save)."
+            )
+        for transfer in transfers(entry.geometry, target):
+            data = files.read(entry.file, entry.keys[fragment.kind], transfer.read_first, transfer.read_numel)
+            _copy(transfer, data, fragment.data)
+            filled += transfer.numel
+    wanted = num_real_elements(target)
+    if filled != wanted:
+        raise CheckpointError(
+            f"{files.folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
+            "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with its "
+            "own, or train this model in another folder (raptr_ds.train.save)."
+        )
+
+
+def _copy(transfer: Transfer, data: torch.Tensor, target: torch.Tensor) -> None:
+    source = data.view(transfer.read_shape)
+    into = target.narrow(0, transfer.write_first, math.prod(transfer.write_shape)).view(transfer.write_shape)
+    for dim, ((read, size), (write, _)) in enumerate(zip(transfer.read_window, transfer.write_window, strict=True)):
+        source, into = source.narrow(dim, read, size), into.narrow(dim, write, size)
+    into.copy_(source)

@@ -1,1 +1,0 @@
-"""Evaluation: what a model is worth, whatever path it was trained along."""

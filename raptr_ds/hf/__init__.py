@@ -1,0 +1,1 @@
+"""Weights and tokenizers to Hugging Face."""

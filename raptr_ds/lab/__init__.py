@@ -1,0 +1,1 @@
+"""Comparisons of methods: planned, run, resumed, reported."""

@@ -1,0 +1,228 @@
+"""From a comparison file to its runs: how many steps each contestant gets, at which rates and seeds, and where."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_sequence
+from raptr_ds.errors import ConfigError
+from raptr_ds.lab.file import Contestant, Experiment
+from raptr_ds.lab.state import StepTime, measured_step_time, state_of
+from raptr_ds.paths.cost import expected_flops_left
+from raptr_ds.planner.plan import plan_run
+from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.method import path_method_of, shape_of
+
+_STEPS = "raptr_ds.train.steps"
+_NEIGHBOURS = 3  # steps around the solution that are looked at, as a schedule's rounding makes cost uneven
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run. settings: all that differs from the base run file; resolved: its whole configuration.
+
+    purpose: probe (step time), tuning (learning rate) or comparison. learning_rate: None where the base's counts.
+    """
+
+    purpose: str
+    contestant: str
+    seed: int
+    learning_rate: float | None
+    steps: int
+    folder: Path
+    settings: tuple[str, ...]
+    resolved: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        rate = "" if self.learning_rate is None else f", learning rate {self.learning_rate:g}"
+        return f"{self.contestant}, seed {self.seed}{rate}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a contestant gets: steps, and what they are expected to execute and, for a budget of time, to take."""
+
+    contestant: Contestant
+    steps: int
+    flops: float
+    seconds: float | None
+    path: str
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the runs of a comparison. vocab_size: assumed where data are not prepared; None: then they must be."""
+
+    experiment: Experiment
+    vocab_size: int | None = None
+    _vocab_sizes: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def output(self) -> Path:
+        """The comparison's folder."""
+        assert self.experiment.output is not None, "not derived"
+        return Path(self.experiment.output)
+
+    def check(self) -> None:
+        """Check what can be before anything runs. Raises: ConfigError, DataError."""
+        for one in self.experiment.contestants:
+            if not self._config(one).eval.batches:
+                raise ConfigError(
+                    f"contestant {one.name}: raptr_ds.eval.batches=0, but held-out loss is what is compared. Set it to "
+                    "1 or more."
+                )
+
+    def probes(self) -> list[PlannedRun]:
+        """Return the short runs that measure step times; empty where the budget needs none."""
+        experiment = self.experiment
+        if experiment.budget.equal != "time" or experiment.budget.step_time != "measured":
+            return []
+        extra = ["raptr_ds.eval.batches=0", "raptr_ds.eval.interval=0", "raptr_ds.checkpoint.save_on_exit=false"]
+        steps = experiment.budget.probe_steps
+        return [
+            self._run("probe", one, experiment.seeds[0], None, steps, self.output / "probes" / one.name, extra)
+            for one in experiment.contestants
+        ]
+
+    def shares(self) -> list[Share]:
+        """Return what each contestant gets. Raises: ConfigError if step times are to be measured and are not yet."""
+        measured = {run.contestant: run for run in self.probes()}
+        unmeasured = [name for name, run in measured.items() if not state_of(run.folder, run.resolved).is_finished]
+        if unmeasured:
+            raise ConfigError(f"the step times of {', '.join(unmeasured)} are not measured yet: run the comparison.")
+        times = {name: measured_step_time(run.folder) for name, run in measured.items()}
+        costs = {one.name: self._cost_of(one, times.get(one.name)) for one in self.experiment.contestants}
+        budget, reference = self.experiment.budget, self.experiment.reference
+        steps = budget.steps or self._config(self.experiment.contestant(reference)).train.steps
+        total = budget.flops or budget.seconds or costs[reference](steps)
+        shares = []
+        for one in self.experiment.contestants:
+            is_free = budget.equal != "steps" and (one.name != reference or bool(budget.flops or budget.seconds))
+            number = equal_cost_steps(costs[one.name], total) if is_free else steps
+            config = self._config(one, [f"{_STEPS}={number}"])
+            seconds = costs[one.name](number) if budget.equal == "time" else None
+            described = _describe_path(config)
+            flops = expected_flops(config)
+            shares.append(Share(one, number, flops, seconds, described, config.model.num_layers))
+        return shares
+
+    def tuning_runs(self, shares: Sequence[Share]) -> list[PlannedRun]:
+        """Return the runs that choose each contestant's learning rate."""
+        sweep = self.experiment.sweep
+        if sweep is None:
+            return []
+        return [self._full_run("tuning", share, sweep.seed, rate) for share in shares for rate in sweep.learning_rates]
+
+    def comparison_run(self, share: Share, seed: int, rate: float | None) -> PlannedRun:
+        """Return a run that is compared; one with a tuning run's seed and rate is that very run."""
+        return self._full_run("comparison", share, seed, rate)
+
+    def _full_run(self, purpose: str, share: Share, seed: int, rate: float | None) -> PlannedRun:
+        folder = self.output / "runs" / share.contestant.name
+        folder = folder / f"seed-{seed}" if rate is None else folder / f"lr-{rate:g}" / f"seed-{seed}"
+        return self._run(purpose, share.contestant, seed, rate, share.steps, folder)
+
+    def _run(
+        self,
+        purpose: str,
+        contestant: Contestant,
+        seed: int,
+        rate: float | None,
+        steps: int,
+        folder: Path,
+        extra: Sequence[str] = (),
+    ) -> PlannedRun:
+        own = [f"{_STEPS}={steps}", f"raptr_ds.train.seed={seed}", f"raptr_ds.train.save={folder}", *extra]
+        if rate is not None:
+            own.append(f"optimizer.params.lr={rate!r}")
+        config = self._config(contestant, own)
+        settings = (*self.experiment.set, *contestant.settings, *own)
+        return PlannedRun(purpose, contestant.name, seed, rate, steps, folder, settings, config.resolved())
+
+    def _config(self, contestant: Contestant, own: Sequence[str] = ()) -> RunConfig:
+        experiment = self.experiment
+        settings = [*experiment.set, *contestant.settings, *own]
+        try:
+            config = load_run_config(Path(experiment.base), settings, experiment.processes)
+        except ConfigError as error:
+            raise ConfigError(f"contestant {contestant.name}: {error}") from error
+        return config.with_vocab_size(self._vocabulary_of(config))
+
+    def _vocabulary_of(self, config: RunConfig) -> int:
+        if self.vocab_size is not None and not all(Path(folder).is_dir() for folder in folders_of(config.data.path)):
+            return config.model.vocab_size or self.vocab_size
+        key = config.data.model_dump_json()
+        if key not in self._vocab_sizes:
+            self._vocab_sizes[key] = load_tokenizer(config.data).vocab_size
+        return self._vocab_sizes[key]
+
+    def _cost_of(self, contestant: Contestant, time: StepTime | None) -> Callable[[int], float]:
+        """Return what a contestant's run of so many steps costs, in the budget's unit."""
+        budget = self.experiment.budget
+
+        def cost(steps: int) -> float:
+            config = self._config(contestant, [f"{_STEPS}={steps}"])
+            if budget.equal == "flops":
+                return expected_flops(config)
+            if budget.equal == "steps":
+                return float(steps)
+            if time is not None:
+                return time.of_run(steps, path_method_of(config).expected_layers_from(0))
+            device = Device(flops_per_second=budget.tflops * 1e12)
+            return plan_run(path_method_of(config), setting_of(config, device)).seconds
+
+        return cost
+
+
+def expected_flops(config: RunConfig) -> float:
+    """Return the FLOPs that a run's training is expected to execute, head included; the vocabulary must be known."""
+    method, parallel = path_method_of(config), config.parallel
+    if parallel.activation_checkpointing and parallel.keep_activations_up_to:
+        return plan_run(method, setting_of(config, Device())).flops
+    num_sequences = config.batch.global_batch
+    num_predicted = round(num_sequences * predictions_per_sequence(config))
+    return expected_flops_left(
+        shape_of(config),
+        method,
+        0,
+        num_sequences,
+        num_predicted,
+        activation_checkpointing=parallel.activation_checkpointing,
+    )
+
+
+def equal_cost_steps(cost: Callable[[int], float], budget: float) -> int:
+    """Return the number of steps, at least 1, whose cost is nearest to a budget; cost grows with steps."""
+    high = 1
+    while cost(high) < budget:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < budget else (low, middle)
+    near = range(max(1, high - _NEIGHBOURS), high + _NEIGHBOURS)
+    return min(near, key=lambda steps: (abs(cost(steps) - budget), steps))
+
+
+def choose_rate(losses: Mapping[float, float | None]) -> float | None:
+    """Return the rate with the lowest held-out loss, None if no run has one (a loss that is not finite is None)."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(finite, key=lambda rate: (finite[rate], rate)) if finite else None
+
+
+def _describe_path(config: RunConfig) -> str:
+    path = config.path
+    words = [path.method, path.schedule, path.constant_length, path.layerdrop and f"{path.layerdrop:.4g}"]
+    if path.method in {"raptr", "constant"} and path.sampling != "uniform":
+        words.append(path.sampling)
+    if path.method == "stacking":
+        words.append(f"optimizer state {path.growth_optimizer_state}")
+    elif path.method != "full":
+        words += [path.skipped_update, path.residual_scale if path.residual_scale != "none" else None]
+    return " ".join(str(word) for word in words if word)

@@ -1,0 +1,183 @@
+"""Pictures of a comparison, each as the bytes of a PNG: losses, the full model by phase, paths, learning rates."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from raptr_ds.lab.comparison import Comparison, RunResult, mean_curve
+from raptr_ds.plots.curves import Curves, smooth
+from raptr_ds.plots.runs import COLOURS, draw_paths
+
+_TEXT_POINTS = 11
+_DPI = 110
+_AXES = (("step", "step"), ("flops", "executed FLOPs"), ("seconds", "seconds in steps"))
+_MOST_MARKED = 30  # points of a curve that are marked one by one
+_UNSETTLED = 0.3  # of the points: the first steep fall would flatten what tells contestants apart
+
+
+def loss_picture(comparison: Comparison) -> bytes | None:
+    """Draw losses against steps, executed FLOPs and time: means over the seeds, shaded from the least to the most.
+
+    Held-out losses of the full model above, training losses, each along its step's path, below. None without runs.
+    """
+    if not any(run.curves is not None for run in comparison.runs):
+        return None
+    figure = Figure(figsize=(15, 9), dpi=_DPI, layout="constrained")
+    rows = figure.subplots(2, 3, sharey="row")
+    for row, evaluated in zip(rows, (True, False), strict=True):
+        settled = []
+        for axes, (by, label) in zip(row, _AXES, strict=True):
+            for colour, name in zip(_colours(comparison), comparison.contestants, strict=True):
+                settled.append(_draw_mean(axes, comparison.of(name), by, evaluated, colour, name))
+            _finish(axes, label)
+        what = "full model, held out" if evaluated else "training, along each step's path"
+        row[0].set_ylabel(f"loss ({what})", fontsize=_TEXT_POINTS)
+        _focus(row[0], settled)
+    handles, labels = rows[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False, fontsize=12)
+    return _png(figure)
+
+
+def phases_picture(comparison: Comparison) -> bytes | None:
+    """Draw the full model's held-out loss through the phases of each contestant, over its paths' training loss.
+
+    One panel each, all seeds; dotted lines are where phases begin, with their mean path length. None without runs.
+    """
+    shown = [(name, [run for run in comparison.of(name) if run.curves is not None]) for name in comparison.contestants]
+    shown = [(name, runs) for name, runs in shown if runs]
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(5 * columns, 3.7 * rows), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    colours = dict(zip(comparison.contestants, _colours(comparison), strict=True))
+    settled = []
+    for axes, (name, runs) in zip(panels, shown, strict=False):
+        for run in runs:
+            assert run.curves is not None
+            settled += _draw_through_phases(axes, run.curves, colours[name], labelled=run is runs[0])
+        axes.set_title(f"{name}", fontsize=_TEXT_POINTS + 1, loc="left")
+        _finish(axes, "step")
+    _focus(panels[0], settled)
+    for axes in panels[::columns]:
+        axes.set_ylabel("loss", fontsize=_TEXT_POINTS)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=_TEXT_POINTS)
+    return _png(figure)
+
+
+def paths_picture(comparison: Comparison) -> bytes | None:
+    """Draw which layers ran at which steps, for the first seed of each contestant that has run. None without runs."""
+    firsts: list[tuple[str, Curves]] = []
+    for name in comparison.contestants:
+        curves = next((run.curves for run in comparison.of(name) if run.curves is not None), None)
+        if curves is not None:
+            firsts.append((name, curves))
+    if not firsts:
+        return None
+    figure = Figure(figsize=(15, 2.5 * len(firsts)), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(len(firsts), 1, squeeze=False).ravel()
+    colours = dict(zip(comparison.contestants, _colours(comparison), strict=True))
+    for axes, (name, curves) in zip(panels, firsts, strict=True):
+        draw_paths(axes, curves, colours[name])
+        ran = curves.path_length.mean() / curves.num_layers
+        axes.set_title(f"{name}: {ran:.0%} of all layers of all steps ran", fontsize=_TEXT_POINTS + 1, loc="left")
+    return _png(figure)
+
+
+def rates_picture(comparison: Comparison) -> bytes | None:
+    """Draw the held-out loss of each learning rate that was tried; the chosen ones are ringed. None without a sweep."""
+    if not any(run.is_finished for run in comparison.tuning):
+        return None
+    figure = Figure(figsize=(7.5, 4.4), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for colour, name in zip(_colours(comparison), comparison.contestants, strict=True):
+        tried = sorted(
+            (run.learning_rate, run.final_loss)
+            for run in comparison.tuning
+            if run.contestant == name and run.learning_rate is not None and run.final_loss is not None
+        )
+        if not tried:
+            continue
+        axes.plot(*zip(*tried, strict=True), "o-", color=colour, label=name)
+        chosen = [point for point in tried if point[0] == comparison.about(name)["learning_rate"]]
+        for rate, loss in chosen:
+            axes.plot(rate, loss, "o", markersize=13, markerfacecolor="none", color=colour)
+    axes.set_xscale("log")
+    ticks = sorted({run.learning_rate for run in comparison.tuning if run.learning_rate is not None})
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.minorticks_off()
+    axes.set_ylabel("final held-out loss", fontsize=_TEXT_POINTS)
+    axes.legend(frameon=False, fontsize=_TEXT_POINTS)
+    _finish(axes, "learning rate (ringed: chosen)", from_zero=False)
+    return _png(figure)
+
+
+def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colour: str, name: str) -> np.ndarray:
+    """Draw a contestant's curve and return its settled losses, of all seeds."""
+    curve = mean_curve(runs, by, evaluated)
+    if curve is None:
+        return np.zeros(0)
+    x, losses = curve
+    if not evaluated:
+        losses = np.array([smooth(one, max(1, x.size // 15)) for one in losses])
+    few = evaluated and x.size <= _MOST_MARKED
+    style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if few else {}
+    axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.16, linewidth=0)
+    axes.plot(x, losses.mean(axis=0), color=colour, linewidth=1.7, label=name, **style)
+    return _settled(losses)
+
+
+def _draw_through_phases(axes: Axes, curves: Curves, colour: str, *, labelled: bool) -> list[np.ndarray]:
+    """Draw a run and return its settled losses."""
+    training = smooth(curves.loss, max(1, curves.step.size // 15))
+    label = "training loss along the paths" if labelled else None
+    axes.plot(curves.step, training, color="#999999", linewidth=0.9, label=label)
+    steps, losses = curves.full_model_evaluations()
+    label = "full model, held out" if labelled else None
+    axes.plot(steps, losses, "o-", color=colour, markersize=4.5, linewidth=1.2, markeredgecolor="white", label=label)
+    starts = curves.phase_starts()
+    if labelled and len(starts) > 1:
+        for step, length in starts:
+            axes.axvline(step, color="#555555", linestyle=":", linewidth=1)
+            at = axes.get_xaxis_transform()
+            axes.text(step, 0.98, f" {length:.3g}", transform=at, va="top", color="#555555", fontsize=_TEXT_POINTS - 1)
+    return [_settled(training), _settled(losses)]
+
+
+def _settled(losses: np.ndarray) -> np.ndarray:
+    """Return the finite values of curves (..., n) after their first steep fall, (values,)."""
+    values = losses[..., int(np.ceil(losses.shape[-1] * _UNSETTLED)) if losses.shape[-1] > 2 else 0 :].ravel()
+    return values[np.isfinite(values)]
+
+
+def _focus(axes: Axes, settled: Sequence[np.ndarray]) -> None:
+    """Let the y axis, which all panels beside these axes share, show what comes after the first steep fall."""
+    values = np.concatenate([np.zeros(0), *settled])
+    if values.size and np.ptp(values) > 0:
+        axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
+
+
+def _finish(axes: Axes, label: str, from_zero: bool = True) -> None:
+    axes.set_xlabel(label, fontsize=_TEXT_POINTS)
+    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if from_zero:
+        axes.set_xlim(left=0)
+
+
+def _colours(comparison: Comparison) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(len(comparison.contestants))]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

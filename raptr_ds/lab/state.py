@@ -1,0 +1,145 @@
+"""What a run of a comparison has left in its folder: nothing yet, a part, all of it, or another run."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
+from raptr_ds.config.deepspeed_part import BLOCK
+from raptr_ds.config.sections import SECTIONS
+from raptr_ds.runtime.metrics_file import METRICS
+
+_IRRELEVANT = (
+    "raptr_ds.train.save",
+    "raptr_ds.log.",
+    "raptr_ds.checkpoint.",
+    "raptr_ds.data.num_workers",
+    "raptr_ds.data.prefetch",
+)
+"""Keys of a run file that change nothing of what a run measures."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    last_step: of its training lines; checkpoint_step: where it would go on, 0 for the start; eval_loss: of the full
+    model after the last step, None without one; differing: keys in which the folder's run is another one than planned.
+    """
+
+    num_steps: int
+    last_step: int = 0
+    checkpoint_step: int = 0
+    eval_loss: float | None = None
+    is_evaluated: bool = False
+    differing: tuple[str, ...] = ()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to run. Checkpoints do not count: deleted, they take nothing from a comparison."""
+        return self.last_step >= self.num_steps and self.is_evaluated
+
+    @property
+    def word(self) -> str:
+        """The state in a word or two."""
+        if self.is_finished:
+            return "finished"
+        if not self.last_step:
+            return "new"
+        where = f"goes on after {self.checkpoint_step}" if self.checkpoint_step else "starts again"
+        return f"stopped at {self.last_step}, {where}"
+
+
+def state_of(folder: Path, planned: Mapping[str, Any]) -> RunState:
+    """Return how far the run in a folder is; `planned` is its configuration, resolved (RunConfig.resolved)."""
+    block = planned["raptr_ds"]
+    num_steps, num_layers = block["train"]["steps"], block["model"]["num_layers"]
+    last_step, eval_loss, is_evaluated = 0, None, not block["eval"]["batches"]
+    for line in read_lines(folder / METRICS):
+        if "eval_loss" in line and line.get("path_length") == num_layers and line["step"] == num_steps:
+            eval_loss, is_evaluated = line["eval_loss"], True
+        elif "loss" in line:
+            last_step = max(last_step, line["step"])
+    found = checkpoints_in(folder / CHECKPOINTS)
+    checkpoint_step = (step_of(found[0]) or 0) if found else 0
+    differing = _differing(folder / "config.json", planned) if last_step or checkpoint_step else ()
+    return RunState(num_steps, last_step, checkpoint_step, eval_loss, is_evaluated, differing)
+
+
+def read_lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a metrics file; none if there is no file."""
+    if not metrics.exists():
+        return
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn: a run may have died in it
+            continue
+        if isinstance(record, dict) and "step" in record:
+            yield record
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, as a straight line over the path's length."""
+
+    seconds: float
+    seconds_per_layer: float
+
+    def of_run(self, num_steps: int, num_active_layers: float) -> float:
+        """Return the seconds of a run's steps; num_active_layers is the sum of all path lengths."""
+        return self.seconds * num_steps + self.seconds_per_layer * num_active_layers
+
+
+def measured_step_time(folder: Path) -> StepTime:
+    """Fit the step time of a short run: medians by path length, weighted by their number of steps.
+
+    The first fifth of the steps warms caches up and is left out. One length alone, or noise that makes longer paths
+    faster, gives one time for all.
+    """
+    lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
+    lines = lines[len(lines) // 5 :]
+    assert lines, f"{folder} has no training lines"
+    seconds: dict[float, list[float]] = {}
+    for line in lines:
+        seconds.setdefault(line["path_length"], []).append(line["step_seconds"])
+    lengths = np.array(list(seconds), dtype=float)
+    medians = np.array([median(samples) for samples in seconds.values()])
+    weights = np.array([len(samples) for samples in seconds.values()], dtype=float)
+    center, mean = np.average(lengths, weights=weights), np.average(medians, weights=weights)
+    spread = float((weights * (lengths - center) ** 2).sum())
+    slope = float((weights * (lengths - center) * (medians - mean)).sum()) / spread if spread else 0.0
+    if slope <= 0 or mean - slope * center < 0:
+        return StepTime(float(mean), 0.0)
+    return StepTime(float(mean - slope * center), slope)
+
+
+def _differing(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
+    if not config.exists():
+        return ()
+    there = _leaves(json.loads(config.read_text(encoding="utf-8")))
+    wanted = _leaves(json.loads(json.dumps(planned)))
+    there = {key: _default_of(key) for key in wanted} | there  # an older version did not know all keys
+    keys = sorted(there.keys() | wanted.keys())
+    different = [key for key in keys if there[key] != wanted.get(key) and not key.startswith(_IRRELEVANT)]
+    return tuple(f"{key}={there[key]!r}, now {wanted.get(key)!r}" for key in different)
+
+
+def _default_of(key: str) -> Any:
+    """Return what a dotted key of raptr_ds is where a run file leaves it out; None where it has no default."""
+    block, _, rest = key.partition(".")
+    section, _, name = rest.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if block == BLOCK and section in SECTIONS else None
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    inner = [_leaves(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+    return {key: value for leaves in inner for key, value in leaves.items()}

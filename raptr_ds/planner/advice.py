@@ -1,0 +1,88 @@
+"""Advice: where a layout wastes what the paths save, and what would be better, with the simulator's numbers."""
+
+from dataclasses import replace
+
+from raptr_ds.config.batch import solve_batch
+from raptr_ds.config.derive import derive_pipeline_layers
+from raptr_ds.config.load import RunConfig
+from raptr_ds.errors import ConfigError
+from raptr_ds.planner.plan import RunPlan, plan_run
+from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.method import left_out_layers, path_method_of
+
+_WORTH = 0.03  # of the run's time: less is within the cost model's error
+_GIB = 1 << 30
+
+
+def advice(config: RunConfig, device: Device) -> list[str]:
+    """Return a line for each change that would make the run clearly faster; the vocabulary's size must be known."""
+    plan = _plan(config, device)
+    lines = []
+    better = config
+    if config.path.method in {"raptr", "constant"} and config.path.sampling != "balanced":
+        stages = config.parallel.pipeline_model_parallel_size
+        path = config.path.model_copy(update={"sampling": "balanced", "balance_stages": stages})
+        balanced = replace(config, path=path)
+        faster = _plan(balanced, device)
+        if faster.seconds < (1 - _WORTH) * plan.seconds:
+            better = balanced
+            lines.append(
+                f"raptr_ds.path.sampling={config.path.sampling} on {stages} pipeline stages saves {_percent(plan)} of "
+                f"the time where the FLOPs saved are {plan.flops_saved:.1%}: the fullest stage sets the pace. With "
+                f"raptr_ds.path.sampling=balanced it is {_percent(faster)}: {faster.seconds / 3600:,.4g} h instead of "
+                f"{plan.seconds / 3600:,.4g} h."
+            )
+    lines += left_out_layers(path_method_of(config)) + _uneven_lengths(better, device)
+    return lines + _other_pipelines(better, device)
+
+
+def _uneven_lengths(config: RunConfig, device: Device) -> list[str]:
+    """Return a line if a balanced phase saves clearly less time than FLOPs, as its length does not divide."""
+    stages = config.path.balance_stages
+    if stages is None or config.parallel.pipeline_model_parallel_size == 1:
+        return []
+    plan, lines = _plan(config, device), []
+    for phase in plan.phases:
+        by_time, by_flops = plan.full_step_seconds / phase.step_seconds, plan.full_step_flops / phase.step_flops
+        length = round(phase.path_length)
+        if by_time < (1 - _WORTH) * by_flops and length % stages:
+            lower, upper = length // stages * stages, -(-length // stages) * stages
+            lines.append(
+                f"paths of {length} layers are {by_time:.2f}x as fast as the full model, by FLOPs {by_flops:.2f}x: "
+                f"{length} does not divide by {stages} stages. {lower} or {upper} layers would."
+            )
+    return lines
+
+
+def _other_pipelines(config: RunConfig, device: Device) -> list[str]:
+    """Return a line for the fastest shorter pipeline with more data-parallel ranks instead, if it is worth it."""
+    plan, stages = _plan(config, device), config.parallel.pipeline_model_parallel_size
+    found = []
+    for fewer in (size for size in range(1, stages) if stages % size == 0):
+        try:
+            batch = solve_batch(
+                config.batch.global_batch, config.batch.micro_batch, None, config.batch.data_parallel * stages // fewer
+            )
+        except ConfigError:
+            continue  # the global batch does not divide
+        layers = derive_pipeline_layers(config.model.num_layers, fewer)
+        parallel = config.parallel.model_copy(update={"pipeline_model_parallel_size": fewer, "pipeline_layers": layers})
+        other = _plan(replace(config, parallel=parallel, batch=batch), device)
+        found.append((other.seconds, fewer, other))
+    seconds, fewer, other = min(found, key=lambda entry: entry[0], default=(plan.seconds, stages, plan))
+    if seconds >= (1 - _WORTH) * plan.seconds:
+        return []
+    return [
+        f"raptr_ds.parallel.pipeline_model_parallel_size={fewer} instead of {stages}, on as many processes, would "
+        f"take {seconds / 3600:,.4g} h instead of {plan.seconds / 3600:,.4g} h, with {other.peak_bytes / _GIB:.1f} GiB "
+        f"on the fullest rank instead of {plan.peak_bytes / _GIB:.1f}."
+    ]
+
+
+def _plan(config: RunConfig, device: Device) -> RunPlan:
+    return plan_run(path_method_of(config), setting_of(config, device))
+
+
+def _percent(plan: RunPlan) -> str:
+    return f"{plan.seconds_saved:.1%}"

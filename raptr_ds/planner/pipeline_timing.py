@@ -1,0 +1,126 @@
+"""Real pipeline steps, timed beside the simulator's: DeepSpeed's engine and processes, layers that sleep or compute."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.random_batch import random_step_batch
+from raptr_ds.engine.build import build_engine
+from raptr_ds.engine.pipeline import PipelineEngine
+from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.paths import Path
+from raptr_ds.planner.simulator import pipeline_seconds
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """One step: its path, the slowest rank's wall time, and the simulator's time for the pipeline alone."""
+
+    path: Path
+    measured_seconds: float
+    simulated_seconds: float
+
+
+class _Sleep(torch.autograd.Function):
+    """The identity, which takes its time in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float, backward_seconds: float) -> torch.Tensor:  # pyright: ignore
+        ctx.backward_seconds = backward_seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore
+        time.sleep(ctx.backward_seconds)
+        return gradient, None, None
+
+
+def sleep_in_layers(stage: Stage, forward_seconds: float, backward_seconds: float) -> None:
+    """Replace what the stage's layers compute by sleeping, so that timing needs no core of its own for each process.
+
+    All layers of the path that are here sleep at once: on a busy machine each awakening may come late.
+    """
+    layers = [int(name) for name in stage.layers]
+
+    def sleep(x: torch.Tensor, path: Path, *_: Any) -> torch.Tensor:
+        count = len(path.active_in(layers))
+        return _Sleep.apply(x, count * forward_seconds, count * backward_seconds) if count else x
+
+    stage.layers.forward = sleep  # type: ignore[method-assign]
+
+
+def time_steps(
+    config: RunConfig,
+    groups: ProcessGroups,
+    paths: Sequence[Path],
+    forward_seconds: float,
+    backward_seconds: float,
+    *,
+    sleeps: bool,
+    repetitions: int = 1,
+    warmup_steps: int = 2,
+) -> list[TimedStep]:
+    """Run a step along each path on this pipeline and return its times, the best of some repetitions.
+
+    Every rank calls it alike.
+
+    forward_seconds, backward_seconds: of a layer and a micro batch. sleeps: layers take just these times, instead of
+    computing; then they are what the simulator is told too.
+    """
+    engine = build_engine(config, groups)
+    assert isinstance(engine, PipelineEngine), "one pipeline stage has no pipeline to time"
+    if sleeps:
+        sleep_in_layers(engine.body.stage, forward_seconds, backward_seconds)
+    batch = random_step_batch(config, groups.data_rank)
+    full = Path.full(config.model.num_layers)
+    for step in range(warmup_steps):
+        engine.train_step(batch, full, step, 1e-4)
+    measured = [float("inf")] * len(paths)
+    for repetition in range(repetitions):  # all paths in turns: what disturbs one disturbs its neighbours
+        for number, path in enumerate(paths):
+            step = warmup_steps + repetition * len(paths) + number
+            seconds = _slowest(groups, partial(engine.train_step, batch, path, step, 1e-4))
+            measured[number] = min(measured[number], seconds)
+    simulated = [_simulated(config, forward_seconds, backward_seconds, path) for path in paths]
+    return [TimedStep(*values) for values in zip(paths, measured, simulated, strict=True)]
+
+
+def fit_layer_seconds(steps: Sequence[TimedStep]) -> tuple[float, float]:
+    """Return (seconds of a layer's forward and backward pass on a micro batch, seconds of a step beside them).
+
+    Least squares over steps whose simulation took one second a layer for both passes together.
+    """
+    table = np.array([[step.simulated_seconds, 1.0] for step in steps])
+    measured = np.array([step.measured_seconds for step in steps])
+    (layer, rest), *_ = np.linalg.lstsq(table, measured, rcond=None)
+    return float(layer), float(rest)
+
+
+def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: float, path: Path) -> float:
+    counts, start = [], 0
+    for num_layers in config.parallel.pipeline_layers or ():
+        counts.append(len(path.active_in(range(start, start + num_layers))))
+        start += num_layers
+    active = np.array(counts, dtype=np.float64)
+    times = pipeline_seconds(
+        active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
+    )
+    return float(times.max())
+
+
+def _slowest(groups: ProcessGroups, step: Callable[[], object]) -> float:
+    dist.barrier(group=groups.control)
+    start = time.perf_counter()
+    step()
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
+    return seconds.item()

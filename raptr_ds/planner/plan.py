@@ -1,0 +1,192 @@
+"""Plan: what a run will execute, take and hold, phase by phase, against the standard run; nothing is launched."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from raptr_ds.paths.cost import ModelShape, step_flops
+from raptr_ds.paths.path import Path
+from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.schedule import Phase
+from raptr_ds.planner.memory import RankMemory, TrainingState, rank_memory
+from raptr_ds.planner.step_time import Device, Layout, StepSeconds, active_in_parts, activity_table, step_seconds
+
+_SAMPLED_STEPS = 64  # of a phase, whose paths stand for all of it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a plan needs beside the paths: model, layout, device, and what one step trains on.
+
+    predicted_per_sequence: expected predicted positions of a sequence. keep_up_to: active layers of a pipeline stage up
+    to which none is recomputed. micro_batches: sequences of a micro batch in each phase, where they grow.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    device: Device
+    state: TrainingState
+    predicted_per_sequence: float
+    keep_up_to: int = 0
+    micro_batches: tuple[int, ...] = ()
+
+    def in_phase(self, phase: Phase, most_active: int) -> "Setting":
+        """Return the setting of a phase whose paths have up to most_active layers on a pipeline stage."""
+        layout = self.layout
+        if self.micro_batches:
+            size = self.micro_batches[phase.index]
+            number = layout.micro_batch * layout.num_micro_batches // size
+            layout = replace(layout, micro_batch=size, num_micro_batches=number)
+        return replace(self, layout=replace(layout, recompute=layout.recompute and most_active > self.keep_up_to))
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of a global batch."""
+        return self.layout.micro_batch * self.layout.num_micro_batches * self.layout.data
+
+    def flops(self, path_length: float) -> float:
+        """Return the FLOPs of a step of this (expected) path length, by the whole job."""
+        counts = self.num_sequences, round(self.num_sequences * self.predicted_per_sequence), self.layout.recompute
+        head, layer = step_flops(self.shape, 0, *counts), step_flops(self.shape, 1, *counts)
+        return head + path_length * (layer - head)
+
+    def seconds(self, paths: Sequence[Path]) -> StepSeconds:
+        """Return the predicted times of a step along each path."""
+        return step_seconds(paths, self.shape, self.layout, self.device, self.predicted_per_sequence)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of a run: per-step values are means over its paths; memory is the fullest rank's, at its worst path."""
+
+    phase: Phase
+    path_length: float
+    layout: Layout
+    step_flops: float
+    step_seconds: float
+    fullest_stage: int
+    memory: RankMemory
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run's phases that have steps, and one step of the standard run for comparison."""
+
+    phases: tuple[PhasePlan, ...]
+    full_step_flops: float
+    full_step_seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return sum(plan.phase.num_steps for plan in self.phases)
+
+    @property
+    def flops(self) -> float:
+        """Executed FLOPs of the whole run."""
+        return sum(plan.phase.num_steps * plan.step_flops for plan in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the whole run's steps."""
+        return sum(plan.phase.num_steps * plan.step_seconds for plan in self.phases)
+
+    @property
+    def flops_saved(self) -> float:
+        """Fraction of the standard run's FLOPs that is not executed."""
+        return 1 - self.flops / (self.num_steps * self.full_step_flops)
+
+    @property
+    def seconds_saved(self) -> float:
+        """Fraction of the standard run's time that is saved."""
+        return 1 - self.seconds / (self.num_steps * self.full_step_seconds)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory of the fullest rank in any phase."""
+        return max(plan.memory.total for plan in self.phases)
+
+
+def plan_run(method: PathMethod, setting: Setting) -> RunPlan:
+    """Return the plan of a run."""
+    full = Path.full(method.num_layers)
+    phases = [phase for phase in method.phases.phases if phase.num_steps]
+    return RunPlan(
+        tuple(_plan_phase(method, phase, setting) for phase in phases),
+        setting.flops(method.num_layers),
+        float(setting.seconds([full]).total[0]),
+    )
+
+
+def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan:
+    num_sampled = min(phase.num_steps, _SAMPLED_STEPS)
+    steps = [phase.first_step + number * phase.num_steps // num_sampled for number in range(num_sampled)]
+    paths = [method.path_at(step) for step in steps]
+    expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
+    length = expected / phase.num_steps
+    draws = [draw for path in paths for draw in path.draws]
+    setting = setting.in_phase(phase, int(active_by_stage(draws, setting.layout).max()))
+    stage, memory = fullest_rank(draws, setting)
+    seconds = float(setting.seconds(paths).total.mean())
+    return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
+
+
+def active_by_stage(paths: Sequence[Path], layout: Layout) -> np.ndarray:
+    """Return the active layers of each pipeline stage, (paths, stages)."""
+    parts = active_in_parts(activity_table(paths), layout.stage_layers)
+    return parts.reshape(len(paths), layout.num_chunks, layout.num_stages).sum(axis=1)
+
+
+def fullest_rank(paths: Sequence[Path], setting: Setting) -> tuple[int, RankMemory]:
+    """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
+    layout = setting.layout
+    most = active_by_stage(paths, layout).max(axis=0)
+    held = [
+        rank_memory(setting.shape, layout, setting.state, stage, int(count), setting.predicted_per_sequence)
+        for stage, count in enumerate(most)
+    ]
+    stage = int(np.argmax([memory.total for memory in held]))
+    return stage, held[stage]
+
+
+def keepable_layers(setting: Setting, memory_bytes: float) -> int:
+    """Return up to how many active layers on any pipeline stage fit into a rank's memory without recomputation."""
+    layout = replace(setting.layout, recompute=False)
+    deepest = max(sum(layout.stage_layers[stage :: layout.num_stages]) for stage in range(layout.num_stages))
+    for count in range(deepest, 0, -1):
+        needed = max(
+            rank_memory(setting.shape, layout, setting.state, stage, count, setting.predicted_per_sequence).total
+            for stage in range(layout.num_stages)
+        )
+        if needed <= memory_bytes:
+            return count
+    return 0
+
+
+def propose_schedule(
+    num_layers: int, least_length: int, saving: float, saved_by: Callable[[tuple[int, ...]], float]
+) -> tuple[int, ...] | None:
+    """Return the four path lengths, the last the full depth, whose run saves most nearly `saving` of the FLOPs.
+
+    least_length: of a path, at least the fixed layers; saved_by: the saving of a run by these lengths, in full. The
+    lengths grow as evenly as they can; None if no schedule saves as much, to within half of the smallest step.
+    """
+    found: dict[tuple[int, ...], float] = {}
+    for reach in range(num_layers - least_length + 1):
+        even = [num_layers - round(reach * share / 3) for share in (3, 2, 1)]
+        for second in (0, -1, 1):
+            for third in (0, -1, 1):
+                lengths = (even[0], even[1] + second, even[2] + third, num_layers)
+                if lengths[0] >= least_length and list(lengths) == sorted(lengths):
+                    found.setdefault(lengths, saved_by(lengths))
+    best = min(found, key=lambda lengths: (round(abs(found[lengths] - saving), 9), _unevenness(lengths)))
+    finest = saved_by((num_layers - 1, num_layers, num_layers, num_layers)) if num_layers > least_length else 0.0
+    return best if abs(found[best] - saving) <= max(finest, 1e-9) else None
+
+
+def _unevenness(lengths: Sequence[int]) -> int:
+    """Return how far the lengths are from growing by equal steps: the squares of what the steps differ by, summed."""
+    steps = [after - before for before, after in pairwise(lengths)]
+    return sum((after - before) ** 2 for before, after in pairwise(steps))

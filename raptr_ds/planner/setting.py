@@ -1,0 +1,102 @@
+"""From a run's configuration to what a plan of it needs: layout, training state, and the work of its objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raptr_ds.config.derive import derive_overlap
+from raptr_ds.config.load import RunConfig
+from raptr_ds.data.loader import predictions_per_sequence
+from raptr_ds.paths import PathMethod
+from raptr_ds.paths.cost import layer_parameters
+from raptr_ds.planner.memory import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
+from raptr_ds.planner.plan import Setting
+from raptr_ds.planner.step_time import Device, Layout
+from raptr_ds.runtime.method import path_method_of, shape_of
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """Return how the run's steps are spread out."""
+    assert config.parallel.pipeline_layers is not None, "not derived"
+    recompute = config.parallel.activation_checkpointing
+    layer = layer_parameters(shape_of(config)) / config.parallel.tensor_model_parallel_size
+    accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
+    return Layout(
+        stage_layers=config.parallel.pipeline_layers,
+        micro_batch=config.batch.micro_batch,
+        num_micro_batches=config.batch.accumulation,
+        tensor=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        data=config.batch.data_parallel,
+        # Stages 1 and 2 are left out where there is nobody to share with (engine/deepspeed_engine.py).
+        zero_stage=config.zero_stage if config.batch.data_parallel > 1 or config.zero_stage == 3 else 0,
+        recompute=recompute,
+        bytes_per_value=4 if config.precision == "fp32" else 2,
+        gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
+        kept_whole=kept_whole(config.deepspeed.get("zero_optimization", {}), layer, recompute),
+    )
+
+
+def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bool) -> float:
+    """Return the parameters that ZeRO 3 leaves whole from a micro batch's forward pass to its backward pass, at most.
+
+    layer: parameters of one layer on a rank. Two limits of DeepSpeed, of which the looser one counts. A weight is kept
+    if no more than stage3_max_reuse_distance elements come before its next use; what follows the layer comes twice
+    until then, and three times where it is recomputed. Prefetching, if there is any, passes over weights that are whole
+    until it meets the backward pass, and keeps them too: only stage3_max_live_parameters holds it back, which counts
+    what is in use, about an MLP. Right to half a layer, as whole matrices are let go of. (With neither, recomputation
+    gathers a third time, which the cost model does not count.)
+    Source: runtime/zero/partitioned_param_coordinator.py of deepspeed 0.19.8; counted in tests/dist.
+    """
+    reuse = int(zero_optimization.get("stage3_max_reuse_distance", DEFAULT_KEPT_PARAMETERS)) / (3 if recompute else 2)
+    if int(zero_optimization.get("stage3_prefetch_bucket_size", 1)) == 0:
+        return reuse
+    return max(reuse, int(zero_optimization.get("stage3_max_live_parameters", DEFAULT_KEPT_PARAMETERS)) - layer * 2 / 3)
+
+
+def micro_batches_of(config: RunConfig, method: PathMethod, on_gpu: bool) -> tuple[int, ...]:
+    """Return the sequences of a micro batch in each phase: the run file's, or more where it may grow."""
+    phases, base = method.phases.phases, config.batch.micro_batch
+    if not config.parallel.grow_micro_batch:
+        return tuple(base for _ in phases)
+    layout, shape, state = layout_of(config), shape_of(config), training_state_of(config, on_gpu)
+    predicted = predictions_per_sequence(config)
+    lengths = [config.model.num_layers if phase.path_length is None else phase.path_length for phase in phases]
+    return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
+
+
+def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_parallel: int) -> int:
+    """Return how many buffers of gradients ZeRO has, at this stage over so many ranks: two where reducing overlaps."""
+    zero = {**config.deepspeed.get("zero_optimization", {}), "stage": zero_stage}
+    overlaps = zero.get("overlap_comm", False)
+    if on_gpu:
+        overlaps = derive_overlap(zero, data_parallel, config.parallel, config.path.paths_per_step)
+    return 2 if overlaps and zero_stage < 3 else 1
+
+
+def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
+    """Return what decides the run's memory beside shape and layout."""
+    momentum = 4 if config.optimizer["params"].get("momentum") else 0
+    zero = config.deepspeed.get("zero_optimization", {})
+    return TrainingState(
+        num_attention_heads=config.model.num_attention_heads,
+        hidden_dropout=config.model.hidden_dropout or 0.0,
+        attention_dropout=config.model.attention_dropout or 0.0,
+        optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
+        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
+        reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
+        on_gpu=on_gpu,
+        compiled=config.compiles(on_gpu),
+    )
+
+
+def setting_of(config: RunConfig, device: Device) -> Setting:
+    """Return what a plan of the run needs beside its paths."""
+    return Setting(
+        shape_of(config),
+        layout_of(config),
+        device,
+        training_state_of(config, device.is_gpu),
+        predictions_per_sequence(config),
+        keep_up_to=config.parallel.keep_activations_up_to,
+        micro_batches=micro_batches_of(config, path_method_of(config), device.is_gpu),
+    )

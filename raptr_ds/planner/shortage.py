@@ -1,0 +1,163 @@
+"""A device's memory and a run: what the plan needs of it, a warning where that is more, and what would help."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from raptr_ds.config.load import RunConfig
+from raptr_ds.planner.memory import RankMemory, logits_bytes, rank_memory
+from raptr_ds.planner.plan import Setting
+from raptr_ds.planner.setting import reduce_buffers_of, setting_of
+from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.method import path_method_of
+
+_GIB = 1 << 30
+_FRAGMENTED = 0.05  # of the device's memory, reserved by torch and not in use: from there on it is worth a word
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A GPU's memory in bytes. allocated: tensors of this process; reserved: what torch holds for them."""
+
+    name: str
+    total: int
+    allocated: int = 0
+    reserved: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> "DeviceMemory | None":
+        """Return that of a device, None for a CPU, whose memory is shared with whatever else runs."""
+        if device.type != "cuda":
+            return None
+        properties = torch.cuda.get_device_properties(device)
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return cls(properties.name, properties.total_memory, allocated, reserved)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What ranks of one pipeline stage hold at the peak of the run's longest paths, and what would lower it."""
+
+    config: RunConfig
+    setting: Setting
+    stage: int
+    num_active: int
+
+    @classmethod
+    def of(cls, config: RunConfig, stage: int, on_gpu: bool, longest: int | None = None) -> "MemoryNeed":
+        """Return that of a run whose vocabulary's size is known; longest: layers of the path, if not the run's own."""
+        setting = setting_of(config, Device(is_gpu=on_gpu))
+        layout = setting.layout
+        if longest is None:
+            phases = path_method_of(config).phases.phases
+            longest = max(phase.path_length or config.model.num_layers for phase in phases)
+        num_active = min(longest, sum(layout.stage_layers[stage :: layout.num_stages]))
+        recompute = layout.recompute and num_active > setting.keep_up_to
+        setting = replace(setting, layout=replace(layout, recompute=recompute))
+        return cls(config, setting, stage, num_active)
+
+    @property
+    def memory(self) -> RankMemory:
+        """The bytes, by kind."""
+        return self._memory_of(self.setting)
+
+    def _memory_of(self, setting: Setting) -> RankMemory:
+        predicted = setting.predicted_per_sequence
+        return rank_memory(setting.shape, setting.layout, setting.state, self.stage, self.num_active, predicted)
+
+    def parts(self) -> list[str]:
+        """Return what is held, the largest first."""
+        memory, layout, setting = self.memory, self.setting.layout, self.setting
+        what = f"activations of {self.num_active} layers and {layout.micro_batch} sequences"
+        if self.stage == layout.num_stages - 1:
+            logits = logits_bytes(setting.shape, layout, setting.predicted_per_sequence)
+            what += f", of them logits {_gib(logits)}"
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer state": memory.optimizer,
+            what: memory.activations,
+            "context and workspaces (an estimate)": memory.context,
+        }
+        ordered = sorted(parts.items(), key=lambda part: -part[1])
+        return [f"{_gib(size)} {name}" for name, size in ordered if size]
+
+    def remedies(self) -> list[str]:
+        """Return the settings that would lower the peak, each with by how much, the best first."""
+        now = self.memory.total
+        saved = [(now - self._memory_of(setting).total, text) for text, setting in self._alternatives()]
+        return [f"{text}: {_gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
+
+    def _alternatives(self) -> Iterator[tuple[str, Setting]]:
+        layout, model = self.setting.layout, self.config.model
+
+        def changed(**values: int | bool) -> Setting:
+            other, state = replace(layout, **values), self.setting.state
+            state = replace(  # what the run then would derive
+                state,
+                compiled=state.compiled and other.zero_stage <= 2,
+                reduce_buffers=reduce_buffers_of(self.config, state.on_gpu, other.zero_stage, other.data),
+            )
+            return replace(self.setting, layout=other, state=state)
+
+        if layout.micro_batch > 1:
+            half, twice = layout.micro_batch // 2, 2 * layout.num_micro_batches
+            yield (
+                f"train_micro_batch_size_per_gpu={half}",
+                changed(micro_batch=half, num_micro_batches=twice),
+            )
+        if not layout.recompute:
+            yield "raptr_ds.parallel.activation_checkpointing=true (a third more work)", changed(recompute=True)
+        highest = 1 if layout.num_stages > 1 else 3
+        for zero_stage in range(max(1, layout.zero_stage + 1), highest + 1):
+            if layout.data > 1:
+                text = f"zero_optimization.stage={zero_stage} over the {layout.data} data-parallel ranks"
+                yield text, changed(zero_stage=zero_stage)
+            else:
+                text = f"twice the processes, with zero_optimization.stage={zero_stage} over 2 data-parallel ranks"
+                yield text, changed(zero_stage=zero_stage, data=2)
+        sizes = range(2 * layout.tensor, model.num_attention_heads + 1, layout.tensor)
+        for tensor in sizes:
+            if model.num_attention_heads % tensor == 0 and (model.ffn_hidden_size or 0) % tensor == 0:
+                times = tensor // layout.tensor
+                text = f"raptr_ds.parallel.tensor_model_parallel_size={tensor} on {times} times the processes"
+                yield text, changed(tensor=tensor)
+                break
+
+
+def shortage(config: RunConfig, device: DeviceMemory | None) -> list[str]:
+    """Return a warning if the plan of the run's fullest rank needs more than a device has; nothing otherwise."""
+    if device is None:
+        return []
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    needs = [MemoryNeed.of(config, stage, on_gpu=True) for stage in stages]
+    need = max(needs, key=lambda need: need.memory.total)
+    if need.memory.total <= device.total:
+        return []
+    return [
+        f"warning: by the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} has "
+        f"{_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
+        *(f"  {line}" for line in need.remedies()),
+    ]
+
+
+def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> list[str]:
+    """Return what a device that ran out of memory was to hold by the plan, and what would help."""
+    need = MemoryNeed.of(config, stage, on_gpu=device is not None)
+    there = "" if device is None else f" of {_gib(device.total)} ({device.name})"
+    lines = [
+        f"By the plan this rank needs about {_gib(need.memory.total)}{there}: {'; '.join(need.parts())}.",
+        "What would help, by the same plan:",
+        *(f"  {line}" for line in need.remedies()),
+    ]
+    if device is not None and (unused := device.reserved - device.allocated) > _FRAGMENTED * device.total:
+        lines.append(
+            f"  the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True: torch held {_gib(unused)} that "
+            "no tensor used"
+        )
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"

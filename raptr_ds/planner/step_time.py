@@ -1,0 +1,231 @@
+"""Step time: a cost model that predicts how long a step along any path takes on any layout.
+
+Layers and head take their executed FLOPs at the effective speed; tensor-parallel reductions, transfers between
+pipeline stages, the gradients' reduction, ZeRO's gathers and copies and the optimizer take their bytes at the links'
+and the memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the
+slow side where communication hides behind computation.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptr_ds.paths.cost import ModelShape, head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
+from raptr_ds.paths.path import Path
+from raptr_ds.planner.simulator import pipeline_seconds
+
+OPTIMIZER_BYTES = 30
+"""AdamW's of a parameter: fp32 weight and two moments read and written, gradient read, 16-bit weight written."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device and its links reach in practice; the defaults are rough figures of a datacentre GPU of 2023."""
+
+    flops_per_second: float = 400e12
+    memory_bytes_per_second: float = 2e12
+    machine_bytes_per_second: float = 300e9
+    """Links inside a machine."""
+    network_bytes_per_second: float = 40e9
+    """Links between machines, for one device."""
+    ranks_per_machine: int = 8
+    latency_seconds: float = 10e-6
+    """Of one message or collective."""
+    is_gpu: bool = True
+    """Which decides what a layer keeps in memory (planner/memory.py)."""
+
+    def link_bytes_per_second(self, num_ranks: int) -> float:
+        """Return the speed between ranks of a group that spans num_ranks neighbours."""
+        inside = num_ranks <= self.ranks_per_machine
+        return self.machine_bytes_per_second if inside else self.network_bytes_per_second
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread out.
+
+    stage_layers: layers of each pipeline part in the model's order; with num_chunks > 1 stage s holds the parts s,
+    s + stages, ... (interleaved). micro_batch: sequences; num_micro_batches: of each data-parallel rank.
+    sequence_parallel: the residual stream is split over the tensor ranks (which decides memory; times leave it out).
+    """
+
+    stage_layers: tuple[int, ...]
+    micro_batch: int
+    num_micro_batches: int
+    tensor: int = 1
+    data: int = 1
+    num_chunks: int = 1
+    zero_stage: int = 1
+    recompute: bool = False
+    bytes_per_value: int = 2
+    gradient_bytes_per_value: int | None = None
+    kept_whole: float = np.inf
+    sequence_parallel: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return len(self.stage_layers) // self.num_chunks
+
+    @property
+    def stream_ranks(self) -> int:
+        """Processes that share the residual stream of a sequence."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the job."""
+        return self.tensor * self.data * self.num_stages
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Where the time of steps goes; arrays of one shape (paths,)."""
+
+    pipeline: np.ndarray
+    gradients: np.ndarray
+    gathers: np.ndarray
+    copies: np.ndarray
+    optimizer: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """Seconds of a step."""
+        return self.pipeline + self.gradients + self.gathers + self.copies + self.optimizer
+
+
+def activity_table(paths: Iterable[Path]) -> np.ndarray:
+    """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
+
+    Of several paths in one step, their mean.
+    """
+    return np.array([np.mean([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+
+
+def trained_table(paths: Iterable[Path]) -> np.ndarray:
+    """Return how much of each layer each step trains, (steps, layers): of several paths in one step, what any runs."""
+    return np.array([np.max([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+
+
+def _activity(path: Path) -> np.ndarray:
+    row = np.zeros(path.num_layers)
+    row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
+    return row
+
+
+def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.ndarray:
+    """Return the number of active layers of each pipeline part, (paths, parts)."""
+    assert sum(stage_layers) == activity.shape[-1], f"{stage_layers} for {activity.shape[-1]} layers"
+    sums = np.concatenate([np.zeros((*activity.shape[:-1], 1)), activity.cumsum(axis=-1)], axis=-1)
+    ends = np.cumsum((0, *stage_layers))
+    return sums[..., ends[1:]] - sums[..., ends[:-1]]
+
+
+def step_seconds(
+    paths: Sequence[Path], shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
+) -> StepSeconds:
+    """Return the predicted times of a training step along each path, arrays (paths,).
+
+    A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
+    whole optimizer step. predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
+    """
+    active = active_in_parts(activity_table(paths), layout.stage_layers)
+    trained = active_in_parts(trained_table(paths), layout.stage_layers)
+    layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
+    reduction = tensor_reduction_seconds(shape, layout, device)
+    head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
+    head_seconds = head / layout.tensor / device.flops_per_second
+    # The backward pass has two products for each one of the forward pass, and as many reductions.
+    forward, backward = active * (layer + reduction), active * (2 * layer + reduction)
+    if layout.recompute:
+        backward += forward
+    forward[..., -1] += head_seconds
+    backward[..., -1] += 2 * head_seconds
+    stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
+    transfer = device.latency_seconds + stream_bytes / device.link_bytes_per_second(layout.num_ranks)
+    pipeline = pipeline_seconds(
+        forward,
+        backward,
+        layout.num_micro_batches,
+        transfer,
+        num_chunks=layout.num_chunks,
+        schedule="interleaved" if layout.num_chunks > 1 else "deepspeed",
+    )
+    run, trained, outer = (_stage_parameters(layers, shape, layout) for layers in (active, trained, 0 * active))
+    # Not kept since the forward pass, a layer's weights are gathered again for the backward pass.
+    gathered = run + np.maximum(0, run - outer - layout.kept_whole) if layout.zero_stage == 3 else trained
+    # What happens at every micro batch is for the layers that it runs, what happens once for those that any ran.
+    return StepSeconds(
+        pipeline.max(axis=-1),
+        _gradient_seconds(run if layout.zero_stage >= 2 else trained, layout, device).max(axis=-1),
+        _gather_seconds(gathered, layout, device).max(axis=-1),
+        _copy_seconds(run, trained, layout, device).max(axis=-1),
+        _optimizer_seconds(trained, layout, device).max(axis=-1),
+    )
+
+
+def tensor_reduction_seconds(shape: ModelShape, layout: Layout, device: Device) -> float:
+    """Return what two reductions over the tensor ranks take: of a layer's pass over a micro batch in one direction."""
+    if layout.tensor == 1:
+        return 0.0
+    stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
+    ring = 2 * (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
+    return 2 * (ring + device.latency_seconds)
+
+
+def _stage_parameters(active: np.ndarray, shape: ModelShape, layout: Layout) -> np.ndarray:
+    """Return the parameters of one device of active layers, (paths, stages): those, embedding, head."""
+    by_stage = active.reshape(*active.shape[:-1], layout.num_chunks, layout.num_stages).sum(axis=-2)
+    outer = [outer_parameters(shape, stage, layout.num_stages) for stage in range(layout.num_stages)]
+    return (by_stage * layer_parameters(shape) + outer) / layout.tensor
+
+
+def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
+    """Return the reduction over the data-parallel ranks; ZeRO 2 and 3 reduce at every micro batch.
+
+    An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
+    (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
+    """
+    if layout.data == 1:
+        return np.zeros_like(parameters)
+    ring = 1 if layout.zero_stage == 3 else 2
+    times = layout.num_micro_batches if layout.zero_stage >= 2 else 1
+    width = layout.gradient_bytes_per_value or layout.bytes_per_value
+    size = parameters * width * ring * (layout.data - 1) / layout.data
+    return times * (size / _data_link(layout, device) + device.latency_seconds)
+
+
+def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
+    """Return ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
+    if layout.data == 1 or layout.zero_stage == 0:
+        return np.zeros_like(parameters)
+    times = layout.num_micro_batches if layout.zero_stage == 3 else 1
+    size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
+    return times * (size / _data_link(layout, device) + device.latency_seconds)
+
+
+def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
+    """Return what passes over gradients and weights take on their way through flat buffers.
+
+    How often an element is written, in each micro batch where its layer runs and once in a step that trains it, is
+    counted in DeepSpeed 0.19.8's ZeRO (tests/dist/test_proportional.py): into a bucket, divided, flattened for the
+    reduction, and of a rank's own part back and flattened again.
+    """
+    if layout.data == 1:
+        return np.zeros_like(trained)
+    own = 1 / layout.data
+    each, once = ((0, 3), (0, 3 + 4 * own), (3 + 2 * own, 2 * own), (4 + 2 * own, 3 * own))[layout.zero_stage]
+    written = layout.num_micro_batches * each * run + once * trained
+    width = layout.gradient_bytes_per_value or layout.bytes_per_value
+    return 2 * width * written / device.memory_bytes_per_second
+
+
+def _data_link(layout: Layout, device: Device) -> float:
+    # Ranks count tensor fastest, then data, then pipeline.
+    return device.link_bytes_per_second(layout.tensor * layout.data)
+
+
+def _optimizer_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
+    shards = layout.data if layout.zero_stage >= 1 else 1
+    return parameters / shards * OPTIMIZER_BYTES / device.memory_bytes_per_second

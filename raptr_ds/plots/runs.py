@@ -1,0 +1,107 @@
+"""Plots of runs: loss against steps and executed FLOPs, and which layers ran when."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from raptr_ds.plots.curves import Curves, smooth
+
+# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow; then, where there are more than
+# seven, five that differ from it in lightness.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#7F3B08", "#542788", "#8C8C8C", "#B2182B", "#4D9221"),
+)
+_TEXT_POINTS = 12
+_GREY = "#555555"
+
+
+def plot_runs(runs: Sequence[Curves], file: Path) -> None:
+    """Write a PNG: both loss plots on top, one path heat map for each run below.
+
+    Full-model evaluations are drawn as points, training losses as lines (pale, with their moving mean, when they are
+    many). Vertical lines mark where phases begin, with their path length where one run is shown.
+    """
+    figure = Figure(figsize=(14, 5.6 + 3.0 * len(runs)), dpi=120, layout="constrained")
+    grid = figure.add_gridspec(1 + len(runs), 2, height_ratios=[5.0, *[2.4] * len(runs)])
+    by_step = figure.add_subplot(grid[0, 0])
+    by_flops = figure.add_subplot(grid[0, 1], sharey=by_step)
+    for index, run in enumerate(runs):
+        colour = COLOURS[index % len(COLOURS)]
+        for axes, by in ((by_step, run.step), (by_flops, run.flops)):
+            draw_loss(axes, run, np.asarray(by, dtype=float), colour)
+            draw_phases(axes, run, axes is by_flops, colour, labelled=len(runs) == 1)
+        draw_paths(figure.add_subplot(grid[1 + index, :]), run, colour)
+    _finish_loss(by_step, runs, "step")
+    _finish_loss(by_flops, runs, "executed FLOPs")
+    by_flops.tick_params(labelleft=False)
+    by_flops.set_ylabel("")
+    by_step.legend(fontsize=_TEXT_POINTS - 1, loc="upper right", edgecolor="none", framealpha=0.9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def draw_loss(axes: Axes, run: Curves, by: np.ndarray, colour: str) -> None:
+    """Draw a run's training loss and full-model evaluations; `by` is each training line's place on the x axis."""
+    if run.step.size > 100:
+        axes.plot(by, run.loss, color=colour, alpha=0.22, linewidth=0.8)
+        axes.plot(by, smooth(run.loss, run.step.size // 50), color=colour, linewidth=1.8, label=f"{run.name}, training")
+    else:
+        axes.plot(by, run.loss, color=colour, linewidth=1.6, label=f"{run.name}, training")
+    steps, losses = run.full_model_evaluations()
+    if steps.size:
+        places = np.interp(steps, run.step, by)
+        style = {"marker": "o", "markersize": 6.5, "markeredgecolor": "white", "linestyle": "--", "linewidth": 1.0}
+        axes.plot(places, losses, color=colour, label=f"{run.name}, full model, held out", zorder=4, **style)
+
+
+def draw_phases(axes: Axes, run: Curves, by_flops: bool, colour: str, *, labelled: bool) -> None:
+    """Mark where each phase begins."""
+    starts = run.phase_starts()
+    if len(starts) < 2:
+        return
+    for step, path_length in starts:
+        place = float(run.flops_at(np.array([step - 1]))[0]) if by_flops else step
+        if step != starts[0][0]:
+            axes.axvline(place, color=_GREY if labelled else colour, linestyle=":", linewidth=1.1, zorder=1)
+        if labelled:
+            text, at = f" {path_length:.3g}", axes.get_xaxis_transform()
+            axes.text(place, 0.012, text, transform=at, fontsize=_TEXT_POINTS - 1.5, color=_GREY, va="bottom")
+
+
+def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
+    """Draw which layers were active at which steps: coloured where active, paler where only some steps had them."""
+    activity, edges = run.activity()
+    colours = LinearSegmentedColormap.from_list("activity", ["#f4f4f4", colour])
+    layers = np.arange(run.num_layers + 1) - 0.5
+    axes.pcolormesh(edges, layers, activity, cmap=colours, vmin=0, vmax=1, rasterized=True)
+    if run.num_layers <= 48:
+        axes.hlines(layers[1:-1], edges[0], edges[-1], color="white", linewidth=0.8)
+    stride = max(1, -(-run.num_layers // 12))
+    axes.set_yticks(range(0, run.num_layers, stride))
+    axes.set_ylabel("layer", fontsize=_TEXT_POINTS)
+    axes.set_xlabel("step", fontsize=_TEXT_POINTS)
+    ran = run.path_length.mean() / run.num_layers
+    title = f"{run.name}: active layers ({ran:.0%} of all layers of all steps ran)"
+    axes.set_title(title, fontsize=_TEXT_POINTS, loc="left")
+    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
+    for step, _ in run.phase_starts()[1:]:
+        axes.axvline(step - 0.5, color="black", linestyle=":", linewidth=1.1)
+    axes.spines[:].set_visible(False)
+
+
+def _finish_loss(axes: Axes, runs: Sequence[Curves], by: str) -> None:
+    axes.set_xlabel(by, fontsize=_TEXT_POINTS)
+    axes.set_ylabel("loss", fontsize=_TEXT_POINTS)
+    note = ""
+    if any(len(run.phase_starts()) > 1 for run in runs):
+        note = "; dotted: a phase begins" + (", with its path length" if len(runs) == 1 else "")
+    axes.set_title(f"loss by {by}{note}", fontsize=_TEXT_POINTS, loc="left")
+    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(left=0)

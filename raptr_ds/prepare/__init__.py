@@ -1,0 +1,1 @@
+"""Text to data folders: sources, readers, tokenizer training, encoding, corpora by name."""

@@ -1,0 +1,156 @@
+"""Where text comes from: files, folders and Hugging Face datasets, as sources of documents that can be read again."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from raptr_ds.errors import DataError
+from raptr_ds.prepare.readers import (
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    ReadingCounts,
+    ReadingOptions,
+    documents_of_file,
+    suffix_of,
+    usable_text,
+    value_of,
+)
+
+# A .json in a folder is as likely to be a description of the data as the data: it is read when it is named.
+FOUND_IN_FOLDERS = (*TEXT_SUFFIXES, *(suffix for suffix in JSONL_SUFFIXES if suffix != ".json"), *PARQUET_SUFFIXES)
+
+
+class Source(Protocol):
+    """A corpus that can be read again and again, each time in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What the corpus is called in messages and manifests."""
+        ...
+
+    def documents(self, counts: ReadingCounts) -> Iterator[str]:
+        """Yield documents: non-empty text that encodes as UTF-8."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the documents may have changed."""
+        ...
+
+    def size_bytes(self) -> int | None:
+        """Return about how much there is to read, for the progress bar; None if unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """One file of text, JSONL or Parquet; .gz is unpacked for the first two. Unknown endings are read as text."""
+
+    path: Path
+    options: ReadingOptions
+
+    @property
+    def name(self) -> str:
+        """The path as given."""
+        return str(self.path)
+
+    def documents(self, counts: ReadingCounts) -> Iterator[str]:
+        """Return the documents of the file, in order."""
+        return documents_of_file(self.path, self.options, counts)
+
+    def fingerprint(self) -> str:
+        """Digest of path, size, time of change and options."""
+        status = self.path.stat()
+        return digest_of(str(self.path.resolve()), status.st_size, status.st_mtime_ns, repr(self.options))
+
+    def size_bytes(self) -> int:
+        """Size on disk."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A dataset of the Hugging Face hub (or a local folder that `datasets` understands), streamed."""
+
+    dataset: str
+    config: str | None
+    split: str
+    options: ReadingOptions
+
+    @property
+    def name(self) -> str:
+        """Name, configuration and split."""
+        return "/".join(part for part in (self.dataset, self.config, self.split) if part)
+
+    def documents(self, counts: ReadingCounts) -> Iterator[str]:
+        """Yield the text column of every row.
+
+        Raises: DataError if `datasets` is missing or cannot load it, or there is no such column.
+        """
+        for number, row in enumerate(self._rows()):
+            where = f"{self.name} row {number}"
+            text = usable_text(value_of(row, self.options, where, "--text-key"), self.options, counts, where)
+            if text is not None:
+                yield text
+
+    def fingerprint(self) -> str:
+        """Digest of name, configuration, split and options; changes on the hub are not seen."""
+        return digest_of(self.dataset, self.config or "", self.split, repr(self.options))
+
+    def size_bytes(self) -> None:
+        """Unknown before it is read."""
+        return
+
+    def _rows(self) -> Iterator[Any]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError("--dataset needs the package `datasets`: pip install datasets.") from error
+        try:
+            yield from datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
+        except Exception as error:  # datasets raises many kinds, its own and those of the network, at any row
+            raise DataError(
+                f"cannot load the dataset {self.name}: {type(error).__name__}: {error}. Check --dataset, "
+                "--dataset-config and --dataset-split, and that the hub or a cached copy can be reached; the same "
+                "command then goes on."
+            ) from error
+
+
+def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[list[FileSource], int]:
+    """Expand files and folders (recursive, sorted, without hidden files) to sources.
+
+    Also returns how many files of other kinds the folders hold.
+    Raises: DataError if a path does not exist or a folder holds nothing readable.
+    """
+    sources: list[FileSource] = []
+    num_ignored = 0
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+            known = [file for file in files if suffix_of(file) in FOUND_IN_FOLDERS]
+            if not known:
+                raise DataError(
+                    f"the folder {path} holds no file that ends in {', '.join(FOUND_IN_FOLDERS)} (or .gz after them), "
+                    f"among {len(files)} files. Name the files themselves: other endings are then read as text."
+                )
+            num_ignored += len(files) - len(known)
+            sources += [FileSource(file, options) for file in known]
+        elif path.is_file():
+            sources.append(FileSource(path, options))
+        else:
+            raise DataError(f"the input {path} does not exist. Give files or folders to --input.")
+    return sources, num_ignored
+
+
+def digest_of(*parts: object) -> str:
+    """Return a hexadecimal digest of the parts' types and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"{type(part).__name__}:{part!r};".encode())
+    return digest.hexdigest()
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)

@@ -1,0 +1,116 @@
+"""Documents to token ids in parallel, in order, each assigned to a split by a hash of its content."""
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.errors import DataError
+from raptr_ds.prepare.corpus import Source
+from raptr_ds.prepare.readers import ReadingCounts
+from raptr_ds.prepare.workers import worker_pool
+
+BATCH_CHARACTERS = 1 << 19
+BATCH_DOCUMENTS = 4096
+SMALL_CHARACTERS = 1 << 21
+
+
+@dataclass
+class EncodedBatch:
+    """Token ids of consecutive documents, by split, each ending with the end-of-document token."""
+
+    num_documents: int = 0
+    text_bytes: int = 0
+    train: list[np.ndarray] = field(default_factory=list)
+    validation: list[np.ndarray] = field(default_factory=list)
+
+
+def is_validation(content: bytes, fraction: float) -> bool:
+    """Return whether a document is held out: a pure function of its text, so that copies of it stay together."""
+    key = int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"raptr_split").digest(), "little")
+    return key < fraction * 2.0**64
+
+
+def encode_batch(tokenizer: Tokenizer, documents: Sequence[str], validation_fraction: float) -> EncodedBatch:
+    """Encode documents and append the end-of-document token to each."""
+    batch = EncodedBatch()
+    for document in documents:
+        content = document.encode()
+        tokens = np.append(tokenizer.encode(document), np.int32(tokenizer.eos_id))
+        (batch.validation if is_validation(content, validation_fraction) else batch.train).append(tokens)
+        batch.num_documents += 1
+        batch.text_bytes += len(content)
+    return batch
+
+
+def encoded_batches(
+    sources: Sequence[Source],
+    counts: ReadingCounts,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    *,
+    workers: int,
+    skip_documents: int = 0,
+) -> Iterator[EncodedBatch]:
+    """Yield the encoded documents of all sources in order, leaving out the first `skip_documents`.
+
+    The batches, and so everything written from them, are the same for every number of workers.
+    Raises: DataError if a worker dies.
+    """
+    documents = (document for source in sources for document in source.documents(counts))
+    batches = _batches(itertools.islice(documents, skip_documents, None))
+    head = list(itertools.islice(batches, SMALL_CHARACTERS // BATCH_CHARACTERS))
+    if workers <= 1 or len(head) < SMALL_CHARACTERS // BATCH_CHARACTERS:  # a little text: not worth a pool
+        for batch in itertools.chain(head, batches):
+            yield encode_batch(tokenizer, batch, validation_fraction)
+        return
+    pool = worker_pool(workers, _load_tokenizer, tokenizer.model, validation_fraction)
+    running: deque[Future[EncodedBatch]] = deque()
+    try:
+        for batch in itertools.chain(head, batches):
+            running.append(pool.submit(_encode_in_worker, batch))
+            if len(running) >= 4 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most likely for want of memory. Run the same command again, with fewer --workers: "
+            "it goes on where it stopped."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    held: list[str] = []
+    characters = 0
+    for document in documents:
+        held.append(document)
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS or len(held) >= BATCH_DOCUMENTS:
+            yield held
+            held, characters = [], 0
+    if held:
+        yield held
+
+
+_worker: tuple[Tokenizer, float] | None = None
+
+
+def _load_tokenizer(model: bytes, validation_fraction: float) -> None:
+    """Keep the tokenizer in the worker process: sending it with every batch would cost more than the encoding."""
+    global _worker  # noqa: PLW0603
+    _worker = (Tokenizer(model), validation_fraction)
+
+
+def _encode_in_worker(documents: list[str]) -> EncodedBatch:
+    assert _worker is not None
+    tokenizer, validation_fraction = _worker
+    return encode_batch(tokenizer, documents, validation_fraction)

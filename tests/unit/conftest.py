@@ -1,0 +1,41 @@
+"""A small made-up language, and a data folder prepared from it, for the tests of data."""
+
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.prepare.corpus import FileSource
+from raptr_ds.prepare.indexing import Preparation
+from raptr_ds.prepare.readers import ReadingOptions
+from tests.made_up_text import SETTINGS, made_up_text
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Sixty text files of forty lines."""
+    folder = tmp_path_factory.mktemp("text")
+    paths = [folder / f"{number:02}.txt" for number in range(60)]
+    for number, path in enumerate(paths):
+        path.write_text(made_up_text(number % 57, 40))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def sources(text_files: list[Path]) -> list[FileSource]:
+    """The text files as sources."""
+    return [FileSource(path, ReadingOptions()) for path in text_files]
+
+
+@pytest.fixture(scope="session")
+def data_folder(sources: list[FileSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder; tests that change it work on a copy."""
+    output = tmp_path_factory.mktemp("data") / "folder"
+    Preparation(sources, output, SETTINGS, report=lambda line: None).run()
+    return output
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data_folder: Path) -> Tokenizer:
+    """The tokenizer of the prepared folder."""
+    return Tokenizer.load(data_folder / "tokenizer.model")

@@ -1,0 +1,58 @@
+"""Statistics of a few seeds against numbers worked out by hand and printed tables."""
+
+import math
+
+import pytest
+
+from raptr_ds.lab.paired import paired_difference, student_t_cdf, student_t_quantile, summarize
+
+# Two-sided 95% values from printed tables of Student's t, three decimals.
+TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+
+
+@pytest.mark.parametrize("freedom", TABLE)
+def test_quantiles_are_those_of_the_tables(freedom):
+    assert student_t_quantile(0.975, freedom) == pytest.approx(TABLE[freedom], abs=5e-4)
+
+
+@pytest.mark.parametrize("t", [-2.0, 0.0, 0.3, 1.0, 7.5])
+def test_one_and_two_degrees_have_closed_forms(t):
+    assert student_t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi)
+    assert student_t_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
+
+
+def test_many_degrees_are_nearly_normal():
+    assert student_t_cdf(1.5, 5000) == pytest.approx(0.5 * (1 + math.erf(1.5 / math.sqrt(2))), abs=1e-4)
+
+
+def test_a_summary_by_hand():
+    summary = summarize([1.0, 2.0, 6.0])
+    assert (summary.n, summary.mean, summary.least, summary.most) == (3, 3.0, 1.0, 6.0)
+    assert summary.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    assert summarize([2.5]).deviation is None
+    assert summarize([]) is None
+
+
+def test_differences_are_paired_by_seed():
+    ours, theirs = {1: 4.0, 2: 5.0, 3: 9.5}, {3: 9.0, 2: 5.5, 1: 5.0, 4: 0.0}
+    difference = paired_difference(ours, theirs)
+    # -1, -0.5, +0.5: mean -1/3, squares about it 4/9 + 1/36 + 25/36 = 7/6, deviation sqrt(7/12).
+    assert (difference.n, difference.num_lower) == (3, 2)
+    assert difference.mean == pytest.approx(-1 / 3)
+    assert difference.half_width == pytest.approx(4.3027 * math.sqrt(7 / 12) / math.sqrt(3), rel=1e-4)
+    assert not difference.is_clear
+
+
+def test_what_seeds_share_drops_out_of_a_difference():
+    theirs = {seed: 3.0 + seed for seed in range(1, 6)}
+    ours = {seed: loss - 0.1 + 0.001 * (-1) ** seed for seed, loss in theirs.items()}
+    difference = paired_difference(ours, theirs)
+    assert difference.is_clear
+    assert difference.num_lower == 5
+    assert summarize(list(ours.values())).deviation > 100 * difference.half_width
+
+
+def test_one_pair_has_no_interval_and_none_is_no_difference():
+    assert paired_difference({1: 2.0}, {1: 1.5, 2: 1.0}).half_width is None
+    assert not paired_difference({1: 2.0}, {1: 1.5}).is_clear
+    assert paired_difference({1: 2.0}, {2: 1.0}) is None

@@ -1,0 +1,98 @@
+"""Advice and the planning tool: what a wasteful layout is told, what a good one is not, and how mistakes end."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.config.load import load_run_config
+from raptr_ds.planner.advice import advice
+from raptr_ds.planner.step_time import Device
+
+REPOSITORY = Path(__file__).parents[3]
+RUN_FILE = REPOSITORY / "deepspeed_configs" / "ul2_1b_raptr.json"
+VOCAB, PIPELINE = "raptr_ds.model.vocab_size=32000", "raptr_ds.parallel.pipeline_model_parallel_size"
+NOT_PREPARED = "raptr_ds.data.path=no/such/folder"
+
+
+def told(*overrides, processes=4):
+    return advice(load_run_config(RUN_FILE, [VOCAB, *overrides], processes), Device())
+
+
+def test_uniform_paths_on_a_pipeline_are_told_what_balanced_ones_would_take():
+    lines = told(f"{PIPELINE}=4")
+    assert any("sampling=uniform on 4 pipeline stages" in line and "sampling=balanced" in line for line in lines)
+    assert any(f"{PIPELINE}=1 instead of 4" in line for line in lines)
+
+
+def test_balanced_paths_of_lengths_that_divide_need_no_advice_on_paths():
+    lines = told(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced")
+    assert not any("sampling" in line or "does not divide" in line for line in lines)
+    uneven = told(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced", "raptr_ds.path.schedule=13-18-24")
+    assert any("13 does not divide by 4 stages. 12 or 16" in line for line in uneven)
+
+
+def test_without_a_pipeline_nothing_is_wasted():
+    assert told() == []
+
+
+def plan(monkeypatch, capsys, *arguments):
+    """Run tools/plan.py in this process and return its exit code, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", str(RUN_FILE), *arguments])
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    code = 0
+    try:
+        runpy.run_path(str(REPOSITORY / "tools" / "plan.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_the_tool_plans(monkeypatch, capsys):
+    code, out, _ = plan(
+        monkeypatch, capsys, "--processes", "8", "--tflops", "100", "--set", f"{PIPELINE}=4", NOT_PREPARED
+    )
+    assert code == 0
+    for fragment in ("1,602.7M parameters", "32,000 assumed", "pipeline 4", "100 effective", "**Warning.**", "GiB"):
+        assert fragment in out
+
+
+def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
+    code, out, _ = plan(monkeypatch, capsys, "--processes", "8", "--save", "20%", "--set", NOT_PREPARED)
+    assert code == 0
+    assert "proposed: raptr_ds.path.schedule=" in out
+    assert any(
+        f"{saved:.1f}% less" in out for saved in (19.5, 19.6, 19.7, 19.8, 19.9, 20.0, 20.1, 20.2, 20.3, 20.4, 20.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--save", "quarter"], "--save 'quarter' is not a share"),
+        (["--save", "90%"], "save at most"),
+        (["--processes", "0"], "at least one process"),
+        (["--tflops", "-1"], "must be above 0"),
+        (["--processes", "7"], "must be a multiple"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments, says):
+    code, out, err = plan(monkeypatch, capsys, *arguments, "--set", NOT_PREPARED)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("error:") == 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """As `... | head` does; the pipe is closed before the tool prints."""
+    read, write = os.pipe()
+    command = [sys.executable, "tools/plan.py", "deepspeed_configs/bert_base_raptr.json"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True) as tool:
+        os.close(read)
+        os.close(write)
+        errors = tool.communicate(timeout=120)[1]
+    assert (tool.returncode, errors) == (141, "")

@@ -1,0 +1,52 @@
+"""The activation formulas against what torch keeps for the real model's backward pass, on a CPU and as on a GPU."""
+
+import pytest
+import torch
+
+from raptr_ds.planner.memory import TrainingState, activation_bytes, layer_activation_bytes
+from raptr_ds.planner.step_time import Layout
+
+# Longer than what attention on a CPU computes in fp32 in place of 16 bits, which the formula leaves out.
+from tests.kept_tensors import (
+    BATCH,
+    LAYERS,
+    LENGTH,
+    PREDICTED,
+    VOCAB,
+    build,
+    kept_by_a_layer,
+    kept_bytes,
+    model_of,
+    shape_of,
+)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0), (0.1, 0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dtype, recompute):
+    stage, micro = build(groups, model_of(architecture, dropouts), dtype, recompute)
+    shape = shape_of(architecture)
+    kept = [kept_bytes(stage, micro, length) for length in (0, 1, 4)]
+    layout = Layout((LAYERS,), BATCH, 1, recompute=recompute, bytes_per_value=dtype.itemsize)
+    state = TrainingState(4, *dropouts)
+    stream = BATCH * LENGTH * 128 * dtype.itemsize
+    layer = stream if recompute else layer_activation_bytes(shape, layout, state)
+    # What the formula leaves out: norms' statistics and the logarithms of attention's sums, about 1/64 of a layer.
+    assert kept[2] - kept[1] == pytest.approx(3 * layer, rel=0.02)
+    # The head keeps one buffer of logits; beside it what the embedding, the final norm and BERT's transform keep.
+    held = activation_bytes(shape, layout, state, 0, 0, PREDICTED)
+    assert held == BATCH * PREDICTED * VOCAB * dtype.itemsize
+    assert held <= kept[0] <= held + 3 * stream
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_a_layer_keeps_what_the_formula_says(groups, architecture, rate, compiled):
+    """Attention's kernel keeps no scores, whatever its dropout: the formula is given one."""
+    state = TrainingState(4, rate, rate, on_gpu=True, compiled=compiled)
+    expected = layer_activation_bytes(shape_of(architecture), Layout((LAYERS,), BATCH, 1), state)
+    # What the formula leaves out: norms' statistics, 1/128 of the stream each in so narrow a model.
+    assert kept_by_a_layer(groups, architecture, rate, compiled) == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,139 @@
+"""Plans: totals against the method's own sums, memory by layout, and schedules for a wished saving."""
+
+from functools import cache
+
+import pytest
+
+from raptr_ds.paths import Path, build_path_method
+from raptr_ds.paths.balance import BalancedStages
+from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
+from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
+from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
+from raptr_ds.planner.step_time import Device, Layout
+
+SHAPE = ModelShape("bert", 12, 64, 32, 500, 256)
+LAYOUT = Layout((3, 3, 3, 3), micro_batch=2, num_micro_batches=8, data=2)
+
+
+def setting_of(layout=LAYOUT):
+    return Setting(SHAPE, layout, Device(), TrainingState(4), predicted_per_sequence=5.0)
+
+
+def raptr(**values):
+    defaults = {"method": "raptr", "num_layers": 12, "num_steps": 400, "seed": 1, "schedule": "6-8-10-12"}
+    return build_path_method(**{**defaults, **values})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        raptr(),
+        raptr(full_warmup_steps=30, split="proportional", sampling="bernoulli"),
+        build_path_method(method="pld", num_layers=12, num_steps=400, seed=1),
+        build_path_method(method="full", num_layers=12, num_steps=400, seed=1),
+    ],
+)
+def test_flops_are_those_that_the_run_will_count(method):
+    plan = plan_run(method, setting_of())
+    assert plan.num_steps == 400
+    assert plan.flops == pytest.approx(expected_flops_left(SHAPE, method, 0, 32, 160), rel=1e-9)
+    full = build_path_method(method="full", num_layers=12, num_steps=400, seed=1)
+    assert plan.flops_saved == pytest.approx(1 - plan.flops / expected_flops_left(SHAPE, full, 0, 32, 160))
+    assert (plan.flops_saved > 0.01) == (method.expected_layers_from(0) < 12 * 400)
+
+
+def test_balanced_paths_save_more_time_than_uniform_ones():
+    uniform = plan_run(raptr(), setting_of())
+    balanced = plan_run(raptr(sampling="balanced", stages=BalancedStages.of((3, 3, 3, 3))), setting_of())
+    assert balanced.flops_saved == uniform.flops_saved
+    assert balanced.seconds < uniform.seconds < 400 * uniform.full_step_seconds
+
+
+def test_phases_without_steps_are_left_out():
+    plan = plan_run(raptr(num_steps=2), setting_of())
+    assert [phase.phase.num_steps for phase in plan.phases] == [1, 1]
+
+
+def test_zero_stages_share_what_they_share():
+    totals = num_parameters(SHAPE)
+
+    def memory(zero, data, **values):
+        layout = Layout((12,), 2, 8, data=data, zero_stage=zero, **values)
+        return rank_memory(SHAPE, layout, TrainingState(4), 0, 12, 5)
+
+    assert memory(0, 4).weights == totals * 2
+    assert memory(0, 4).optimizer == totals * 12
+    assert memory(0, 4, bytes_per_value=4).optimizer == totals * 8
+    assert memory(1, 4).optimizer == totals * 3
+    assert memory(2, 4).gradients == totals * 2 / 4
+    assert memory(3, 4).weights == totals * 2 / 4 + totals * 2  # small enough for ZeRO 3 to keep it whole
+    layer = 12 * SHAPE.hidden_size**2 * 2
+    assert memory(3, 4, kept_whole=0).weights == pytest.approx(totals * 2 / 4 + layer, rel=0.02)
+    assert memory(1, 4, tensor=2).optimizer == totals * 1.5
+    assert [memory(zero, 1).total for zero in (1, 2)] == sorted(
+        [memory(zero, 1).total for zero in (1, 2)], reverse=True
+    )
+
+
+def test_stages_hold_all_parameters_and_a_copy_of_the_tied_embedding():
+    held = sum(rank_memory(SHAPE, LAYOUT, TrainingState(4), stage, 3, 5).weights for stage in range(4)) / 2
+    assert held == num_parameters(SHAPE) + SHAPE.vocab_size * SHAPE.hidden_size
+
+
+def test_activations_follow_path_micro_batches_and_recomputation():
+    state = TrainingState(4)
+    by_stage = [activation_bytes(SHAPE, LAYOUT, state, stage, 3, 0) for stage in range(4)]
+    assert by_stage[0] == pytest.approx(4 * by_stage[3])
+    assert by_stage == sorted(by_stage, reverse=True)
+    one = Layout((12,), 2, 8)
+    full, half = (activation_bytes(SHAPE, one, state, 0, active, 0) for active in (12, 6))
+    assert full == 2 * half
+    assert activation_bytes(SHAPE, Layout((12,), 2, 8, recompute=True), state, 0, 12, 0) < full / 3
+    stage, memory = fullest_rank([Path.full(12), Path((0, 3, 11), 12)], setting_of())
+    assert stage == 0
+    assert memory.activations == by_stage[0]
+
+
+@cache
+def saved_at_24_layers(lengths):
+    deep = Setting(ModelShape("bert", 24, 64, 32, 500, 256), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
+    return plan_run(raptr(num_layers=24, schedule="-".join(map(str, lengths))), deep).flops_saved
+
+
+@pytest.mark.parametrize("saving", [0.1, 0.2, 0.25, 0.33])
+def test_a_proposed_schedule_saves_what_was_wished(saving):
+    lengths = propose_schedule(24, 2, saving, saved_at_24_layers)
+    assert lengths is not None
+    assert len(lengths) == 4
+    assert lengths[-1] == 24
+    assert list(lengths) == sorted(lengths)
+    # Path lengths are whole: one layer in one of four phases is about a hundredth.
+    assert saved_at_24_layers(lengths) == pytest.approx(saving, abs=0.01)
+
+
+def test_a_saving_out_of_reach_has_no_schedule():
+    def saved_by(lengths):
+        return 1 - sum(lengths) / 48
+
+    assert propose_schedule(12, 2, 0.25, saved_by) == (6, 8, 10, 12)
+    assert propose_schedule(12, 2, 0.8, saved_by) is None
+    assert propose_schedule(2, 2, 0.2, saved_by) is None
+
+
+def test_micro_batches_grow_into_what_a_short_path_frees():
+    state = TrainingState(4)
+    layout = Layout((12,), 2, 12)
+
+    def kept(micro_batch, path_length):
+        return activation_bytes(SHAPE, Layout((12,), micro_batch, 1), state, 0, path_length, 5)
+
+    sizes = {length: largest_micro_batch(SHAPE, layout, state, length, 5) for length in (1, 3, 4, 6, 8, 12)}
+    assert sizes[12] == 2
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for length, size in sizes.items():
+        assert 24 % size == 0  # the sequences of a step on this rank
+        assert kept(size, length) <= kept(2, 12)
+        larger = min((times * 2 for times in (1, 2, 3, 4, 6, 12) if times * 2 > size), default=None)
+        assert larger is None or kept(larger, length) > kept(2, 12)
+    assert sizes[6] == 2  # the head's logits do not shrink with the path, so twice as many do not quite fit
+    assert largest_micro_batch(SHAPE, layout, state, 6, 0) == 4

@@ -1,0 +1,90 @@
+"""The cost model of a step: closed forms on simple layouts, and what each part follows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from raptr_ds.paths import Path
+from raptr_ds.paths.cost import ModelShape, layer_parameters, num_parameters, step_flops
+from raptr_ds.planner.step_time import Device, Layout, active_in_parts, activity_table, step_seconds
+
+SHAPE = ModelShape("ul2", 8, 64, 32, 1000, 192, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
+PATHS = [Path.full(8), Path((0, 1, 4, 7), 8), Path((0, 7), 8)]
+NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_device_takes_its_executed_flops(recompute):
+    layout = Layout((8,), micro_batch=4, num_micro_batches=3, recompute=recompute)
+    times = step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10)
+    for path, seconds in zip(PATHS, times.total, strict=True):
+        expected = step_flops(SHAPE, path.length, 12, 120, recompute) / 1e12
+        # A recomputed layer is forward again: four passes, as FLOPs count them.
+        assert seconds == pytest.approx(expected, rel=1e-12)
+
+
+def test_tensor_ranks_share_the_flops():
+    one, four = (Layout((8,), 4, 3, tensor=tensor) for tensor in (1, 4))
+    times = [step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10).total for layout in (one, four)]
+    assert times[0] == pytest.approx(4 * times[1])
+
+
+def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_it():
+    shape = dataclasses.replace(SHAPE, vocab_size=1)
+    layout = Layout((2, 2, 2, 2), 1, 32)
+    paths = [Path.full(8), Path((0, 2, 4, 6), 8), Path((0, 1, 2, 4), 8)]
+    full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline
+    assert full / balanced == pytest.approx(2.0)
+    assert 1.0 < full / uneven < 1.1
+
+
+def test_interleaved_chunks_shorten_the_bubble():
+    plain = step_seconds(PATHS, SHAPE, Layout((2, 2, 2, 2), 1, 8), NO_LINKS, 0).pipeline
+    chunked = step_seconds(PATHS, SHAPE, Layout((1,) * 8, 1, 8, num_chunks=2), NO_LINKS, 0).pipeline
+    assert plain[0] / chunked[0] == pytest.approx((8 + 3) / (8 + 3 / 2))
+
+
+def test_communication_follows_bytes_and_active_layers():
+    links = Device(np.inf, 1e9, np.inf, 1e9, ranks_per_machine=2, latency_seconds=0.0)
+    # An all-reduce sends twice what a reduce-scatter does; three micro batches. Which one DeepSpeed makes is counted
+    # in tests/dist/test_proportional.py.
+    for stage, reductions, gathers in ((0, 2, 0), (1, 2, 1), (2, 6, 1), (3, 3, 3)):
+        layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
+        times = step_seconds(PATHS, SHAPE, layout, links, 10)
+        for path, reduced, gathered, stepped in zip(
+            PATHS, times.gradients, times.gathers, times.optimizer, strict=True
+        ):
+            touched = num_parameters(SHAPE) - (8 - path.length) * layer_parameters(SHAPE)
+            assert reduced == pytest.approx(reductions * touched * 2 * 3 / 4 / 1e9)
+            assert gathered == pytest.approx(gathers * touched * 2 * 3 / 4 / 1e9)
+            assert stepped == pytest.approx(touched / (4 if stage else 1) * 30 / 1e9)
+
+
+@pytest.mark.parametrize(("kept", "again"), [(0, 8), (3, 5), (8, 0), (100, 0)])
+def test_zero_3_gathers_layers_again_that_it_has_not_kept_whole(kept, again):
+    links = Device(np.inf, np.inf, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
+    layout = Layout((8,), 4, 3, data=4, zero_stage=3, kept_whole=kept * layer_parameters(SHAPE))
+    gathered = num_parameters(SHAPE) + again * layer_parameters(SHAPE)
+    times = step_seconds([Path.full(8)], SHAPE, layout, links, 10)
+    assert times.gathers == pytest.approx(3 * gathered * 2 * 3 / 4 / 1e9)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
+    links = Device(1e12, 1e9, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
+    layout = Layout((8,), 4, 4, data=4, zero_stage=stage)
+    draws = [Path((0, 1, 4, 7), 8), Path((0, 1, 2, 3), 8)]
+    both = step_seconds([Path.of_shares(draws)], SHAPE, layout, links, 10)
+    alone = step_seconds(draws, SHAPE, layout, links, 10)
+    union = step_seconds([Path((0, 1, 2, 3, 4, 7), 8)], SHAPE, layout, links, 10)
+    assert both.pipeline == pytest.approx(alone.pipeline.mean())
+    assert both.optimizer == pytest.approx(union.optimizer)
+    assert both.gradients == pytest.approx(union.gradients if stage < 2 else alone.gradients[:1])
+    assert both.gathers == pytest.approx(union.gathers if stage < 3 else alone.gathers[:1])
+
+
+def test_layers_are_counted_by_part():
+    table = activity_table(PATHS)
+    assert active_in_parts(table, (3, 5)).tolist() == [[3, 5], [2, 2], [1, 1]]
+    assert Layout((1,) * 8, 1, 8, tensor=2, data=3, num_chunks=2).num_ranks == 24

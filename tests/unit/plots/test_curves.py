@@ -1,0 +1,100 @@
+"""Curves from metrics files that runs leave behind, whole and torn."""
+
+import json
+
+import numpy as np
+import pytest
+
+from raptr_ds.errors import DataError
+from raptr_ds.plots.curves import load_curves, smooth
+
+PATHS = [[0, 3], [0, 2, 3], [0, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def training_line(step):
+    path = PATHS[step - 1]
+    phase = 0 if step < 4 else 1
+    line = {"step": step, "loss": 10.0 - step, "path": path, "path_length": len(path), "phase": phase}
+    return {**line, "flops": 100 * step, "tokens": 10 * step, "tokens_per_second": 5.0, "mfu": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = [training_line(step) for step in range(1, 7)]
+    lines.insert(3, {"step": 3, "eval_loss": 8.5, "path_length": 4})
+    lines += [{"step": 6, "eval_loss": 5.5, "path_length": 4}, {"step": 6, "eval_loss": 7.5, "path_length": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_columns(folder):
+    curves = load_curves(folder)
+    assert curves.num_layers == 4
+    assert curves.step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert curves.loss.tolist() == [9, 8, 7, 6, 5, 4]
+    assert curves.paths == tuple((tuple(path),) for path in PATHS)
+    steps, losses = curves.full_model_evaluations()
+    assert (steps.tolist(), losses.tolist()) == ([3, 6], [8.5, 5.5])
+    assert curves.flops_at(np.array([0, 3, 6])).tolist() == [0, 300, 600]
+    assert curves.phase_starts() == [(1.0, pytest.approx(7 / 3)), (4.0, pytest.approx(11 / 3))]
+
+
+def test_depth_comes_from_the_resolved_configuration_where_there_is_one(folder):
+    (folder / "config.json").write_text(json.dumps({"raptr_ds": {"model": {"num_layers": 6}}}))
+    curves = load_curves(folder)
+    assert curves.num_layers == 6
+    assert curves.activity()[0].shape == (6, 6)
+    assert curves.full_model_evaluations()[0].size == 0
+
+
+@pytest.mark.parametrize("tail", ['{"step": 7, "loss"', '{"step": 7, "loss": 1.0, "caf\xc3'])
+def test_a_torn_last_line_is_left_out(folder, tail):
+    with (folder / "metrics.jsonl").open("a", encoding="latin-1") as stream:
+        stream.write(tail)
+    assert load_curves(folder).step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_broken_line_in_the_middle_is_refused_with_its_number(folder):
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*text[:2], "oops\n", *text[2:]]))
+    with pytest.raises(DataError, match="line 3"):
+        load_curves(folder)
+
+
+def test_missing_or_empty_metrics_are_the_users_mistake(tmp_path):
+    with pytest.raises(DataError, match="cannot read"):
+        load_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="no training line"):
+        load_curves(tmp_path)
+
+
+def test_null_is_nan_and_the_last_line_of_a_step_counts(folder):
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({**training_line(6), "loss": None, "non_finite": True}) + "\n")
+    curves = load_curves(folder)
+    assert curves.step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert np.isnan(curves.loss[-1])
+
+
+def test_activity_of_several_paths_in_a_step_is_their_share(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    training[0] |= {"path": [0, 1, 2, 3], "paths": [[0, 1, 3], [0, 2, 3], [0, 3], [0, 2, 3]]}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in training))
+    assert load_curves(folder).activity()[0].T[0].tolist() == [1.0, 0.25, 0.5, 1.0]
+
+
+def test_activity_is_exact_for_few_steps_and_a_mean_for_many(folder):
+    curves = load_curves(folder)
+    activity, edges = curves.activity()
+    assert edges.tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    assert activity.T.tolist() == [[float(layer in path) for layer in range(4)] for path in PATHS]
+    activity, edges = curves.activity(max_columns=2)
+    assert edges.tolist() == [0.5, 3.5, 6.5]
+    np.testing.assert_allclose(activity, [[1, 1], [0, 1], [1 / 3, 2 / 3], [1, 1]])
+
+
+def test_smooth_is_a_moving_mean_of_what_is_known():
+    values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(smooth(values, 2), [1, 2, 3, 5, 5, np.nan, np.nan])
