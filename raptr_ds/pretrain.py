@@ -11,11 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a file, by a launcher
-    sys.path.insert(0, str(FilePath(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.errors import Exit, RaptrError
@@ -96,7 +96,7 @@ def train(session: Session) -> Exit:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse ends with exit code 2 on a mistake, as we do."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--deepspeed_config", type=FilePath, required=True, metavar="FILE", help="the run file (HJSON)")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, metavar="FILE", help="the run file (HJSON)")
     parser.add_argument(
         "--set",
         nargs="+",

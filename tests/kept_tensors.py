@@ -19,7 +19,7 @@ from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import ModelShape
 from tests.dropout_masks import streams_of
 
@@ -97,7 +97,7 @@ def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int) -> int:
             kept[storage.data_ptr()] = tensor  # alive, so that no other storage gets its address
         return tensor
 
-    path, streams = Path(tuple(range(path_length)), LAYERS), streams_of(1, 0, micro.sample_ids)
+    path, streams = LayerPath(tuple(range(path_length)), LAYERS), streams_of(1, 0, micro.sample_ids)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = stage(micro.tokens, micro, path, streams)
     node: Any = losses.grad_fn

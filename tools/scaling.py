@@ -11,7 +11,7 @@ import _command_line
 
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.errors import ConfigError
-from raptr_ds.paths import Path as LayerPath
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
 from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
 from raptr_ds.planner.scaling_plot import plot_scaling

@@ -17,8 +17,7 @@ from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
-from raptr_ds.paths import Path as LayerPath
-from raptr_ds.paths import build_path_method
+from raptr_ds.paths import LayerPath, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.planner.pipeline_timing import TimedStep, fit_layer_seconds, time_steps
 

@@ -20,7 +20,7 @@ from raptr_ds.hf.model import hugging_face_inputs, to_hugging_face
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages, draw_balanced
 from raptr_ds.paths.path import Parts
 from raptr_ds.paths.raptr import draw_uniform
@@ -43,7 +43,7 @@ class OurStep:
         loader: Loader | None,
     ) -> None:
         self._engine, self._config, self._works, self._loader = engine, config, works, loader
-        self._agreement = PathAgreement(groups, self._words_at, Path.decode, lambda: False, _STEPS_AHEAD)
+        self._agreement = PathAgreement(groups, self._words_at, LayerPath.decode, lambda: False, _STEPS_AHEAD)
         self._step = 0
 
     def _work_at(self, step: int) -> float:
@@ -83,7 +83,7 @@ class OurStep:
         del self._engine
 
 
-def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> Path:
+def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> LayerPath:
     """Return a random path that costs `work` whole layers.
 
     So many layers, in balance over the pipeline's stages; with path.method width all, at this share of their width.
@@ -92,10 +92,10 @@ def measured_path(config: RunConfig, work: float, generator: np.random.Generator
     if config.path.method != "width":
         assert config.parallel.pipeline_layers is not None, "not derived"
         stages = BalancedStages.of(config.parallel.pipeline_layers)
-        return Path(draw_balanced(generator, stages, round(work), ()), num_layers)
+        return LayerPath(draw_balanced(generator, stages, round(work), ()), num_layers)
     width = round(work / num_layers * heads)
     drawn = [tuple(draw_uniform(generator, heads, width, ()) for _ in range(num_layers)) for _ in range(2)]
-    return Path(tuple(range(num_layers)), num_layers, parts=Parts(heads, *drawn))
+    return LayerPath(tuple(range(num_layers)), num_layers, parts=Parts(heads, *drawn))
 
 
 class Contestant(Protocol):
@@ -168,7 +168,7 @@ class MegatronStep(_PlainStep):
         layers = MegatronStack(groups, **{key: getattr(model, key) for key in (*names, *kinds)})
         stage.layers = layers  # type: ignore[assignment]
         stage.load_state_dict(rename_to_megatron(weights, is_gated=model.activation == "swiglu"))
-        self._path = Path.full(model.num_layers)
+        self._path = LayerPath.full(model.num_layers)
         super().__init__(stage.to(groups.device), config)
 
     def loss(self, micro: MicroBatch) -> torch.Tensor:

@@ -16,7 +16,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.fragments import WEIGHT
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import step_flops
 from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.setting import setting_of
@@ -83,7 +83,7 @@ class OurEntrant:
         if self._groups.topology.world_size == 1:
             weights = (fragment for fragment in engine.fragments() if fragment.kind == WEIGHT)
             self._weights = {part.name: part.data.view(part.local_shape).cpu().clone() for part in weights}
-        self.rows[0].loss = engine.evaluate([self._batch], Path.full(self._config.model.num_layers))
+        self.rows[0].loss = engine.evaluate([self._batch], LayerPath.full(self._config.model.num_layers))
         works = [row.path_length for row in self.rows]
         self._ours = OurStep(engine, self._groups, self._config, works, self._loader)
         self._probe = DeviceProbe(self._config, self._groups)

@@ -18,7 +18,7 @@ from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -38,7 +38,7 @@ class DeepSpeedState:
         self._skipped_stay = skipped_update == "freeze" or self.idle is not None
         self._learning_rate = 0.0
 
-    def begin_step(self, path: Path, learning_rate: float) -> None:
+    def begin_step(self, path: LayerPath, learning_rate: float) -> None:
         """Get ready to train a step along `path`: only its layers need to be up to date."""
         self._learning_rate = learning_rate
         set_learning_rate(self.engine.basic_optimizer, learning_rate)
@@ -47,7 +47,7 @@ class DeepSpeedState:
         self._make_up(path.is_active)
         optimizer.gather(lambda layer: layer == NO_LAYER or path.is_active(layer))
 
-    def begin_evaluation(self, path: Path) -> None:
+    def begin_evaluation(self, path: LayerPath) -> None:
         """Get ready for forward passes along `path` without backward passes."""
         optimizer = self.engine.optimizer
         optimizer.follow_forward(path)

@@ -9,14 +9,14 @@ from torch import nn
 from raptr_ds.engine.fragments import state_kinds
 from raptr_ds.parallel.layers import pieces
 from raptr_ds.parallel.transfer import without_waiting
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 @contextmanager
 def idle_parts_kept(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[tuple[nn.Parameter, torch.Tensor, int]],
-    path: Path,
+    path: LayerPath,
     tensor_rank: int,
     tensor_size: int,
 ) -> Iterator[None]:
@@ -39,7 +39,7 @@ def idle_parts_kept(
 
 
 def idle_elements(
-    parameter: nn.Parameter, layer: int, path: Path, tensor_rank: int, tensor_size: int
+    parameter: nn.Parameter, layer: int, path: LayerPath, tensor_rank: int, tensor_size: int
 ) -> tuple[int, torch.Tensor] | None:
     """Return along which dimension, and where, this rank's part of a parameter is idle on a path; None if nowhere."""
     if path.parts is None or not hasattr(parameter, "parts"):

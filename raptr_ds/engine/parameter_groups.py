@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 NO_LAYER = -1
 
@@ -44,7 +44,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return list(groups.values())
 
 
-def moving_layers(path: Path, freezes: bool) -> Callable[[int], bool]:
+def moving_layers(path: LayerPath, freezes: bool) -> Callable[[int], bool]:
     """Return which layers, and NO_LAYER, an optimizer step moves."""
     return lambda layer: not freezes or layer == NO_LAYER or path.is_active(layer)
 

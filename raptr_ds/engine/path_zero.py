@@ -23,7 +23,7 @@ from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.parallel.uncompiled import without_compiler
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 with without_compiler():
     # DeepSpeed imports this in the first reduction, whatever the optimizer (stage_1_and_2.py, average_tensor), and
@@ -59,18 +59,18 @@ class PathZero:
 
     process_groups: ProcessGroups
     layers: Mapping[nn.Parameter, int]
-    path: Path
+    path: LayerPath
     moves: Callable[[int], bool]
     loss_check: LossCheck
 
-    def follow(self, path: Path, freezes: bool) -> None:
+    def follow(self, path: LayerPath, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.path, self.moves = path, moving_layers(path, freezes)
 
-    def follow_micro_batch(self, path: Path) -> None:
+    def follow_micro_batch(self, path: LayerPath) -> None:
         """Train the next micro batch along `path`, which the step's path is or has as a share."""
 
-    def follow_forward(self, path: Path) -> None:
+    def follow_forward(self, path: LayerPath) -> None:
         """Run forward passes along `path`, without backward passes."""
 
     def _norm(self, owned: list[torch.Tensor]) -> torch.Tensor:
@@ -168,7 +168,7 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
 
     coordinator: PathCoordinator
 
-    def follow(self, path: Path, freezes: bool) -> None:
+    def follow(self, path: LayerPath, freezes: bool) -> None:
         """Train the next step along `path`.
 
         ZeRO 3 copies the gradients of the first micro batch over those of the last step and adds later ones
@@ -185,11 +185,11 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         """Where ZeRO 3 accumulates each parameter's gradient, by DeepSpeed's number of it."""
         return vars(self)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
 
-    def follow_micro_batch(self, path: Path) -> None:
+    def follow_micro_batch(self, path: LayerPath) -> None:
         """Train the next micro batch along `path`, fetching weights ahead by it."""
         self.coordinator.expect(path.layers, training=True)
 
-    def follow_forward(self, path: Path) -> None:
+    def follow_forward(self, path: LayerPath) -> None:
         """Run forward passes along `path`, fetching weights ahead by it."""
         self.coordinator.expect(path.layers, training=False)
 

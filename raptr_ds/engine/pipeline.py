@@ -14,7 +14,7 @@ from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 class _StepBody(nn.Module):
@@ -29,7 +29,7 @@ class _StepBody(nn.Module):
         self.stage = stage
         self.dropout_keys: torch.Tensor | None = None
         self.weight = torch.ones(())
-        self.waiting: Iterator[tuple[MicroBatch, Path]] = iter(())
+        self.waiting: Iterator[tuple[MicroBatch, LayerPath]] = iter(())
         self.observe_loss: Callable[[torch.Tensor], None] = lambda _loss: None
         self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
 
@@ -65,7 +65,7 @@ class PipelineEngine(DeepSpeedState):
         self.body.observe_loss = engine.observe_loss
         self.body.scale_gradient = self.scale_gradient
 
-    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         engine: Any = self.engine
         self.begin_step(path, learning_rate)
@@ -81,7 +81,7 @@ class PipelineEngine(DeepSpeedState):
         return self.result(loss, 1, count)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+    def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.begin_evaluation(path)
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
@@ -97,7 +97,7 @@ class PipelineEngine(DeepSpeedState):
         loss, predictions = read_back(torch.stack([total, counted]))
         return loss / predictions
 
-    def _prepare(self, batch: StepBatch, path: Path, weight: torch.Tensor, keys: torch.Tensor | None) -> None:
+    def _prepare(self, batch: StepBatch, path: LayerPath, weight: torch.Tensor, keys: torch.Tensor | None) -> None:
         self.body.weight, self.body.dropout_keys = weight, keys
         count = len(batch.micro_batches)
         self.body.waiting = iter((micro, path.of_micro_batch(n, count)) for n, micro in enumerate(batch.micro_batches))

@@ -7,7 +7,7 @@ from typing import Protocol
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class StepResult:
 class Engine(Protocol):
     """Carries paths: trains one step along a path, evaluates along a path, and gives and takes its state by name."""
 
-    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
         """Train step `step` (0-based) on this rank's share of the batch along `path`; all ranks call it alike."""
         ...
 
-    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+    def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`, without dropout."""
         ...
 

@@ -19,7 +19,7 @@ from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 class ReferenceEngine:
@@ -43,7 +43,7 @@ class ReferenceEngine:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
 
-    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -75,7 +75,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def _put_back_idle_parts(
-        self, path: Path, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
+        self, path: LayerPath, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
     ) -> None:
         for name, parameter in self.parameters.items():
             if parameter not in before or not hasattr(parameter, "parts"):
@@ -93,7 +93,7 @@ class ReferenceEngine:
                 now[is_idle] = state[moment][is_idle] if state else 0.0
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+    def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         total, count = 0.0, 0
         for batch in batches:

@@ -19,7 +19,7 @@ from raptr_ds.engine.idle_parts import idle_parts_kept
 from raptr_ds.engine.parameter_groups import moving_layers
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 _BUCKET_ELEMENTS = 1 << 26
 _OWN_OF_A_GROUP = ("params", "layer", "names")
@@ -43,7 +43,7 @@ class ReplicatedOptimizer:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
         self.moves: Callable[[int], bool] = lambda _layer: True
         self.freezes_parts = True  # whether heads and MLP blocks that have not run stay as they are
-        self.path: Path | None = None
+        self.path: LayerPath | None = None
         self.loss_check = LossCheck()
         self.overflow, self._is_unfinished = False, False
         self.decides_on_device = _skips_on_device(inner, groups.device)
@@ -73,15 +73,15 @@ class ReplicatedOptimizer:
         """What the loss is multiplied by before the backward pass."""
         return self.loss_scaler.loss_scale
 
-    def follow(self, path: Path, freezes: bool) -> None:
+    def follow(self, path: LayerPath, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
         self.moves = moving_layers(path, freezes)
         self.path = path
 
-    def follow_micro_batch(self, path: Path) -> None:
+    def follow_micro_batch(self, path: LayerPath) -> None:
         """Train the next micro batch along `path`: nothing to prepare."""
 
-    def follow_forward(self, path: Path) -> None:
+    def follow_forward(self, path: LayerPath) -> None:
         """Run forward passes along `path`: nothing to prepare."""
 
     def reduce_gradients(self) -> None:

@@ -12,7 +12,7 @@ from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 class ZeroEngine(DeepSpeedState):
@@ -24,7 +24,7 @@ class ZeroEngine(DeepSpeedState):
         self.groups, self.seed = groups, seed
         super().__init__(build_deepspeed_engine(config, stage, stage, groups), stage, groups, skipped_update)
 
-    def train_step(self, batch: StepBatch, path: Path, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
         engine: Any = self.engine
         self.begin_step(path, learning_rate)
@@ -55,7 +55,7 @@ class ZeroEngine(DeepSpeedState):
             engine.micro_steps = 0  # it looks at the remainder by the number of micro batches
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[StepBatch], path: Path) -> float:
+    def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.begin_evaluation(path)
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)

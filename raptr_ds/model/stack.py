@@ -13,7 +13,7 @@ from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.transfer import without_waiting
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 _MOST_GRAPHS = 64
 
@@ -47,7 +47,7 @@ class Stack(nn.ModuleDict):
     def forward(
         self,
         x: torch.Tensor,
-        path: Path,
+        path: LayerPath,
         mask: torch.Tensor | KeyRanges | None,
         rotary: torch.Tensor | None,
         streams: DropoutStreams | None,
@@ -72,7 +72,7 @@ class Stack(nn.ModuleDict):
         """Return whether training along so many of the layers here recomputes their activations."""
         return self.recompute and num_active > self.keep_activations_up_to
 
-    def _local_parts(self, path: Path, layer: int, device: torch.device) -> list[torch.Tensor | None]:
+    def _local_parts(self, path: LayerPath, layer: int, device: torch.device) -> list[torch.Tensor | None]:
         """Return which of this rank's heads and MLP blocks run in a layer, counted from its first; None for all."""
         if path.parts is None:
             return [None, None]

@@ -14,7 +14,7 @@ from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 _ARCHITECTURES = {"bert": bert, "ul2": ul2}
 
@@ -52,7 +52,9 @@ class Stage(nn.Module):
             # DeepSpeed's name for the same thing (runtime/zero/stage_1_and_2.py, get_grad_norm_direct).
             self.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch, path: Path, streams: DropoutStreams | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, batch: MicroBatch, path: LayerPath, streams: DropoutStreams | None
+    ) -> torch.Tensor:
         """Run this stage on a micro batch.
 
         Shapes: x is (b, T) token ids on the first stage and the (b, T, H) stream elsewhere; returns the stream, or on

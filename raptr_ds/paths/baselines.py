@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, residual_scale_of
 from raptr_ds.rng import stream
@@ -29,7 +29,7 @@ class FullPaths(Phased):
         self.phase_at(step)
         return np.ones(self.num_layers)
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the full path."""
         return self.model_at(step)
 
@@ -64,7 +64,7 @@ class LayerDrop(Phased):
         """Return the sum of the expected path lengths of this step and all later ones."""
         return self.expected_length_at(0) * max(0, self.num_steps - step)
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase, generator = self.phase_at(step), stream(self.seed, "path", step)
         layers: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ class LayerDrop(Phased):
             kept = generator.random(self.num_layers) >= self.drop_probability
             layers = tuple(np.flatnonzero(kept).tolist())
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return Path(layers, self.num_layers, phase.index, scale)
+        return LayerPath(layers, self.num_layers, phase.index, scale)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class ProgressiveLayerDropping(Phased):
         dropped = (self.num_layers - 1) / 2 * (1.0 - self.theta) * (steps_left - exponentials)
         return self.num_layers * steps_left - dropped
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)
         uniforms = stream(self.seed, "path", step).random(self.num_layers)
         layers = tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return Path(layers, self.num_layers, phase.index, scale)
+        return LayerPath(layers, self.num_layers, phase.index, scale)

@@ -73,7 +73,7 @@ def step_flops(
     num_sequences: sequences of the global batch; num_predicted: predicted positions in all of them.
     Layers count three forward passes, four with activation checkpointing, which runs them forward once more (torch's
     non-reentrant form leaves out a layer's last product, as nothing needs it). The head counts three. A skipped layer
-    counts nothing. path_length: in whole layers, Path.work where they run in parts.
+    counts nothing. path_length: in whole layers, LayerPath.work where they run in parts.
     """
     layer_passes = _PASSES + (1 if activation_checkpointing else 0)
     layers = layer_passes * path_length * num_sequences * layer_forward_flops(shape)

@@ -32,7 +32,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Path:
+class LayerPath:
     """The active layers of one training step; every other layer is the identity.
 
     layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for the record.
@@ -47,7 +47,7 @@ class Path:
     phase: int = 0
     residual_scale: float = 1.0
     parts: Parts | None = None
-    shares: tuple["Path", ...] = ()
+    shares: tuple["LayerPath", ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1, f"num_layers={self.num_layers}"
@@ -59,22 +59,22 @@ class Path:
         assert self.parts is None or (len(self.parts.heads) == self.length == self.num_layers), "parts of some layers"
 
     @classmethod
-    def full(cls, num_layers: int, phase: int = 0) -> "Path":
+    def full(cls, num_layers: int, phase: int = 0) -> "LayerPath":
         """Return the path through every layer, with residual scale 1."""
         return cls(tuple(range(num_layers)), num_layers, phase)
 
     @classmethod
-    def of_shares(cls, shares: Sequence["Path"]) -> "Path":
+    def of_shares(cls, shares: Sequence["LayerPath"]) -> "LayerPath":
         """Return the path of a step whose micro batches take these, of one model and phase, in equal shares."""
         active = {layer for share in shares for layer in share.layers}
         return cls(tuple(sorted(active)), shares[0].num_layers, shares[0].phase, shares=tuple(shares))
 
     @property
-    def draws(self) -> tuple["Path", ...]:
+    def draws(self) -> tuple["LayerPath", ...]:
         """The paths that the step's micro batches take, in equal shares: this one alone, where it has no shares."""
         return self.shares or (self,)
 
-    def of_micro_batch(self, index: int, count: int) -> "Path":
+    def of_micro_batch(self, index: int, count: int) -> "LayerPath":
         """Return the path of micro batch `index` (0-based) of `count`, a multiple of the number of draws."""
         assert count % len(self.draws) == 0, f"{len(self.draws)} paths for {count} micro batches"
         return self.draws[index * len(self.draws) // count]
@@ -126,7 +126,7 @@ class Path:
         return np.concatenate([header, flags.ravel(), *(share.encode() for share in self.shares)])
 
     @classmethod
-    def decode(cls, words: np.ndarray) -> "Path":
+    def decode(cls, words: np.ndarray) -> "LayerPath":
         """Return the path that `encode` wrote as `words`.
 
         Raises: ValueError if the words are not a path's (a damaged or foreign message).
@@ -155,7 +155,7 @@ class Path:
         return cls(_numbers(flags[0]), flags.shape[1], int(words[0]), scale, parts)
 
     @classmethod
-    def _decode_shares(cls, words: np.ndarray, number: int) -> "Path":
+    def _decode_shares(cls, words: np.ndarray, number: int) -> "LayerPath":
         if number < 0 or words.size % (1 + number):
             raise ValueError(f"encoded path says {number} shares in {words.size} numbers")
         own, *shares = words.reshape(1 + number, -1)

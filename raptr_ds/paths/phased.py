@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.schedule import Phase, Phases
 
 
@@ -23,9 +23,9 @@ class Phased:
         """Return the phase of a step."""
         return self.phases.at(step)
 
-    def model_at(self, step: int) -> Path:
+    def model_at(self, step: int) -> LayerPath:
         """Return the path through all layers that the model has at a step: every layer, unless it still grows."""
-        return Path.full(self.num_layers, self.phase_at(step).index)
+        return LayerPath.full(self.num_layers, self.phase_at(step).index)
 
     def growth_at(self, step: int) -> Growth | None:
         """Return how the model grows before a step: here it never does."""

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.schedule import Phase, Phases
 
 
@@ -31,11 +31,11 @@ class PathMethod(Protocol):
         """Return the phase of a step."""
         ...
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a step."""
         ...
 
-    def model_at(self, step: int) -> Path:
+    def model_at(self, step: int) -> LayerPath:
         """Return the path through all layers that the model has at a step: every layer, unless it still grows."""
         ...
 

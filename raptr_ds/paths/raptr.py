@@ -7,7 +7,7 @@ import numpy as np
 
 from raptr_ds.errors import ConfigError, nearest
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.schedule import Phase
 from raptr_ds.rng import stream
@@ -56,7 +56,7 @@ class RandomPaths(Phased):
         marginals[list(self.fixed_layers)] = 1.0
         return marginals
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)
         length = _scheduled_length(phase)
@@ -65,7 +65,7 @@ class RandomPaths(Phased):
         generator = stream(self.seed, "path", step)
         layers = self._draw(generator, length)
         scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return Path(layers, self.num_layers, phase.index, scale)
+        return LayerPath(layers, self.num_layers, phase.index, scale)
 
     def _draw(self, generator: np.random.Generator, length: int) -> tuple[int, ...]:
         if self.sampling == "balanced":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.rng import stream_key
@@ -17,9 +17,9 @@ class SeveralPaths(Phased):
 
     draws: tuple[PathMethod, ...]
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, with a share for each draw."""
-        return Path.of_shares([method.path_at(step) for method in self.draws])
+        return LayerPath.of_shares([method.path_at(step) for method in self.draws])
 
     def expected_length_at(self, step: int) -> float:
         """Return the expected work of a step in whole layers: that of each draw."""

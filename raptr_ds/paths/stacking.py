@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.paths.growth import Growth
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.schedule import Phase
 
@@ -27,14 +27,14 @@ class Stacking(Phased):
         lengths = [_depth(phase) for phase in self.phases.phases]
         assert lengths == sorted(lengths), f"path lengths {lengths} shrink"
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a step: all layers that the model has by then."""
         return self.model_at(step)
 
-    def model_at(self, step: int) -> Path:
+    def model_at(self, step: int) -> LayerPath:
         """Return the path through the layers that the model has at a step."""
         phase = self.phase_at(step)
-        return Path(tuple(range(_depth(phase))), self.num_layers, phase.index)
+        return LayerPath(tuple(range(_depth(phase))), self.num_layers, phase.index)
 
     def expected_length_at(self, step: int) -> float:
         """Return the number of layers that the model has at a step."""

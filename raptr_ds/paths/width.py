@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raptr_ds.paths.path import Parts, Path
+from raptr_ds.paths.path import LayerPath, Parts
 from raptr_ds.paths.phased import Phased
 from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, draw_uniform, residual_scale_of
 from raptr_ds.paths.schedule import Phases
@@ -45,7 +45,7 @@ class RandomWidths(Phased):
         """Return the active heads of each layer at a step."""
         return self.widths[self.phase_at(step).index]
 
-    def path_at(self, step: int) -> Path:
+    def path_at(self, step: int) -> LayerPath:
         """Return the path of a step, a pure function of (seed, step)."""
         width, generator = self.width_at(step), stream(self.seed, "width", step)
         heads, blocks = (
@@ -53,7 +53,8 @@ class RandomWidths(Phased):
         )
         scale = residual_scale_of(self.residual_scale, width, self.num_heads)
         layers = tuple(range(self.num_layers))
-        return Path(layers, self.num_layers, self.phase_at(step).index, scale, Parts(self.num_heads, heads, blocks))
+        parts = Parts(self.num_heads, heads, blocks)
+        return LayerPath(layers, self.num_layers, self.phase_at(step).index, scale, parts)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the share of each layer that runs at a step, (num_layers,) float64."""

@@ -19,7 +19,7 @@ from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
 from raptr_ds.parallel.topology import Topology
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, step_flops
 from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
@@ -63,7 +63,7 @@ class DeviceProbe:
         stage = stage.to(_DTYPES[config.precision])
         batch = random_micro_batch(config, range(config.batch.micro_batch)).to(groups.device)
         self._num_predictions = batch.num_predictions
-        path = Path(tuple(range(self._num_layers)), config.model.num_layers)
+        path = LayerPath(tuple(range(self._num_layers)), config.model.num_layers)
         self._num_parameters = self._num_layers * layer_parameters(self._shape) // self._tensor
         self._message = layer_parameters(self._shape)  # elements of what the layout sends most
         if self._layout.tensor > 1 or self._layout.num_stages > 1:
@@ -113,7 +113,7 @@ class DeviceProbe:
         )
 
 
-def _train(stage: Stage, batch: MicroBatch, path: Path) -> None:
+def _train(stage: Stage, batch: MicroBatch, path: LayerPath) -> None:
     stage.zero_grad(set_to_none=True)
     keys = dropout_keys(0, 0, stage.model.num_layers, batch.tokens.device)
     stage(batch.tokens, batch, path, DropoutStreams(keys, batch.sample_ids)).mean().backward()

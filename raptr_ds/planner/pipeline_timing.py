@@ -16,7 +16,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
 
@@ -24,7 +24,7 @@ from raptr_ds.planner.simulator import pipeline_seconds
 class TimedStep:
     """One step: its path, the slowest rank's wall time, and the simulator's time for the pipeline alone."""
 
-    path: Path
+    path: LayerPath
     measured_seconds: float
     simulated_seconds: float
 
@@ -51,7 +51,7 @@ def sleep_in_layers(stage: Stage, forward_seconds: float, backward_seconds: floa
     """
     layers = [int(name) for name in stage.layers]
 
-    def sleep(x: torch.Tensor, path: Path, *_: Any) -> torch.Tensor:
+    def sleep(x: torch.Tensor, path: LayerPath, *_: Any) -> torch.Tensor:
         count = len(path.active_in(layers))
         return _Sleep.apply(x, count * forward_seconds, count * backward_seconds) if count else x
 
@@ -61,7 +61,7 @@ def sleep_in_layers(stage: Stage, forward_seconds: float, backward_seconds: floa
 def time_steps(
     config: RunConfig,
     groups: ProcessGroups,
-    paths: Sequence[Path],
+    paths: Sequence[LayerPath],
     forward_seconds: float,
     backward_seconds: float,
     *,
@@ -81,7 +81,7 @@ def time_steps(
     if sleeps:
         sleep_in_layers(engine.body.stage, forward_seconds, backward_seconds)
     batch = random_step_batch(config, groups.data_rank)
-    full = Path.full(config.model.num_layers)
+    full = LayerPath.full(config.model.num_layers)
     for step in range(warmup_steps):
         engine.train_step(batch, full, step, 1e-4)
     measured = [float("inf")] * len(paths)
@@ -105,7 +105,7 @@ def fit_layer_seconds(steps: Sequence[TimedStep]) -> tuple[float, float]:
     return float(layer), float(rest)
 
 
-def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: float, path: Path) -> float:
+def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: float, path: LayerPath) -> float:
     counts, start = [], 0
     for num_layers in config.parallel.pipeline_layers or ():
         counts.append(len(path.active_in(range(start, start + num_layers))))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from raptr_ds.paths.cost import ModelShape, step_flops
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
 from raptr_ds.planner.memory import RankMemory, TrainingState, rank_memory
@@ -52,7 +52,7 @@ class Setting:
         head, layer = step_flops(self.shape, 0, *counts), step_flops(self.shape, 1, *counts)
         return head + path_length * (layer - head)
 
-    def seconds(self, paths: Sequence[Path]) -> StepSeconds:
+    def seconds(self, paths: Sequence[LayerPath]) -> StepSeconds:
         """Return the predicted times of a step along each path."""
         return step_seconds(paths, self.shape, self.layout, self.device, self.predicted_per_sequence)
 
@@ -111,7 +111,7 @@ class RunPlan:
 
 def plan_run(method: PathMethod, setting: Setting) -> RunPlan:
     """Return the plan of a run."""
-    full = Path.full(method.num_layers)
+    full = LayerPath.full(method.num_layers)
     phases = [phase for phase in method.phases.phases if phase.num_steps]
     return RunPlan(
         tuple(_plan_phase(method, phase, setting) for phase in phases),
@@ -133,13 +133,13 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
 
 
-def active_by_stage(paths: Sequence[Path], layout: Layout) -> np.ndarray:
+def active_by_stage(paths: Sequence[LayerPath], layout: Layout) -> np.ndarray:
     """Return the active layers of each pipeline stage, (paths, stages)."""
     parts = active_in_parts(activity_table(paths), layout.stage_layers)
     return parts.reshape(len(paths), layout.num_chunks, layout.num_stages).sum(axis=1)
 
 
-def fullest_rank(paths: Sequence[Path], setting: Setting) -> tuple[int, RankMemory]:
+def fullest_rank(paths: Sequence[LayerPath], setting: Setting) -> tuple[int, RankMemory]:
     """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
     layout = setting.layout
     most = active_by_stage(paths, layout).max(axis=0)

@@ -6,14 +6,14 @@ import numpy as np
 
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.methods import build_path_method
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 from raptr_ds.planner.step_time import active_in_parts, activity_table
 
 
 def sampled_paths(
     sampling: str, path_length: int, stage_layers: Sequence[int], num_paths: int, head_cost: float = 0.0
-) -> list[Path]:
+) -> list[LayerPath]:
     """Return random paths of a model whose first and last layer are fixed; balanced ones over these stages."""
     num_layers = sum(stage_layers)
     method = build_path_method(
@@ -45,7 +45,7 @@ def pipeline_speed_up(
     parts = tuple(count // num_chunks for count in stage_layers for _ in range(num_chunks))
     assert sum(parts) == sum(stage_layers), f"{stage_layers} do not divide by {num_chunks}"
     paths = sampled_paths(sampling, path_length, parts, num_paths)
-    active = active_in_parts(activity_table([Path.full(sum(parts)), *paths]), parts)
+    active = active_in_parts(activity_table([LayerPath.full(sum(parts)), *paths]), parts)
     schedule = "interleaved" if num_chunks > 1 else "1f1b"
     times = pipeline_seconds(active, 2 * active, num_micro_batches, num_chunks=num_chunks, schedule=schedule)
     seconds = times.max(axis=-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.paths.cost import ModelShape, head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
 OPTIMIZER_BYTES = 30
@@ -95,7 +95,7 @@ class StepSeconds:
         return self.pipeline + self.gradients + self.gathers + self.copies + self.optimizer
 
 
-def activity_table(paths: Iterable[Path]) -> np.ndarray:
+def activity_table(paths: Iterable[LayerPath]) -> np.ndarray:
     """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
 
     Of several paths in one step, their mean.
@@ -103,12 +103,12 @@ def activity_table(paths: Iterable[Path]) -> np.ndarray:
     return np.array([np.mean([_activity(draw) for draw in path.draws], axis=0) for path in paths])
 
 
-def trained_table(paths: Iterable[Path]) -> np.ndarray:
+def trained_table(paths: Iterable[LayerPath]) -> np.ndarray:
     """Return how much of each layer each step trains, (steps, layers): of several paths in one step, what any runs."""
     return np.array([np.max([_activity(draw) for draw in path.draws], axis=0) for path in paths])
 
 
-def _activity(path: Path) -> np.ndarray:
+def _activity(path: LayerPath) -> np.ndarray:
     row = np.zeros(path.num_layers)
     row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
     return row
@@ -123,7 +123,7 @@ def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.n
 
 
 def step_seconds(
-    paths: Sequence[Path], shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
+    paths: Sequence[LayerPath], shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
 ) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 

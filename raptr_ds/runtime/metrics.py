@@ -34,7 +34,7 @@ class TrainingStep:
     loss: float
     lr: float
     grad_norm: float | None
-    path: paths.Path
+    path: paths.LayerPath
     step_seconds: float
     step_tokens: int
     step_flops: int

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
-from raptr_ds.paths import Path, PathMethod
+from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.setting import micro_batches_of
 from raptr_ds.planner.shortage import DeviceMemory, shortage
@@ -49,7 +49,7 @@ class Session:
     cost: StepCost
     engine: Engine
     batches: Loader
-    agreement: PathAgreement[Path]
+    agreement: PathAgreement[LayerPath]
     checkpoints: Checkpoints
     metrics: Metrics
     signals: StopSignals
@@ -57,7 +57,7 @@ class Session:
     state: RunState
     num_trained: int = 0  # steps since this start
 
-    def agreed_path(self, step: int) -> tuple[Path, bool]:
+    def agreed_path(self, step: int) -> tuple[LayerPath, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
         agreed = self.agreement.at(step)
         return agreed.path, agreed.stop
@@ -67,7 +67,9 @@ class Session:
         scheduled = learning_rate_at(self.config.scheduler, self.config.optimizer["params"]["lr"], step)
         return scheduled * self.method.learning_rate_factor_at(step)
 
-    def record(self, state: RunState, result: StepResult, path: Path, learning_rate: float, seconds: float) -> None:
+    def record(
+        self, state: RunState, result: StepResult, path: LayerPath, learning_rate: float, seconds: float
+    ) -> None:
         """Write down one step."""
         self.num_trained += 1
         self.metrics.record_step(
@@ -159,7 +161,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     )
     with ExitStack() as stack:
         stack.push(_leave_groups)
-        folder = FilePath(str(config.train.save))
+        folder = Path(str(config.train.save))
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
@@ -225,7 +227,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         agreement = PathAgreement(
             groups,
             lambda step: method.path_at(step).encode(),
-            Path.decode,
+            LayerPath.decode,
             lambda: signals.requested,
             config.train.steps,
         )
@@ -258,7 +260,7 @@ def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
     return RunState.from_dict(values)
 
 
-def _standing(config: RunConfig, folder: FilePath, step: int) -> str:
+def _standing(config: RunConfig, folder: Path, step: int) -> str:
     """Return what a restored run says: that it continues, or that nothing is left to do, and how it ended."""
     if step < config.train.steps:
         return f"continuing after step {step}"

@@ -6,7 +6,7 @@ from typing import Any
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths import PathMethod
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, layer_forward_flops, step_flops
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class StepCost:
         """Positions of a global batch."""
         return self.num_sequences * self.shape.seq_length
 
-    def flops(self, path: Path, num_predicted: int) -> int:
+    def flops(self, path: LayerPath, num_predicted: int) -> int:
         """Return the FLOPs of a step along `path`."""
         recomputed = sum(map(self._recomputed_work, path.draws)) / len(path.draws)
         recomputed *= self.num_sequences * layer_forward_flops(self.shape)
         return round(recomputed) + step_flops(self.shape, path.work, self.num_sequences, num_predicted)
 
-    def _recomputed_work(self, path: Path) -> float:
+    def _recomputed_work(self, path: LayerPath) -> float:
         if not self.recompute:
             return 0.0
         stages = self.stages or (range(path.num_layers),)
@@ -108,14 +108,14 @@ class StepCost:
                     left += layers * self.num_sequences * layer_forward_flops(self.shape)
         return left
 
-    def after(self, state: RunState, result: StepResult, path: Path) -> RunState:
+    def after(self, state: RunState, result: StepResult, path: LayerPath) -> RunState:
         """Return where the run stands after a step along `path`."""
         return replace(
             state,
             step=state.step + 1,
             tokens=state.tokens + self.tokens,
             flops=state.flops + self.flops(path, result.num_predictions),
-            full_flops=state.full_flops + self.flops(Path.full(path.num_layers), result.num_predictions),
+            full_flops=state.full_flops + self.flops(LayerPath.full(path.num_layers), result.num_predictions),
             skipped_steps=state.skipped_steps + int(result.skipped),
             skipped_in_row=state.skipped_in_row + 1 if result.skipped else 0,
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from raptr_ds.paths import PathMethod, build_path_method
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.schedule import check_lengths, parse_schedule, split_phases
 from raptr_ds.rng import stream, stream_key
@@ -94,7 +94,7 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
     }
 
 
-def degree_errors(network: ResidualNetwork, target: Target, x: torch.Tensor, path: Path) -> np.ndarray:
+def degree_errors(network: ResidualNetwork, target: Target, x: torch.Tensor, path: LayerPath) -> np.ndarray:
     """Return, for each degree, the squared distance of a path's coefficients from the target's, which has 1 of each.
 
     A coefficient of the difference is its mean product with a monomial: monomials are orthonormal under uniform x.
@@ -115,7 +115,7 @@ def learn(settings: PolynomialSettings, method: PathMethod, seed: int) -> Polyno
     held_out = _signs(8192, settings.num_inputs, torch.Generator().manual_seed(stream_key(seed, "held out")))
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
     every = max(1, settings.steps // settings.num_evaluations)
-    full = Path.full(settings.num_layers)
+    full = LayerPath.full(settings.num_layers)
     steps, errors, layer_steps = [0], [degree_errors(network, target, held_out, full)], 0
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (1.0 - 0.9 * step / settings.steps)

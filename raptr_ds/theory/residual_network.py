@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.rng import stream_key
 
 
@@ -55,7 +55,7 @@ class ResidualNetwork(nn.Module):
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(inner)) for _ in self.second])
         self.head = matrix(shape.num_outputs, width)
 
-    def forward(self, x: torch.Tensor, path: Path) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, path: LayerPath) -> torch.Tensor:
         """Return the outputs (N, num_outputs) for inputs (N, num_inputs); layers outside the path are the identity."""
         h = F.linear(x, self.embedding)
         for layer in path.layers:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import draw_uniform
 from raptr_ds.rng import stream, stream_key
 from raptr_ds.theory.residual_network import NetworkShape, ResidualNetwork
@@ -55,20 +55,20 @@ class Gap:
     full_loss: float
 
 
-def loss_gap(network: ResidualNetwork, x: torch.Tensor, labels: torch.Tensor, paths: Sequence[Path]) -> Gap:
+def loss_gap(network: ResidualNetwork, x: torch.Tensor, labels: torch.Tensor, paths: Sequence[LayerPath]) -> Gap:
     """Return the gap of these paths on examples (N, num_inputs) with labels (N,)."""
     with torch.no_grad():
-        full = F.cross_entropy(network(x, Path.full(network.shape.num_layers)), labels, reduction="none")
+        full = F.cross_entropy(network(x, LayerPath.full(network.shape.num_layers)), labels, reduction="none")
         differences = torch.stack(
             [F.cross_entropy(network(x, path), labels, reduction="none") - full for path in paths]
         )
         return Gap(float(differences.abs().mean()), float(differences.mean()), float(full.mean()))
 
 
-def paths_without_one_layer(num_layers: int, num_paths: int, seed: int) -> list[Path]:
+def paths_without_one_layer(num_layers: int, num_paths: int, seed: int) -> list[LayerPath]:
     """Return random paths of L - 1 layers, drawn as RaPTr draws them, no layer fixed."""
     drawn = (stream(seed, "stability", index) for index in range(num_paths))
-    return [Path(draw_uniform(generator, num_layers, num_layers - 1, ()), num_layers) for generator in drawn]
+    return [LayerPath(draw_uniform(generator, num_layers, num_layers - 1, ()), num_layers) for generator in drawn]
 
 
 def initial_gaps(settings: StabilitySettings, variant: str) -> list[Gap]:
@@ -99,7 +99,7 @@ def gaps_in_training(settings: StabilitySettings, variant: str, depth: int, seed
             yield step, loss_gap(network, x, labels, paths)
         inputs, targets = _examples(settings, seed, step + 1)
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(inputs, Path.full(depth)), targets).backward()
+        F.cross_entropy(network(inputs, LayerPath.full(depth)), targets).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 

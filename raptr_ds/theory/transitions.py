@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.errors import ConfigError
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
-from raptr_ds.paths import Path, PathMethod, Phase
+from raptr_ds.paths import LayerPath, PathMethod, Phase
 from raptr_ds.runtime.method import path_method_of
 
 _ONE_PROCESS = (
@@ -49,7 +49,7 @@ class Transition:
         return float(np.mean(self.after_losses) - np.mean(self.before_losses))
 
 
-def transitions_of(run: FilePath, num_paths: int, num_batches: int) -> list[Transition]:
+def transitions_of(run: Path, num_paths: int, num_batches: int) -> list[Transition]:
     """Measure every phase transition that a run has kept a checkpoint of, in one process.
 
     Raises: ConfigError if `run` is no run, or has no checkpoint of a step between two phases.
@@ -80,7 +80,7 @@ def transitions_of(run: FilePath, num_paths: int, num_batches: int) -> list[Tran
 
 
 def _measure(
-    run: FilePath,
+    run: Path,
     config: RunConfig,
     method: PathMethod,
     pair: tuple[Phase, Phase],
@@ -96,7 +96,7 @@ def _measure(
     def losses(phase: Phase) -> tuple[float, ...]:
         number = min(num_paths, phase.num_steps)
         steps = [phase.first_step + index * phase.num_steps // number for index in range(number)]
-        found: dict[Path, float] = {}
+        found: dict[LayerPath, float] = {}
         for path in map(method.path_at, steps):
             if path not in found:
                 found[path] = engine.evaluate(batches, path)
@@ -110,7 +110,7 @@ def _measure(
         after.path_length,
         losses(before),
         losses(after),
-        engine.evaluate(batches, Path.full(method.num_layers)),
+        engine.evaluate(batches, LayerPath.full(method.num_layers)),
     )
 
 

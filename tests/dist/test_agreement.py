@@ -7,14 +7,14 @@ from raptr_ds.errors import AgreementError, ConfigError
 from raptr_ds.parallel.agreement import PathAgreement, together
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from tests.dist.workers import run_distributed
 
 
 def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):
     def words_at(step: int) -> np.ndarray:
         layers = (0, 2, 3) if rank in odd_ranks and step == odd_step else (0, 1, 3)
-        return Path(layers, 4).encode()
+        return LayerPath(layers, 4).encode()
 
     return words_at
 
@@ -27,7 +27,7 @@ def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, s
     agreement = PathAgreement(
         groups,
         _paths(launch.rank, odd_ranks, odd_step),
-        Path.decode,
+        LayerPath.decode,
         lambda: launch.rank == stop_rank and len(done) >= stop_at,
         steps,
     )
@@ -72,7 +72,7 @@ def agree_after_a_restart(launch: Launch, stop_rank: int) -> list[tuple[int, boo
     """Agree on steps 0 to 4, go back to step 2 and on to the end; a rank asks to stop just before it goes back."""
     groups = initialize_process_groups(launch, 1, 1)
     asked, done = [False], []
-    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), Path.decode, lambda: asked[0], 8)
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), LayerPath.decode, lambda: asked[0], 8)
     for step in range(5):
         done.append((step, agreement.at(step).stop))
     asked[0] = launch.rank == stop_rank

@@ -16,7 +16,7 @@ from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear
 from raptr_ds.parallel.sequence import Arriving, pick_positions
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from tests.dist.trajectory import HIDDEN as MODEL_WIDTH
 from tests.dist.trajectory import SEED, SEQ_LENGTH, Case, batch_at, model_of, process_groups
 from tests.dist.workers import run_distributed
@@ -171,7 +171,7 @@ def sent_by_a_layer(launch: Launch, case: Case) -> list[dict[tuple[str, int], in
     micro = batch_at(case, groups, 0).micro_batches[0]
     counts = []
     for path_length in (1, 2):
-        path = Path(tuple(range(path_length)), case.num_layers)
+        path = LayerPath(tuple(range(path_length)), case.num_layers)
         with Sent() as forward:
             losses = stage(micro.tokens, micro, path, streams_of(SEED, 0, micro.sample_ids))
         with Sent() as backward:

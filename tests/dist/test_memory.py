@@ -12,7 +12,7 @@ from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.memory import TrainingState, layer_activation_bytes, rank_memory
 from raptr_ds.planner.step_time import Layout
@@ -42,7 +42,7 @@ def measure(launch: Launch, case: Case) -> tuple[int, int]:
     before = live_bytes()
     engine = build_engine(case, groups)
     built = live_bytes() - before
-    engine.train_step(batch, Path.full(case.num_layers), 0, 1e-3)
+    engine.train_step(batch, LayerPath.full(case.num_layers), 0, 1e-3)
     return built, live_bytes() - before
 
 
@@ -98,7 +98,7 @@ def kept_by_layers(launch: Launch, case: Case) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        path = Path(tuple(range(length)), case.num_layers)
+        path = LayerPath(tuple(range(length)), case.num_layers)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             losses = stage(micro.tokens, micro, path, streams_of(SEED, 0, micro.sample_ids))
         totals.append(sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - own))
@@ -170,7 +170,7 @@ def bucket_bytes_per_element(launch: Launch, case: Case) -> int:
         reduce(tensor, *more)
 
     optimizer.average_tensor = average_tensor
-    engine.train_step(batch_at(case, groups, 0), Path.full(case.num_layers), 0, 1e-3)
+    engine.train_step(batch_at(case, groups, 0), LayerPath.full(case.num_layers), 0, 1e-3)
     assert len(set(found)) == 1
     return found[0]
 

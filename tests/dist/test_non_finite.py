@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from raptr_ds.errors import NonFiniteError
 from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.pretrain import train
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
@@ -69,7 +69,7 @@ class PoisonedBatches:
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Return a copy of all that moves on this rank: fp32 weights, moments, working weights."""
-    engine.begin_evaluation(Path.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
+    engine.begin_evaluation(LayerPath.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
     state = {f"{f.name} {f.kind} {f.offset}": f.data.clone() for f in engine.fragments()}
     for name, parameter in engine.stage.named_parameters():  # type: ignore[attr-defined]
         state[f"{name} working"] = _working(parameter).detach().clone()
@@ -186,7 +186,7 @@ class Ran:
     state: dict[str, str]
 
 
-def run_file(case: Case, folder: FilePath, settings: dict[str, Any]) -> FilePath:
+def run_file(case: Case, folder: Path, settings: dict[str, Any]) -> Path:
     """Write the case as a run file; the loop reads little of it."""
     block = {
         "model": {
@@ -209,7 +209,7 @@ def run_file(case: Case, folder: FilePath, settings: dict[str, Any]) -> FilePath
 
 
 def open_loop(
-    launch: Launch, case: Case, folder: FilePath, bad: tuple[int, ...], settings: dict[str, Any]
+    launch: Launch, case: Case, folder: Path, bad: tuple[int, ...], settings: dict[str, Any]
 ) -> tuple[Session, PoisonedBatches]:
     """Return a session of real parts around the case's engine and batches, whose gradients are NaN on rank 1."""
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
@@ -224,7 +224,7 @@ def open_loop(
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
         agreement=PathAgreement(
-            groups, lambda step: method.path_at(step).encode(), Path.decode, lambda: False, case.steps
+            groups, lambda step: method.path_at(step).encode(), LayerPath.decode, lambda: False, case.steps
         ),
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
         metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
@@ -239,7 +239,7 @@ def open_loop(
 
 def run_loop(launch: Launch, case: Case, folder: str, bad: tuple[int, ...], settings: dict[str, Any]) -> Ran:
     """Run the loop to its end or to its error."""
-    session, batches = open_loop(launch, case, FilePath(folder), bad, settings)
+    session, batches = open_loop(launch, case, Path(folder), bad, settings)
     error = ""
     try:
         session.finish(train(session))
@@ -252,7 +252,7 @@ def run_loop(launch: Launch, case: Case, folder: str, bad: tuple[int, ...], sett
 
 def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int) -> Ran:
     """Run the loop from a checkpoint of another run, without faults, with the data moved on by `offset` batches."""
-    session, batches = open_loop(launch, case, FilePath(folder), (), {})
+    session, batches = open_loop(launch, case, Path(folder), (), {})
     restored = session.checkpoints.restore(session.engine, source, session.config.model)
     assert restored is not None
     session.state = replace(session.run_state_of(restored), data_offset_steps=offset)
@@ -262,17 +262,17 @@ def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int)
     return Ran("", batches.asked, fingerprints(state_of(session.engine)))
 
 
-def lines_of(path: FilePath) -> list[dict[str, Any]]:
+def lines_of(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def manifest_of(run: FilePath, step: int) -> dict[str, Any]:
+def manifest_of(run: Path, step: int) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint."""
     return json.loads((step_folder(run / "checkpoints", step) / "manifest.json").read_text())
 
 
-def folder_for(tmp_path: FilePath, name: str) -> FilePath:
+def folder_for(tmp_path: Path, name: str) -> Path:
     """Make a run's folder, with one for each rank's copy of the run file."""
     for rank in range(4):
         (tmp_path / name / f"rank-{rank}").mkdir(parents=True)
@@ -299,7 +299,7 @@ ROLLBACK = {"max_non_finite_steps": 2, "on_non_finite": "rollback"}
         ("pp2-zero1", "bf16"),
     ],
 )
-def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: str, tmp_path: FilePath) -> None:
+def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: str, tmp_path: Path) -> None:
     """Batches 7 and 8 are bad, checkpoints come every 3 steps: back to step 6, and on with batch 9."""
     case = replace(Case(precision=precision, steps=10), **LAYOUTS[layout])
     world_size = WORLD_SIZES.get(layout, 2)
@@ -329,7 +329,7 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
     assert [(line["step"], line.get("non_finite", False)) for line in aside] == [(7, False), (8, True), (9, True)]
 
 
-def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: FilePath) -> None:
+def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: Path) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     ran = run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (4, 5, 6), {"max_non_finite_steps": 3})
     for result in ran:
@@ -342,7 +342,7 @@ def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: File
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 8))
 
 
-def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: FilePath) -> None:
+def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (1, 2), ROLLBACK):
         assert result.error.startswith("1: steps 2 to 3, 2 in a row,")
@@ -350,7 +350,7 @@ def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: FilePat
         assert "has no checkpoint of step 1 or before" in result.error
 
 
-def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: FilePath) -> None:
+def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), tuple(range(4, 99)), ROLLBACK):
         assert "3 rollbacks to step 3, each with other data, did not help" in result.error
@@ -360,7 +360,7 @@ def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: FilePa
     assert lines[-1]["skipped_steps"] == 2 + 3 * 2
 
 
-def test_what_came_due_in_a_row_is_saved_after_it(tmp_path: FilePath) -> None:
+def test_what_came_due_in_a_row_is_saved_after_it(tmp_path: Path) -> None:
     case = replace(Case(steps=10), **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (5, 6), {}):
         assert result.error == ""

@@ -8,7 +8,7 @@ import torch
 
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.memory import TrainingState, rank_memory
 from raptr_ds.planner.setting import kept_whole
@@ -62,7 +62,7 @@ def count_fetches(launch: Launch, case: Case, lengths: tuple[int, ...] = ()) -> 
         counts.update(late=0, visits=0)
         path = method.path_at(step)
         if lengths:
-            path = Path(tuple(range(lengths[step % len(lengths)])), case.num_layers)
+            path = LayerPath(tuple(range(lengths[step % len(lengths)])), case.num_layers)
         engine.train_step(batch_at(case, groups, step), path, step, case.learning_rate)
         paths.append(path.layers)
         late.append(counts["late"])
@@ -70,7 +70,7 @@ def count_fetches(launch: Launch, case: Case, lengths: tuple[int, ...] = ()) -> 
             if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE and not parameter.ds_persist:
                 whole.append(f"step {step}: {name}")
         if step % 3 == 1:
-            engine.evaluate([batch_at(case, groups, 1000)], Path.full(case.num_layers))
+            engine.evaluate([batch_at(case, groups, 1000)], LayerPath.full(case.num_layers))
     del coordinator.fetch_sub_module
     return Fetches(paths, late, coordinator.num_restarts, whole, counts["visits"], counts["most_live"])
 

@@ -12,7 +12,7 @@ import pytest
 
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.setting import kept_whole
 from raptr_ds.planner.step_time import Device, Layout, step_seconds
@@ -40,11 +40,11 @@ def count_steps(launch: Launch, case: Case) -> dict[str, StepCount]:
     engine: Any = build_engine(case, groups)
     batch = batch_at(case, groups, 0)
     for number in range(2):
-        engine.train_step(batch, Path(PATHS["full"], NUM_LAYERS), number, case.learning_rate)
+        engine.train_step(batch, LayerPath(PATHS["full"], NUM_LAYERS), number, case.learning_rate)
     counts = {}
     for number, (name, layers) in enumerate(PATHS.items(), start=2):
         with counting(engine.engine.optimizer) as counter:
-            engine.train_step(batch, Path(layers, NUM_LAYERS), number, case.learning_rate)
+            engine.train_step(batch, LayerPath(layers, NUM_LAYERS), number, case.learning_rate)
         counts[name] = StepCount(counter.sent_bytes, counter.elements, counter.copied_elements, counter.largest_bytes)
     return counts
 
@@ -119,7 +119,7 @@ def test_the_cost_model_sends_what_the_engine_sends(name: str) -> None:
         kept_whole=kept_whole(options, layer_parameters(shape), case.recompute),
     )
     slow = Device(np.inf, np.inf, machine_bytes_per_second=1.0, latency_seconds=0.0)
-    paths = [Path(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
+    paths = [LayerPath(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
     predicted = step_seconds(paths, shape, layout, slow, 3.0)
     counts = run_distributed(count_steps, 2, case)[0]
 
@@ -147,7 +147,7 @@ def test_the_cost_model_copies_what_the_engine_copies(zero: int, data: int, micr
     num_micro_batches = case.global_batch // (data * micro_batch)
     layout = Layout((NUM_LAYERS,), micro_batch, num_micro_batches, data=data, zero_stage=zero, bytes_per_value=4)
     slow = Device(np.inf, 1.0, machine_bytes_per_second=np.inf, latency_seconds=0.0)
-    paths = [Path(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
+    paths = [LayerPath(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
     copies = step_seconds(paths, shape_of(case), layout, slow, 3.0).copies
     counts = run_distributed(count_steps, data, case)[0]
     for number, path in enumerate(("half", "full"), start=1):

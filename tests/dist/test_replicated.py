@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from tests.dist.test_non_finite import differing, state_of
 from tests.dist.trajectory import Case, Outcome, batch_at, build_engine, full_weights, path_method
 from tests.dist.workers import run_distributed
@@ -58,7 +58,7 @@ def train(
     outcome = Outcome(
         losses=[result.loss for result in results],
         grad_norms=[result.grad_norm for result in results],
-        eval_loss=engine.evaluate([batch_at(case, groups, 1000)], Path.full(case.num_layers)),
+        eval_loss=engine.evaluate([batch_at(case, groups, 1000)], LayerPath.full(case.num_layers)),
         weights=full_weights(engine, groups),
         skipped=[result.skipped for result in results],
     )

@@ -19,7 +19,7 @@ from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
-from raptr_ds.paths import Path, PathMethod, build_path_method
+from raptr_ds.paths import LayerPath, PathMethod, build_path_method
 from raptr_ds.paths.cost import ModelShape
 from raptr_ds.paths.several import several_paths
 
@@ -92,7 +92,7 @@ def run_case(launch: Launch, case: Case) -> Outcome:
     return Outcome(
         losses=[result.loss for result in results],
         grad_norms=[result.grad_norm for result in results],
-        eval_loss=engine.evaluate(held_out, Path.full(case.num_layers)),
+        eval_loss=engine.evaluate(held_out, LayerPath.full(case.num_layers)),
         weights=full_weights(engine, groups),
         skipped=[result.skipped for result in results],
     )

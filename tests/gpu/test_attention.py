@@ -11,7 +11,7 @@ from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.rng import stream
 from tests.dropout_masks import streams_of
 
@@ -100,7 +100,7 @@ def test_a_model_is_the_same_with_the_kernel(
         stage = build_stage(
             model, groups, range(3), False, 3, compiled=compiled and kernel, attention_kernel=kernel
         ).to(GPU)
-        losses = stage(batch.tokens, batch, Path((0, 2), 3), streams_of(1, 4, batch.sample_ids))
+        losses = stage(batch.tokens, batch, LayerPath((0, 2), 3), streams_of(1, 4, batch.sample_ids))
         losses.sum().backward()
         found.append((losses.detach(), {n: p.grad for n, p in stage.named_parameters() if p.grad is not None}))
     (expected, gradients), (losses, fused) = found

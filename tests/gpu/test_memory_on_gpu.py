@@ -1,7 +1,7 @@
 """The peak that the memory plan predicts for a GPU, against what torch's allocator counts in real steps there."""
 
 import gc
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch
 from raptr_ds.config.load import load_run_config
 from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import fullest_rank
 from raptr_ds.planner.setting import setting_of
@@ -17,7 +17,7 @@ from raptr_ds.planner.step_time import Device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees none here")
 
-RUN_FILES = FilePath(__file__).parents[2] / "deepspeed_configs"
+RUN_FILES = Path(__file__).parents[2] / "deepspeed_configs"
 STEPS = 3  # the first compiles, the second has the optimizer's state
 CASES = {
     "ul2": ("ul2_1b_full", ["raptr_ds.model.num_layers=8", "train_batch_size=16"]),
@@ -41,7 +41,7 @@ def test_the_measured_peak_is_within_a_tenth_of_the_plan(groups, name, compiled,
     gc.collect()  # the engine of the case before
     before = torch.cuda.memory_allocated()
     engine = build_engine(config, groups)
-    batch, path = random_step_batch(config, 0), Path.full(config.model.num_layers)
+    batch, path = random_step_batch(config, 0), LayerPath.full(config.model.num_layers)
     for step in range(STEPS):
         torch.cuda.reset_peak_memory_stats()
         engine.train_step(batch, path, step, 1e-4)

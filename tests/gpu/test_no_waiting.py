@@ -13,7 +13,7 @@ import torch
 
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch, prepare_imports
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from tests.dist.trajectory import Case
 
 if not torch.cuda.is_available():
@@ -83,13 +83,13 @@ def test_a_warm_step_and_an_evaluation_wait_once(
     paths = [method.path_at(step) for step in range(case.steps)]
     for step in range(case.steps - 2):  # every phase but the last two steps of the last: states and kernels are there
         engine.train_step(batches[step], paths[step], step, case.learning_rate)
-    engine.evaluate(batches[:1], Path.full(case.num_layers))
+    engine.evaluate(batches[:1], LayerPath.full(case.num_layers))
     with no_waiting(monkeypatch) as reads:
         for step in range(case.steps - 2, case.steps):
             result = engine.train_step(batches[step], paths[step], step, case.learning_rate)
             assert not result.skipped
         assert reads == [3, 3]  # loss, predicted positions, norm
-        engine.evaluate(batches[:3], Path.full(case.num_layers))
+        engine.evaluate(batches[:3], LayerPath.full(case.num_layers))
         assert reads == [3, 3, 2]  # loss, predicted positions
 
 

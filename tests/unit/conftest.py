@@ -1,10 +1,12 @@
-"""A small made-up language, and a data folder prepared from it, for the tests of data."""
+"""What several rooms' tests share: a group of one process, a made-up language, a data folder prepared from it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.indexing import Preparation
 from raptr_ds.prepare.readers import ReadingOptions
@@ -39,3 +41,10 @@ def data_folder(sources: list[FileSource], tmp_path_factory: pytest.TempPathFact
 def tokenizer(data_folder: Path) -> Tokenizer:
     """The tokenizer of the prepared folder."""
     return Tokenizer.load(data_folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[ProcessGroups]:
+    """The process groups of a lone process, on the CPU."""
+    with lone_process_groups() as lone:
+        yield lone

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from raptr_ds.checkpoint.folder import checkpoints_in
 from raptr_ds.checkpoint.manager import Checkpoints
@@ -15,21 +14,8 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import TensorShard
-from raptr_ds.parallel.topology import Topology
 
 SHAPES = {"embedding.word.weight": (7, 4), "layers.0.mlp.weight": (6, 4), "layers.0.mlp.bias": (6,)}
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroups]:
-    """The process groups of a lone process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.group.WORLD
-    assert world is not None
-    yield ProcessGroups(
-        Topology(1, 1, 1), 0, 0, 0, 0, torch.device("cpu"), world, world, world, world, world, None, world
-    )
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Building an engine: what this machine lacks is reported before anything is built, or printed where it was derived."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_layers_are_compiled_on_gpus_where_they_can_be(
 
 def deepspeed_config(on_gpu: bool, *overrides: str, world_size: int = 2) -> dict[str, Any]:
     config = load_run_config(
-        FilePath("deepspeed_configs/bert_quickstart.json"), ["train_micro_batch_size_per_gpu=4", *overrides], world_size
+        Path("deepspeed_configs/bert_quickstart.json"), ["train_micro_batch_size_per_gpu=4", *overrides], world_size
     )
     return build._deepspeed_config(config, on_gpu)
 

@@ -28,7 +28,7 @@ from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
 from raptr_ds.parallel.topology import Topology
-from raptr_ds.paths import Path as LayerPath
+from raptr_ds.paths import LayerPath
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.readers import ReadingOptions
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer

@@ -22,7 +22,7 @@ from raptr_ds.hf.model import (
 )
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 
 # fp32: two orders of the same sums. Log-probabilities near 4 carry 4e-7 of rounding each, through up to five layers.
 LOG_PROBABILITY_TOLERANCE = 2e-5
@@ -78,7 +78,7 @@ def batch_of(model: ModelSection, padded: bool, prefix: str = "some") -> MicroBa
     return collate(samples, range(3), model.seq_length, pad_id=0)
 
 
-def log_probabilities(stage: Stage, batch: MicroBatch, path: Path) -> torch.Tensor:
+def log_probabilities(stage: Stage, batch: MicroBatch, path: LayerPath) -> torch.Tensor:
     """Return (positions, vocabulary) log-probabilities, asked for as the loss of every target at every position."""
     vocab_size = stage.model.vocab_size
     every = replace(
@@ -95,7 +95,7 @@ def twin_logits(twin: PreTrainedModel, model: ModelSection, batch: MicroBatch) -
     return twin(**hugging_face_inputs(model, batch)).logits.flatten(0, 1)[batch.positions]
 
 
-def compare(stage: Stage, model: ModelSection, batch: MicroBatch, path: Path, dtype: torch.dtype) -> None:
+def compare(stage: Stage, model: ModelSection, batch: MicroBatch, path: LayerPath, dtype: torch.dtype) -> None:
     """Compare log-probabilities, loss and all gradients of a path with those of a twin of its active layers only."""
     tolerance = EXACT if dtype == torch.float64 else None
     stage.to(dtype)
@@ -141,7 +141,7 @@ def without_keys(rows: torch.Tensor, model: ModelSection) -> torch.Tensor:
 
 
 def along(
-    model: ModelSection, weights: dict[str, torch.Tensor], path: Path
+    model: ModelSection, weights: dict[str, torch.Tensor], path: LayerPath
 ) -> tuple[ModelSection, dict[str, torch.Tensor]]:
     """Return a path as a model of its own: its active layers, renumbered, and nothing of the others."""
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("layers.")}
@@ -156,7 +156,7 @@ def along(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_bert_is_megatron_bert(groups: ProcessGroups, tied: bool, padded: bool, dtype: torch.dtype) -> None:
     model = small("bert", tie_word_embeddings=tied)
-    compare(stage_of(model, groups), model, batch_of(model, padded), Path.full(3), dtype)
+    compare(stage_of(model, groups), model, batch_of(model, padded), LayerPath.full(3), dtype)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -164,7 +164,7 @@ def test_bert_is_megatron_bert(groups: ProcessGroups, tied: bool, padded: bool, 
 @pytest.mark.parametrize("prefix", ["none", "some", "all"])
 def test_ul2_is_llama_with_a_prefix(groups: ProcessGroups, tied: bool, padded: bool, prefix: str) -> None:
     model = small("ul2", tie_word_embeddings=tied)
-    compare(stage_of(model, groups), model, batch_of(model, padded, prefix), Path.full(3), torch.float32)
+    compare(stage_of(model, groups), model, batch_of(model, padded, prefix), LayerPath.full(3), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -180,26 +180,26 @@ def test_ul2_is_llama_with_a_prefix(groups: ProcessGroups, tied: bool, padded: b
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_other_shapes(groups: ProcessGroups, architecture: str, changes: dict[str, Any]) -> None:
     model = small(architecture, **changes)
-    compare(stage_of(model, groups), model, batch_of(model, True), Path.full(model.num_layers), torch.float32)
+    compare(stage_of(model, groups), model, batch_of(model, True), LayerPath.full(model.num_layers), torch.float32)
 
 
 @pytest.mark.parametrize("changes", [{"add_bias_linear": True}, {"rotary_base": 100.0}], ids=["bias", "rotary-base"])
 def test_ul2_options_that_llama_has(groups: ProcessGroups, changes: dict[str, Any]) -> None:
     model = small("ul2", **changes)
-    compare(stage_of(model, groups), model, batch_of(model, True), Path.full(3), torch.float32)
+    compare(stage_of(model, groups), model, batch_of(model, True), LayerPath.full(3), torch.float32)
 
 
 @pytest.mark.parametrize("layers", [(0, 4), (1, 2, 3), (0, 2, 4)])
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_a_path_is_the_model_of_its_layers(groups: ProcessGroups, architecture: str, layers: tuple[int, ...]) -> None:
     model = small(architecture, num_layers=5)
-    compare(stage_of(model, groups), model, batch_of(model, True), Path(layers, 5), torch.float32)
+    compare(stage_of(model, groups), model, batch_of(model, True), LayerPath(layers, 5), torch.float32)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_residual_scale_is_a_factor_on_the_branches(groups: ProcessGroups, architecture: str) -> None:
     model = small(architecture, num_layers=4)
-    stage, batch, path = stage_of(model, groups), batch_of(model, True), Path((0, 3), 4, residual_scale=2**0.5)
+    stage, batch, path = stage_of(model, groups), batch_of(model, True), LayerPath((0, 3), 4, residual_scale=2**0.5)
     depth, weights = along(model, weights_of(stage), path)
     for name in weights:
         if ".attention.output." in name or ".mlp.contract." in name:
@@ -230,7 +230,7 @@ def test_token_types_of_a_foreign_bert_go_into_its_positions(groups: ProcessGrou
     stage = stage_of(section, groups)
     stage.load_state_dict(weights)
     batch = batch_of(model, True)
-    difference = log_probabilities(stage, batch, Path.full(3)) - twin_logits(twin, model, batch).log_softmax(-1)
+    difference = log_probabilities(stage, batch, LayerPath.full(3)) - twin_logits(twin, model, batch).log_softmax(-1)
     assert difference.abs().max() < LOG_PROBABILITY_TOLERANCE
 
 

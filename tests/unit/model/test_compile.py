@@ -14,15 +14,15 @@ from raptr_ds.model.compiler import let_integers_wrap, missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import LayerDropout, dropout
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.rng import stream
 from tests.dropout_masks import streams_of
 
 NUM_LAYERS, BATCH = 5, 2  # the shapes of tests/dist/trajectory.py: what is compiled for one is found by the other
 PATHS = [
-    *(Path(layers, NUM_LAYERS, residual_scale=(5 / 3) ** 0.5) for layers in itertools.combinations(range(5), 3)),
-    *(Path(layers, NUM_LAYERS, residual_scale=1.25**0.5) for layers in itertools.combinations(range(5), 4)),
-    Path.full(NUM_LAYERS),
+    *(LayerPath(layers, NUM_LAYERS, residual_scale=(5 / 3) ** 0.5) for layers in itertools.combinations(range(5), 3)),
+    *(LayerPath(layers, NUM_LAYERS, residual_scale=1.25**0.5) for layers in itertools.combinations(range(5), 4)),
+    LayerPath.full(NUM_LAYERS),
 ]
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=f"cannot compile here: {missing_compiler()}")
@@ -52,7 +52,7 @@ def batch_of(model: ModelSection) -> MicroBatch:
     return collate(samples, range(BATCH), model.seq_length, pad_id=0)
 
 
-def run(stage: Stage, batch: MicroBatch, path: Path, step: int) -> tuple[float, dict[str, torch.Tensor]]:
+def run(stage: Stage, batch: MicroBatch, path: LayerPath, step: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss of a path in a step, and all its gradients."""
     stage.zero_grad(set_to_none=True)
     loss = stage(batch.tokens, batch, path, streams_of(1, step, batch.sample_ids)).mean()

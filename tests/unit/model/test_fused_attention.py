@@ -12,7 +12,7 @@ from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Parts, Path
+from raptr_ds.paths.path import LayerPath, Parts
 from raptr_ds.rng import stream
 from tests.attention_cases import CASES, Case, errors_of, tolerance, very_negative_scores
 from tests.dropout_masks import streams_of
@@ -52,8 +52,8 @@ def stages(architecture: str, groups: ProcessGroups, compiled: bool = False) -> 
 
 
 PATHS = {
-    "layers": Path((0, 2), 3),
-    "width": Path((0, 1, 2), 3, parts=Parts(4, ((0, 2), (1,), (0, 1, 2, 3)), ((0, 2), (1, 2, 3), (0,)))),
+    "layers": LayerPath((0, 2), 3),
+    "width": LayerPath((0, 1, 2), 3, parts=Parts(4, ((0, 2), (1,), (0, 1, 2, 3)), ((0, 2), (1, 2, 3), (0,)))),
 }
 
 
@@ -62,7 +62,7 @@ PATHS = {
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 @pytest.mark.parametrize("training", [True, False], ids=["dropout", "evaluation"])
 def test_a_model_is_the_same_with_the_kernel(
-    groups: ProcessGroups, architecture: str, form: str, path: Path, training: bool
+    groups: ProcessGroups, architecture: str, form: str, path: LayerPath, training: bool
 ) -> None:
     rng = stream(2, "fused")
     lengths = {"full": [[24], [24]], "padded": [[24], [13]], "packed": [[7, 12, 5], [3, 9]]}[form]
@@ -98,7 +98,7 @@ def test_a_compiled_block_holds_the_kernel_as_one_operation(groups: ProcessGroup
     tokens = rng.integers(0, 61, 24)
     batch = collate([Sample(tokens, rng.permutation(24)[:4], tokens[:4], 9)] * 2, [3, 8], 24, pad_id=0)
     plain, fused = stages("ul2", groups, compiled=True)
-    for step, path in enumerate((Path((0, 2), 3), Path((1,), 3), Path.full(3))):
+    for step, path in enumerate((LayerPath((0, 2), 3), LayerPath((1,), 3), LayerPath.full(3))):
         streams = streams_of(1, step, batch.sample_ids)
         losses, gradients = [], []
         for stage in (plain, fused):

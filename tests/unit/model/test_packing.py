@@ -11,11 +11,11 @@ from raptr_ds.data.sample import PackedSample, Sample
 from raptr_ds.hf.model import hugging_face_inputs, to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.paths.path import Path
+from raptr_ds.paths.path import LayerPath
 
 SEQ_LENGTH = 24
 LENGTHS = ((7, 12, 5), (3, 9), (20,))  # a row filled to its end, one with padding, one with one example
-PATH = Path((0, 2), 3)
+PATH = LayerPath((0, 2), 3)
 
 
 def model_of(architecture: str, **changes: str) -> ModelSection:
@@ -90,7 +90,7 @@ def test_the_transformers_twin_is_told_the_same(groups: ProcessGroups, architect
     batch = collate([PackedSample(tuple(row)) for row in examples(architecture)], range(3), SEQ_LENGTH, pad_id=0)
     twin = to_hugging_face(model, {name: p.detach() for name, p in stage.named_parameters()})
     with torch.no_grad():
-        loss = stage(batch.tokens, batch, Path.full(3), None).mean().item()
+        loss = stage(batch.tokens, batch, LayerPath.full(3), None).mean().item()
         assert twin(**hugging_face_inputs(model, batch)).loss.item() == pytest.approx(loss, abs=2e-5)
 
 

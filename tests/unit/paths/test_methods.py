@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths import build_path_method
 
-REPOSITORY = FilePath(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def raptr(**values):

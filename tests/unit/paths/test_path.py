@@ -6,18 +6,18 @@ import math
 import numpy as np
 import pytest
 
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.path import Parts
 
 
 def test_full_path_holds_every_layer():
-    path = Path.full(5, phase=2)
+    path = LayerPath.full(5, phase=2)
     assert path.layers == (0, 1, 2, 3, 4)
     assert (path.length, path.phase, path.residual_scale, path.is_full) == (5, 2, 1.0, True)
 
 
 def test_queries_of_a_partial_path():
-    path = Path((0, 2, 5), num_layers=6)
+    path = LayerPath((0, 2, 5), num_layers=6)
     assert path.length == 3
     assert not path.is_full
     assert [path.is_active(layer) for layer in range(6)] == [True, False, True, False, False, True]
@@ -30,62 +30,62 @@ def test_encoding_has_one_size_and_returns_the_same_path(num_layers):
     generator = np.random.default_rng(3)
     for _ in range(20):
         layers = tuple(np.flatnonzero(generator.random(num_layers) < 0.5).tolist())
-        path = Path(layers, num_layers, phase=3, residual_scale=math.sqrt(num_layers / max(1, len(layers))))
+        path = LayerPath(layers, num_layers, phase=3, residual_scale=math.sqrt(num_layers / max(1, len(layers))))
         words = path.encode()
         assert words.dtype == np.int64
         assert words.shape == (5 + num_layers,)
-        assert Path.decode(words) == path
-        assert all(type(layer) is int for layer in Path.decode(words).layers)
+        assert LayerPath.decode(words) == path
+        assert all(type(layer) is int for layer in LayerPath.decode(words).layers)
 
 
 def test_parts_of_layers_are_encoded_too():
     heads, blocks = ((0, 2), (1, 2), (0, 1)), ((1, 2), (0, 1), (0, 2))
-    path = Path((0, 1, 2), 3, 2, math.sqrt(1.5), Parts(3, heads, blocks))
+    path = LayerPath((0, 1, 2), 3, 2, math.sqrt(1.5), Parts(3, heads, blocks))
     words = path.encode()
     assert words.shape == (5 + 3 + 3 * 2 * 3,)
-    assert Path.decode(words) == path
+    assert LayerPath.decode(words) == path
     assert path.work == 2.0
     assert not path.is_full
-    assert Path((0, 1, 2), 3, parts=Parts(3, ((0, 1, 2),) * 3, ((0, 1, 2),) * 3)).is_full
+    assert LayerPath((0, 1, 2), 3, parts=Parts(3, ((0, 1, 2),) * 3, ((0, 1, 2),) * 3)).is_full
     others = [
-        Path(path.layers, 3, 2, math.sqrt(1.5)),
-        Path(path.layers, 3, 2, math.sqrt(1.5), Parts(3, blocks, heads)),
-        Path(path.layers, 3, 2, math.sqrt(1.5), Parts(4, heads, blocks)),
+        LayerPath(path.layers, 3, 2, math.sqrt(1.5)),
+        LayerPath(path.layers, 3, 2, math.sqrt(1.5), Parts(3, blocks, heads)),
+        LayerPath(path.layers, 3, 2, math.sqrt(1.5), Parts(4, heads, blocks)),
     ]
     assert len({path.digest(), *(other.digest() for other in others)}) == 4
 
 
 def test_a_step_of_several_paths_moves_the_layers_of_any():
-    shares = Path((0, 1, 5), 6, 1, 2.0), Path((0, 3, 5), 6, 1, 1.5), Path((), 6, 1)
-    path = Path.of_shares(shares)
+    shares = LayerPath((0, 1, 5), 6, 1, 2.0), LayerPath((0, 3, 5), 6, 1, 1.5), LayerPath((), 6, 1)
+    path = LayerPath.of_shares(shares)
     assert (path.layers, path.phase, path.num_layers) == ((0, 1, 3, 5), 1, 6)
     assert (path.length, path.mean_length, path.work, path.is_full) == (4, 2.0, 2.0, False)
     assert [path.of_micro_batch(n, 6) for n in range(6)] == [share for share in shares for _ in range(2)]
     assert [path.of_micro_batch(n, 3) for n in range(3)] == list(path.draws) == list(shares)
-    assert Path.of_shares([Path.full(6), Path.full(6)]).is_full
-    plain = Path((0, 3), 6)
+    assert LayerPath.of_shares([LayerPath.full(6), LayerPath.full(6)]).is_full
+    plain = LayerPath((0, 3), 6)
     assert [plain.of_micro_batch(n, 5) for n in range(5)] == [plain] * 5
     with pytest.raises(AssertionError, match="3 paths for 4 micro batches"):
         path.of_micro_batch(0, 4)
 
 
 def test_shares_are_encoded_in_their_order():
-    shares = Path((0, 1, 5), 6, 1, 2.0), Path((0, 3, 5), 6, 1, 1.5)
-    path = Path.of_shares(shares)
+    shares = LayerPath((0, 1, 5), 6, 1, 2.0), LayerPath((0, 3, 5), 6, 1, 1.5)
+    path = LayerPath.of_shares(shares)
     words = path.encode()
     assert words.shape == (3 * (5 + 6),)
-    assert Path.decode(words) == path
-    assert len({path.digest(), Path.of_shares(shares[::-1]).digest(), Path(path.layers, 6, 1).digest()}) == 3
+    assert LayerPath.decode(words) == path
+    assert len({path.digest(), LayerPath.of_shares(shares[::-1]).digest(), LayerPath(path.layers, 6, 1).digest()}) == 3
 
 
 @pytest.mark.parametrize(
     ("place", "value", "says"), [(4, 4, "4 shares in 33"), (5 + 4, 1, "3 layers and flags 4|not those of its 2 shares")]
 )
 def test_damaged_shares_are_told(place, value, says):
-    words = Path.of_shares([Path((0, 1), 6), Path((0, 2), 6)]).encode()
+    words = LayerPath.of_shares([LayerPath((0, 1), 6), LayerPath((0, 2), 6)]).encode()
     words[place] = value
     with pytest.raises(ValueError, match=says):
-        Path.decode(words)
+        LayerPath.decode(words)
 
 
 @pytest.mark.parametrize("parts", [(0, 0), (1, 0), (0, 3), (-1, 1)])
@@ -96,7 +96,7 @@ def test_wrong_parts_cannot_be_made(parts):
 
 def test_digest_separates_all_paths_of_a_small_model():
     paths = [
-        Path(layers, 6, phase, scale)
+        LayerPath(layers, 6, phase, scale)
         for size in range(7)
         for layers in itertools.combinations(range(6), size)
         for phase in (0, 1)
@@ -106,20 +106,20 @@ def test_digest_separates_all_paths_of_a_small_model():
     assert len(digests) == len(paths)
     assert all(0 <= digest < 2**63 for digest in digests)
     # The same layers in a deeper model are another path.
-    assert Path((0, 1), 6).digest() != Path((0, 1), 7).digest()
+    assert LayerPath((0, 1), 6).digest() != LayerPath((0, 1), 7).digest()
 
 
 @pytest.mark.parametrize(
     ("position", "value"), [(1, 4), (2, 0), (2, -1), (3, 1), (3, -1), (4, 1), (4, -1), (5, 2), (5, 0)]
 )
 def test_damaged_words_are_refused(position, value):
-    words = Path((0, 2, 5), 6).encode()
+    words = LayerPath((0, 2, 5), 6).encode()
     words[position] = value
     with pytest.raises(ValueError, match="encoded path"):
-        Path.decode(words)
+        LayerPath.decode(words)
 
 
 @pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1, 2), (0, 6)])
 def test_a_path_of_wrong_layers_cannot_be_made(layers):
     with pytest.raises(AssertionError):
-        Path(layers, 6)
+        LayerPath(layers, 6)

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from raptr_ds.paths import Path, build_path_method
+from raptr_ds.paths import LayerPath, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
 from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
@@ -89,7 +89,7 @@ def test_activations_follow_path_micro_batches_and_recomputation():
     full, half = (activation_bytes(SHAPE, one, state, 0, active, 0) for active in (12, 6))
     assert full == 2 * half
     assert activation_bytes(SHAPE, Layout((12,), 2, 8, recompute=True), state, 0, 12, 0) < full / 3
-    stage, memory = fullest_rank([Path.full(12), Path((0, 3, 11), 12)], setting_of())
+    stage, memory = fullest_rank([LayerPath.full(12), LayerPath((0, 3, 11), 12)], setting_of())
     assert stage == 0
     assert memory.activations == by_stage[0]
 

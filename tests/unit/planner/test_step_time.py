@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import ModelShape, layer_parameters, num_parameters, step_flops
 from raptr_ds.planner.step_time import Device, Layout, active_in_parts, activity_table, step_seconds
 
 SHAPE = ModelShape("ul2", 8, 64, 32, 1000, 192, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
-PATHS = [Path.full(8), Path((0, 1, 4, 7), 8), Path((0, 7), 8)]
+PATHS = [LayerPath.full(8), LayerPath((0, 1, 4, 7), 8), LayerPath((0, 7), 8)]
 NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 
 
@@ -33,7 +33,7 @@ def test_tensor_ranks_share_the_flops():
 def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_it():
     shape = dataclasses.replace(SHAPE, vocab_size=1)
     layout = Layout((2, 2, 2, 2), 1, 32)
-    paths = [Path.full(8), Path((0, 2, 4, 6), 8), Path((0, 1, 2, 4), 8)]
+    paths = [LayerPath.full(8), LayerPath((0, 2, 4, 6), 8), LayerPath((0, 1, 2, 4), 8)]
     full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline
     assert full / balanced == pytest.approx(2.0)
     assert 1.0 < full / uneven < 1.1
@@ -66,7 +66,7 @@ def test_zero_3_gathers_layers_again_that_it_has_not_kept_whole(kept, again):
     links = Device(np.inf, np.inf, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
     layout = Layout((8,), 4, 3, data=4, zero_stage=3, kept_whole=kept * layer_parameters(SHAPE))
     gathered = num_parameters(SHAPE) + again * layer_parameters(SHAPE)
-    times = step_seconds([Path.full(8)], SHAPE, layout, links, 10)
+    times = step_seconds([LayerPath.full(8)], SHAPE, layout, links, 10)
     assert times.gathers == pytest.approx(3 * gathered * 2 * 3 / 4 / 1e9)
 
 
@@ -74,10 +74,10 @@ def test_zero_3_gathers_layers_again_that_it_has_not_kept_whole(kept, again):
 def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
     links = Device(1e12, 1e9, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
     layout = Layout((8,), 4, 4, data=4, zero_stage=stage)
-    draws = [Path((0, 1, 4, 7), 8), Path((0, 1, 2, 3), 8)]
-    both = step_seconds([Path.of_shares(draws)], SHAPE, layout, links, 10)
+    draws = [LayerPath((0, 1, 4, 7), 8), LayerPath((0, 1, 2, 3), 8)]
+    both = step_seconds([LayerPath.of_shares(draws)], SHAPE, layout, links, 10)
     alone = step_seconds(draws, SHAPE, layout, links, 10)
-    union = step_seconds([Path((0, 1, 2, 3, 4, 7), 8)], SHAPE, layout, links, 10)
+    union = step_seconds([LayerPath((0, 1, 2, 3, 4, 7), 8)], SHAPE, layout, links, 10)
     assert both.pipeline == pytest.approx(alone.pipeline.mean())
     assert both.optimizer == pytest.approx(union.optimizer)
     assert both.gradients == pytest.approx(union.gradients if stage < 2 else alone.gradients[:1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.path import Parts
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import PlainProgress
@@ -21,7 +21,7 @@ TRAINING_KEYS = [
 
 def training_step(step, **values):
     defaults = {
-        "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": Path((0, 2, 5), 6, phase=1), "step_seconds": 0.5,
+        "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": LayerPath((0, 2, 5), 6, phase=1), "step_seconds": 0.5,
         "step_tokens": 100, "step_flops": 3000, "tokens": 100 * step, "flops": 3000 * step, "full_flops": 4000 * step,
     }  # fmt: skip
     return TrainingStep(step=step, **{**defaults, **values})
@@ -76,15 +76,15 @@ def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
 def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
     parts = Parts(4, ((0, 2, 3),) * 2, ((0, 1, 2),) * 2)
     with Metrics(tmp_path, num_steps=2, tensorboard=False) as metrics:
-        metrics.record_step(training_step(1, path=Path((0, 1), 2, parts=parts)))
+        metrics.record_step(training_step(1, path=LayerPath((0, 1), 2, parts=parts)))
         metrics.record_step(training_step(2))
     assert [(line["path"], line.get("width")) for line in lines_of(tmp_path)] == [([0, 1], 3), ([0, 2, 5], None)]
 
 
 def test_the_paths_of_a_step_that_takes_several_are_told(tmp_path):
-    shares = Path((0, 1, 5), 6), Path((0, 3), 6)
+    shares = LayerPath((0, 1, 5), 6), LayerPath((0, 3), 6)
     with Metrics(tmp_path, num_steps=1, tensorboard=False) as metrics:
-        metrics.record_step(training_step(1, path=Path.of_shares(shares)))
+        metrics.record_step(training_step(1, path=LayerPath.of_shares(shares)))
     (line,) = lines_of(tmp_path)
     assert (line["path"], line["path_length"], line["paths"]) == ([0, 1, 3, 5], 2.5, [[0, 1, 5], [0, 3]])
 

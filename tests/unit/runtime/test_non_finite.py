@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from raptr_ds.engine.protocol import StepResult
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import ModelShape
 from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, NonFinitePolicy, what_happened
 from raptr_ds.runtime.state import RunState, StepCost
@@ -35,7 +35,7 @@ def after(cost: StepCost, state: RunState, skipped: str) -> RunState:
     """Return the state after steps that are skipped where `skipped` has an x."""
     for mark in skipped:
         result = StepResult(NAN, NAN, 5, skipped=True) if mark == "x" else StepResult(1.0, 1.0, 5)
-        state = cost.after(state, result, Path.full(4))
+        state = cost.after(state, result, LayerPath.full(4))
     return state
 
 

@@ -1,12 +1,12 @@
 """What a step costs where layers are recomputed, some or all."""
 
-from raptr_ds.paths import Path
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import ModelShape, step_flops
 from raptr_ds.runtime.state import StepCost
 
 SHAPE = ModelShape("bert", 8, 16, 8, 50, 64)
 STAGES = (range(0, 4), range(4, 8))
-PATH = Path((0, 1, 3, 4, 7), 8)  # three layers on the first stage, two on the second
+PATH = LayerPath((0, 1, 3, 4, 7), 8)  # three layers on the first stage, two on the second
 
 
 def test_recomputed_layers_count_a_forward_pass_more() -> None:
@@ -29,8 +29,8 @@ def test_short_paths_are_not_recomputed() -> None:
 
 def test_several_paths_cost_the_mean_of_each() -> None:
     """Whether layers are kept is each micro batch's own matter: two layers of the stage are kept, three are not."""
-    shares = Path((0, 1, 3, 4, 7), 8), Path((0, 2, 7), 8)
+    shares = LayerPath((0, 1, 3, 4, 7), 8), LayerPath((0, 2, 7), 8)
     cost = StepCost(SHAPE, 4, recompute=True, keep_up_to=2, stages=STAGES)
     means = sum(cost.flops(share, 9) for share in shares) / 2
-    assert cost.flops(Path.of_shares(shares), 9) == means
-    assert StepCost(SHAPE, 4, recompute=False).flops(Path.of_shares(shares), 9) == step_flops(SHAPE, 4, 4, 9)
+    assert cost.flops(LayerPath.of_shares(shares), 9) == means
+    assert StepCost(SHAPE, 4, recompute=False).flops(LayerPath.of_shares(shares), 9) == step_flops(SHAPE, 4, 4, 9)

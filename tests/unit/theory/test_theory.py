@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.paths.path import Path as LayerPath
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.theory.polynomials import PolynomialSettings, Target, degree_errors, learn, path_methods
 from raptr_ds.theory.residual_network import NetworkShape, ResidualNetwork
 from raptr_ds.theory.stability import VARIANTS, StabilitySettings, gaps_in_training, initial_gaps, slope
