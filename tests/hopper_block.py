@@ -23,11 +23,9 @@ from torch.func import functional_call
 from torch.fx.node import map_aggregate
 from triton.backends.compiler import GPUTarget
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import Block
 from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel import layers
 from raptr_ds.parallel.dropout import LayerDropout
 from raptr_ds.parallel.groups import lone_process_groups
@@ -124,18 +122,16 @@ def _count(graph: Any) -> None:
 def counted(architecture: str, is_scaled: bool) -> list[dict[str, Any]]:
     """Return what a layer's forward and backward pass are made of, in bf16, with a residual_scale or without."""
     batch, length, width, heads = SHAPES[architecture]
-    model = derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=2,
-            hidden_size=width,
-            num_attention_heads=heads,
-            seq_length=length,
-            vocab_size=64,
-        )
+    model = ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=2,
+        hidden_size=width,
+        num_attention_heads=heads,
+        seq_length=length,
+        vocab_size=64,
     )
     with lone_process_groups() as groups:
-        block = Block(ModelSpec.of(model), groups, attention_kernel=True).to(torch.bfloat16)
+        block = Block(model, groups, attention_kernel=True).to(torch.bfloat16)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graphs: dict[str, Any] = {}
 

@@ -13,14 +13,12 @@ import torch
 from torch.nn import functional
 
 import tests.interpreted  # noqa: F401 - before the kernels
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
-from raptr_ds.paths.cost import ModelShape
 from tests.dropout_masks import streams_of
 
 LENGTH, VOCAB, BATCH, LAYERS, PREDICTED = 160, 3000, 2, 5, 9
@@ -56,24 +54,16 @@ def stand_ins(is_compiled: bool) -> Iterator[None]:
 
 def model_of(architecture: str, dropouts: tuple[float, float] = (0.0, 0.0)) -> ModelSection:
     """Return a small model."""
-    return derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=LAYERS,
-            hidden_size=128,
-            num_attention_heads=4,
-            seq_length=LENGTH,
-            vocab_size=VOCAB,
-            hidden_dropout=dropouts[0],
-            attention_dropout=dropouts[1],
-        )
+    return ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=LAYERS,
+        hidden_size=128,
+        num_attention_heads=4,
+        seq_length=LENGTH,
+        vocab_size=VOCAB,
+        hidden_dropout=dropouts[0],
+        attention_dropout=dropouts[1],
     )
-
-
-def shape_of(architecture: str) -> ModelShape:
-    """Return the small model's shape."""
-    model = model_of(architecture)
-    return ModelShape(**{name: getattr(model, name) for name in ModelShape.__dataclass_fields__})
 
 
 def build(

@@ -10,9 +10,10 @@ from pathlib import Path
 import _command_line
 
 from raptr_ds.config.derive import derive_pipeline_layers
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths import LayerPath
-from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
+from raptr_ds.paths.cost import head_cost_in_layers
 from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
 from raptr_ds.planner.scaling_plot import plot_scaling
 from raptr_ds.planner.step_time import Device, Layout, step_seconds
@@ -22,7 +23,15 @@ BEGIN, END = "<!-- tools/scaling.py: begin -->", "<!-- tools/scaling.py: end -->
 SAMPLINGS = ("uniform", "bernoulli", "balanced")
 SHALLOW = ((2, 12), (4, 12), (4, 16), (8, 16), (8, 20), (8, 12))
 DEEP_LAYERS, DEEP_MICRO_BATCHES, STAGES, LENGTHS = 128, 128, (1, 2, 4, 8, 16, 32, 64), (64, 96, 112)
-UL2 = ModelShape("ul2", 24, 2304, 1024, 32_000, 6144, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
+UL2 = ModelSection(
+    architecture="ul2",
+    num_layers=24,
+    hidden_size=2304,
+    num_attention_heads=18,
+    seq_length=1024,
+    vocab_size=32_000,
+    ffn_hidden_size=6144,
+)
 UL2_PREDICTED, UL2_BATCH, UL2_LENGTH, RANKS = 355.0, 512, 16, (8, 16, 32, 64, 128, 256, 512, 1024)
 
 

@@ -161,7 +161,6 @@ class MegatronStep(_PlainStep):
             raise ConfigError("megatron-core draws its dropout from a CUDA generator; compare without dropout.")
         if config.parallel.activation_checkpointing:
             raise ConfigError("megatron-core's layers are compared without activation checkpointing.")
-        assert model.ffn_hidden_size is not None
         stage = build_stage(model, groups, range(model.num_layers), recompute=False, seed=0)
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "norm_epsilon")
         kinds = ("normalization", "activation", "add_bias_linear")

@@ -22,7 +22,6 @@ from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
 from raptr_ds.rng import stream
-from raptr_ds.runtime.method import shape_of
 
 Turn = Callable[[], tuple[Measured, Step]]
 """Returns the row that the entrant's next step belongs to, and the step."""
@@ -190,7 +189,7 @@ def _flops(config: RunConfig, batch: StepBatch, path_length: float) -> int:
     parallel = config.parallel
     share = path_length / parallel.pipeline_model_parallel_size  # the benchmark's paths are balanced
     recomputing = parallel.activation_checkpointing and share > parallel.keep_activations_up_to
-    return step_flops(shape_of(config), path_length, config.batch.global_batch, predictions, recomputing)
+    return step_flops(config.model, path_length, config.batch.global_batch, predictions, recomputing)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.shortage import DeviceMemory, MemoryNeed
 from raptr_ds.rng import stream
-from raptr_ds.runtime.method import shape_of
 from raptr_ds.runtime.out_of_memory import is_out_of_memory
 
 WARMUP_ROUNDS = 2
@@ -83,7 +82,7 @@ def measure_steps(
     has_own_peak = device is not None and (is_alone or why_apart is not None)
     need = MemoryNeed.of(config, groups.pipeline_rank, has_own_peak, config.model.num_layers).memory
     return StepBenchmark(
-        num_parameters=num_parameters(shape_of(config)),
+        num_parameters=num_parameters(config.model),
         num_predictions=batch.num_predictions,
         paths=ours.rows,
         others=[row for other in others if other.name not in absent for row in other.rows],

@@ -3,45 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raptr_ds.config.sections import ModelSection, ParallelSection, PathSection, TrainSection
+from raptr_ds.config.sections import ParallelSection, PathSection, TrainSection
 
-_FFN_MULTIPLE = 64
 _MAX_NON_FINITE_STEPS = 20
-
-_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
-    "bert": {
-        "activation": "gelu",
-        "normalization": "layernorm",
-        "position_embedding": "learned",
-        "add_bias_linear": True,
-        "hidden_dropout": 0.1,
-        "attention_dropout": 0.1,
-    },
-    "ul2": {
-        "activation": "swiglu",
-        "normalization": "rmsnorm",
-        "position_embedding": "rotary",
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    },
-}
-
-
-def derive_model(model: ModelSection) -> ModelSection:
-    """Return the model with all that its architecture and width decide; only vocab_size may stay None."""
-    update = {key: value for key, value in _BY_ARCHITECTURE[model.architecture].items() if getattr(model, key) is None}
-    if model.ffn_hidden_size is None:
-        activation = update.get("activation", model.activation)
-        update["ffn_hidden_size"] = derive_ffn_hidden_size(model.hidden_size, activation)
-    return model.model_copy(update=update)
-
-
-def derive_ffn_hidden_size(hidden_size: int, activation: str) -> int:
-    """Return 4 x hidden_size for gelu; 8/3 x hidden_size, up to a multiple of 64, for swiglu's three matrices."""
-    if activation == "gelu":
-        return 4 * hidden_size
-    return -(-8 * hidden_size // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
 
 
 def derive_pipeline_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:

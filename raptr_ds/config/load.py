@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, check_paths_per_step, solve_batch
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
-from raptr_ds.config.derive import derive_model, derive_parallel, derive_path, derive_train
+from raptr_ds.config.derive import derive_parallel, derive_path, derive_train
 from raptr_ds.config.draft import Draft
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import check_optimizer, check_scheduler, complete_optimizer, complete_scheduler
@@ -63,7 +63,7 @@ class RunConfig:
     def with_vocab_size(self, vocab_size: int) -> "RunConfig":
         """Return the run with the tokenizer's vocabulary. Raises: ConfigError if the file says another size."""
         said = self.model.vocab_size
-        if said is None:
+        if not said:
             line = f"raptr_ds.model.vocab_size={vocab_size} (the tokenizer's)"
             model = self.model.model_copy(update={"vocab_size": vocab_size})
             return replace(self, model=model, derived=[*self.derived, line])
@@ -131,7 +131,7 @@ def _complete(
 ) -> tuple[Draft, list[str]]:
     """Return the draft with everything derived but the batch, and a line for each value that was."""
     train = derive_train(cast(TrainSection, sections["train"]), tree.get("fp16", {}), path.stem)
-    model = derive_model(cast(ModelSection, sections["model"]))
+    model = cast(ModelSection, sections["model"])
     parallel = derive_parallel(cast(ParallelSection, sections["parallel"]), model.num_layers)
     num_stages = parallel.pipeline_model_parallel_size
     complete = {

@@ -28,7 +28,7 @@ def heads_divide_hidden(draft: Draft) -> str | None:
 
 def rotary_needs_even_head(draft: Draft) -> str | None:
     """Rotary embedding turns pairs of channels."""
-    size = draft.model.hidden_size // draft.model.num_attention_heads
+    size = draft.model.head_dim
     if draft.model.position_embedding != "rotary" or size % 2 == 0:
         return None
     return (

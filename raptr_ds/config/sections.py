@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 def _whole(value: Any) -> Any:
@@ -30,12 +30,39 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+_FFN_MULTIPLE = 64
+_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "bert": {
+        "activation": "gelu",
+        "normalization": "layernorm",
+        "position_embedding": "learned",
+        "add_bias_linear": True,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    },
+    "ul2": {
+        "activation": "swiglu",
+        "normalization": "rmsnorm",
+        "position_embedding": "rotary",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+}
+
+
+def _derived() -> Any:
+    """Return the default of a key that is derived: None, which no complete section holds."""
+    return Field(default=None)
+
+
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
 class ModelSection(Section):
-    """`raptr_ds.model`: the shape of the network. What is left out follows from the architecture."""
+    """`raptr_ds.model`: the network. What is left out follows from the architecture; a section is complete once it is
+    read, but for vocab_size, which may wait for the tokenizer."""
 
     architecture: Literal["bert", "ul2"]
     """bert: pre-layer-norm encoder, masked language modelling. ul2: prefix language model, mixture of denoisers."""
@@ -47,30 +74,54 @@ class ModelSection(Section):
     """Attention heads of a layer; a multiple of raptr_ds.parallel.tensor_model_parallel_size."""
     seq_length: Count
     """Tokens of a sequence, special tokens included."""
-    vocab_size: Count | None = None
-    """Entries of the vocabulary. Left out: the tokenizer's. Said: must be the tokenizer's."""
-    ffn_hidden_size: Count | None = None
+    vocab_size: CountOrZero = 0
+    """Entries of the vocabulary; 0 or left out: the tokenizer's. If given, it must be the tokenizer's."""
+    ffn_hidden_size: Count = _derived()
     """Width inside the MLP. Derived: gelu 4 x hidden_size; swiglu 8/3 x hidden_size, up to a multiple of 64."""
-    activation: Literal["gelu", "swiglu"] | None = None
+    activation: Literal["gelu", "swiglu"] = _derived()
     """Derived: gelu for bert, swiglu for ul2."""
-    normalization: Literal["layernorm", "rmsnorm"] | None = None
+    normalization: Literal["layernorm", "rmsnorm"] = _derived()
     """Derived: layernorm for bert, rmsnorm for ul2."""
-    position_embedding: Literal["learned", "rotary"] | None = None
+    position_embedding: Literal["learned", "rotary"] = _derived()
     """Derived: learned for bert, rotary for ul2."""
     rotary_base: Positive = 10000.0
     """Base of the rotary frequencies; used by position_embedding rotary only."""
-    add_bias_linear: bool | None = None
+    add_bias_linear: bool = _derived()
     """Biases in the linear layers. Derived: true for bert, false for ul2."""
     tie_word_embeddings: bool = True
     """Whether the output projection is the input embedding."""
-    hidden_dropout: Probability | None = None
+    hidden_dropout: Probability = _derived()
     """Dropout after attention, MLP and embedding. Derived: 0.1 for bert, 0.0 for ul2."""
-    attention_dropout: Probability | None = None
+    attention_dropout: Probability = _derived()
     """Dropout of attention probabilities. Derived: 0.1 for bert, 0.0 for ul2."""
     init_method_std: Positive = 0.02
     """Standard deviation of initial weights; output projections get it divided by sqrt(2 L)."""
     norm_epsilon: Positive = 1e-5
     """Added to the variance in the normalization."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Add what follows from the architecture, unless that is wrong, which is reported by itself."""
+        if not isinstance(values, dict):
+            return values
+        values = {**_BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
+        hidden = values.get("hidden_size")
+        if isinstance(hidden, int | float) and "ffn_hidden_size" not in values:
+            values["ffn_hidden_size"] = _ffn_hidden_size(int(hidden), values.get("activation"))
+        return values
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def _ffn_hidden_size(hidden_size: int, activation: Any) -> int:
+    """Return 8/3 x hidden_size, up to a multiple of 64, for swiglu's three matrices; else 4 x hidden_size."""
+    if activation != "swiglu":
+        return 4 * hidden_size
+    return -(-8 * hidden_size // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
 
 
 class ParallelSection(Section):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MegatronBertConfig, MegatronBertForMaskedLM, PreTrainedModel
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.errors import ConfigError
@@ -204,7 +203,7 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
     for key, (value, wanted) in refused.items():
         if value != wanted:
             raise ConfigError(f"{type(twin).__name__} with {key}={value} has no twin here: only {key}={wanted} has.")
-    section = ModelSection(
+    return ModelSection(
         architecture=architecture,  # type: ignore[arg-type]
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -216,7 +215,6 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
         init_method_std=config.initializer_range,
         **extra,
     )
-    return derive_model(section)
 
 
 def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -264,7 +262,6 @@ def _names_in_twin(twin: _Twin, name: str) -> list[str]:
 
 
 def _num_row_groups(model: ModelSection, name: str) -> int:
-    assert model.ffn_hidden_size is not None
     return model.num_attention_heads if _QKV in name else model.ffn_hidden_size
 
 

@@ -14,7 +14,7 @@ from raptr_ds.paths.cost import expected_flops_left
 from raptr_ds.planner.plan import plan_run
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
-from raptr_ds.runtime.method import path_method_of, shape_of
+from raptr_ds.runtime.method import path_method_of
 
 _STEPS = "raptr_ds.train.steps"
 _NEIGHBOURS = 3  # steps around the solution that are looked at, as a schedule's rounding makes cost uneven
@@ -188,7 +188,7 @@ def expected_flops(config: RunConfig) -> float:
     num_sequences = config.batch.global_batch
     num_predicted = round(num_sequences * predictions_per_sequence(config))
     return expected_flops_left(
-        shape_of(config),
+        config.model,
         method,
         0,
         num_sequences,

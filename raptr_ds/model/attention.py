@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.cross_entropy import at_least_fp32
 from raptr_ds.parallel.dropout import LayerDropout, attention_hashes, attention_keep_mask
 from raptr_ds.parallel.groups import ProcessGroups
@@ -18,7 +18,7 @@ _SHORT = 128
 class Attention(nn.Module):
     """Self-attention of this rank's heads; qkv rows are ordered (head, query|key|value, head dim), as Megatron's."""
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, uses_kernel: bool = False) -> None:
+    def __init__(self, model: ModelSection, groups: ProcessGroups, uses_kernel: bool = False) -> None:
         """uses_kernel: for masks and dropout the Triton kernel, in place of dense masks and spelled-out dropout."""
         super().__init__()
         hidden, bias = model.hidden_size, model.add_bias_linear

@@ -63,7 +63,7 @@ def kernel_obstacle(model: ModelSection, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or more, this one has {capability[0]}.{capability[1]}"
-    head_dim = model.hidden_size // model.num_attention_heads
+    head_dim = model.head_dim
     if head_dim > _LARGEST_HEAD:
         return f"heads have {head_dim} dimensions, and it takes at most {_LARGEST_HEAD}"
     return None

@@ -4,28 +4,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.model.norm import build_norm
-from raptr_ds.model.spec import ModelSpec
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.model.block import build_norm
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import vocab_bias, vocab_cross_entropy, vocab_embedding
 from raptr_ds.parallel.sequence import pick_positions
 
 
 class Head(nn.Module):
-    """Final norm, an optional transform (BERT's), and the projection on the vocabulary.
+    """Final norm, BERT's transform (dense, gelu, norm), and the projection on the vocabulary, with a bias for BERT.
 
     The projection's weight is the word embedding's where they are tied, `self.output` where not.
     """
 
-    def __init__(self, model: ModelSpec, groups: ProcessGroups, transform: bool, output_bias: bool) -> None:
+    def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
-        hidden, vocab_size = model.hidden_size, model.vocab_size
+        hidden, vocab_size, is_bert = model.hidden_size, model.vocab_size, model.architecture == "bert"
         self.vocab_size, self.groups = vocab_size, groups
         self.norm = build_norm(model.normalization, hidden, model.norm_epsilon)
-        self.transform = nn.Linear(hidden, hidden) if transform else None
-        self.transform_norm = build_norm(model.normalization, hidden, model.norm_epsilon) if transform else None
+        self.transform = nn.Linear(hidden, hidden) if is_bert else None
+        self.transform_norm = build_norm(model.normalization, hidden, model.norm_epsilon) if is_bert else None
         self.output = None if model.tie_word_embeddings else vocab_embedding(vocab_size, hidden, groups)
-        self.bias = vocab_bias(vocab_size, groups) if output_bias else None
+        self.bias = vocab_bias(vocab_size, groups) if is_bert else None
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, tied_weight: torch.Tensor | None

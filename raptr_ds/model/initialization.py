@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from raptr_ds.model.spec import ModelSpec
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.parallel.layers import shard_of
 from raptr_ds.rng import stream_key
 
 
-def initialize(module: nn.Module, model: ModelSpec, seed: int) -> None:
+def initialize(module: nn.Module, model: ModelSection, seed: int) -> None:
     """Fill every parameter in place.
 
     Weights are normal with init_method_std; the projections that end a residual branch have it divided by

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import Block
 from raptr_ds.model.compiler import let_integers_wrap
 from raptr_ds.model.key_ranges import KeyRanges
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.transfer import without_waiting
@@ -23,7 +23,7 @@ class Stack(nn.ModuleDict):
 
     def __init__(
         self,
-        model: ModelSpec,
+        model: ModelSection,
         groups: ProcessGroups,
         layers: Iterable[int],
         recompute: bool,

@@ -5,18 +5,58 @@ from torch import nn
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
-from raptr_ds.model import bert, ul2
 from raptr_ds.model.attention import rotary_table
-from raptr_ds.model.embedding import Embedding
+from raptr_ds.model.heads import Head
 from raptr_ds.model.initialization import initialize
 from raptr_ds.model.key_ranges import dense_mask, key_ranges
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stack import Stack
-from raptr_ds.parallel.dropout import DropoutStreams
+from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.layers import vocab_embedding
+from raptr_ds.parallel.sequence import sum_gradients
 from raptr_ds.paths.path import LayerPath
 
-_ARCHITECTURES = {"bert": bert, "ul2": ul2}
+EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before layer 0
+
+
+class Embedding(nn.Module):
+    """Word embedding split over the tensor ranks by vocabulary, and learned positions where the model has them.
+
+    Where the head is tied to it and on the same stage, both use the weight that forward returns.
+    """
+
+    def __init__(self, model: ModelSection, groups: ProcessGroups, compiled: bool = False) -> None:
+        """compiled: dropout by torch.compile; what is around it is a few kernels anyway."""
+        super().__init__()
+        self.drop = torch.compile(dropout, dynamic=False) if compiled else dropout
+        self.dropout_rate = model.hidden_dropout
+        self.is_shared = model.tie_word_embeddings and groups.is_last_stage
+        self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
+        learned = model.position_embedding == "learned"
+        self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
+        self.sequence_rank = groups.sequence_rank
+        if self.position is not None:
+            sum_gradients(self.position, groups)
+
+    def forward(
+        self, tokens: torch.Tensor, streams: DropoutStreams | None, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map (b, T) ids to (b, T, H), and return the weight (rows here, H) for a head that is tied to it.
+
+        With sequence parallelism the stream is this rank's part of the sequences, (b, T / tensor, H).
+
+        positions: (b, T), where they do not just count up (packed sequences).
+        """
+        x, weight = self.word.with_weight(tokens) if self.is_shared else (self.word(tokens), self.word.weight)
+        first = self.sequence_rank * x.shape[1]
+        if self.position is not None:
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.position(positions[..., first : first + x.shape[1]])
+        if streams is None or self.dropout_rate == 0.0:
+            return x, weight
+        masks = streams.of_layer(EMBEDDING_LAYER)
+        return self.drop(x, self.dropout_rate, masks, "embedding", first_position=first), weight
 
 
 class Stage(nn.Module):
@@ -28,7 +68,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        model: ModelSpec,
+        model: ModelSection,
         groups: ProcessGroups,
         layers: range,
         recompute: bool = False,
@@ -39,13 +79,12 @@ class Stage(nn.Module):
         super().__init__()
         self.attention_kernel = attention_kernel
         self.model = model
-        self.architecture = _ARCHITECTURES[model.architecture]
         self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
             self.embedding = Embedding(model, groups, compiled)
         self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
-        self.head = self.architecture.build_head(model, groups) if self.is_last else None
+        self.head = Head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
             self.embedding.word.weight.tied_copy = True  # type: ignore[attr-defined]
@@ -68,12 +107,11 @@ class Stage(nn.Module):
             x, word_weight = self.embedding(x, streams, positions)
         elif self.embedding is not None:
             word_weight = self.embedding.word.weight
-        is_causal = self.architecture.IS_CAUSAL
+        is_causal = self.model.architecture == "ul2"  # outside the prefix
         mask = key_ranges(batch, is_causal) if self.attention_kernel else dense_mask(batch, is_causal, x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
-            head_dim = self.model.hidden_size // self.model.num_attention_heads
-            rotary = rotary_table(batch.tokens.shape[1], head_dim, self.model.rotary_base, x.device)
+            rotary = rotary_table(batch.tokens.shape[1], self.model.head_dim, self.model.rotary_base, x.device)
             if positions is not None:
                 rotary = rotary[:, positions][:, :, None]
         x = self.layers(x, path, mask, rotary, streams)
@@ -97,7 +135,6 @@ def build_stage(
     recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here.
     compiled: by torch.compile, each block when it first runs. attention_kernel: our own, for masks and dropout.
     """
-    spec = ModelSpec.of(model)
-    stage = Stage(spec, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
-    initialize(stage, spec, seed)
+    stage = Stage(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
+    initialize(stage, model, seed)
     return stage

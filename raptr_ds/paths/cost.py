@@ -5,36 +5,13 @@ T x T matrix (a mask removes no work), MLP, head. Not counted: norms, activation
 optimizer; together a few percent at most.
 """
 
-from dataclasses import dataclass
-
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths.protocol import PathMethod
 
 _PASSES = 3  # one forward; the backward forms two products for each forward one: by input and by weight
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers that decide a model's size and cost; names and values are those of the run file's model section."""
-
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    seq_length: int
-    vocab_size: int
-    ffn_hidden_size: int
-    activation: str = "gelu"
-    normalization: str = "layernorm"
-    position_embedding: str = "learned"
-    add_bias_linear: bool = True
-    tie_word_embeddings: bool = True
-
-    @property
-    def has_head_transform(self) -> bool:
-        """Whether dense, activation and norm come before the vocabulary projection, and a bias after it (BERT)."""
-        return self.architecture == "bert"
-
-
-def layer_forward_flops(shape: ModelShape) -> int:
+def layer_forward_flops(shape: ModelSection) -> int:
     """Return the FLOPs of one layer's forward pass over one sequence of seq_length tokens.
 
     8 T h^2 for query, key, value and output projections, 4 T^2 h for scores and weighted values, 4 T h f for a gelu
@@ -46,7 +23,7 @@ def layer_forward_flops(shape: ModelShape) -> int:
     return attention + 2 * mlp_matrices * tokens * hidden * shape.ffn_hidden_size
 
 
-def head_cost_in_layers(shape: ModelShape, predicted_per_sequence: float) -> float:
+def head_cost_in_layers(shape: ModelSection, predicted_per_sequence: float) -> float:
     """Return the head's cost in units of one layer's; predicted_per_sequence may be an expectation.
 
     Forward and backward are in the same proportion. The embedding is a look-up, which costs nothing in these units.
@@ -55,14 +32,14 @@ def head_cost_in_layers(shape: ModelShape, predicted_per_sequence: float) -> flo
     return predicted_per_sequence * per_position / layer_forward_flops(shape)
 
 
-def head_forward_flops(shape: ModelShape, num_predicted: int) -> int:
+def head_forward_flops(shape: ModelSection, num_predicted: int) -> int:
     """Return the FLOPs of the head's forward pass over num_predicted positions, the only ones it runs on."""
-    transform = 2 * shape.hidden_size**2 if shape.has_head_transform else 0
+    transform = 2 * shape.hidden_size**2 if _has_head_transform(shape) else 0
     return num_predicted * (transform + 2 * shape.hidden_size * shape.vocab_size)
 
 
 def step_flops(
-    shape: ModelShape,
+    shape: ModelSection,
     path_length: float,
     num_sequences: int,
     num_predicted: int,
@@ -81,7 +58,7 @@ def step_flops(
 
 
 def expected_flops_left(
-    shape: ModelShape,
+    shape: ModelSection,
     method: PathMethod,
     step: int,
     num_sequences: int,
@@ -99,7 +76,7 @@ def expected_flops_left(
     return method.expected_layers_from(step) * layer + head * max(0, method.num_steps - step)
 
 
-def layer_parameters(shape: ModelShape) -> int:
+def layer_parameters(shape: ModelSection) -> int:
     """Return the number of parameters of one layer: four projections, the MLP, two norms, biases."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     mlp_inputs = 2 if shape.activation == "swiglu" else 1
@@ -107,11 +84,16 @@ def layer_parameters(shape: ModelShape) -> int:
     return layer + (4 * hidden + mlp_inputs * ffn + hidden if shape.add_bias_linear else 0)
 
 
-def _norm_parameters(shape: ModelShape) -> int:
+def _has_head_transform(shape: ModelSection) -> bool:
+    """Whether dense, activation and norm come before the vocabulary projection, and a bias after it."""
+    return shape.architecture == "bert"
+
+
+def _norm_parameters(shape: ModelSection) -> int:
     return 2 * shape.hidden_size if shape.normalization == "layernorm" else shape.hidden_size
 
 
-def num_parameters(shape: ModelShape) -> int:
+def num_parameters(shape: ModelSection) -> int:
     """Return the number of parameters of the unsplit model, tied weights counted once.
 
     BERT as Megatron's pre-layer-norm encoder without token types: a final norm after the last layer, and a head of
@@ -122,12 +104,12 @@ def num_parameters(shape: ModelShape) -> int:
     total = shape.vocab_size * hidden + positions + shape.num_layers * layer_parameters(shape) + norm
     if not shape.tie_word_embeddings:
         total += shape.vocab_size * hidden
-    if shape.has_head_transform:
+    if _has_head_transform(shape):
         total += hidden**2 + hidden + norm + shape.vocab_size
     return total
 
 
-def outer_parameters(shape: ModelShape, stage: int = 0, num_stages: int = 1) -> int:
+def outer_parameters(shape: ModelSection, stage: int = 0, num_stages: int = 1) -> int:
     """Return the parameters beside the layers that a pipeline stage holds: embedding on the first, head on the last.
 
     Where the embedding is tied, the last of several stages has a copy of it.

@@ -23,7 +23,6 @@ from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, step_flops
 from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
-from raptr_ds.runtime.method import shape_of
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
 _WARMUP, _REPETITIONS = 2, 7
@@ -53,7 +52,7 @@ class DeviceProbe:
 
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
         self._groups, self._config = groups, config
-        self._layout, self._shape = layout_of(config), shape_of(config)
+        self._layout, self._shape = layout_of(config), config.model
         size = groups.topology.world_size
         # Split over tensor ranks as the run's layers are; where they span machines, whole.
         self._tensor = self._layout.tensor if size % self._layout.tensor == 0 else 1

@@ -7,7 +7,8 @@ kernels' workspaces, the framework, and fp32 copies of short sequences' attentio
 
 from dataclasses import dataclass, replace
 
-from raptr_ds.paths.cost import ModelShape, layer_parameters, outer_parameters
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.paths.cost import layer_parameters, outer_parameters
 from raptr_ds.planner.step_time import Layout
 
 DEFAULT_REDUCE_BUCKET = 500_000_000
@@ -63,7 +64,7 @@ class RankMemory:
         return parts - self.never_together
 
 
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int, num_active: int | None = None) -> float:
+def stage_parameters(shape: ModelSection, layout: Layout, stage: int, num_active: int | None = None) -> float:
     """Return the parameters of one rank of a stage: its layers (only num_active of them, if said), embedding, head.
 
     The tensor ranks' shares are counted as equal; norms and some biases are replicated, a fraction of a percent.
@@ -73,7 +74,7 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int, num_active: 
     return (num_layers * layer_parameters(shape) + outer) / layout.tensor
 
 
-def layer_activation_bytes(shape: ModelShape, layout: Layout, state: TrainingState) -> float:
+def layer_activation_bytes(shape: ModelSection, layout: Layout, state: TrainingState) -> float:
     """Return the bytes that one layer keeps of one micro batch for its backward pass, without recomputation.
 
     In units of the residual stream: 4 tensors of the whole stream (both norms' inputs and outputs), query, key, value
@@ -101,7 +102,7 @@ def layer_activation_bytes(shape: ModelShape, layout: Layout, state: TrainingSta
     return total
 
 
-def _layer_bytes_on_gpu(shape: ModelShape, layout: Layout, state: TrainingState) -> float:
+def _layer_bytes_on_gpu(shape: ModelSection, layout: Layout, state: TrainingState) -> float:
     """Return what one layer keeps where attention is one kernel, which stores no scores, with dropout or without.
 
     Compiled or not: the layer's input, both norms' outputs as inputs of products, and attention's result (uncompiled:
@@ -125,7 +126,7 @@ def _layer_bytes_on_gpu(shape: ModelShape, layout: Layout, state: TrainingState)
     return values * layout.bytes_per_value + dropout + logarithms
 
 
-def _backward_bytes(shape: ModelShape, layout: Layout) -> float:
+def _backward_bytes(shape: ModelSection, layout: Layout) -> float:
     """Return what the backward pass of one layer needs beside what was kept, on a GPU.
 
     The gradients of the MLP's inner tensors and of the stream on both of its ways, and those of the layer's weights,
@@ -139,7 +140,7 @@ def _backward_bytes(shape: ModelShape, layout: Layout) -> float:
 
 
 def activation_bytes(
-    shape: ModelShape,
+    shape: ModelSection,
     layout: Layout,
     state: TrainingState,
     stage: int,
@@ -169,7 +170,7 @@ def activation_bytes(
     return total + max(head, _backward_bytes(shape, layout) if num_active else 0.0)
 
 
-def logits_bytes(shape: ModelShape, layout: Layout, predicted_per_sequence: float) -> float:
+def logits_bytes(shape: ModelSection, layout: Layout, predicted_per_sequence: float) -> float:
     """Return the bytes of one micro batch's logits: one buffer serves all (raptr_ds/parallel/cross_entropy.py)."""
     logits = layout.micro_batch * predicted_per_sequence * shape.vocab_size / layout.tensor
     return logits * layout.bytes_per_value
@@ -186,7 +187,7 @@ def _micro_batches_in_flight(layout: Layout, stage: int) -> float:
 
 
 def largest_micro_batch(
-    shape: ModelShape, layout: Layout, state: TrainingState, path_length: int, predicted_per_sequence: float
+    shape: ModelSection, layout: Layout, state: TrainingState, path_length: int, predicted_per_sequence: float
 ) -> int:
     """Return the largest micro batch that keeps no more activations on a path than the layout's does on the full path.
 
@@ -204,7 +205,7 @@ def largest_micro_batch(
 
 
 def rank_memory(
-    shape: ModelShape,
+    shape: ModelSection,
     layout: Layout,
     state: TrainingState,
     stage: int,

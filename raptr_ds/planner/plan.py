@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from raptr_ds.paths.cost import ModelShape, step_flops
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.paths.cost import step_flops
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
@@ -24,7 +25,7 @@ class Setting:
     to which none is recomputed. micro_batches: sequences of a micro batch in each phase, where they grow.
     """
 
-    shape: ModelShape
+    shape: ModelSection
     layout: Layout
     device: Device
     state: TrainingState

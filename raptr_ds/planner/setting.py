@@ -11,14 +11,14 @@ from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.memory import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.step_time import Device, Layout
-from raptr_ds.runtime.method import path_method_of, shape_of
+from raptr_ds.runtime.method import path_method_of
 
 
 def layout_of(config: RunConfig) -> Layout:
     """Return how the run's steps are spread out."""
     assert config.parallel.pipeline_layers is not None, "not derived"
     recompute = config.parallel.activation_checkpointing
-    layer = layer_parameters(shape_of(config)) / config.parallel.tensor_model_parallel_size
+    layer = layer_parameters(config.model) / config.parallel.tensor_model_parallel_size
     accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
     return Layout(
         stage_layers=config.parallel.pipeline_layers,
@@ -58,7 +58,7 @@ def micro_batches_of(config: RunConfig, method: PathMethod, on_gpu: bool) -> tup
     phases, base = method.phases.phases, config.batch.micro_batch
     if not config.parallel.grow_micro_batch:
         return tuple(base for _ in phases)
-    layout, shape, state = layout_of(config), shape_of(config), training_state_of(config, on_gpu)
+    layout, shape, state = layout_of(config), config.model, training_state_of(config, on_gpu)
     predicted = predictions_per_sequence(config)
     lengths = [config.model.num_layers if phase.path_length is None else phase.path_length for phase in phases]
     return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
@@ -79,8 +79,8 @@ def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
     zero = config.deepspeed.get("zero_optimization", {})
     return TrainingState(
         num_attention_heads=config.model.num_attention_heads,
-        hidden_dropout=config.model.hidden_dropout or 0.0,
-        attention_dropout=config.model.attention_dropout or 0.0,
+        hidden_dropout=config.model.hidden_dropout,
+        attention_dropout=config.model.attention_dropout,
         optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
         reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
@@ -92,7 +92,7 @@ def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
 def setting_of(config: RunConfig, device: Device) -> Setting:
     """Return what a plan of the run needs beside its paths."""
     return Setting(
-        shape_of(config),
+        config.model,
         layout_of(config),
         device,
         training_state_of(config, device.is_gpu),

@@ -119,7 +119,7 @@ class MemoryNeed:
                 yield text, changed(zero_stage=zero_stage, data=2)
         sizes = range(2 * layout.tensor, model.num_attention_heads + 1, layout.tensor)
         for tensor in sizes:
-            if model.num_attention_heads % tensor == 0 and (model.ffn_hidden_size or 0) % tensor == 0:
+            if model.num_attention_heads % tensor == 0 and model.ffn_hidden_size % tensor == 0:
                 times = tensor // layout.tensor
                 text = f"raptr_ds.parallel.tensor_model_parallel_size={tensor} on {times} times the processes"
                 yield text, changed(tensor=tensor)

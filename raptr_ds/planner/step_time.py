@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raptr_ds.paths.cost import ModelShape, head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.paths.cost import head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
@@ -123,7 +124,7 @@ def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.n
 
 
 def step_seconds(
-    paths: Sequence[LayerPath], shape: ModelShape, layout: Layout, device: Device, predicted_per_sequence: float
+    paths: Sequence[LayerPath], shape: ModelSection, layout: Layout, device: Device, predicted_per_sequence: float
 ) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 
@@ -165,7 +166,7 @@ def step_seconds(
     )
 
 
-def tensor_reduction_seconds(shape: ModelShape, layout: Layout, device: Device) -> float:
+def tensor_reduction_seconds(shape: ModelSection, layout: Layout, device: Device) -> float:
     """Return what two reductions over the tensor ranks take: of a layer's pass over a micro batch in one direction."""
     if layout.tensor == 1:
         return 0.0
@@ -174,7 +175,7 @@ def tensor_reduction_seconds(shape: ModelShape, layout: Layout, device: Device) 
     return 2 * (ring + device.latency_seconds)
 
 
-def _stage_parameters(active: np.ndarray, shape: ModelShape, layout: Layout) -> np.ndarray:
+def _stage_parameters(active: np.ndarray, shape: ModelSection, layout: Layout) -> np.ndarray:
     """Return the parameters of one device of active layers, (paths, stages): those, embedding, head."""
     by_stage = active.reshape(*active.shape[:-1], layout.num_chunks, layout.num_stages).sum(axis=-2)
     outer = [outer_parameters(shape, stage, layout.num_stages) for stage in range(layout.num_stages)]

@@ -8,14 +8,8 @@ from raptr_ds.config.sections import PathSection
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.cost import ModelShape, head_cost_in_layers
+from raptr_ds.paths.cost import head_cost_in_layers
 from raptr_ds.paths.several import several_paths
-
-
-def shape_of(config: RunConfig) -> ModelShape:
-    """Return the model's shape; the vocabulary's size must be known."""
-    names = ModelShape.__dataclass_fields__
-    return ModelShape(**{name: getattr(config.model, name) for name in names})
 
 
 def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMethod:
@@ -73,5 +67,5 @@ def balanced_stages_of(config: RunConfig) -> BalancedStages | None:
     if config.path.balance_stages is None:
         return None
     layers = balanced_stage_layers(config.path, config.parallel, config.model.num_layers)
-    head = head_cost_in_layers(shape_of(config), predictions_per_sequence(config))
+    head = head_cost_in_layers(config.model, predictions_per_sequence(config))
     return BalancedStages.of(layers, head_cost=head)

@@ -24,7 +24,7 @@ from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.setting import micro_batches_of
 from raptr_ds.planner.shortage import DeviceMemory, shortage
-from raptr_ds.runtime.method import left_out_layers, path_method_of, shape_of
+from raptr_ds.runtime.method import left_out_layers, path_method_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
@@ -205,7 +205,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             if state.step:
                 progress.say(_standing(config, folder, state.step))
         cost = StepCost(
-            shape_of(config),
+            config.model,
             config.batch.global_batch,
             parallel.activation_checkpointing,
             parallel.keep_activations_up_to,
@@ -292,7 +292,7 @@ def _introduction(
     model, path = config.model, config.path
     alone = topology.data == 1 and config.zero_stage in (1, 2)
     zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
-    shape = shape_of(config)
+    shape = config.model
     return [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",

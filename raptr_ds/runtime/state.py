@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths import PathMethod
-from raptr_ds.paths.cost import ModelShape, expected_flops_left, layer_forward_flops, step_flops
+from raptr_ds.paths.cost import expected_flops_left, layer_forward_flops, step_flops
 from raptr_ds.paths.path import LayerPath
 
 
@@ -68,7 +69,7 @@ class StepCost:
     keep_up_to: active layers of a pipeline stage up to which none is recomputed; stages: the layers of each.
     """
 
-    shape: ModelShape
+    shape: ModelSection
     num_sequences: int
     recompute: bool
     keep_up_to: int = 0

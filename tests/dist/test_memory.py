@@ -17,7 +17,7 @@ from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.memory import TrainingState, layer_activation_bytes, rank_memory
 from raptr_ds.planner.step_time import Layout
 from tests import kept_tensors
-from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups, shape_of
+from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups
 from tests.dist.workers import run_distributed
 from tests.dropout_masks import streams_of
 
@@ -62,7 +62,7 @@ CASES = {
 def test_weights_and_optimizer_are_as_the_formula_says(name):
     world_size, values = CASES[name]
     case = Case(num_layers=8, schedule="2-8", **values)
-    shape = shape_of(case)
+    shape = model_of(case)
     layout = Layout(
         case.pipeline_layers or (8,),
         case.micro_batch,
@@ -114,7 +114,7 @@ def test_layers_keep_what_the_formula_says(architecture, recompute, sequence_par
     case = Case(
         architecture=architecture, tensor=2, sequence_parallel=sequence_parallel, recompute=recompute, dropout=0.0
     )
-    shape = shape_of(case)
+    shape = model_of(case)
     layout = Layout((5,), case.micro_batch, 1, tensor=2, bytes_per_value=4, sequence_parallel=sequence_parallel)
     layer = layer_activation_bytes(shape, layout, TrainingState(4))
     if recompute:
@@ -138,7 +138,7 @@ def test_the_buffer_of_gradients_is_no_larger_than_all_gradients(zero):
     for bucket, _ in run_distributed(reduce_bucket, 2, Case(zero=zero, reduce_bucket=5000)):
         assert bucket == 5000
     layout, state = Layout((5,), 2, 3, data=2, zero_stage=zero), TrainingState(4, reduce_bucket=500_000_000)
-    shape = shape_of(Case())
+    shape = model_of(Case())
     with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
     without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
     assert with_bucket - without == 2 * num_parameters(shape)
@@ -150,7 +150,7 @@ def test_the_buffer_of_gradients_has_the_type_that_the_formula_counts(zero, accu
     """ZeRO 1 fills it from what has accumulated, ZeRO 2 from each micro batch's gradients."""
     case = Case(zero=zero, precision="bf16", accumulate_in_fp32=accumulate_in_fp32)
     layout = Layout((5,), 2, 3, data=2, zero_stage=zero, gradient_bytes_per_value=4 if accumulate_in_fp32 else 2)
-    state, shape = TrainingState(4, reduce_bucket=1000), shape_of(case)
+    state, shape = TrainingState(4, reduce_bucket=1000), model_of(case)
     with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
     without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
     for buffer_bytes in run_distributed(bucket_bytes_per_element, 2, case):
@@ -186,7 +186,7 @@ def gpu_layer(launch: Launch, architecture: str, sequence_parallel: bool) -> flo
 def test_a_compiled_layer_on_tensor_ranks_keeps_what_the_formula_says(architecture, sequence_parallel):
     """What waits for other ranks stays out of graphs, and each graph between keeps what it needs itself."""
     state = TrainingState(4, 0.1, 0.1, on_gpu=True, compiled=True)
-    shape = kept_tensors.shape_of(architecture)
+    shape = kept_tensors.model_of(architecture)
     layers, batch = (kept_tensors.LAYERS,), kept_tensors.BATCH
     layout = Layout(layers, batch, 1, tensor=2, sequence_parallel=sequence_parallel)
     expected = layer_activation_bytes(shape, layout, state)

@@ -26,7 +26,7 @@ from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
-from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method, shape_of
+from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -220,7 +220,7 @@ def open_loop(
         config=replace(config, model=model),
         groups=groups,
         method=method,
-        cost=StepCost(shape_of(case), case.global_batch, recompute=False),
+        cost=StepCost(model_of(case), case.global_batch, recompute=False),
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
         agreement=PathAgreement(

@@ -13,7 +13,7 @@ from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.memory import TrainingState, rank_memory
 from raptr_ds.planner.setting import kept_whole
 from raptr_ds.planner.step_time import Layout
-from tests.dist.trajectory import Case, batch_at, build_engine, path_method, shape_of
+from tests.dist.trajectory import Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
 
 
@@ -124,7 +124,7 @@ def test_no_more_than_asked_for_is_whole_at_once() -> None:
     # What is being used comes on top of what is fetched ahead: a layer's largest matrix, and the embedding.
     assert limited.most_live < 4 * layer
     # The plan's memory: what is whole beside the rank's share, of two ranks. Right to a layer.
-    shape = shape_of(case)
+    shape = model_of(case)
     for seen, options in ((free, ()), (limited, limits)):
         kept = kept_whole({f"stage3_{key}": value for key, value in options}, layer, recompute=False)
         layout = Layout((8,), 6, 1, data=2, zero_stage=3, bytes_per_value=1, kept_whole=kept)

@@ -17,7 +17,7 @@ from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.setting import kept_whole
 from raptr_ds.planner.step_time import Device, Layout, step_seconds
 from tests.dist.counting import counting
-from tests.dist.trajectory import HIDDEN, Case, batch_at, build_engine, shape_of
+from tests.dist.trajectory import HIDDEN, Case, batch_at, build_engine, model_of
 from tests.dist.workers import run_distributed
 
 NUM_LAYERS = 8
@@ -106,7 +106,7 @@ SENT: dict[str, dict[str, Any]] = {
 def test_the_cost_model_sends_what_the_engine_sends(name: str) -> None:
     """Bytes of the layers' gradients and weights over a link of one byte a second, against those of a real step."""
     case = Case(num_layers=NUM_LAYERS, micro_batch=3, **SENT[name])
-    shape = shape_of(case)
+    shape = model_of(case)
     options = {f"stage3_{key}": value for key, value in case.zero_3_options}
     layout = Layout(
         (NUM_LAYERS,),
@@ -148,7 +148,7 @@ def test_the_cost_model_copies_what_the_engine_copies(zero: int, data: int, micr
     layout = Layout((NUM_LAYERS,), micro_batch, num_micro_batches, data=data, zero_stage=zero, bytes_per_value=4)
     slow = Device(np.inf, 1.0, machine_bytes_per_second=np.inf, latency_seconds=0.0)
     paths = [LayerPath(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
-    copies = step_seconds(paths, shape_of(case), layout, slow, 3.0).copies
+    copies = step_seconds(paths, model_of(case), layout, slow, 3.0).copies
     counts = run_distributed(count_steps, data, case)[0]
     for number, path in enumerate(("half", "full"), start=1):
         counted = counts[path].copied_elements - counts["empty"].copied_elements

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from raptr_ds.config.derive import derive_model, derive_pipeline_layers
+from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import StepBatch, collate
 from raptr_ds.data.sample import PackedSample, Sample
@@ -20,7 +20,6 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod, build_path_method
-from raptr_ds.paths.cost import ModelShape
 from raptr_ds.paths.several import several_paths
 
 SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
@@ -124,25 +123,17 @@ def path_method(case: Case) -> PathMethod:
 
 def model_of(case: Case) -> ModelSection:
     """Return the case's model."""
-    return derive_model(
-        ModelSection(
-            architecture=case.architecture,  # type: ignore[arg-type]
-            num_layers=case.num_layers,
-            hidden_size=HIDDEN,
-            num_attention_heads=NUM_HEADS,
-            seq_length=SEQ_LENGTH,
-            vocab_size=VOCAB_SIZE,
-            tie_word_embeddings=case.tied,
-            hidden_dropout=case.dropout,
-            attention_dropout=case.dropout,
-        )
+    return ModelSection(
+        architecture=case.architecture,  # type: ignore[arg-type]
+        num_layers=case.num_layers,
+        hidden_size=HIDDEN,
+        num_attention_heads=NUM_HEADS,
+        seq_length=SEQ_LENGTH,
+        vocab_size=VOCAB_SIZE,
+        tie_word_embeddings=case.tied,
+        hidden_dropout=case.dropout,
+        attention_dropout=case.dropout,
     )
-
-
-def shape_of(case: Case) -> ModelShape:
-    """Return the shape of the case's model."""
-    model = model_of(case)
-    return ModelShape(**{name: getattr(model, name) for name in ModelShape.__dataclass_fields__})
 
 
 def build_engine(case: Case, groups: ProcessGroups) -> Engine:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import collate
 from raptr_ds.data.sample import PackedSample, Sample
@@ -83,17 +82,15 @@ def test_a_model_is_the_same_with_the_kernel(
             parts.append(Sample(tokens, rng.permutation(length)[:9], tokens[:9], prefix))
         rows.append(PackedSample(tuple(parts)) if form == "packed" else parts[0])
     batch = collate(rows, [3, 8], 192, pad_id=0).to(GPU)
-    model = derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=3,
-            hidden_size=128,
-            num_attention_heads=2,
-            seq_length=192,
-            vocab_size=501,
-            hidden_dropout=0.1,
-            attention_dropout=0.1,
-        )
+    model = ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=3,
+        hidden_size=128,
+        num_attention_heads=2,
+        seq_length=192,
+        vocab_size=501,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
     )
     found = []
     for kernel in (False, True):

@@ -26,7 +26,6 @@ from raptr_ds.parallel.launch import detect_launch, prepare_imports
 from raptr_ds.paths.cost import num_parameters, step_flops
 from raptr_ds.planner.measure import synchronize
 from raptr_ds.rng import stream
-from raptr_ds.runtime.method import shape_of
 from raptr_ds.runtime.throughput import model_flops_utilization
 from tests.gpu.kit.findings import Findings
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, peak
@@ -154,7 +153,7 @@ class TrainedModel:
 
 def report(findings: Findings, name: str, config: RunConfig, found: StepTimes) -> None:
     """Write a line for each share of the layers: speed, utilization, memory, and how much of the saving is reached."""
-    shape, sequences = shape_of(config), config.batch.global_batch
+    shape, sequences = config.model, config.batch.global_batch
     predictions = random_step_batch(config, 0).num_predictions
     depth = config.model.num_layers
     flops = {share: step_flops(shape, round(share * depth), sequences, predictions) for share in found.seconds}
@@ -235,7 +234,7 @@ class Measurement:
             config = self._model.config(settings)
             self._trained, self._settings = TrainedModel(config, self._groups), settings
             seconds = time.perf_counter() - start
-            size = num_parameters(shape_of(config)) / 1e9
+            size = num_parameters(config.model) / 1e9
             self._findings.figure(f"{self._name} built", f"{size:.3f}G parameters in {seconds:.0f} s")
         return self._trained
 

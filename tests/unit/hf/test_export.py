@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.checkpoint.weights import load_trained_model
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
@@ -70,7 +69,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def model_of(architecture: str, vocab_size: int) -> ModelSection:
     shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 24}
-    return derive_model(ModelSection(architecture=architecture, vocab_size=vocab_size, **shape))  # type: ignore[arg-type]
+    return ModelSection(architecture=architecture, vocab_size=vocab_size, **shape)  # type: ignore[arg-type]
 
 
 def run_folder(folder: Path, groups: ProcessGroups, model: ModelSection, tokenizer: Tokenizer) -> Stage:

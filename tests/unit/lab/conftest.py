@@ -13,7 +13,7 @@ from raptr_ds.lab.plan import PlannedRun, Planner
 from raptr_ds.lab.record import session_of, write_record
 from raptr_ds.lab.runner import Progress, run_comparison
 from raptr_ds.paths.cost import step_flops
-from raptr_ds.runtime.method import path_method_of, shape_of
+from raptr_ds.runtime.method import path_method_of
 
 VOCAB_SIZE = 600
 # What a method adds to the loss; seeds add the same to all methods.
@@ -70,7 +70,7 @@ class StandIn:
 
 def lines_of(config: Any, last: int) -> list[dict[str, Any]]:
     """Return the lines of a made-up run, with the real method's paths and their real FLOPs."""
-    method, shape, lines, flops = path_method_of(config), shape_of(config), [], 0
+    method, shape, lines, flops = path_method_of(config), config.model, [], 0
     rate, seed = config.optimizer["params"]["lr"], config.train.seed
     predicted = round(4 * predictions_per_sequence(config))
     handicap = HANDICAPS[config.path.method] + 100 * abs(rate - 1e-3) + 0.01 * seed

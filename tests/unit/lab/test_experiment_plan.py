@@ -13,7 +13,7 @@ from raptr_ds.lab.file import load_experiment
 from raptr_ds.lab.plan import Planner, choose_rate, equal_cost_steps, expected_flops
 from raptr_ds.lab.state import measured_step_time
 from raptr_ds.paths.cost import step_flops
-from raptr_ds.runtime.method import path_method_of, shape_of
+from raptr_ds.runtime.method import path_method_of
 from tests.unit.lab.conftest import VOCAB_SIZE
 
 RIVALS = [
@@ -33,7 +33,7 @@ EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").rglob("*.json")
 def summed_flops(lab, settings):
     """Return the FLOPs of the paths that a run really takes, head included, step by step."""
     config = load_run_config(lab.folder / "base.json", settings).with_vocab_size(VOCAB_SIZE)
-    method, shape = path_method_of(config), shape_of(config)
+    method, shape = path_method_of(config), config.model
     predicted = round(4 * predictions_per_sequence(config))
     recompute = config.parallel.activation_checkpointing
     return sum(

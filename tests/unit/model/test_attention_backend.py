@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.model import attention_backend
@@ -13,15 +12,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def model_of(architecture: str = "ul2", dropout: float = 0.0, head_dim: int = 64) -> ModelSection:
-    return derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=2,
-            hidden_size=2 * head_dim,
-            num_attention_heads=2,
-            seq_length=64,
-            attention_dropout=dropout,
-        )
+    return ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=2,
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        seq_length=64,
+        attention_dropout=dropout,
     )
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, collate
 from raptr_ds.data.sample import Sample
@@ -29,17 +28,15 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=f"cannot 
 
 
 def model_of(architecture: str) -> ModelSection:
-    return derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=NUM_LAYERS,
-            hidden_size=32,
-            num_attention_heads=4,
-            seq_length=16,
-            vocab_size=61,
-            hidden_dropout=0.1,
-            attention_dropout=0.1,
-        )
+    return ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=NUM_LAYERS,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=16,
+        vocab_size=61,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
     )
 
 

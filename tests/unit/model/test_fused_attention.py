@@ -5,7 +5,6 @@ import torch
 from torch._dynamo.utils import counters
 
 import tests.interpreted  # noqa: F401 - before the kernels
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import collate
 from raptr_ds.data.sample import PackedSample, Sample
@@ -34,18 +33,16 @@ def test_very_negative_scores_are_finite() -> None:
 
 def stages(architecture: str, groups: ProcessGroups, compiled: bool = False) -> tuple[Stage, Stage]:
     """Return a model without the kernel, and one with it."""
-    model = derive_model(
-        ModelSection(
-            architecture=architecture,  # type: ignore[arg-type]
-            num_layers=3,
-            hidden_size=32,
-            num_attention_heads=4,
-            seq_length=24,
-            vocab_size=61,
-            hidden_dropout=0.1,
-            attention_dropout=0.1,
-            init_method_std=0.2,
-        )
+    model = ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=24,
+        vocab_size=61,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        init_method_std=0.2,
     )
     plain = build_stage(model, groups, range(3), False, 3)
     return plain, build_stage(model, groups, range(3), False, 3, compiled=compiled, attention_kernel=True)

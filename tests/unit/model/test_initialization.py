@@ -5,15 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from raptr_ds.config.derive import derive_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.initialization import initialize
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 
-SECTION = derive_model(
-    ModelSection(architecture="bert", num_layers=3, hidden_size=32, num_attention_heads=2, seq_length=16, vocab_size=64)
+SECTION = ModelSection(
+    architecture="bert", num_layers=3, hidden_size=32, num_attention_heads=2, seq_length=16, vocab_size=64
 )
 
 
@@ -43,4 +41,4 @@ def test_what_fails_in_a_thread_is_raised(groups: ProcessGroups) -> None:
     stage.extra = torch.nn.Parameter(torch.zeros(2))
     stage.extra.shard = "not a shard"  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="full_shape"):
-        initialize(stage, ModelSpec.of(SECTION), 7)
+        initialize(stage, SECTION, 7)

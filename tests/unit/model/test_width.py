@@ -5,23 +5,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import Block
 from raptr_ds.model.initialization import initialize
-from raptr_ds.model.spec import ModelSpec
 from raptr_ds.parallel.groups import ProcessGroups
 
 HIDDEN, HEADS, LENGTH = 24, 4, 5
 
 
-def spec_of(architecture: str) -> ModelSpec:
-    is_bert = architecture == "bert"
-    return ModelSpec(
-        architecture, 2, HIDDEN, HEADS, LENGTH, 11, 4 * HIDDEN,
-        activation="gelu" if is_bert else "swiglu",
-        normalization="layernorm" if is_bert else "rmsnorm",
-        position_embedding="learned", rotary_base=1e4, add_bias_linear=is_bert, tie_word_embeddings=True,
-        hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.3, norm_epsilon=1e-5,
-    )  # fmt: skip
+def model_of(architecture: str) -> ModelSection:
+    return ModelSection(
+        architecture=architecture,  # type: ignore[arg-type]
+        num_layers=2,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        seq_length=LENGTH,
+        vocab_size=11,
+        ffn_hidden_size=4 * HIDDEN,
+        position_embedding="learned",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=0.3,
+    )
 
 
 def masked(block: Block, x: torch.Tensor, heads: list[int], blocks: list[int], scale: float) -> torch.Tensor:
@@ -52,9 +57,9 @@ def masked(block: Block, x: torch.Tensor, heads: list[int], blocks: list[int], s
 def test_parts_are_the_whole_layer_without_the_others(
     architecture: str, heads: list[int], blocks: list[int], groups: ProcessGroups
 ) -> None:
-    spec = spec_of(architecture)
-    layer = Block(spec, groups)
-    initialize(layer, spec, seed=5)
+    model = model_of(architecture)
+    layer = Block(model, groups)
+    initialize(layer, model, seed=5)
     with torch.no_grad():  # biases that are zero would hide a wrong one
         for number, (name, parameter) in enumerate(layer.named_parameters()):
             if name.endswith("bias"):

@@ -6,17 +6,34 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import build_path_method
-from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters, step_flops
+from raptr_ds.paths.cost import expected_flops_left, num_parameters, step_flops
 
-BERT = ModelShape("bert", 3, hidden_size=16, seq_length=12, vocab_size=50, ffn_hidden_size=40)
-UL2 = ModelShape("ul2", 3, 16, 12, 50, 24, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
+BERT = ModelSection(
+    architecture="bert",
+    num_layers=3,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=12,
+    vocab_size=50,
+    ffn_hidden_size=40,
+)
+UL2 = ModelSection(
+    architecture="ul2",
+    num_layers=3,
+    hidden_size=16,
+    num_attention_heads=2,
+    seq_length=12,
+    vocab_size=50,
+    ffn_hidden_size=24,
+)
 
 
 class Layer(nn.Module):
     """A pre-norm layer of plain modules and matrix products."""
 
-    def __init__(self, shape: ModelShape):
+    def __init__(self, shape: ModelSection):
         super().__init__()
         hidden, ffn, bias = shape.hidden_size, shape.ffn_hidden_size, shape.add_bias_linear
         norm = nn.LayerNorm if shape.normalization == "layernorm" else nn.RMSNorm
@@ -38,7 +55,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Embedding, layers, final norm and head, skipping the layers that are not in the path."""
 
-    def __init__(self, shape: ModelShape):
+    def __init__(self, shape: ModelSection):
         super().__init__()
         hidden = shape.hidden_size
         self.words = nn.Embedding(shape.vocab_size, hidden)
@@ -77,12 +94,20 @@ def test_step_flops_equal_torchs_count(shape, path, checkpointing):
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_equal_the_modules_own(architecture, tied):
     base = BERT if architecture == "bert" else UL2
-    shape = ModelShape(**{**vars(base), "tie_word_embeddings": tied})
+    shape = base.model_copy(update={"tie_word_embeddings": tied})
     assert num_parameters(shape) == sum(parameter.numel() for parameter in Model(shape).parameters())
 
 
 def test_bert_base_has_the_size_that_everyone_knows():
-    shape = ModelShape("bert", 12, 768, 512, 30522, 3072)
+    shape = ModelSection(
+        architecture="bert",
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        seq_length=512,
+        vocab_size=30522,
+        ffn_hidden_size=3072,
+    )
     # The post-norm original: 109,482,240 with token types and pooler (two embeddings, 768^2 + 768), without the head.
     head_and_final_norm = (768**2 + 768 + 2 * 768 + 30522) + 2 * 768
     embedding_norm, token_types, pooler = 2 * 768, 2 * 768, 768**2 + 768

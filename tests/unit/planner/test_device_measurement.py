@@ -12,7 +12,6 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths.cost import layer_parameters, step_flops
 from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.step_time import Device
-from raptr_ds.runtime.method import shape_of
 from tests.dist.workers import run_distributed
 
 REPOSITORY = Path(__file__).parents[3]
@@ -37,7 +36,7 @@ def measured_with(launch: Launch, seconds: dict[str, float], *overrides: str) ->
 
 
 def test_speeds_follow_from_the_times() -> None:
-    shape = shape_of(load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90))
+    shape = load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90).model
     device = run_distributed(measured_with, 1, ALONE)[0]
     # Four of the six layers and the head, on one micro batch of two sequences with 2 predictions each (15% of 16).
     assert device.flops_per_second == pytest.approx(step_flops(shape, 4, 2, 4) / 0.5)
@@ -47,7 +46,7 @@ def test_speeds_follow_from_the_times() -> None:
 
 
 def test_links_are_measured_by_what_the_layout_sends() -> None:
-    shape = shape_of(load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90))
+    shape = load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90).model
     data = run_distributed(measured_with, 2, TOGETHER)
     assert data[0] == data[1]
     # An all-reduce over two ranks sends the message once: a layer's gradients, fp32.
@@ -61,7 +60,7 @@ def test_links_are_measured_by_what_the_layout_sends() -> None:
 
 def test_tensor_ranks_compute_beside_their_reductions() -> None:
     """Four layers with two reductions of the stream in each direction, 0.011 s each, are not computing."""
-    shape = shape_of(load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90))
+    shape = load_run_config(RUN_FILE, SMALL, 1).with_vocab_size(90).model
     tensor = "raptr_ds.parallel.tensor_model_parallel_size=2"
     device = run_distributed(measured_with, 2, TOGETHER, tensor)[0]
     assert device.flops_per_second == pytest.approx(step_flops(shape, 4, 2, 4) / 2 / (0.5 - 4 * 2 * 2 * 0.011))

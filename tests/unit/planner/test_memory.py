@@ -17,7 +17,6 @@ from tests.kept_tensors import (
     kept_by_a_layer,
     kept_bytes,
     model_of,
-    shape_of,
 )
 
 
@@ -27,7 +26,7 @@ from tests.kept_tensors import (
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dtype, recompute):
     stage, micro = build(groups, model_of(architecture, dropouts), dtype, recompute)
-    shape = shape_of(architecture)
+    shape = model_of(architecture)
     kept = [kept_bytes(stage, micro, length) for length in (0, 1, 4)]
     layout = Layout((LAYERS,), BATCH, 1, recompute=recompute, bytes_per_value=dtype.itemsize)
     state = TrainingState(4, *dropouts)
@@ -47,6 +46,6 @@ def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dty
 def test_on_a_gpu_a_layer_keeps_what_the_formula_says(groups, architecture, rate, compiled):
     """Attention's kernel keeps no scores, whatever its dropout: the formula is given one."""
     state = TrainingState(4, rate, rate, on_gpu=True, compiled=compiled)
-    expected = layer_activation_bytes(shape_of(architecture), Layout((LAYERS,), BATCH, 1), state)
+    expected = layer_activation_bytes(model_of(architecture), Layout((LAYERS,), BATCH, 1), state)
     # What the formula leaves out: norms' statistics, 1/128 of the stream each in so narrow a model.
     assert kept_by_a_layer(groups, architecture, rate, compiled) == pytest.approx(expected, rel=0.02)

@@ -4,14 +4,23 @@ from functools import cache
 
 import pytest
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath, build_path_method
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.cost import ModelShape, expected_flops_left, num_parameters
+from raptr_ds.paths.cost import expected_flops_left, num_parameters
 from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
 from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
 from raptr_ds.planner.step_time import Device, Layout
 
-SHAPE = ModelShape("bert", 12, 64, 32, 500, 256)
+SHAPE = ModelSection(
+    architecture="bert",
+    num_layers=12,
+    hidden_size=64,
+    num_attention_heads=4,
+    seq_length=32,
+    vocab_size=500,
+    ffn_hidden_size=256,
+)
 LAYOUT = Layout((3, 3, 3, 3), micro_batch=2, num_micro_batches=8, data=2)
 
 
@@ -96,7 +105,7 @@ def test_activations_follow_path_micro_batches_and_recomputation():
 
 @cache
 def saved_at_24_layers(lengths):
-    deep = Setting(ModelShape("bert", 24, 64, 32, 500, 256), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
+    deep = Setting(SHAPE.model_copy(update={"num_layers": 24}), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
     return plan_run(raptr(num_layers=24, schedule="-".join(map(str, lengths))), deep).flops_saved
 
 

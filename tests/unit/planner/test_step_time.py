@@ -1,15 +1,22 @@
 """The cost model of a step: closed forms on simple layouts, and what each part follows."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
-from raptr_ds.paths.cost import ModelShape, layer_parameters, num_parameters, step_flops
+from raptr_ds.paths.cost import layer_parameters, num_parameters, step_flops
 from raptr_ds.planner.step_time import Device, Layout, active_in_parts, activity_table, step_seconds
 
-SHAPE = ModelShape("ul2", 8, 64, 32, 1000, 192, "swiglu", "rmsnorm", "rotary", add_bias_linear=False)
+SHAPE = ModelSection(
+    architecture="ul2",
+    num_layers=8,
+    hidden_size=64,
+    num_attention_heads=4,
+    seq_length=32,
+    vocab_size=1000,
+    ffn_hidden_size=192,
+)
 PATHS = [LayerPath.full(8), LayerPath((0, 1, 4, 7), 8), LayerPath((0, 7), 8)]
 NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 
@@ -31,7 +38,7 @@ def test_tensor_ranks_share_the_flops():
 
 
 def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_it():
-    shape = dataclasses.replace(SHAPE, vocab_size=1)
+    shape = SHAPE.model_copy(update={"vocab_size": 1})
     layout = Layout((2, 2, 2, 2), 1, 32)
     paths = [LayerPath.full(8), LayerPath((0, 2, 4, 6), 8), LayerPath((0, 1, 2, 4), 8)]
     full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths import LayerPath
-from raptr_ds.paths.cost import ModelShape
 from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, NonFinitePolicy, what_happened
 from raptr_ds.runtime.state import RunState, StepCost
 
@@ -15,10 +15,11 @@ NAN = float("nan")
 
 @pytest.fixture
 def cost() -> StepCost:
-    shape = ModelShape(
+    shape = ModelSection(
         architecture="bert",
         num_layers=4,
         hidden_size=8,
+        num_attention_heads=2,
         seq_length=16,
         vocab_size=32,
         ffn_hidden_size=32,
