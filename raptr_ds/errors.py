@@ -1,4 +1,4 @@
-"""The errors that users meet: each says what is wrong, the values, the rule and the mend."""
+"""The errors that users see: each says what is wrong, the values, the rule, and how to fix it."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,17 +15,17 @@ class Exit(IntEnum):
 
 
 class RaptrError(Exception):
-    """Base of all errors that carry a message for a person."""
+    """Base of all errors that are shown to the user as a message, without a traceback."""
 
     exit_code = Exit.FAULT
 
-    def is_told_by(self, rank: int) -> bool:
-        """Whether a rank is the one that prints it: the first, as all ranks raise the same."""
+    def is_printed_by(self, rank: int) -> bool:
+        """Whether this rank prints the error. All ranks raise the same one, so the first prints it."""
         return rank == 0
 
 
 class ConfigError(RaptrError):
-    """The run file, an override or the launch does not make a valid run."""
+    """The run file, an override or the launch does not describe a valid run."""
 
     exit_code = Exit.USER_ERROR
 
@@ -37,7 +37,7 @@ class DataError(RaptrError):
 
 
 class CheckpointError(RaptrError):
-    """A checkpoint cannot be written, read or belongs to another model."""
+    """A checkpoint cannot be written or read, or belongs to another model."""
 
     exit_code = Exit.USER_ERROR
 
@@ -47,30 +47,30 @@ class AgreementError(RaptrError):
 
 
 class DeviceMemoryError(RaptrError):
-    """A device has too little memory for the run; raised on the ranks where it shows, of which the first one speaks.
+    """A device has too little memory for the run; raised on the ranks that ran out, the first of which prints it.
 
-    Its exit code is a mistake's before the first step is trained, a fault's later.
+    Its exit code is USER_ERROR before the first step is trained, FAULT later.
     """
 
     def __init__(self, message: str, exit_code: Exit, is_first: bool) -> None:
         super().__init__(message)
         self.exit_code, self._is_first = exit_code, is_first
 
-    def is_told_by(self, rank: int) -> bool:
+    def is_printed_by(self, rank: int) -> bool:
         """Whether this is the rank that ran out of memory first."""
         return self._is_first
 
 
 class AbsentRankError(RaptrError):
-    """Some ranks of the run have not come; rank 0 may be one of them."""
+    """Some ranks of the run have not started; rank 0 may be one of them."""
 
-    def is_told_by(self, rank: int) -> bool:
-        """Whether a rank prints it: each does."""
+    def is_printed_by(self, rank: int) -> bool:
+        """Every rank prints it."""
         return True
 
 
 class NonFiniteError(RaptrError):
-    """Too many steps in a row had a loss or gradient that is not finite; no weight has moved since before them."""
+    """Too many steps in a row had a loss or gradient that is not finite; the weights are those from before them."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -23,12 +23,12 @@ from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.runtime.signals import StopSignals
 
-if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run file is told before
+if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run file is reported before
     from raptr_ds.runtime.session import Session
 
 
 def main(arguments: Sequence[str] | None = None) -> Exit:
-    """Run the command line and return the exit code; a user's mistake is told once, by one rank."""
+    """Run the command line and return the exit code; a user's mistake is printed once, by one rank."""
     options = parse(arguments)
     launch = None
     try:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
         with StopSignals(watch_launcher=launch.launcher != "none") as signals:
             return pretrain(config, launch, signals)
     except RaptrError as error:
-        if launch is None or error.is_told_by(launch.rank):
+        if launch is None or error.is_printed_by(launch.rank):
             print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
@@ -63,7 +63,7 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
 def train(session: Session) -> Exit:
     """Train from where the session stands to the end, or to a stop that all ranks agreed on.
 
-    Raises: NonFiniteError, on all ranks alike, where too many steps in a row were skipped and the run may not go on.
+    Raises: NonFiniteError, on every rank, where too many steps in a row were skipped and the run must end.
     """
     from raptr_ds.runtime.recovery import recover
     from raptr_ds.runtime.session import evaluate

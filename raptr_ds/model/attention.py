@@ -117,7 +117,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 
     On a CPU the backward pass of torch's fused kernel (2.13.0, _scaled_dot_product_flash_attention_for_cpu_backward)
     takes two to three times as long in 16 bits as in fp32, whatever the CPU has for 16 bits. On long sequences its
-    forward pass makes up for that.
+    forward pass outweighs that.
     """
     dtype = query.dtype
     if query.device.type != "cpu" or dtype.itemsize != 2 or query.shape[2] > _SHORT:

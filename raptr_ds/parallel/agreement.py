@@ -1,4 +1,4 @@
-"""Agreement: all ranks train the same path in a step, stop at the same step and fail alike, or nobody goes on."""
+"""Agreement: all ranks train the same path in a step, stop at the same step and fail together."""
 
 import queue
 import threading
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from raptr_ds.errors import AgreementError, RaptrError
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.roll_call import listed
 
 T = TypeVar("T")
 PathT = TypeVar("PathT")
@@ -72,10 +73,10 @@ class PathAgreement(Generic[PathT]):
         return answer
 
     def restart(self) -> None:
-        """Forget what is under way, so that the next step may be any; all ranks call it alike, between two steps.
+        """Drop the exchange under way, so that any step may come next; every rank calls it between two steps.
 
-        The exchange that runs ahead is waited for, so that no rank is left alone in it. A wish to stop that it found
-        is not lost: who has it says so again at the next step.
+        The exchange is waited for, so that no rank is left alone in it. A stop request that it found is not lost: its
+        rank repeats it at the next step.
         Raises: what that exchange raised.
         """
         if self._under_way is None:
@@ -104,16 +105,11 @@ class PathAgreement(Generic[PathT]):
         differing = votes[:-1].nonzero().flatten().tolist()
         if differing:
             raise AgreementError(
-                f"step {step + 1}: rank(s) {_listed(differing)} would train another path than rank 0. "
+                f"step {step + 1}: rank(s) {listed(differing)} would train another path than rank 0. "
                 "All ranks must run the same code, run file, seed and library versions. Compare them on these ranks; "
                 "nothing of this step has been trained."
             )
         return Agreed(self._decode(leader.numpy()[1:]), stop=bool(votes[-1]))
-
-
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:16])
-    return shown + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
 
 
 def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
@@ -137,7 +133,7 @@ def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
 def on_first_rank(groups: ProcessGroups, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone and return its result on all ranks.
 
-    Raises: on all ranks alike, the RaptrError of rank 0, or a RuntimeError with its traceback for any other error.
+    Raises: on every rank, the RaptrError of rank 0, or a RuntimeError with its traceback for any other error.
     """
     outcome: list[Any] = [None, None]
     if groups.rank == 0:

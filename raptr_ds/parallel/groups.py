@@ -74,7 +74,7 @@ def initialize_process_groups(
 
     timeout: of each step of the start, and of every collective on these groups afterwards, in whole minutes.
 
-    Raises: ConfigError if the world size does not fit the mesh, or the ranks' devices do not fit together;
+    Raises: ConfigError if the ranks' devices do not fit together;
     AbsentRankError if a rank does not come.
     """
     topology = Topology.of(launch.world_size, tensor, pipeline)
@@ -105,7 +105,7 @@ def make_process_groups(
     timeout: timedelta = timedelta(minutes=30),
     sequence_parallel: bool = False,
 ) -> ProcessGroups:
-    """Make the groups of `topology` in an initialized torch.distributed; every rank must call it, alike."""
+    """Make the groups of `topology` in an initialized torch.distributed; every rank calls it with equal arguments."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -78,7 +78,7 @@ def _store_attempt() -> int | None:
 
 
 def has_own_malloc_settings() -> bool:
-    """Whether the user's environment tells glibc how to manage memory."""
+    """Whether the user's environment configures glibc's memory management."""
     names = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in names)
 

@@ -215,7 +215,7 @@ class RowLinear(RowParallelLinear):
         return self._sum(functional.linear(x, self.weight), self.bias)
 
     def of_columns(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return the summed outputs for inputs (..., n) whose places `columns` (n,) int64 tells; others are 0."""
+        """Return the summed outputs for inputs (..., n) at the positions `columns` (n,) int64; the others are 0."""
         # Not functional.linear: at ZeRO 3 DeepSpeed puts one in its place that fails where a rank has no columns.
         y = x @ self.weight.index_select(1, columns).t()
         if self.is_split:

@@ -1,4 +1,4 @@
-"""Which ranks of a run have come, and with which device: found out before anything collective, which would hang."""
+"""Which ranks of a run have started, and on which devices: checked before the first collective, which would hang."""
 
 import json
 from collections.abc import Sequence
@@ -55,13 +55,13 @@ def device_problem(devices: Sequence[RankDevice]) -> str | None:
         return None
     if without_gpu:
         return (
-            f"ranks {_listed(without_gpu)} of {len(devices)} have no GPU, and the others have one. Give every process "
+            f"ranks {listed(without_gpu)} of {len(devices)} have no GPU, and the others have one. Give every process "
             "a GPU, or set CUDA_VISIBLE_DEVICES to nothing to train on CPUs."
         )
     without_nccl = [rank for rank, device in enumerate(devices) if not device.has_nccl]
     if without_nccl:
         return (
-            f"the torch of ranks {_listed(without_nccl)} of {len(devices)} has no NCCL, by which GPUs communicate. "
+            f"the torch of ranks {listed(without_nccl)} of {len(devices)} has no NCCL, by which GPUs communicate. "
             "Install a torch that has it (all of Linux's CUDA builds), or set CUDA_VISIBLE_DEVICES to nothing to "
             "train on CPUs."
         )
@@ -69,7 +69,7 @@ def device_problem(devices: Sequence[RankDevice]) -> str | None:
         sharing = [rank for rank, device in enumerate(devices) if device.gpu == gpu]
         if len(sharing) > 1:
             return (
-                f"ranks {_listed(sharing)} of {len(devices)} share one GPU ({gpu}), and NCCL needs one for each. Start "
+                f"ranks {listed(sharing)} of {len(devices)} share one GPU ({gpu}), and NCCL needs one for each. Start "
                 "as many processes on a machine as it has GPUs, or set CUDA_VISIBLE_DEVICES to nothing to train on "
                 "CPUs."
             )
@@ -121,11 +121,12 @@ def _who_is_missing(store: Store, keys: Sequence[str], timeout: timedelta) -> st
     except dist.DistError:
         return f"rank 0, which keeps the list of ranks, was gone before all {len(keys)} had come {within}"
     return (
-        f"ranks {_listed(missing)} of {len(keys)} did not come {within}. Look at their machines and logs; every "
+        f"ranks {listed(missing)} of {len(keys)} did not come {within}. Look at their machines and logs; every "
         "process needs the same world size, address and port"
     )
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
+    """Return ranks for a message: the first 16, and how many there are."""
     shown = ", ".join(map(str, ranks[:16]))
     return shown if len(ranks) <= 16 else f"{shown}, ... ({len(ranks)} in all)"

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raptr_ds.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Topology:
@@ -16,13 +14,8 @@ class Topology:
 
     @classmethod
     def of(cls, world_size: int, tensor: int, pipeline: int) -> "Topology":
-        """Return the mesh of `world_size` ranks. Raises: ConfigError if the sizes do not divide it."""
-        if world_size % (tensor * pipeline):
-            raise ConfigError(
-                f"{world_size} processes cannot be split into tensor_model_parallel_size={tensor} x "
-                f"pipeline_model_parallel_size={pipeline}: the product must divide the number of processes. "
-                f"Start a multiple of {tensor * pipeline} processes, or change the sizes."
-            )
+        """Return the mesh of `world_size` ranks, a multiple of tensor * pipeline."""
+        assert world_size % (tensor * pipeline) == 0, (world_size, tensor, pipeline)
         return cls(tensor, pipeline, world_size // (tensor * pipeline))
 
     @property

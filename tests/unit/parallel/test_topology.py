@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from raptr_ds.config.derive import derive_pipeline_layers
-from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.topology import Topology, stage_layers
 
 
@@ -32,12 +31,6 @@ def test_every_place_has_one_rank() -> None:
     topology = Topology.of(24, 2, 3)
     places = {topology.coordinates(rank) for rank in range(24)}
     assert places == set(itertools.product(range(3), range(4), range(2)))
-
-
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(3, 2, 1), (6, 2, 2), (1, 1, 2)])
-def test_sizes_that_do_not_divide_are_refused(world: int, tensor: int, pipeline: int) -> None:
-    with pytest.raises(ConfigError, match=f"{world} processes .*multiple of {tensor * pipeline}"):
-        Topology.of(world, tensor, pipeline)
 
 
 @pytest.mark.parametrize(
