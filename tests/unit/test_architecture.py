@@ -23,6 +23,7 @@ IMPORTERS = {
     "tensorboard": {"runtime"},
     "matplotlib": {"bench", "lab", "planner", "plots", "theory"},
     "safetensors": {"checkpoint"},
+    "scipy": {"lab"},
     "hjson": {"config"},
     "pydantic": {"config", "lab"},
 }

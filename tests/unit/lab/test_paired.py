@@ -4,25 +4,20 @@ import math
 
 import pytest
 
-from raptr_ds.lab.paired import paired_difference, student_t_cdf, student_t_quantile, summarize
+from raptr_ds.lab.paired import paired_difference, summarize
 
 # Two-sided 95% values from printed tables of Student's t, three decimals.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
 
 
 @pytest.mark.parametrize("freedom", TABLE)
-def test_quantiles_are_those_of_the_tables(freedom):
-    assert student_t_quantile(0.975, freedom) == pytest.approx(TABLE[freedom], abs=5e-4)
-
-
-@pytest.mark.parametrize("t", [-2.0, 0.0, 0.3, 1.0, 7.5])
-def test_one_and_two_degrees_have_closed_forms(t):
-    assert student_t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi)
-    assert student_t_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
-
-
-def test_many_degrees_are_nearly_normal():
-    assert student_t_cdf(1.5, 5000) == pytest.approx(0.5 * (1 + math.erf(1.5 / math.sqrt(2))), abs=1e-4)
+def test_the_interval_has_the_half_width_of_the_tables(freedom):
+    """Differences of +1 and -1, and a zero if their number is odd, have a deviation that is known."""
+    n = freedom + 1
+    differences = {seed: (-1.0) ** seed if seed < n - n % 2 else 0.0 for seed in range(n)}
+    deviation = math.sqrt((n - n % 2) / freedom)
+    found = paired_difference(differences, dict.fromkeys(differences, 0.0))
+    assert found.half_width == pytest.approx(TABLE[freedom] * deviation / math.sqrt(n), abs=5e-4)
 
 
 def test_a_summary_by_hand():
