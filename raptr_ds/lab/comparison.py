@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from raptr_ds.errors import DataError
-from raptr_ds.plots.curves import Curves, load_curves
+from raptr_ds.plots.curves import Curves, curves_of
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 RECORD, OUTCOME, LOG = "experiment.json", "outcome.json", "log.txt"
 _LOG_LINES = 15
@@ -154,7 +155,8 @@ def _points(curves: Curves, by: str, evaluated: bool) -> dict[int, tuple[float, 
 
 def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
     place = folder / run["folder"]
-    curves = _curves_of(place)
+    metrics = read_metrics(place / METRICS)
+    curves = curves_of(place, metrics) if metrics.training else None
     final_loss = None
     if curves is not None and curves.step[-1] >= run["steps"]:
         steps, losses = curves.full_model_evaluations()
@@ -172,11 +174,3 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
         exit_code=outcome.get("exit_code"),
         wall_seconds=outcome.get("wall_seconds"),
     )
-
-
-def _curves_of(folder: Path) -> Curves | None:
-    metrics = folder / "metrics.jsonl"
-    # A run that has not come to its first step has no curves; that is no mistake here.
-    if not metrics.exists() or '"loss"' not in metrics.read_text(encoding="utf-8", errors="replace"):
-        return None
-    return load_curves(folder)

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
+import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -44,7 +44,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
     """Return the summary of the values, None if there are none."""
     if not values:
         return None
-    return Summary(len(values), fmean(values), _deviation(values), min(values), max(values))
+    return Summary(len(values), float(np.mean(values)), _deviation(values), min(values), max(values))
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedDifference | None:
@@ -55,8 +55,8 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     n, deviation, half = len(differences), _deviation(differences), None
     if deviation is not None:
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
-    return PairedDifference(n, fmean(differences), half, sum(difference < 0 for difference in differences))
+    return PairedDifference(n, float(np.mean(differences)), half, sum(difference < 0 for difference in differences))
 
 
 def _deviation(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

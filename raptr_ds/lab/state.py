@@ -1,7 +1,7 @@
 """What a run of a comparison has left in its folder: nothing yet, a part, all of it, or another run."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,7 @@ import numpy as np
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
 from raptr_ds.config.deepspeed_part import BLOCK
 from raptr_ds.config.sections import SECTIONS
-from raptr_ds.runtime.metrics_file import METRICS
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 _IRRELEVANT = (
     "raptr_ds.train.save",
@@ -59,29 +59,13 @@ def state_of(folder: Path, planned: Mapping[str, Any]) -> RunState:
     """Return how far the run in a folder is; `planned` is its configuration, resolved (RunConfig.resolved)."""
     block = planned["raptr_ds"]
     num_steps, num_layers = block["train"]["steps"], block["model"]["num_layers"]
-    last_step, eval_loss, is_evaluated = 0, None, not block["eval"]["batches"]
-    for line in read_lines(folder / METRICS):
-        if "eval_loss" in line and line.get("path_length") == num_layers and line["step"] == num_steps:
-            eval_loss, is_evaluated = line["eval_loss"], True
-        elif "loss" in line:
-            last_step = max(last_step, line["step"])
+    metrics, last = read_metrics(folder / METRICS), (num_steps, num_layers)
+    last_step = max(metrics.training, default=0)
+    is_evaluated = last in metrics.evaluations or not block["eval"]["batches"]
     found = checkpoints_in(folder / CHECKPOINTS)
     checkpoint_step = (step_of(found[0]) or 0) if found else 0
     differing = _differing(folder / "config.json", planned) if last_step or checkpoint_step else ()
-    return RunState(num_steps, last_step, checkpoint_step, eval_loss, is_evaluated, differing)
-
-
-def read_lines(metrics: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a metrics file; none if there is no file."""
-    if not metrics.exists():
-        return
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn: a run may have died in it
-            continue
-        if isinstance(record, dict) and "step" in record:
-            yield record
+    return RunState(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, differing)
 
 
 @dataclass(frozen=True)
@@ -102,7 +86,7 @@ def measured_step_time(folder: Path) -> StepTime:
     The first fifth of the steps warms caches up and is left out. One length alone, or noise that makes longer paths
     faster, gives one time for all.
     """
-    lines = [line for line in read_lines(folder / METRICS) if "loss" in line]
+    lines = list(read_metrics(folder / METRICS).training.values())
     lines = lines[len(lines) // 5 :]
     assert lines, f"{folder} has no training lines"
     seconds: dict[float, list[float]] = {}

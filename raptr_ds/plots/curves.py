@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from raptr_ds.errors import DataError
+from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,20 @@ class Curves:
 def load_curves(folder: Path) -> Curves:
     """Read the metrics of a run's folder.
 
-    A last line that is not whole is left out: the run may be writing it, or may have died in it. Of several lines for
-    one step (and path length, for evaluations) the last counts.
-    Raises: DataError if there is no metrics.jsonl, it has a broken line before its last, or no training line.
+    Raises: DataError if there is no metrics.jsonl, it is damaged before its last line, or has no training line.
     """
-    training: dict[int, dict[str, Any]] = {}
-    evaluations: dict[tuple[int, int], float] = {}
-    for record in _read_records(folder / "metrics.jsonl"):
-        if "eval_loss" in record:
-            evaluations[record["step"], record["path_length"]] = _number(record["eval_loss"])
-        elif "loss" in record:
-            training[record["step"]] = record
-    if not training:
-        raise DataError(f"{folder / 'metrics.jsonl'} has no training line yet. Wait for the run's first step.")
+    file = folder / METRICS
+    if not file.exists():
+        raise DataError(f"cannot read {file}: it does not exist. Name the folder of a run (raptr_ds.train.save).")
+    metrics = read_metrics(file)
+    if not metrics.training:
+        raise DataError(f"{file} has no training line yet. Wait for the run's first step.")
+    return curves_of(folder, metrics)
+
+
+def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
+    """Return a run's metrics, with at least one training line, as curves."""
+    training, evaluations = metrics.training, metrics.evaluations
     lines = [training[step] for step in sorted(training)]
     evaluated = sorted(evaluations)
     paths = tuple(tuple(map(tuple, line.get("paths", [line["path"]]))) for line in lines)
@@ -106,7 +108,7 @@ def load_curves(folder: Path) -> Curves:
         seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=0)),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),
-        eval_loss=np.array([evaluations[key] for key in evaluated]),
+        eval_loss=np.array([_number(evaluations[key]) for key in evaluated]),
         eval_path_length=np.array([length for _, length in evaluated]),
     )
 
@@ -123,30 +125,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], evaluated_lengths: Sequence[int]) -> int:
-    """Return the depth that the run's config.json says; without one, the deepest layer that has run."""
+    """Return the depth from the run's config.json; without one, that of the deepest layer that has run."""
     config = folder / "config.json"
     if config.exists():
         return json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"]
     return max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *evaluated_lengths])
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}. Name the folder of a run (raptr_ds.train.save)."
-        ) from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            raise DataError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
-        records.append(record)
-    return records
 
 
 def _column(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:

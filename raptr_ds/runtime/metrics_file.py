@@ -1,13 +1,21 @@
-"""metrics.jsonl: one JSON object a line, whole lines only, continued at the right step after a resume."""
+"""metrics.jsonl: the file that a run's measurements are written to and read from, one JSON object a line.
+
+- A line is whole if it ends with a newline and is a JSON object with an integer `step` (1-based). The last line may be
+  damaged, as a run may be writing it or may have died in it: readers ignore it, a resume removes it.
+- A training line has `loss`; an evaluation's line has `eval_loss` and `path_length`.
+- A resume removes the lines after its step; a rollback moves them to metrics.rolled_back.jsonl. Of several lines for
+  one step (and path length, for evaluations) the last counts.
+"""
 
 import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, DataError
 
 METRICS = "metrics.jsonl"
 ROLLED_BACK = "metrics.rolled_back.jsonl"
@@ -17,7 +25,7 @@ def to_line(record: Mapping[str, Any]) -> str:
     """Return a record as one line of JSON; floats with all their digits, so that reading gives the same number.
 
     JSON has no NaN and no infinity: such a value is written as null, and the line then has "non_finite": true, which
-    tells it from a value that is null because it is not known (mfu without a known peak).
+    distinguishes it from a value that is null because it is unknown (mfu without a known peak).
     """
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
     if any(finite[key] is None and value is not None for key, value in record.items()):
@@ -28,9 +36,8 @@ def to_line(record: Mapping[str, Any]) -> str:
 class MetricsFile:
     """Appends records to a run's metrics.jsonl.
 
-    resume_step: the step that training continues after; later lines, and a last line that was torn, are taken out.
-    0 begins a new run: files of an earlier one in the same folder are set aside as metrics.1.jsonl, metrics.2.jsonl,
-    ..., never deleted.
+    resume_step: the step that training continues after; later lines and damaged ones are removed. 0 begins a new run:
+    files of an earlier run in the same folder are renamed to metrics.1.jsonl, metrics.2.jsonl, ..., never deleted.
     Raises: ConfigError if the folder cannot be written.
     """
 
@@ -54,41 +61,41 @@ class MetricsFile:
         self._stream.write(to_line(record))
 
     def sync(self) -> None:
-        """Put all records on the disk; a checkpoint should not outlive the lines that lead to it."""
+        """Write all records to the disk; a checkpoint must not outlive the lines that lead to it."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
     def rewind(self, step: int) -> None:
-        """Move all lines after a 1-based step to the end of metrics.rolled_back.jsonl; go on after that step.
+        """Move all lines after a 1-based step to the end of metrics.rolled_back.jsonl; continue after that step.
 
-        A crash in between leaves lines in both files; the resume that follows takes them out of this one.
+        A crash in between leaves lines in both files; the next resume removes them from this one.
         """
         self._stream.close()
         with self._path.open("rb") as lines, self._path.with_name(ROLLED_BACK).open("ab") as aside:
-            aside.writelines(line for line in lines if (_step_of(line) or 0) > step)
+            aside.writelines(line for line in lines if (record := _record_of(line)) and record["step"] > step)
             aside.flush()
             os.fsync(aside.fileno())
         drop_lines_after(self._path, step)
         self._stream = self._path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
-        """Close the file; it cannot be appended to any more."""
+        """Close the file."""
         self._stream.close()
 
 
 def drop_lines_after(path: Path, step: int) -> int:
-    """Take lines after a 1-based step, and lines that are not JSON objects with a step, out of a metrics file.
+    """Remove the lines after a 1-based step, and damaged lines, from a metrics file.
 
-    The kept lines are written aside and renamed over the file: a crash leaves the one or the other, never a part.
-    Returns how many lines were dropped; a missing file has none.
+    The kept lines are written to another file that then replaces this one: a crash leaves either, never a part.
+    Returns the number of removed lines, 0 for a missing file.
     """
     if not path.exists():
         return 0
     aside, dropped = path.with_name(path.name + ".resuming"), 0
     with path.open("rb") as lines, aside.open("wb") as kept:
         for line in lines:
-            line_step = _step_of(line)
-            if line_step is not None and line_step <= step:
+            record = _record_of(line)
+            if record is not None and record["step"] <= step:
                 kept.write(line)
             else:
                 dropped += 1
@@ -101,28 +108,59 @@ def drop_lines_after(path: Path, step: int) -> int:
     return dropped
 
 
+@dataclass(frozen=True)
+class RunMetrics:
+    """The whole lines of a metrics file.
+
+    training: the line of each step, in the file's order. evaluations: the loss by (step, path length), None where it
+    was not finite.
+    """
+
+    training: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[tuple[int, int], float | None] = field(default_factory=dict)
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """Read a metrics file, also that of a run in progress; a missing file has no lines.
+
+    Raises: DataError if a line before the last one is damaged.
+    """
+    metrics, damaged = RunMetrics(), None
+    if not path.exists():
+        return metrics
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if damaged is not None:
+                raise DataError(f"{path}, line {damaged} is not a JSON object with a step. Remove the line.")
+            record = _record_of(line)
+            if record is None:
+                damaged = number
+            elif "eval_loss" in record:
+                metrics.evaluations[record["step"], record["path_length"]] = record["eval_loss"]
+            elif "loss" in record:
+                metrics.training[record["step"]] = record
+    return metrics
+
+
 def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float] | None:
     """Return (step, loss) of the newest finite evaluation of paths of a length, up to a step; None without one."""
-    found = None
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            at = _step_of(line)
-            if at is not None and at <= step:
-                record = json.loads(line)
-                if record.get("eval_loss") is not None and record.get("path_length") == path_length:
-                    found = at, float(record["eval_loss"])
-    return found
+    losses = {
+        at: loss
+        for (at, length), loss in read_metrics(path).evaluations.items()
+        if length == path_length and at <= step and loss is not None
+    }
+    return max(losses.items(), default=None)
 
 
-def _step_of(line: bytes) -> int | None:
-    """Return the step of a whole line; None for one that a crash tore (no newline, or half an object)."""
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a whole line, None for a damaged one."""
     if not line.endswith(b"\n"):
         return None
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record.get("step") if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _set_aside(path: Path) -> None:

@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, last_evaluation, to_line
+from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, last_evaluation, read_metrics, to_line
 
 
 def test_floats_come_back_exactly():
@@ -139,3 +139,24 @@ def test_the_last_evaluation_is_the_newest_whole_finite_one_of_the_full_model(tm
     assert last_evaluation(path, 4, 9) == (9, 1.0)
     assert last_evaluation(path, 4, 8) == (6, 2.25)
     assert last_evaluation(path, 2, 9) == (6, 7.0)
+
+
+def test_readers_get_whole_lines_and_of_several_for_a_step_the_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path).training == {}
+    records = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": None}]
+    records += [{"step": 2, "eval_loss": loss, "path_length": 4} for loss in (2.5, 2.25)]
+    path.write_text("".join(map(to_line, records)) + '{"step": 3, "loss": 1.5}')
+    metrics = read_metrics(path)
+    assert metrics.training == {1: records[0], 2: records[2]}
+    assert metrics.evaluations == {(2, 4): 2.25}
+
+
+@pytest.mark.parametrize("damage", ["oops", "[1]", '{"loss": 1.0}', '{"step": 2, "lo'])
+def test_a_damaged_line_before_the_last_is_an_error_with_its_number(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1], tail=damage + "\n")
+    assert list(read_metrics(path).training) == [1]
+    write(path, [1], tail=damage + "\n" + to_line({"step": 2, "loss": 1.0}))
+    with pytest.raises(DataError, match="line 2"):
+        read_metrics(path)
