@@ -27,6 +27,7 @@ from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 from raptr_ds.planner.memory import DEFAULT_REDUCE_BUCKET
 
 
@@ -81,6 +82,7 @@ class PathAware:
         DeepSpeed would take BF16_Optimizer for bf16 at stage 1 and other classes at stage 0, none of which can leave
         a layer out; here stage 0 is ReplicatedOptimizer and every other stage its ZeRO optimizer.
         """
+        keep_optimizers_eager()
         decay = (self.optimizer_params() or {}).get("weight_decay")
         self.basic_optimizer = self._configure_basic_optimizer(parameter_groups(self.stage.named_parameters(), decay))
         if self.zero_optimization_stage() == 0:

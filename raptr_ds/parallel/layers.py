@@ -1,8 +1,6 @@
 """Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from raptr_ds.parallel.megatron_core import (
     reduce_from_tensor_model_parallel_region,
 )
 from raptr_ds.parallel.sequence import sum_of_part
+from raptr_ds.parallel.uncompiled import outside_graphs
 from raptr_ds.parallel.word_embedding import WordEmbedding
 
 
@@ -108,15 +107,6 @@ def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -
     parameter.shard = shard  # type: ignore[attr-defined]
 
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def _outside_graphs(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Keep a method out of compiled graphs: those that wait for other ranks."""
-    return torch.compiler.disable(method)  # type: ignore[return-value]
-
-
 class ColumnLinear(ColumnParallelLinear):
     """A linear whose outputs are split over the tensor ranks; forward: (b, T, in) -> (b, T, out / tensor).
 
@@ -155,7 +145,7 @@ class ColumnLinear(ColumnParallelLinear):
         (y,) = self._products(x, weight, 1)
         return y if bias is None else y + bias
 
-    @_outside_graphs
+    @outside_graphs  # it waits for other ranks
     def _products(self, x: torch.Tensor, weight: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, ...]:
         return column_product(x, weight, num_parts, self.tp_group, self.is_along_sequence)
 
@@ -222,7 +212,7 @@ class RowLinear(RowParallelLinear):
             return self._sum(y, self.bias)
         return y if self.bias is None else y + self.bias
 
-    @_outside_graphs
+    @outside_graphs  # it waits for other ranks
     def _sum(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert self.tp_group is not None
         if self.is_along_sequence:
