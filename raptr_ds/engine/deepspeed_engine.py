@@ -170,8 +170,9 @@ def start_deepspeed_comm() -> None:
     if deepspeed_comm.is_initialized():
         return
     # On a CPU it would compile a shared-memory all-reduce in every fresh environment (comm/torch.py, build_shm_op):
-    # 20 s before the first step, for one machine only, in another order of summation than gloo's.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # 20 s before the first step, for one machine only, in another order of summation than gloo's. Nothing else reads
+    # this table, and DeepSpeed would run a compiler to fill it.
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed_comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 

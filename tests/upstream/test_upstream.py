@@ -29,7 +29,7 @@ from tests.upstream.reproductions import (
 
 
 def test_zero_3_applies_a_skipped_layers_last_gradient_again() -> None:
-    """Mended: PathZero3._get_norm_groups needs to clear nothing."""
+    """Fixed: PathZero3._get_norm_groups needs to clear nothing."""
     taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, 3)[0]
     assert taken > 0
     assert skipped == pytest.approx([taken, taken], rel=1e-3)
@@ -45,14 +45,14 @@ def test_the_other_stages_do_not(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_1_and_2_step_skipped_layers_with_zero_gradients(stage: int) -> None:
-    """Mended: PathZero12 need not keep groups that do not move from DeepSpeed's step."""
+    """Fixed: PathZero12 need not keep groups that do not move from DeepSpeed's step."""
     taken, *skipped = run_distributed(moves_of_a_skipped_layer, 2, stage, "AdamW")[0]
     assert taken > 0
     assert min(skipped) > 0  # momentum; plain torch leaves a parameter without a gradient alone
 
 
 def test_stage_0_makes_gradients_for_skipped_layers() -> None:
-    """Mended: ReplicatedOptimizer.reduce_gradients could be DeepSpeed's."""
+    """Fixed: ReplicatedOptimizer.reduce_gradients could be DeepSpeed's."""
     assert all(run_distributed(gradient_of_a_skipped_layer_at_stage_0, 2))
 
 
@@ -65,26 +65,26 @@ def weights(stage: int, steps: tuple[tuple[tuple[int, ...], ...], ...], **option
 
 
 def test_zero_1_with_overlap_reduces_the_last_micro_batchs_layers_only() -> None:
-    """Mended: config/rules_training.py, overlapped_reduction_sees_every_path, can go."""
+    """Fixed: config/rules_training.py, overlapped_reduction_sees_every_path, can go."""
     right = weights(1, FIRST_ALONE)
     assert weights(2, FIRST_ALONE, overlap_comm=True) == pytest.approx(right, abs=1e-6)
     assert weights(1, FIRST_ALONE, overlap_comm=True) != pytest.approx(right, abs=1e-3)
 
 
 def test_zero_3_adds_to_the_last_steps_gradient_where_the_first_micro_batch_skips_a_layer() -> None:
-    """Mended: PathZero3.follow need not clear gradients."""
+    """Fixed: PathZero3.follow need not clear gradients."""
     right = weights(1, SECOND_ALONE)
     assert weights(2, SECOND_ALONE) == pytest.approx(right, abs=1e-6)
     assert weights(3, SECOND_ALONE) != pytest.approx(right, abs=1e-3)
 
 
 def test_zero_3_replaces_linear_for_the_whole_process() -> None:
-    """Mended: tests/dist/workers.py need not put it back."""
+    """Fixed: tests/dist/workers.py need not put it back."""
     assert all(run_distributed(linear_is_replaced_by_zero_3, 1))
 
 
 def test_zero_3s_linear_fails_without_inputs() -> None:
-    """Mended: RowLinear.of_columns could be functional.linear."""
+    """Fixed: RowLinear.of_columns could be functional.linear."""
     x, weight = torch.ones(2, 3, 0, requires_grad=True), torch.ones(4, 0, requires_grad=True)
     functional.linear(x, weight).sum().backward()  # torch's own does not
     with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
@@ -93,12 +93,12 @@ def test_zero_3s_linear_fails_without_inputs() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it works")
 def test_megatron_cores_sequence_parallelism_needs_cuda() -> None:
-    """Mended: parallel/sequence.py could be megatron-core's mappings, for its layout (T, b, H)."""
+    """Fixed: parallel/sequence.py could be megatron-core's mappings, for its layout (T, b, H)."""
     assert all(run_distributed(sequence_parallelism_fails, 2))
 
 
 def test_the_first_two_steps_of_warmup_train_nothing() -> None:
-    """Mended: engine/learning_rate.py could be DeepSpeed's schedulers."""
+    """Fixed: engine/learning_rate.py could be DeepSpeed's schedulers."""
     theirs = run_distributed(learning_rates_of_warmup, 1)[0]
     assert theirs[:2] == [0.0, 0.0]
     params = {"warmup_min_lr": 0.0, "warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"}
@@ -107,13 +107,13 @@ def test_the_first_two_steps_of_warmup_train_nothing() -> None:
 
 
 def test_megatron_core_is_no_model_parallel_unit_for_deepspeed() -> None:
-    """Mended: TensorParallelUnit could be megatron.core.parallel_state itself."""
+    """Fixed: TensorParallelUnit could be megatron.core.parallel_state itself."""
     assert not hasattr(parallel_state, "get_model_parallel_rank")
     assert not hasattr(parallel_state, "get_model_parallel_world_size")
 
 
 def test_zero_3_forgets_its_order_when_a_path_changes() -> None:
-    """Mended: engine/prefetch.py can go."""
+    """Fixed: engine/prefetch.py can go."""
     steady = ((0, 1, 3),) * 8
     changing = ((0, 1, 3), (0, 1, 3), (0, 1, 3), (0, 2, 3), (0, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 3))
     assert run_distributed(restarts_of_the_trace, 2, steady)[0] == 0  # the control
@@ -121,37 +121,67 @@ def test_zero_3_forgets_its_order_when_a_path_changes() -> None:
 
 
 def test_zero_3_decides_releases_by_an_order_that_is_gone() -> None:
-    """Mended: PathCoordinator needs no answer of its own to what may be released."""
+    """Fixed: PathCoordinator needs no answer of its own to what may be released."""
     ends, returns = run_distributed(releases_follow_the_order, 1)[0]
     assert ends
     assert returns == ends  # right would be nothing: the weights are needed again at once
 
 
-def loads_the_inductor(module: str) -> bool:
-    code = f"import sys, {module}; print('torch._inductor.compile_fx' in sys.modules, sys.modules['torch'].compile)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+def loads(code: str, module: str = "torch._inductor.compile_fx") -> bool:
+    """Return whether a fresh process that runs `code` has loaded a module then."""
+    program = f"import sys\n{code}\nprint({module!r} in sys.modules, sys.modules['torch'].compile)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     loaded, compiler = done.stdout.splitlines()[-1].split(" ", 1)
     assert compiler.startswith("<function compile ")
     return loaded == "True"
 
 
 def test_importing_megatron_core_loads_the_inductor() -> None:
-    """Mended: parallel/megatron_core.py can go."""
-    assert loads_the_inductor("megatron.core")
-    assert not loads_the_inductor("raptr_ds.parallel.megatron_core")
-    assert not loads_the_inductor("raptr_ds.runtime.session")
+    """Fixed: parallel/megatron_core.py need not import without_compiler."""
+    assert loads("import megatron.core")
+    assert not loads("import raptr_ds.parallel.megatron_core")
+    assert not loads("import raptr_ds.runtime.session")
+
+
+def test_importing_a_module_of_megatron_core_loads_all_of_it_and_sympy() -> None:
+    """Fixed: parallel/megatron_core.py can import megatron-core as everybody does."""
+    assert loads("from megatron.core import parallel_state", "sympy")
+    assert not loads("import raptr_ds.runtime.session", "sympy")
+
+
+def test_megatron_core_is_whole_after_we_imported_a_part_of_it() -> None:
+    ours = "import raptr_ds.parallel.megatron_core\nimport megatron.core\n"
+    assert not loads(ours, "megatron.core.distributed")
+    names = "from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy"
+    assert loads(f"{ours}{names}\nmegatron.core.DistributedDataParallel", "megatron.core.distributed")
+
+
+def test_the_first_step_of_an_optimizer_loads_the_compiler() -> None:
+    """Fixed: parallel/uncompiled.py, keep_optimizers_eager, can go."""
+    train = """
+import torch
+weight = torch.nn.Parameter(torch.ones(1))
+for optimizer in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+    weight.grad = torch.ones(1)
+    optimizer([weight], lr=0.5).step()
+    optimizer([weight], lr=0.5).zero_grad()
+assert weight.item() < 0
+"""
+    ours = "from raptr_ds.parallel.uncompiled import keep_optimizers_eager\nkeep_optimizers_eager()\n"
+    assert loads(train, "torch._dynamo")
+    assert not loads(ours + train, "torch._dynamo")
 
 
 def test_the_first_reduction_of_zero_1_and_2_loads_the_inductor() -> None:
-    """Mended: engine/path_zero.py need not import Muon."""
+    """Fixed: engine/path_zero.py need not import Muon."""
     assert "import MuonWithAuxAdam" in inspect.getsource(DeepSpeedZeroOptimizer.average_tensor)
-    muon = "deepspeed.runtime.zero.muon.muon_optimizer"
-    assert loads_the_inductor(muon)
-    assert not loads_the_inductor(f"raptr_ds.engine.path_zero, {muon}")
+    muon = "import deepspeed.runtime.zero.muon.muon_optimizer"
+    assert loads(muon)
+    assert not loads(f"import raptr_ds.engine.path_zero\n{muon}")
 
 
 def test_inductor_does_not_define_overflow() -> None:
-    """Mended: model/compiler.py, let_integers_wrap, can go."""
+    """Fixed: model/compiler.py, let_integers_wrap, can go."""
     program = (
         "from torch._inductor.cpp_builder import get_cpp_compiler, get_cpp_options\n"
         "print('fwrapv' in get_cpp_options(get_cpp_compiler(), do_link=True)[2])"
@@ -161,7 +191,7 @@ def test_inductor_does_not_define_overflow() -> None:
 
 
 def test_tritons_interpreter_multiplies_the_bits_of_bf16() -> None:
-    """Mended: tests/interpreted.py need not replace create_dot."""
+    """Fixed: tests/interpreted.py need not replace create_dot."""
     command = [sys.executable, "-m", "tests.upstream.interpreted_dot"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert float(done.stdout) > 1e6  # of 16 times 1 by 1
