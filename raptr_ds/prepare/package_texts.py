@@ -67,8 +67,8 @@ def sword_chapters(name: str, content: bytes) -> Iterator[str]:
         stream = zlib.decompressobj()
         chapter = decode(stream.decompress(content))
         content = stream.unused_data.lstrip(b"\0")  # which writers pad each stream with
-        # Line groups and verses are XML elements that HTML does not know: paragraphs of their own.
-        yield html_to_text(re.sub(r"</?(?:div|p|lg|l|lb|title|verse|list|item)\b[^>]*>", "<p>", chapter))
+        # Line groups and verses are XML elements that HTML does not know; <hr> too ends a paragraph.
+        yield html_to_text(re.sub(r"</?(?:div|p|lg|l|lb|title|verse|list|item)\b[^>]*>", "<hr>", chapter))
 
 
 def novel_chapters(name: str, content: bytes) -> Iterator[str]:

@@ -34,6 +34,16 @@ def test_a_page_without_a_main_part_gives_its_body() -> None:
     assert html_to_text(page) == "One.\nTwo."
 
 
+def test_spaces_count_in_preformatted_text_only() -> None:
+    page = "<p>One <b> two</b>\u00a0\n three</p><pre>\n<b>  if</b> it:\n\n    <i></i>  do</pre>"
+    assert html_to_text(page) == "One two three\n\n  if it:\n\n      do"
+
+
+def test_comments_and_unclosed_elements_are_no_text() -> None:
+    page = "<!DOCTYPE html><!-- no --><ul><li>One<!-- no --> and<li>two<hr>three<p>four<p>five</ul>" + "<p>x" * 3000
+    assert html_to_text(page).split("\n\n") == ["One and", "two", "three", "four", "five", *["x"] * 3000]
+
+
 def test_a_manual_page_gives_its_prose() -> None:
     page = r""".\" a comment
 .de Vb
