@@ -12,8 +12,8 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.config.derive import count_fixed
 from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection
 from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.cost import num_parameters
@@ -111,13 +111,15 @@ def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) 
     saving = _fraction(arguments.save)
     setting, layers = setting_of(config, device), config.model.num_layers
 
+    shared = (RaptrSection.model_fields.keys() & type(config.path).model_fields.keys()) - {"method"}
+    raptr = RaptrSection(**{key: getattr(config.path, key) for key in shared})
+
     def saved_by(lengths: tuple[int, ...]) -> float:
-        schedule = "-".join(map(str, lengths))
-        path = config.path.model_copy(update={"method": "raptr", "schedule": schedule})
+        path = raptr.model_copy(update={"schedule": "-".join(map(str, lengths))})
         method = path_method_of(config, path)
         return 1 - setting.flops(method.expected_layers_from(0) / method.num_steps) / setting.flops(layers)
 
-    least = max(1, count_fixed(config.path.fixed_layers, layers))
+    least = max(1, len(raptr.fixed_in(layers)))
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
         most = saved_by((least, *[least + round((layers - least) * share / 3) for share in (1, 2)], layers))
@@ -153,8 +155,9 @@ def _fraction(text: str) -> float:
 
 def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]) -> list[str]:
     layout, path = setting.layout, config.path
-    sampling = f", {path.sampling} sampling" if path.method in {"raptr", "constant"} else ""
-    over = f" over {path.balance_stages} stages" if path.balance_stages else ""
+    schedule = f" {path.schedule}" if isinstance(path, ScheduledSection) else ""
+    sampling = f", {path.sampling} sampling" if isinstance(path, RandomSection) else ""
+    over = f" over {path.balance_stages} stages" if isinstance(path, RandomSection) and path.balance_stages else ""
     lines = [
         f"- {config.model.architecture}, {config.model.num_layers} layers x {config.model.hidden_size}: "
         f"{num_parameters(setting.shape) / 1e6:,.1f}M parameters, vocabulary {config.model.vocab_size:,}, "
@@ -163,7 +166,7 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"{list(layout.stage_layers)} x data {layout.data}, ZeRO {layout.zero_stage}; micro batches of "
         f"{layout.micro_batch}, {layout.num_micro_batches} a step; "
         f"recomputation {'on' if layout.recompute else 'off'}",
-        f"- paths: {path.method}{f' {path.schedule}' if path.schedule else ''}{sampling}{over}",
+        f"- paths: {path.method}{schedule}{sampling}{over}",
         *(f"- {note}" for note in notes),
         *_kept_whole(setting),
         "",

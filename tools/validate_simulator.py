@@ -14,6 +14,7 @@ from statistics import median
 import _command_line
 
 from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.path_sections import ConstantSection, RunSizes
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
@@ -74,15 +75,9 @@ def _config(arguments: argparse.Namespace, num_stages: int) -> RunConfig:
 def _path(config: RunConfig, sampling: str, length: int, number: int) -> LayerPath:
     if sampling == "full":
         return LayerPath.full(length)
-    method = build_path_method(
-        method="constant",
-        num_layers=config.model.num_layers,
-        num_steps=1,
-        seed=1,
-        constant_length=length,
-        sampling=sampling,
-        stages=BalancedStages.of(config.parallel.pipeline_layers or ()),
-    )
+    section = ConstantSection.model_validate({"constant_length": length, "sampling": sampling})
+    stages = BalancedStages.of(config.parallel.pipeline_layers or ())
+    method = build_path_method(section, RunSizes(config.model.num_layers, num_steps=1), seed=1, stages=stages)
     return method.path_at(number)
 
 

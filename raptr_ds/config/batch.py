@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from raptr_ds.errors import ConfigError
 
 GLOBAL, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+BATCH_KEYS = (GLOBAL, MICRO, ACCUMULATION)
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,18 @@ class BatchGeometry:
     micro_batch: int
     accumulation: int
     data_parallel: int
+
+
+def data_parallel_size(world_size: int, tensor: int, pipeline: int) -> int:
+    """Return the number of model copies on so many processes. Raises: ConfigError if the sizes do not divide them."""
+    size = tensor * pipeline
+    if world_size % size:
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into raptr_ds.parallel.tensor_model_parallel_size={tensor} x "
+            f"pipeline_model_parallel_size={pipeline} = {size}. Start a multiple of {size} processes, or lower the "
+            "sizes."
+        )
+    return world_size // size
 
 
 def solve_batch(
@@ -53,10 +66,10 @@ def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
         return
     per_rank = batch.micro_batch * batch.accumulation
     fits = [size for size in range(1, per_rank + 1) if per_rank % (size * paths_per_step) == 0]
-    mend = f"Set {MICRO} to {fits[-1]} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
+    fix = f"Set {MICRO} to {fits[-1]} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
     raise ConfigError(
         f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
-        f"{batch.accumulation}: each path is taken by as many. {mend}, or change paths_per_step."
+        f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import KNOWN, REFUSED, Table
-from raptr_ds.config.sections import SECTIONS
+from raptr_ds.config.sections import SECTIONS, keys_of
 from raptr_ds.errors import nearest
 
 BLOCK = "raptr_ds"
@@ -54,8 +54,8 @@ def _elsewhere(name: str, section: str) -> str:
     """Say where a name does exist, for a key that was put into the wrong section."""
     if name in SECTIONS and section != BLOCK:
         return f"; it belongs into {BLOCK}: {BLOCK}.{name}"
-    for title, model in SECTIONS.items():
-        if name in model.model_fields and f"{BLOCK}.{title}" != section:
+    for title in SECTIONS:
+        if name in keys_of(title) and f"{BLOCK}.{title}" != section:
             return f"; it belongs to {BLOCK}.{title}"
     if name in KNOWN and section:
         return "; it belongs to the top level, beside raptr_ds"

@@ -1,9 +1,9 @@
 """What follows from other values: derived once, here, so that a run file holds only what differs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from raptr_ds.config.sections import ParallelSection, PathSection, TrainSection
+from raptr_ds.config.sections import ParallelSection, TrainSection
 
 _MAX_NON_FINITE_STEPS = 20
 
@@ -37,68 +37,6 @@ def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: Parall
         return bool(zero["overlap_comm"])
     stage, stages = int(zero.get("stage", 0)), parallel.pipeline_model_parallel_size
     return stage == 3 or (stage in (1, 2) and data_parallel > 1 and stages == 1 and paths_per_step == 1)
-
-
-def balanced_stage_layers(path: PathSection, parallel: ParallelSection, num_layers: int) -> tuple[int, ...]:
-    """Return the layers of each stage that balanced sampling balances.
-
-    These are the run's own pipeline stages where their number is balance_stages, else stages as even as possible.
-    """
-    assert path.balance_stages is not None
-    if parallel.pipeline_layers is not None and len(parallel.pipeline_layers) == path.balance_stages:
-        return parallel.pipeline_layers
-    return derive_pipeline_layers(num_layers, path.balance_stages)
-
-
-def count_fixed(fixed_layers: Sequence[int], num_layers: int) -> int:
-    """Return how many different layers are fixed; those outside the model count too, as a rule refuses them."""
-    return len({layer % num_layers if -num_layers <= layer < num_layers else layer for layer in fixed_layers})
-
-
-NAMED_SCHEDULES = {
-    "paper": (6, 8, 10, 12),
-    "half": (2, 3, 7, 12),
-    "gradual": (6, 9, 12),
-    "doubling": (3, 6, 12),
-}
-"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
-gradual and progressive stacking."""
-
-_DEFAULT_SCHEDULES = {"raptr": "paper", "width": "paper", "stacking": "gradual"}
-
-
-def derive_schedule(name: str, num_parts: int, num_fixed: int = 0) -> tuple[int, ...]:
-    """Return the phases of a named schedule for a model of num_parts layers (or layers of as many heads).
-
-    Rounded half up, with room for the fixed ones: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
-    """
-    twelfths = NAMED_SCHEDULES[name]
-    return tuple(min(num_parts, max(num_fixed, 1, (num_parts * share + 6) // 12)) for share in twelfths)
-
-
-def derive_path(
-    path: PathSection, num_layers: int, num_steps: int, num_stages: int = 1, num_heads: int = 1
-) -> PathSection:
-    """Return the path section with its schedule, length or drop rate, warm-up steps and stages, where it uses them."""
-    update: dict[str, Any] = {}
-    num_fixed = count_fixed(path.fixed_layers, num_layers)
-    name = path.schedule or _DEFAULT_SCHEDULES.get(path.method)
-    if name in NAMED_SCHEDULES:
-        parts = num_heads if path.method == "width" else num_layers
-        phases = derive_schedule(name, parts, num_fixed if path.method == "raptr" else 0)
-        update["schedule"] = "-".join(map(str, phases))
-    lengths = derive_schedule("paper", num_layers, num_fixed)
-    mean_length = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
-    if path.method == "constant" and path.constant_length is None:
-        update["constant_length"] = mean_length
-    if path.method == "layerdrop" and path.layerdrop is None:
-        update["layerdrop"] = 1.0 - min(mean_length, num_layers - 0.5) / num_layers
-    if path.method in {"raptr", "constant"} and path.sampling == "balanced" and path.balance_stages is None:
-        update["balance_stages"] = num_stages
-    if path.full_warmup_ratio is not None and not path.full_warmup_steps:
-        update["full_warmup_steps"] = round(path.full_warmup_ratio * num_steps)
-        update["full_warmup_ratio"] = None
-    return path.model_copy(update=update)
 
 
 def derive_train(train: TrainSection, fp16: Mapping[str, Any], name: str) -> TrainSection:

@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules that a run file may ask for, and their parameters, checked and completed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import REFUSED, Check, choice, flag, number, whole
@@ -104,10 +104,57 @@ def check_scheduler(scheduler: dict[str, Any], place: Place) -> list[str]:
     for ratio, steps in (("warmup_ratio", "warmup_num_steps"), ("decay_ratio", "decay_num_steps")):
         if ratio in params and steps in params:
             errors.append(
-                f"scheduler.params.{ratio}={params[ratio]} and scheduler.params.{steps}={params[steps]} say the same "
+                f"scheduler.params.{ratio}={params[ratio]} and scheduler.params.{steps}={params[steps]} set the same "
                 "thing twice. Keep one."
             )
     return errors
+
+
+def broken_optimization_rules(
+    optimizer: dict[str, Any], scheduler: dict[str, Any] | None, num_steps: int
+) -> Iterator[str]:
+    """Yield a message for each rule that the completed optimizer and schedule break in a run of so many steps."""
+    params = optimizer["params"]
+    if optimizer["type"] == "AdamW" and not params.get("adam_w_mode", True):
+        # DeepSpeed's AdamW decouples weight decay whatever adam_w_mode is.
+        yield (
+            "optimizer.params.adam_w_mode=false has no effect on optimizer.type='AdamW'. "
+            "Set optimizer.type to 'Adam', or remove adam_w_mode."
+        )
+    momentum, dampening = params.get("momentum", 0), params.get("dampening", 0)
+    if params.get("nesterov") and (momentum <= 0 or dampening):
+        yield (
+            f"optimizer.params.nesterov=true needs momentum > 0 and dampening 0; got momentum={momentum}, "
+            f"dampening={dampening}. Correct them, or remove nesterov."
+        )
+    if scheduler is not None:
+        yield from _broken_schedule_rules(scheduler["params"], params["lr"], num_steps)
+
+
+def _broken_schedule_rules(params: dict[str, Any], lr: float, num_steps: int) -> Iterator[str]:
+    low, peak = params.get("warmup_min_lr", 0), params.get("warmup_max_lr", lr)
+    if peak != lr:
+        yield (
+            f"scheduler.params.warmup_max_lr={peak} and optimizer.params.lr={lr} both set the peak learning rate. "
+            "Remove warmup_max_lr: it is optimizer.params.lr."
+        )
+    if low > peak:
+        yield (
+            f"scheduler.params.warmup_min_lr={low} must be at most the peak learning rate, optimizer.params.lr={peak}. "
+            "Lower warmup_min_lr."
+        )
+    warmup, decay = params["warmup_num_steps"], params.get("decay_num_steps", 0)
+    total = params.get("total_num_steps", num_steps)
+    if warmup >= num_steps:
+        yield (
+            f"scheduler.params.warmup_num_steps={warmup} must be less than raptr_ds.train.steps={num_steps}. "
+            "Lower it, or write scheduler.params.warmup_ratio, a fraction of the steps."
+        )
+    elif warmup + decay > total:
+        yield (
+            f"scheduler.params: warmup_num_steps={warmup} + decay_num_steps={decay} must be at most total_num_steps="
+            f"{total}. Shorten one, or write warmup_ratio and decay_ratio, fractions of the steps."
+        )
 
 
 def canonical(name: Any, known: dict[str, Any]) -> str | None:

@@ -1,16 +1,19 @@
 """From the `raptr_ds` object to sections: all that is wrong with single keys, each in one clear message."""
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
+from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
 from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section
 from raptr_ds.errors import nearest
 
 Place = Callable[[str], str]
+
+_PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
 
 _TYPES = {
     "int_type": "a whole number",
@@ -38,35 +41,51 @@ def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[s
         ]
     errors = [unknown_key(f"{BLOCK}.{name}", list(SECTIONS), place) for name in block if name not in SECTIONS]
     sections: dict[str, Section] = {}
-    for name, model in SECTIONS.items():
+    for name in SECTIONS:
         content = block.get(name, {})
         if not isinstance(content, dict):
             errors.append(f"{BLOCK}.{name}={content!r}{place(f'{BLOCK}.{name}')} must be an object {{key: value}}.")
             continue
         try:
-            sections[name] = model.model_validate(content)
+            sections[name] = _parse_section(name, content)
         except ValidationError as error:
-            errors += [_message(f"{BLOCK}.{name}", model, detail, place) for detail in error.errors()]
+            errors += [_message(name, detail, place) for detail in error.errors()]
     return sections, errors
 
 
-def _message(section: str, model: type[Section], detail: ErrorDetails, place: Place) -> str:
-    parts = [str(part) for part in detail["loc"] if str(part) not in UNION_TAGS]
+def _parse_section(name: str, content: dict[str, Any]) -> Section:
+    if name == "path":
+        return _PATH.validate_python({"method": METHODS[0], **content})
+    (section,) = SECTIONS[name]
+    return section.model_validate(content)
+
+
+def _message(name: str, detail: ErrorDetails, place: Place) -> str:
+    section, model = f"{BLOCK}.{name}", SECTIONS[name][0]
+    kind, value, location = detail["type"], detail["input"], [str(part) for part in detail["loc"]]
+    if kind == "union_tag_invalid" and name == "path":
+        return _wrong_choice(f"{section}.method", value["method"], METHODS, place(f"{section}.method"))
+    if name == "path":  # pydantic puts the method before the key
+        method, *location = location
+        model = PATH_SECTIONS[METHODS.index(method)]
+    parts = [part for part in location if part not in UNION_TAGS]
     dotted, field = ".".join([section, *parts]), parts[0]
-    kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         return unknown_key(dotted, list((Denoiser if len(parts) > 1 else model).model_fields), place)
     if kind == "missing":
         about = (model.model_fields[field].description or "") if len(parts) == 1 else ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
-    shown = f"{dotted}={value!r}{place(dotted) or place(f'{section}.{field}')}"
+    where = place(dotted) or place(f"{section}.{field}")
     if kind == "literal_error":
-        choices = _choices(model if len(parts) == 1 else Denoiser, parts[-1])
-        guess = nearest(str(value), choices) or "."
-        return f"{shown} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
-    if kind in _TYPES:
-        return f"{shown} must be {_TYPES[kind]}.{_unquoted(value)}"
-    return f"{shown} {detail['msg'].replace('Input should', 'must').replace('should', 'must')}.{_unquoted(value)}"
+        return _wrong_choice(dotted, value, _choices(model if len(parts) == 1 else Denoiser, parts[-1]), where)
+    must = _TYPES.get(kind)
+    rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
+    return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"
+
+
+def _wrong_choice(dotted: str, value: Any, choices: Sequence[str], where: str) -> str:
+    guess = nearest(str(value), choices) or "."
+    return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
 
 
 def _choices(model: type[Section], field: str) -> list[str]:

@@ -2,33 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic.fields import FieldInfo
 
-
-def _whole(value: Any) -> Any:
-    """Let 1e6 stand for 1000000, as people write steps; anything else goes on to the strict check."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _schedule_text(value: Any) -> Any:
-    """Let a single phase be written as a bare number: `--set raptr_ds.path.schedule=12`."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no conversions but whole floats to integers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
+from raptr_ds.config.path_sections import PATH_SECTIONS
+from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Text
 
 _FFN_MULTIPLE = 64
 _BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -145,63 +123,6 @@ class ParallelSection(Section):
     grow_micro_batch: bool = False
     """raptr, constant: in phases of shorter paths take larger micro batches, and fewer of them, as far as a micro batch
     then keeps no more activations than train_micro_batch_size_per_gpu does on the full path. Same global batch."""
-
-
-class PathSection(Section):
-    """`raptr_ds.path`: which layers run at each step. A key that the method does not use is an error."""
-
-    method: Literal["full", "raptr", "pld", "constant", "layerdrop", "stacking", "width"] = "full"
-    """full: all layers, always. raptr: random paths that grow by phases. pld: progressive layer dropping.
-    constant: random paths of one length (stochastic depth at a constant rate). layerdrop: each layer is dropped with
-    one probability, by itself. stacking: the first layers alone, then copies of them on top.
-    width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
-    schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
-    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
-    `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
-    of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
-    `doubling` 1/4, 1/2 and all."""
-    split: Literal["uniform", "proportional"] = "uniform"
-    """raptr, stacking, width: phases of equal length in steps, or in proportion to their path length."""
-    full_warmup_steps: CountOrZero = 0
-    """raptr, width: steps on the full model before the first path is drawn."""
-    full_warmup_ratio: Probability | None = None
-    """The same as a fraction of raptr_ds.train.steps; say one of the two."""
-    fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
-    """raptr, constant: layers that are in every path; 0-based, negative ones count from the end."""
-    sampling: Literal["uniform", "bernoulli", "balanced"] = "uniform"
-    """raptr, constant: all subsets of the phase's length alike; each layer kept by an independent draw; or as many
-    layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py says at what price)."""
-    balance_stages: Count | None = None
-    """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: say it
-    to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
-    stages end where raptr_ds.parallel.pipeline_layers says if that has as many, else they are as even as possible."""
-    residual_scale: Literal["none", "sqrt"] = "none"
-    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
-    skipped_update: Literal["freeze", "zero_grad"] = "freeze"
-    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
-    zero gradients are made up for when the layer is next active or evaluated, exact to rounding: evaluating at other
-    steps changes a zero_grad run in the last bits."""
-    paths_per_step: Count = 1
-    """raptr, constant, layerdrop, pld: paths drawn for a step. Each is taken by an equal share of the global batch, in
-    its order, so that gradient_accumulation_steps must be a multiple; as many are a path for each micro batch. The
-    layers of any of them are the step's."""
-    pld_gamma: Positive = 0.001
-    """pld: decay rate of the keep probability, per step."""
-    pld_theta: OpenFraction = 0.5
-    """pld: the keep probability's limit."""
-    constant_length: Count | None = None
-    """constant: layers of every path. Derived: the mean of RaPTr's default schedule, so at RaPTr's compute."""
-    layerdrop: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """layerdrop: probability of dropping a layer. Derived: paths have the derived constant_length on average."""
-    growth_optimizer_state: Literal["copied", "fresh"] = "copied"
-    """stacking: what optimizer state a new layer begins with: that of the layer it is a copy of, or none."""
-    growth_warmup_steps: CountOrZero = 0
-    """stacking: steps after each growth over which the learning rate rises again, from nothing to the scheduler's."""
-
-    @property
-    def phase_lengths(self) -> tuple[int, ...]:
-        """Path length of each phase of a checked `schedule`; empty where the method has none."""
-        return tuple(int(part) for part in self.schedule.split("-")) if self.schedule else ()
 
 
 class Denoiser(Section):
@@ -340,14 +261,20 @@ class LogSection(Section):
     """Peak of one device in TFLOP/s, for model FLOPs utilization; left out: looked up, or mfu is null."""
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSection,
-    "parallel": ParallelSection,
-    "path": PathSection,
-    "objective": ObjectiveSection,
-    "data": DataSection,
-    "train": TrainSection,
-    "eval": EvalSection,
-    "checkpoint": CheckpointSection,
-    "log": LogSection,
+SECTIONS: dict[str, tuple[type[Section], ...]] = {
+    "model": (ModelSection,),
+    "parallel": (ParallelSection,),
+    "path": PATH_SECTIONS,
+    "objective": (ObjectiveSection,),
+    "data": (DataSection,),
+    "train": (TrainSection,),
+    "eval": (EvalSection,),
+    "checkpoint": (CheckpointSection,),
+    "log": (LogSection,),
 }
+"""What each object of the block may be: one class of section, but for the path one for each method."""
+
+
+def keys_of(section: str) -> dict[str, FieldInfo]:
+    """Return all keys that an object of the block may have, by name."""
+    return {key: field for kind in SECTIONS[section] for key, field in kind.model_fields.items()}

@@ -6,6 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.path_sections import (
+    ConstantSection,
+    LayerDropSection,
+    RandomSection,
+    ScheduledSection,
+    SkippingSection,
+    StackingSection,
+)
 from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_sequence
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import Contestant, Experiment
@@ -218,11 +226,17 @@ def choose_rate(losses: Mapping[float, float | None]) -> float | None:
 
 def _describe_path(config: RunConfig) -> str:
     path = config.path
-    words = [path.method, path.schedule, path.constant_length, path.layerdrop and f"{path.layerdrop:.4g}"]
-    if path.method in {"raptr", "constant"} and path.sampling != "uniform":
+    words: list[object] = [path.method]
+    if isinstance(path, ScheduledSection):
+        words.append(path.schedule)
+    if isinstance(path, ConstantSection):
+        words.append(path.constant_length)
+    if isinstance(path, LayerDropSection):
+        words.append(f"{path.layerdrop:.4g}")
+    if isinstance(path, RandomSection) and path.sampling != "uniform":
         words.append(path.sampling)
-    if path.method == "stacking":
+    if isinstance(path, StackingSection):
         words.append(f"optimizer state {path.growth_optimizer_state}")
-    elif path.method != "full":
-        words += [path.skipped_update, path.residual_scale if path.residual_scale != "none" else None]
-    return " ".join(str(word) for word in words if word)
+    if isinstance(path, SkippingSection):
+        words += [path.skipped_update, *([] if path.residual_scale == "none" else [path.residual_scale])]
+    return " ".join(map(str, words))

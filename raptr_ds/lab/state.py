@@ -11,7 +11,7 @@ import numpy as np
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
 from raptr_ds.config.deepspeed_part import BLOCK
-from raptr_ds.config.sections import SECTIONS
+from raptr_ds.config.sections import SECTIONS, keys_of
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 _IRRELEVANT = (
@@ -118,7 +118,7 @@ def _default_of(key: str) -> Any:
     """Return what a dotted key of raptr_ds is where a run file leaves it out; None where it has no default."""
     block, _, rest = key.partition(".")
     section, _, name = rest.partition(".")
-    field = SECTIONS[section].model_fields.get(name) if block == BLOCK and section in SECTIONS else None
+    field = keys_of(section).get(name) if block == BLOCK and section in SECTIONS else None
     return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 

@@ -1,8 +1,8 @@
 """Paths: the value, the methods that choose one for each step, and what a path costs. NumPy at most."""
 
-from raptr_ds.paths.methods import METHODS, build_path_method
+from raptr_ds.paths.methods import build_path_method
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase, Phases
 
-__all__ = ["METHODS", "LayerPath", "PathMethod", "Phase", "Phases", "build_path_method"]
+__all__ = ["LayerPath", "PathMethod", "Phase", "Phases", "build_path_method"]

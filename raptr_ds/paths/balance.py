@@ -37,12 +37,9 @@ class BalancedStages:
         assert min(self.costs) >= 0.0, f"costs={self.costs}"
 
     @classmethod
-    def of(cls, num_layers: Sequence[int], embedding_cost: float = 0.0, head_cost: float = 0.0) -> "BalancedStages":
-        """Return the stages with the embedding's cost on the first and the head's on the last."""
-        costs = [0.0] * len(num_layers)
-        costs[0] += embedding_cost
-        costs[-1] += head_cost
-        return cls(tuple(num_layers), tuple(costs))
+    def of(cls, num_layers: Sequence[int], head_cost: float = 0.0) -> "BalancedStages":
+        """Return the stages with the head's cost on the last."""
+        return cls(tuple(num_layers), (*(0.0 for _ in num_layers[1:]), head_cost))
 
     def layers(self) -> tuple[range, ...]:
         """Return each stage's layers, 0-based and global."""

@@ -2,27 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
+from raptr_ds.config.path_sections import LayerDropSection, PldSection, RunSizes
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.phased import Phased
-from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, residual_scale_of
+from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.raptr import residual_scale_of
+from raptr_ds.paths.schedule import one_phase
 from raptr_ds.rng import stream
 
 
 @dataclass(frozen=True)
-class FullPaths(Phased):
+class FullPaths(PathMethod):
     """Standard training: every layer at each step."""
 
-    def expected_length_at(self, step: int) -> float:
-        """Return the number of layers, whatever the 0-based step."""
-        self.phase_at(step)
-        return float(self.num_layers)
-
-    def expected_layers_from(self, step: int) -> float:
-        """Return the number of layers times the steps from this one on."""
-        return float(self.num_layers * max(0, self.num_steps - step))
+    @classmethod
+    def from_section(cls, sizes: RunSizes) -> Self:
+        """Return the method of a run."""
+        return cls(one_phase(sizes.num_layers, sizes.num_steps), sizes.num_layers)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return one for every layer, (num_layers,) float64."""
@@ -35,7 +34,7 @@ class FullPaths(Phased):
 
 
 @dataclass(frozen=True)
-class LayerDrop(Phased):
+class LayerDrop(PathMethod):
     """LayerDrop: at each step every layer is dropped with one probability, by itself, from the first step to the last.
 
     A path without layers is drawn again, so that a layer runs with probability (1 - p) / (1 - p^L).
@@ -48,7 +47,13 @@ class LayerDrop(Phased):
 
     def __post_init__(self) -> None:
         assert 0.0 <= self.drop_probability < 1.0, f"drop_probability={self.drop_probability}"
-        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+
+    @classmethod
+    def from_section(cls, section: LayerDropSection, sizes: RunSizes, seed: int) -> Self:
+        """Return the method of a completed section."""
+        assert section.layerdrop is not None
+        phases = one_phase(None, sizes.num_steps)
+        return cls(phases, sizes.num_layers, seed, section.layerdrop, section.residual_scale)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs, whatever the 0-based step, (num_layers,) float64."""
@@ -56,13 +61,9 @@ class LayerDrop(Phased):
         drop = self.drop_probability
         return np.full(self.num_layers, (1.0 - drop) / (1.0 - drop**self.num_layers))
 
-    def expected_length_at(self, step: int) -> float:
-        """Return the expected number of active layers, whatever the 0-based step."""
-        return float(self.marginals_at(step).sum())
-
     def expected_layers_from(self, step: int) -> float:
         """Return the sum of the expected path lengths of this step and all later ones."""
-        return self.expected_length_at(0) * max(0, self.num_steps - step)
+        return float(self.marginals_at(0).sum()) * max(0, self.num_steps - step)
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
@@ -76,7 +77,7 @@ class LayerDrop(Phased):
 
 
 @dataclass(frozen=True)
-class ProgressiveLayerDropping(Phased):
+class ProgressiveLayerDropping(PathMethod):
     """Progressive layer dropping: deeper layers are dropped more often, and all more often as time goes on.
 
     Layer i (0-based, so layer 0 is always kept and no path is empty) is kept at step t with probability
@@ -92,17 +93,18 @@ class ProgressiveLayerDropping(Phased):
 
     def __post_init__(self) -> None:
         assert 0.0 <= self.theta <= 1.0, f"theta={self.theta}"
-        assert self.gamma >= 0.0, f"gamma={self.gamma}"
-        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
+        assert self.gamma > 0.0, f"gamma={self.gamma}"
+
+    @classmethod
+    def from_section(cls, section: PldSection, sizes: RunSizes, seed: int) -> Self:
+        """Return the method of a section."""
+        phases = one_phase(None, sizes.num_steps)
+        return cls(phases, sizes.num_layers, seed, section.pld_gamma, section.pld_theta, section.residual_scale)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""
         theta = (1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta
         return 1.0 - np.arange(self.num_layers) / self.num_layers * (1.0 - theta)
-
-    def expected_length_at(self, step: int) -> float:
-        """Return the expected number of active layers at a 0-based step."""
-        return float(self.marginals_at(step).sum())
 
     def expected_layers_from(self, step: int) -> float:
         """Return the sum of the expected path lengths of this step and all later ones.
@@ -110,8 +112,8 @@ class ProgressiveLayerDropping(Phased):
         The mean of i/L over the layers is (L - 1) / 2L, and the exponentials of theta(t) form a geometric series.
         """
         steps_left = max(0, self.num_steps - step)
-        if steps_left == 0 or self.gamma == 0.0:
-            return float(self.num_layers * steps_left)
+        if steps_left == 0:
+            return 0.0
         exponentials = math.exp(-self.gamma * step) * math.expm1(-self.gamma * steps_left) / math.expm1(-self.gamma)
         dropped = (self.num_layers - 1) / 2 * (1.0 - self.theta) * (steps_left - exponentials)
         return self.num_layers * steps_left - dropped

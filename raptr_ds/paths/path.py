@@ -1,6 +1,5 @@
 """A path: the layers that run in one step, as an immutable value that ranks can compare and send."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -94,11 +93,6 @@ class LayerPath:
         """What the layers cost, in whole layers: their number where they run whole, of several paths the mean."""
         return self.mean_length if self.parts is None else self.parts.work
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every layer is active, and all of it."""
-        return self.work == self.num_layers
-
     def is_active(self, layer: int) -> bool:
         """Say whether the layer of this 0-based global index runs."""
         return layer in self.layers
@@ -163,11 +157,6 @@ class LayerPath:
         if not np.array_equal(path.encode()[: own.size], own):
             raise ValueError(f"encoded path's layers are not those of its {number} shares")
         return path
-
-    def digest(self) -> int:
-        """Return a 63-bit number for comparing paths between ranks: equal paths, and in practice only they, agree."""
-        content = self.encode().astype("<i8").tobytes()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def _numbers(flags: np.ndarray) -> tuple[int, ...]:

@@ -2,22 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
-from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.config.path_sections import ConstantSection, RaptrSection, RunSizes
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.phased import Phased
-from raptr_ds.paths.schedule import Phase
+from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.schedule import one_phase, split_phases
 from raptr_ds.rng import stream
-
-SAMPLINGS = ("uniform", "bernoulli", "balanced")
-RESIDUAL_SCALES = ("none", "sqrt")
 
 
 @dataclass(frozen=True)
-class RandomPaths(Phased):
+class RandomPaths(PathMethod):
     """Random paths by phases: RaPTr with a schedule's phases, constant-rate depth with a single phase.
 
     path_at is a pure function of (seed, step): every rank computes the same path, and resuming needs the step alone.
@@ -32,23 +30,26 @@ class RandomPaths(Phased):
     stages: BalancedStages | None = None
 
     def __post_init__(self) -> None:
-        check_choice("sampling", self.sampling, SAMPLINGS)
-        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         assert self.sampling != "balanced" or self.stages is not None
         assert self.stages is None or sum(self.stages.num_layers) == self.num_layers
 
-    def expected_length_at(self, step: int) -> float:
-        """Return the expected number of active layers at a 0-based step."""
-        return _scheduled_length(self.phase_at(step))
-
-    def expected_layers_from(self, step: int) -> float:
-        """Return the sum of the expected path lengths of this step and all later ones."""
-        phases = self.phases.phases
-        return float(sum(_scheduled_length(p) * max(0, p.end_step - max(p.first_step, step)) for p in phases))
+    @classmethod
+    def from_section(
+        cls, section: RaptrSection | ConstantSection, sizes: RunSizes, seed: int, stages: BalancedStages | None
+    ) -> Self:
+        """Return the method of a completed section."""
+        num_layers, num_steps = sizes.num_layers, sizes.num_steps
+        if isinstance(section, RaptrSection):
+            warmup = section.full_warmup_steps
+            phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
+        else:
+            phases = one_phase(section.constant_length, num_steps)
+        fixed = section.fixed_in(num_layers)
+        return cls(phases, num_layers, seed, fixed, section.sampling, section.residual_scale, stages)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return each layer's exact probability of being in the path of a 0-based step, (num_layers,) float64."""
-        length = _scheduled_length(self.phase_at(step))
+        length = self.phase_at(step).fixed_length
         if self.sampling == "balanced":
             assert self.stages is not None
             return balanced_marginals(self.stages, self.fixed_layers, length)
@@ -59,7 +60,7 @@ class RandomPaths(Phased):
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
         phase = self.phase_at(step)
-        length = _scheduled_length(phase)
+        length = phase.fixed_length
         if length == self.num_layers:
             return self.model_at(step)
         generator = stream(self.seed, "path", step)
@@ -73,11 +74,6 @@ class RandomPaths(Phased):
             return draw_balanced(generator, self.stages, length, self.fixed_layers)
         draw = draw_uniform if self.sampling == "uniform" else draw_bernoulli
         return draw(generator, self.num_layers, length, self.fixed_layers)
-
-
-def _scheduled_length(phase: Phase) -> int:
-    assert phase.path_length is not None, "random paths need a path length in every phase"
-    return phase.path_length
 
 
 def draw_uniform(
@@ -111,12 +107,6 @@ def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:
     An empty path has no branch to scale and gets 1.
     """
     return math.sqrt(num_layers / path_length) if rule == "sqrt" and path_length else 1.0
-
-
-def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` of raptr_ds.path.<key> is one of `known`."""
-    if value not in known:
-        raise ConfigError(f"raptr_ds.path.{key}={value!r} must be one of {', '.join(known)}{nearest(value, known)}.")
 
 
 def _free_share(num_layers: int, path_length: int, fixed_layers: tuple[int, ...]) -> float:

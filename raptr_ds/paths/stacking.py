@@ -1,17 +1,19 @@
 """Stacking: train the first layers alone, then put copies of them on top, until the model has its full depth."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
+from raptr_ds.config.path_sections import RunSizes, StackingSection
 from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.phased import Phased
-from raptr_ds.paths.schedule import Phase
+from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.schedule import split_phases
 
 
 @dataclass(frozen=True)
-class Stacking(Phased):
+class Stacking(PathMethod):
     """Gradual stacking (6-9-12) and progressive stacking, which doubles (3-6-12): the schedule is all that differs.
 
     Each phase trains its first path_length layers and no others. After a growth the learning rate rises again over
@@ -24,8 +26,15 @@ class Stacking(Phased):
 
     def __post_init__(self) -> None:
         assert self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}"
-        lengths = [_depth(phase) for phase in self.phases.phases]
+        lengths = [phase.fixed_length for phase in self.phases.phases]
         assert lengths == sorted(lengths), f"path lengths {lengths} shrink"
+
+    @classmethod
+    def from_section(cls, section: StackingSection, sizes: RunSizes) -> Self:
+        """Return the method of a completed section."""
+        phases = split_phases(section.phase_lengths, sizes.num_layers, sizes.num_steps, section.split)
+        copies = section.growth_optimizer_state == "copied"
+        return cls(phases, sizes.num_layers, copies, section.growth_warmup_steps)
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a step: all layers that the model has by then."""
@@ -34,20 +43,11 @@ class Stacking(Phased):
     def model_at(self, step: int) -> LayerPath:
         """Return the path through the layers that the model has at a step."""
         phase = self.phase_at(step)
-        return LayerPath(tuple(range(_depth(phase))), self.num_layers, phase.index)
-
-    def expected_length_at(self, step: int) -> float:
-        """Return the number of layers that the model has at a step."""
-        return float(_depth(self.phase_at(step)))
-
-    def expected_layers_from(self, step: int) -> float:
-        """Return the sum of the path lengths of this step and all later ones."""
-        phases = self.phases.phases
-        return float(sum(_depth(phase) * max(0, phase.end_step - max(phase.first_step, step)) for phase in phases))
+        return LayerPath(tuple(range(phase.fixed_length)), self.num_layers, phase.index)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return one for each layer that the model has at a step, zero for the others, (num_layers,) float64."""
-        return (np.arange(self.num_layers) < _depth(self.phase_at(step))).astype(np.float64)
+        return (np.arange(self.num_layers) < self.phase_at(step).fixed_length).astype(np.float64)
 
     def growth_at(self, step: int) -> Growth | None:
         """Return how the model grows before a step, None where it does not.
@@ -56,7 +56,7 @@ class Stacking(Phased):
         """
         if not 0 < step < self.num_steps:
             return None
-        before, after = _depth(self.phase_at(step - 1)), _depth(self.phase_at(step))
+        before, after = self.phase_at(step - 1).fixed_length, self.phase_at(step).fixed_length
         return Growth(before, after, self.copies_optimizer_state) if before < after else None
 
     def learning_rate_factor_at(self, step: int) -> float:
@@ -64,8 +64,3 @@ class Stacking(Phased):
         grown = [phase.first_step for phase in self.phases.phases if self.growth_at(phase.first_step)]
         since = min((step - first for first in grown if first <= step), default=self.warmup_steps)
         return min(1.0, (since + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-
-
-def _depth(phase: Phase) -> int:
-    assert phase.path_length is not None, "stacking needs a path length in every phase"
-    return phase.path_length

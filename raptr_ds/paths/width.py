@@ -1,19 +1,20 @@
 """Random widths: every layer runs at each step, with some of its attention heads and as many blocks of its MLP."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
+from raptr_ds.config.path_sections import RunSizes, WidthSection
 from raptr_ds.paths.path import LayerPath, Parts
-from raptr_ds.paths.phased import Phased
-from raptr_ds.paths.raptr import RESIDUAL_SCALES, check_choice, draw_uniform, residual_scale_of
-from raptr_ds.paths.schedule import Phases
+from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.raptr import draw_uniform, residual_scale_of
+from raptr_ds.paths.schedule import Phases, split_phases
 from raptr_ds.rng import stream
 
 
 @dataclass(frozen=True)
-class RandomWidths(Phased):
+class RandomWidths(PathMethod):
     """Random parts by phases: RaPTr's schedule over the heads of each layer instead of the layers.
 
     The MLP's inner features are cut into as many blocks as there are heads. Heads and blocks of each layer are drawn
@@ -28,18 +29,18 @@ class RandomWidths(Phased):
     residual_scale: str = "none"
 
     def __post_init__(self) -> None:
-        check_choice("residual_scale", self.residual_scale, RESIDUAL_SCALES)
         assert len(self.widths) == len(self.phases.phases), (self.widths, self.phases)
         assert all(1 <= width <= self.num_heads for width in self.widths), self.widths
 
     @classmethod
-    def of(
-        cls, widths: Phases, num_layers: int, seed: int, num_heads: int, residual_scale: str = "none"
-    ) -> "RandomWidths":
-        """Return the method whose phases are those of `widths`, which have heads for path lengths."""
-        phases = Phases(tuple(replace(phase, path_length=num_layers) for phase in widths.phases))
-        counts = tuple(phase.path_length or num_heads for phase in widths.phases)
-        return cls(phases, num_layers, seed, num_heads, counts, residual_scale)
+    def from_section(cls, section: WidthSection, sizes: RunSizes, seed: int) -> Self:
+        """Return the method of a completed section; its schedule counts heads, the method's phases layers."""
+        num_layers, num_heads = sizes.num_layers, sizes.num_heads
+        warmup = section.full_warmup_steps
+        by_heads = split_phases(section.phase_lengths, num_heads, sizes.num_steps, section.split, warmup).phases
+        phases = Phases(tuple(replace(phase, path_length=num_layers) for phase in by_heads))
+        widths = tuple(phase.fixed_length for phase in by_heads)
+        return cls(phases, num_layers, seed, num_heads, widths, section.residual_scale)
 
     def width_at(self, step: int) -> int:
         """Return the active heads of each layer at a step."""
@@ -60,15 +61,8 @@ class RandomWidths(Phased):
         """Return the share of each layer that runs at a step, (num_layers,) float64."""
         return np.full(self.num_layers, self.width_at(step) / self.num_heads)
 
-    def expected_length_at(self, step: int) -> float:
-        """Return the work of a step in whole layers."""
-        return self.num_layers * self.width_at(step) / self.num_heads
-
     def expected_layers_from(self, step: int) -> float:
         """Return the work of this step and all later ones in whole layers."""
-        steps = [max(0, phase.end_step - max(phase.first_step, step)) for phase in self.phases.phases]
-        return self.num_layers * _dot(self.widths, steps) / self.num_heads
-
-
-def _dot(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(a * b for a, b in zip(one, other, strict=True))
+        phases = zip(self.widths, self.phases.phases, strict=True)
+        heads = sum(width * phase.steps_from(step) for width, phase in phases)
+        return self.num_layers * heads / self.num_heads

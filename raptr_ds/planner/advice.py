@@ -5,6 +5,7 @@ from dataclasses import replace
 from raptr_ds.config.batch import solve_batch
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.load import RunConfig
+from raptr_ds.config.path_sections import RandomSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.planner.plan import RunPlan, plan_run
 from raptr_ds.planner.setting import setting_of
@@ -20,7 +21,7 @@ def advice(config: RunConfig, device: Device) -> list[str]:
     plan = _plan(config, device)
     lines = []
     better = config
-    if config.path.method in {"raptr", "constant"} and config.path.sampling != "balanced":
+    if isinstance(config.path, RandomSection) and config.path.sampling != "balanced":
         stages = config.parallel.pipeline_model_parallel_size
         path = config.path.model_copy(update={"sampling": "balanced", "balance_stages": stages})
         balanced = replace(config, path=path)
@@ -39,7 +40,7 @@ def advice(config: RunConfig, device: Device) -> list[str]:
 
 def _uneven_lengths(config: RunConfig, device: Device) -> list[str]:
     """Return a line if a balanced phase saves clearly less time than FLOPs, as its length does not divide."""
-    stages = config.path.balance_stages
+    stages = config.path.balance_stages if isinstance(config.path, RandomSection) else None
     if stages is None or config.parallel.pipeline_model_parallel_size == 1:
         return []
     plan, lines = _plan(config, device), []

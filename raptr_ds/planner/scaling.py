@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raptr_ds.config.path_sections import ConstantSection, RunSizes
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.methods import build_path_method
 from raptr_ds.paths.path import LayerPath
@@ -16,15 +17,9 @@ def sampled_paths(
 ) -> list[LayerPath]:
     """Return random paths of a model whose first and last layer are fixed; balanced ones over these stages."""
     num_layers = sum(stage_layers)
-    method = build_path_method(
-        method="constant",
-        num_layers=num_layers,
-        num_steps=num_paths,
-        seed=1,
-        constant_length=path_length,
-        sampling=sampling,
-        stages=BalancedStages.of(stage_layers, head_cost=head_cost),
-    )
+    section = ConstantSection.model_validate({"constant_length": path_length, "sampling": sampling})
+    stages = BalancedStages.of(stage_layers, head_cost=head_cost)
+    method = build_path_method(section, RunSizes(num_layers, num_paths), seed=1, stages=stages)
     return [method.path_at(step) for step in range(num_paths)]
 
 

@@ -2,46 +2,22 @@
 
 import numpy as np
 
-from raptr_ds.config.derive import balanced_stage_layers
-from raptr_ds.config.load import RunConfig
-from raptr_ds.config.sections import PathSection
+from raptr_ds.config.derive import derive_pipeline_layers
+from raptr_ds.config.path_sections import AnyPathSection, RandomSection
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import head_cost_in_layers
-from raptr_ds.paths.several import several_paths
 
 
-def path_method_of(config: RunConfig, path: PathSection | None = None) -> PathMethod:
-    """Return the run's path method, or that of another path section on the same run.
+def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> PathMethod:
+    """Return the run's path method, or that of another checked path section on the same run.
 
-    The vocabulary's size must be known. Raises: ConfigError.
+    The vocabulary's size must be known.
     """
     section = config.path if path is None else path
-
-    def build(seed: int) -> PathMethod:
-        return build_path_method(
-            method=section.method,
-            num_layers=config.model.num_layers,
-            num_steps=config.train.steps,
-            seed=seed,
-            schedule=section.schedule,
-            split=section.split,
-            full_warmup_steps=section.full_warmup_steps,
-            fixed_layers=section.fixed_layers,
-            sampling=section.sampling,
-            residual_scale=section.residual_scale,
-            pld_gamma=section.pld_gamma,
-            pld_theta=section.pld_theta,
-            constant_length=section.constant_length,
-            layerdrop=section.layerdrop,
-            growth_optimizer_state=section.growth_optimizer_state,
-            growth_warmup_steps=section.growth_warmup_steps,
-            stages=balanced_stages_of(config),
-            num_heads=config.model.num_attention_heads,
-        )
-
-    return several_paths(build, config.train.seed, section.paths_per_step)
+    return build_path_method(section, config.sizes, config.train.seed, balanced_stages_of(config, section))
 
 
 def left_out_layers(method: PathMethod) -> list[str]:
@@ -59,13 +35,16 @@ def left_out_layers(method: PathMethod) -> list[str]:
     return lines
 
 
-def balanced_stages_of(config: RunConfig) -> BalancedStages | None:
-    """Return the stages that paths are balanced over, None for other sampling.
+def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedStages | None:
+    """Return the stages that a path section balances paths over, None for other sampling.
 
-    What the head costs follows from the model and its objective alone, so that no layout changes a path.
+    These are the run's own pipeline stages where their number is balance_stages, else stages as even as possible. What
+    the head costs follows from the model and its objective alone, so that no layout changes a path.
     """
-    if config.path.balance_stages is None:
+    if not isinstance(section, RandomSection) or section.balance_stages is None:
         return None
-    layers = balanced_stage_layers(config.path, config.parallel, config.model.num_layers)
+    layers = config.parallel.pipeline_layers or ()
+    if len(layers) != section.balance_stages:
+        layers = derive_pipeline_layers(config.model.num_layers, section.balance_stages)
     head = head_cost_in_layers(config.model, predictions_per_sequence(config))
     return BalancedStages.of(layers, head_cost=head)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
 from raptr_ds.config.load import RunConfig
+from raptr_ds.config.path_sections import ScheduledSection
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.engine.build import Compilation, attention_of, build_engine, compilation_of
 from raptr_ds.engine.learning_rate import learning_rate_at
@@ -302,7 +303,7 @@ def _introduction(
         f"{config.batch.data_parallel}",
         f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
         *(f"warning: {warning}" for warning in (attention.warning, compilation.warning) if warning),
-        f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if path.schedule else ""),
+        f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if isinstance(path, ScheduledSection) else ""),
         *(f"  derived: {line}" for line in config.derived),
     ]
 

@@ -8,15 +8,15 @@ dropping more and more layers loses the high ones). Sizes and target are ours.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
+from raptr_ds.config.path_sections import ConstantSection, FullSection, PldSection, RaptrSection, RunSizes
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import RandomPaths
-from raptr_ds.paths.schedule import check_lengths, parse_schedule, split_phases
+from raptr_ds.paths.schedule import split_phases
 from raptr_ds.rng import stream, stream_key
 from raptr_ds.theory.residual_network import NetworkShape, ResidualNetwork
 
@@ -76,21 +76,19 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
 
     Raises: ConfigError for a schedule that does not fit the model.
     """
-    lengths = parse_schedule(settings.schedule)
-    check_lengths(lengths, settings.num_layers, 0)
-    build = partial(
-        build_path_method, num_layers=settings.num_layers, num_steps=settings.steps, seed=seed, fixed_layers=()
-    )
+    sizes = RunSizes(settings.num_layers, settings.steps)
+    growing = RaptrSection(schedule=settings.schedule, fixed_layers=()).checked(sizes)
+    lengths = growing.phase_lengths
     backwards = split_phases(lengths[::-1], settings.num_layers, settings.steps)
     mean = round(sum(lengths) / len(lengths))
     # Half-way theta has come within a twentieth (exp(-3)) of its way to its limit.
     gamma = 6.0 / settings.steps
     return {
-        "full": build(method="full"),
-        "growing": build(method="raptr", schedule=settings.schedule),
-        "constant": build(method="constant", constant_length=mean),
+        "full": build_path_method(FullSection(), sizes, seed),
+        "growing": build_path_method(growing, sizes, seed),
+        "constant": build_path_method(ConstantSection(constant_length=mean, fixed_layers=()), sizes, seed),
         "shrinking": RandomPaths(backwards, settings.num_layers, seed, ()),
-        "pld": build(method="pld", pld_gamma=gamma),
+        "pld": build_path_method(PldSection(pld_gamma=gamma), sizes, seed),
     }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_pipeline_layers
+from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, RunSizes
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import StepBatch, collate
 from raptr_ds.data.sample import PackedSample, Sample
@@ -20,7 +21,6 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod, build_path_method
-from raptr_ds.paths.several import several_paths
 
 SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
 SEED = 7
@@ -105,20 +105,18 @@ def process_groups(launch: Launch, case: Case) -> ProcessGroups:
 def path_method(case: Case) -> PathMethod:
     """Return the case's path method."""
 
-    def build(seed: int) -> PathMethod:
-        return build_path_method(
-            method=case.method,
-            num_layers=case.num_layers,
-            num_steps=case.steps,
-            seed=seed,
-            schedule=case.schedule,
-            residual_scale="sqrt",
-            growth_optimizer_state=case.growth_optimizer_state,
-            growth_warmup_steps=case.growth_warmup_steps,
-            num_heads=NUM_HEADS,
-        )
-
-    return several_paths(build, SEED, case.paths_per_step)
+    keys = {
+        "method": case.method,
+        "schedule": case.schedule,
+        "residual_scale": "sqrt",
+        "paths_per_step": case.paths_per_step,
+        "growth_optimizer_state": case.growth_optimizer_state,
+        "growth_warmup_steps": case.growth_warmup_steps,
+    }
+    sizes = RunSizes(case.num_layers, case.steps, NUM_HEADS, case.pipeline)
+    kind = PATH_SECTIONS[METHODS.index(case.method)]
+    section = kind.model_validate({key: value for key, value in keys.items() if key in kind.model_fields})
+    return build_path_method(section.completed(sizes), sizes, SEED)
 
 
 def model_of(case: Case) -> ModelSection:

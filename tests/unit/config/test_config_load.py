@@ -6,8 +6,9 @@ from dataclasses import FrozenInstanceError
 import pydantic
 import pytest
 
-from raptr_ds.config.derive import balanced_stage_layers, derive_pipeline_layers, derive_schedule
+from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.load import load_run_config
+from raptr_ds.config.path_sections import FullSection, named_schedule
 from raptr_ds.errors import ConfigError
 
 P, M = "raptr_ds.path.", "raptr_ds.model."
@@ -25,7 +26,7 @@ P, M = "raptr_ds.path.", "raptr_ds.model."
     ],
 )
 def test_default_schedule(depth, schedule):
-    assert derive_schedule("paper", depth, num_fixed=min(2, depth)) == schedule
+    assert named_schedule("paper", depth, least=min(2, depth)) == schedule
 
 
 @pytest.mark.parametrize("depth", range(1, 40))
@@ -166,8 +167,11 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
             f"{P}method=stack",
             ["'stack'", "full, raptr, pld, constant, layerdrop, stacking, width", "did you mean 'stacking'?"],
         ),
-        (f"{P}layerdrop=1", ["raptr_ds.path.layerdrop=1", "less than 1"]),
-        (f"{P}growth_optimizer_state=new", ["growth_optimizer_state='new'", "copied, fresh"]),
+        ('raptr_ds.path={"method": "layerdrop", "layerdrop": 1}', ["raptr_ds.path.layerdrop=1", "less than 1"]),
+        (
+            'raptr_ds.path={"method": "stacking", "growth_optimizer_state": "new"}',
+            ["growth_optimizer_state='new'", "copied, fresh"],
+        ),
         (f"{P}sampling=balance", ["must be one of", "did you mean 'balanced'?"]),
         (f"{P}method=rapter", ["must be one of", "did you mean 'raptr'?"]),
         (f"{M}num_layers=twelve", ["raptr_ds.model.num_layers='twelve'", "a whole number"]),
@@ -252,7 +256,7 @@ def test_a_key_of_another_architecture_or_stage_is_an_error(load, overrides):
 def test_another_method_from_the_command_line_leaves_keys_of_the_file_out_and_says_so(load, small_run):
     small_run["raptr_ds"]["path"] |= {"schedule": "6-12", "fixed_layers": [0]}
     config = load(f"{P}method=full")
-    assert config.path.schedule is None
+    assert config.path == FullSection()
     assert f"{P}schedule: left out, as {P}method='full' (from --set) does not use it" in config.derived
     assert load(f"{P}method=constant").path.fixed_layers == (0,)
     small_run["raptr_ds"]["path"]["method"] = "full"
@@ -268,7 +272,7 @@ def test_an_override_replaces_the_other_way_of_saying_it(load, small_run):
     assert config.scheduler is not None
     assert config.scheduler["params"]["warmup_num_steps"] == 3
     assert config.scheduler["params"]["warmup_max_lr"] == 0.2
-    assert f"{P}full_warmup_ratio: left out, as {P}full_warmup_steps (from --set) says it" in config.derived
+    assert f"{P}full_warmup_ratio: left out, as {P}full_warmup_steps (from --set) replaces it" in config.derived
 
 
 def test_another_type_from_the_command_line_leaves_parameters_of_the_file_out(load, small_run):
@@ -307,9 +311,6 @@ def test_balanced_paths_follow_the_pipeline_unless_they_are_pinned(load):
     assert f"{P}balance_stages=4" in derived.derived
     pinned = load(f"{P}sampling=balanced", f"{P}balance_stages=4", f"{pipeline}=2", world_size=2)
     assert (pinned.path.balance_stages, pinned.parallel.pipeline_layers) == (4, (6, 6))
-    assert balanced_stage_layers(pinned.path, pinned.parallel, 12) == (3, 3, 3, 3)
-    own = load(f"{P}sampling=balanced", f"{pipeline}=2", "raptr_ds.parallel.pipeline_layers=[5,7]", world_size=2)
-    assert balanced_stage_layers(own.path, own.parallel, 12) == (5, 7)
     assert load().path.balance_stages is None
 
 
@@ -320,7 +321,7 @@ def test_stages_to_balance_over_are_for_balanced_sampling(load, small_run):
     small_run["raptr_ds"]["path"] |= {"sampling": "balanced", "balance_stages": 4}
     assert load(f"{P}sampling=uniform").path.balance_stages is None
     config = load(f"{P}method=full")
-    assert config.path.balance_stages is None
+    assert config.path == FullSection()
     assert any(line.startswith(f"{P}balance_stages: left out") for line in config.derived)
 
 

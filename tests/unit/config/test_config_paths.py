@@ -2,6 +2,9 @@
 
 import pytest
 
+from raptr_ds.config.path_sections import RaptrSection, RunSizes, StackingSection, WidthSection
+from raptr_ds.errors import ConfigError
+
 M, P = "raptr_ds.model.", "raptr_ds.path."
 
 
@@ -22,6 +25,24 @@ M, P = "raptr_ds.model.", "raptr_ds.path."
 )
 def test_schedules_have_names(load, overrides, schedule):
     assert load(*overrides.split()).path.schedule == schedule
+
+
+@pytest.mark.parametrize("text", ["6-", "-6", "6--8", "6,8", "six", "6-0-12", "6.5-12", "06-12", " 6-12"])
+def test_malformed_schedules_are_refused(load, text):
+    with pytest.raises(ConfigError, match="must be path lengths"):
+        load(f'{P}schedule="{text}"')
+
+
+def test_fixed_layers_count_from_the_end_and_meet():
+    assert RaptrSection().fixed_in(12) == (0, 11)
+    assert RaptrSection().fixed_in(1) == (0,)
+    assert RaptrSection(fixed_layers=()).fixed_in(4) == ()
+
+
+def test_a_section_is_checked_without_a_run():
+    assert WidthSection().checked(RunSizes(12, 100, num_heads=4)).schedule == "2-3-3-4"
+    with pytest.raises(ConfigError, match="must end with the full model, not at 9"):
+        StackingSection(schedule="3-9").checked(RunSizes(12, 100))
 
 
 @pytest.mark.parametrize(

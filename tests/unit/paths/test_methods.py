@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.errors import ConfigError
-from raptr_ds.paths import build_path_method
+from raptr_ds.config.path_sections import RaptrSection, RunSizes
+from raptr_ds.paths import LayerPath, build_path_method
+from tests.path_methods import path_method
 
 REPOSITORY = Path(__file__).parents[3]
 
 
 def raptr(**values):
     defaults = {"method": "raptr", "num_layers": 12, "num_steps": 400, "seed": 7, "schedule": "6-8-10-12"}
-    return build_path_method(**{**defaults, **values})
+    return path_method(**{**defaults, **values})
 
 
 def activity(method, steps):
@@ -29,8 +30,8 @@ def activity(method, steps):
 
 
 def test_full_runs_every_layer():
-    method = build_path_method(method="full", num_layers=5, num_steps=10, seed=1)
-    assert all(method.path_at(step).is_full and method.path_at(step).residual_scale == 1.0 for step in range(12))
+    method = path_method(method="full", num_layers=5, num_steps=10, seed=1)
+    assert all(method.path_at(step) == LayerPath.full(5) for step in range(12))
 
 
 @pytest.mark.parametrize("split", ["uniform", "proportional"])
@@ -38,27 +39,27 @@ def test_raptr_paths_have_the_scheduled_length_phase_and_fixed_layers(split):
     method = raptr(split=split, full_warmup_steps=20)
     for step in range(method.num_steps + 5):
         path, phase = method.path_at(step), method.phase_at(step)
-        assert path.length == phase.path_length == method.expected_length_at(step)
+        assert path.length == phase.path_length == pytest.approx(method.marginals_at(step).sum())
         assert path.phase == phase.index
         assert {0, 11} <= set(path.layers)
         assert path == method.path_at(step)
-    assert method.path_at(0).is_full
-    assert method.path_at(19).is_full
+    assert method.path_at(0) == method.model_at(0)
+    assert method.path_at(19) == method.model_at(19)
     assert method.path_at(20).length == 6
-    assert method.path_at(399).is_full
+    assert method.path_at(399) == method.model_at(399)
 
 
 def test_paths_are_equal_in_another_process_and_differ_by_seed_and_step():
     code = (
-        "import json; from raptr_ds.paths import build_path_method as build\n"
-        "m = build(method='raptr', num_layers=12, num_steps=400, seed=7, schedule='6-8-10-12')\n"
-        "print(json.dumps([m.path_at(step).digest() for step in range(0, 400, 7)]))"
+        "import json; from tests.path_methods import path_method\n"
+        "m = path_method('raptr', num_layers=12, num_steps=400, seed=7, schedule='6-8-10-12')\n"
+        "print(json.dumps([m.path_at(step).layers for step in range(0, 400, 7)]))"
     )
     environment = {"PYTHONHASHSEED": "123", "PATH": "", "PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     method = raptr()
-    assert json.loads(run.stdout) == [method.path_at(step).digest() for step in range(0, 400, 7)]
-    assert len({method.path_at(step).digest() for step in range(100)}) > 50
+    assert json.loads(run.stdout) == [list(method.path_at(step).layers) for step in range(0, 400, 7)]
+    assert len({method.path_at(step) for step in range(100)}) > 50
     assert [raptr(seed=8).path_at(s) for s in range(20)] != [method.path_at(s) for s in range(20)]
 
 
@@ -96,7 +97,7 @@ def test_bernoulli_draw_has_the_scheduled_expected_length_and_independent_layers
     assert abs(lengths.mean() - 6) < 4 * math.sqrt(2.4 / 2000)
     assert abs(lengths.var() - 2.4) < 4 * 2.4 * math.sqrt(2 / 2000)
     assert abs(table[:, 1:11].mean(axis=0) - 0.4).max() < 4 * math.sqrt(0.24 / 2000)
-    assert all(method.path_at(step).is_full for step in range(6000, 6100))
+    assert all(method.path_at(step).length == 12 for step in range(6000, 6100))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "bernoulli"])
@@ -109,7 +110,8 @@ def test_sqrt_scale_uses_the_actual_length(sampling):
 
 
 def test_bernoulli_without_fixed_layers_may_draw_an_empty_path():
-    method = raptr(num_layers=4, schedule="1-4", fixed_layers=[], sampling="bernoulli", residual_scale="sqrt")
+    section = RaptrSection(schedule="1-4", fixed_layers=(), sampling="bernoulli", residual_scale="sqrt")
+    method = build_path_method(section, RunSizes(num_layers=4, num_steps=400), seed=7)
     empty = [path for path in map(method.path_at, range(100)) if not path.layers]
     assert empty
     assert empty[0].residual_scale == 1.0
@@ -117,42 +119,21 @@ def test_bernoulli_without_fixed_layers_may_draw_an_empty_path():
 
 def test_constant_depth_keeps_its_length_to_the_end():
     values = {"method": "constant", "num_layers": 12, "num_steps": 50, "seed": 1, "constant_length": 9}
-    warmed_up = build_path_method(**values, full_warmup_steps=3)
-    assert [warmed_up.path_at(step).length for step in range(6)] == [12, 12, 12, 9, 9, 9]
-    method = build_path_method(**values)
+    method = path_method(**values)
     assert [method.path_at(step).length for step in range(52)] == [9] * 52
     assert len({method.path_at(step).layers for step in range(50)}) > 20
 
 
 def test_pld_keeps_layers_with_its_probabilities():
     values = {"num_layers": 4, "num_steps": 100000, "seed": 3, "pld_gamma": 0.001, "pld_theta": 0.5}
-    method = build_path_method(method="pld", **values)
+    method = path_method(method="pld", **values)
     # theta(t) is 1 at the start and 0.5 after thousands of steps: layer i is then kept with 1 - i/4 * 0.5.
-    assert method.path_at(0).is_full
-    assert method.expected_length_at(0) == 4.0
+    assert method.path_at(0) == method.model_at(0)
+    assert method.marginals_at(0).sum() == 4.0
     late = activity(method, range(50000, 52000)).mean(axis=0)
     for layer in range(4):
         expected = 1 - layer / 4 * 0.5
         assert abs(late[layer] - expected) <= 4 * math.sqrt(expected * (1 - expected) / 2000)
-    assert method.expected_length_at(10**6) == pytest.approx(4 - (0 + 1 + 2 + 3) / 4 * 0.5)
+    assert method.marginals_at(10**6).sum() == pytest.approx(4 - (0 + 1 + 2 + 3) / 4 * 0.5)
     theta_at_700 = 0.5 * math.exp(-0.7) + 0.5
-    assert method.expected_length_at(700) == pytest.approx(4 - 1.5 * (1 - theta_at_700))
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"method": "rapt"}, "did you mean 'raptr'"),
-        ({"schedule": None}, "needs raptr_ds.path.schedule"),
-        ({"sampling": "bernouli"}, "did you mean 'bernoulli'"),
-        ({"residual_scale": "square"}, "must be one of none, sqrt"),
-        ({"fixed_layers": [0, 12]}, "fixed_layers has 12"),
-        ({"fixed_layers": range(7)}, "7 layers are"),
-        ({"method": "constant"}, "constant_length=None must be 2..12"),
-        ({"method": "constant", "constant_length": 13}, "must be 2..12"),
-        ({"method": "pld", "pld_theta": 1.5}, "theta is a probability"),
-    ],
-)
-def test_wrong_values_are_refused_with_the_mend(values, says):
-    with pytest.raises(ConfigError, match=says):
-        raptr(**values)
+    assert method.marginals_at(700).sum() == pytest.approx(4 - 1.5 * (1 - theta_at_700))

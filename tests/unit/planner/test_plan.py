@@ -5,12 +5,13 @@ from functools import cache
 import pytest
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.paths import LayerPath, build_path_method
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import expected_flops_left, num_parameters
 from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
 from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
 from raptr_ds.planner.step_time import Device, Layout
+from tests.path_methods import path_method
 
 SHAPE = ModelSection(
     architecture="bert",
@@ -30,7 +31,7 @@ def setting_of(layout=LAYOUT):
 
 def raptr(**values):
     defaults = {"method": "raptr", "num_layers": 12, "num_steps": 400, "seed": 1, "schedule": "6-8-10-12"}
-    return build_path_method(**{**defaults, **values})
+    return path_method(**{**defaults, **values})
 
 
 @pytest.mark.parametrize(
@@ -38,15 +39,15 @@ def raptr(**values):
     [
         raptr(),
         raptr(full_warmup_steps=30, split="proportional", sampling="bernoulli"),
-        build_path_method(method="pld", num_layers=12, num_steps=400, seed=1),
-        build_path_method(method="full", num_layers=12, num_steps=400, seed=1),
+        path_method(method="pld", num_layers=12, num_steps=400, seed=1),
+        path_method(method="full", num_layers=12, num_steps=400, seed=1),
     ],
 )
 def test_flops_are_those_that_the_run_will_count(method):
     plan = plan_run(method, setting_of())
     assert plan.num_steps == 400
     assert plan.flops == pytest.approx(expected_flops_left(SHAPE, method, 0, 32, 160), rel=1e-9)
-    full = build_path_method(method="full", num_layers=12, num_steps=400, seed=1)
+    full = path_method(method="full", num_layers=12, num_steps=400, seed=1)
     assert plan.flops_saved == pytest.approx(1 - plan.flops / expected_flops_left(SHAPE, full, 0, 32, 160))
     assert (plan.flops_saved > 0.01) == (method.expected_layers_from(0) < 12 * 400)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.paths import build_path_method
+from tests.path_methods import path_method
 
 TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
 
@@ -17,7 +17,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
 def write_run(folder, num_steps, num_layers=12, **path):
     """Write metrics of a made-up run: a falling, noisy loss, and the paths of a real method."""
     folder.mkdir()
-    method = build_path_method(num_layers=num_layers, num_steps=num_steps, seed=1, **path)
+    method = path_method(num_layers=num_layers, num_steps=num_steps, seed=1, **path)
     noise, flops = np.random.default_rng(0), 0
     with (folder / "metrics.jsonl").open("w") as stream:
         for step in range(1, num_steps + 1):

@@ -41,13 +41,25 @@ def test_pinned_paths_are_the_same_in_every_layout(load):
     ]
     methods = [path_method_of(config) for config in layouts]
     for step in range(0, 100, 3):
-        assert len({method.path_at(step).digest() for method in methods}) == 1
-    assert balanced_stages_of(load()) is None
+        assert len({method.path_at(step) for method in methods}) == 1
+    assert balanced_stages_of(load(), load().path) is None
     assert path_method_of(load()).path_at(3) != methods[0].path_at(3)
 
 
+def test_stages_are_the_pipelines_own_or_as_even_as_possible(load):
+    own = load(f"{P}sampling=balanced", f"{R}pipeline_model_parallel_size=2", f"{R}pipeline_layers=[5,7]", world_size=2)
+    stages = balanced_stages_of(own, own.path)
+    assert stages is not None
+    assert stages.num_layers == (5, 7)
+    pinned = load(f"{P}sampling=balanced", f"{P}balance_stages=4", f"{R}pipeline_model_parallel_size=2", world_size=2)
+    stages = balanced_stages_of(pinned, pinned.path)
+    assert stages is not None
+    assert stages.num_layers == (3, 3, 3, 3)
+
+
 def test_the_head_is_weighed_by_the_objective(load):
-    stages = balanced_stages_of(load(f"{P}sampling=balanced", f"{P}balance_stages=2"))
+    config = load(f"{P}sampling=balanced", f"{P}balance_stages=2")
+    stages = balanced_stages_of(config, config.path)
     # 10 of the 64 text positions; BERT's head: 2 h^2 + 2 h V each. A layer: 8 T h^2 + 4 T^2 h + 16 T h^2.
     layer, head = 24 * 66 * 32**2 + 4 * 66**2 * 32, 10 * (2 * 32**2 + 2 * 32 * 640)
     assert stages is not None

@@ -1,0 +1,352 @@
+"""`raptr_ds.path`: which layers run at each step. One section for each method, with its keys and their rules.
+
+A key is written once, in the class that all methods with it share: its default, what it is derived from where it is
+left out, and the rules that it obeys. Each of these classes adds its own part to `derived` and to `broken_rules`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+
+from pydantic import BeforeValidator, Field
+
+from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Whole
+from raptr_ds.errors import ConfigError
+
+NAMED_SCHEDULES = {
+    "paper": (6, 8, 10, 12),
+    "half": (2, 3, 7, 12),
+    "gradual": (6, 9, 12),
+    "doubling": (3, 6, 12),
+}
+"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
+gradual and progressive stacking."""
+
+
+def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:
+    """Return the phases of a named schedule for a model of num_parts layers (or layers of as many heads).
+
+    Rounded half up, and at least `least`: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
+    """
+    return tuple(min(num_parts, max(least, 1, (num_parts * share + 6) // 12)) for share in NAMED_SCHEDULES[name])
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """The numbers of a run that its path section depends on: layers, optimizer steps, attention heads, stages."""
+
+    num_layers: int
+    num_steps: int
+    num_heads: int = 1
+    num_stages: int = 1
+
+
+class PathSection(Section):
+    """What the methods' sections have in common."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Return the values of keys that follow from others."""
+        return {}
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """Yield a message for each rule that the section, completed, breaks."""
+        yield from ()
+
+    def completed(self, sizes: RunSizes) -> Self:
+        """Return the section with all that is derived."""
+        return self.model_copy(update=self.derived(sizes))
+
+    def checked(self, sizes: RunSizes) -> Self:
+        """Return the section completed. Raises: ConfigError for the first rule that it breaks."""
+        section = self.completed(sizes)
+        for message in section.broken_rules(sizes):
+            raise ConfigError(message)
+        return section
+
+
+class _OnePath(PathSection):
+    """Methods that draw one path for each step, or none."""
+
+    paths_per_step: ClassVar[int] = 1
+
+
+class _NothingSkipped(PathSection):
+    """Methods that train all layers that the model has."""
+
+    skipped_update: ClassVar[str] = "freeze"
+
+
+class SkippingSection(PathSection):
+    """Methods that skip layers or parts of them."""
+
+    residual_scale: Literal["none", "sqrt"] = "none"
+    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
+    skipped_update: Literal["freeze", "zero_grad"] = "freeze"
+    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
+    zero gradients are applied when the layer is next active or evaluated, exact to rounding: evaluating at other
+    steps changes a zero_grad run in the last bits."""
+
+
+class DrawingSection(SkippingSection):
+    """Methods that draw the layers of a step."""
+
+    paths_per_step: Count = 1
+    """Paths drawn for a step. Each is taken by an equal share of the global batch, in its order, so that
+    gradient_accumulation_steps must be a multiple; as many are a path for each micro batch. The layers of any of them
+    are the step's."""
+
+
+class RandomSection(DrawingSection):
+    """Methods that draw a given number of layers."""
+
+    fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
+    """Layers that are in every path; 0-based, negative ones count from the end."""
+    sampling: Literal["uniform", "bernoulli", "balanced"] = "uniform"
+    """uniform: all subsets of the phase's length are equally likely. bernoulli: each layer is kept by an independent
+    draw. balanced: as many layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py
+    says at what price)."""
+    balance_stages: Count | None = None
+    """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: set it
+    to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
+    stages end where raptr_ds.parallel.pipeline_layers says if that has as many, else they are as even as possible."""
+
+    def fixed_in(self, num_layers: int) -> tuple[int, ...]:
+        """Return the fixed layers of such a model, as sorted, distinct 0-based indices."""
+        return tuple(sorted({layer % num_layers for layer in self.fixed_layers}))
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Balanced sampling balances the pipeline's stages."""
+        stages = sizes.num_stages if self.sampling == "balanced" and self.balance_stages is None else None
+        return super().derived(sizes) | ({} if stages is None else {"balance_stages": stages})
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """Fixed layers exist, a path has a layer, and so has each stage that paths are balanced over."""
+        yield from super().broken_rules(sizes)
+        layers, stages = sizes.num_layers, self.balance_stages
+        outside = [layer for layer in self.fixed_layers if not -layers <= layer < layers]
+        if outside:
+            yield (
+                f"raptr_ds.path.fixed_layers={list(self.fixed_layers)} has {outside[0]}; with raptr_ds.model.num_layers"
+                f"={layers} a layer is {-layers}..{layers - 1}, negative ones counting from the end. Correct or remove "
+                "it."
+            )
+        if self.sampling == "bernoulli" and not self.fixed_layers:
+            yield (
+                "raptr_ds.path.sampling='bernoulli' with raptr_ds.path.fixed_layers=[] could draw a path without "
+                "layers. Fix a layer, or set sampling to 'uniform'."
+            )
+        # Too many pipeline stages are reported as such, by the rule on pipeline_model_parallel_size.
+        if stages is not None and stages > layers and stages != sizes.num_stages:
+            yield (
+                f"raptr_ds.path.balance_stages={stages} needs at least {stages} layers, one for each stage; "
+                f"raptr_ds.model.num_layers={layers}. Set it to {layers} or less, or remove it: it is derived."
+            )
+
+
+def _schedule_text(value: Any) -> Any:
+    """Let a single phase be written as a bare number: `--set raptr_ds.path.schedule=12`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class ScheduledSection(PathSection):
+    """Methods whose paths grow by phases."""
+
+    default_schedule: ClassVar[str] = "paper"
+    parts: ClassVar[str] = "layers"
+    """What the schedule counts: the model's layers, or each layer's heads."""
+
+    schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
+    """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
+    `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
+    of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
+    `doubling` 1/4, 1/2 and all."""
+    split: Literal["uniform", "proportional"] = "uniform"
+    """Phases of equal length in steps, or in proportion to their path length."""
+
+    @property
+    def phase_lengths(self) -> tuple[int, ...]:
+        """Layers, or heads, of each phase of a completed schedule; empty if it cannot be read."""
+        is_readable = re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", self.schedule or "")
+        return tuple(int(part) for part in (self.schedule or "").split("-")) if is_readable else ()
+
+    def least_length(self, sizes: RunSizes) -> int:
+        """Return the shortest length that a phase may have."""
+        return 1
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """A schedule that is left out or named gets numbers."""
+        name = self.schedule or self.default_schedule
+        update = super().derived(sizes)
+        if name in NAMED_SCHEDULES:
+            phases = named_schedule(name, self._num_parts(sizes), self.least_length(sizes))
+            update["schedule"] = "-".join(map(str, phases))
+        return update
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """The schedule is lengths that grow to the whole model."""
+        yield from super().broken_rules(sizes)
+        lengths, most, parts = self.phase_lengths, self._num_parts(sizes), self.parts
+        schedule = f"raptr_ds.path.schedule={self.schedule!r}"
+        if not lengths:
+            yield (
+                f"{schedule} must be path lengths, whole numbers from 1, joined by '-', one for each phase, or "
+                f"{' or '.join(map(repr, NAMED_SCHEDULES))}. Write it as '6-8-10-12', or remove it: one is derived."
+            )
+            return
+        if max(lengths) > most or lengths[-1] != most:
+            key = "num_layers" if parts == "layers" else "num_attention_heads"
+            wrong = (
+                f"asks for more than the model has: {max(lengths)} {parts}"
+                if max(lengths) > most
+                else f"must end with the full model, not at {lengths[-1]} {parts}"
+            )
+            yield (
+                f"{schedule} {wrong}; raptr_ds.model.{key}={most}. End it with {most} and keep the other phases at "
+                "most that, or remove it: one for the model is derived."
+            )
+        if list(lengths) != sorted(lengths):
+            yield (
+                f"{schedule} shrinks from one phase to the next; path lengths must grow or stay. Write "
+                f"{'-'.join(map(str, sorted(lengths)))!r}, or use method 'pld' to drop more with time."
+            )
+
+    def _num_parts(self, sizes: RunSizes) -> int:
+        return sizes.num_layers if self.parts == "layers" else sizes.num_heads
+
+
+class WarmedUpSection(ScheduledSection):
+    """Scheduled methods that may start with steps on the full model."""
+
+    full_warmup_steps: CountOrZero = 0
+    """Steps on the full model before the first path is drawn."""
+    full_warmup_ratio: Probability | None = None
+    """The same as a fraction of raptr_ds.train.steps; set one of the two."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """A ratio becomes steps."""
+        update = super().derived(sizes)
+        if self.full_warmup_ratio is not None and not self.full_warmup_steps:
+            update |= {
+                "full_warmup_steps": round(self.full_warmup_ratio * sizes.num_steps),
+                "full_warmup_ratio": None,
+            }
+        return update
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """The warm-up is given once and leaves steps for the schedule."""
+        yield from super().broken_rules(sizes)
+        warmup = f"raptr_ds.path.full_warmup_steps={self.full_warmup_steps}"
+        if self.full_warmup_ratio is not None:
+            yield f"{warmup} and full_warmup_ratio={self.full_warmup_ratio} set the same thing twice. Keep one."
+        if self.full_warmup_steps >= sizes.num_steps:
+            yield (
+                f"{warmup} must be less than raptr_ds.train.steps={sizes.num_steps}, or no random path is ever "
+                "trained. Lower it, or write raptr_ds.path.full_warmup_ratio, a fraction of the steps."
+            )
+
+
+class FullSection(_OnePath, _NothingSkipped):
+    """full: all layers, always."""
+
+    method: Literal["full"] = "full"
+
+
+class RaptrSection(WarmedUpSection, RandomSection):
+    """raptr: random paths that grow by phases."""
+
+    method: Literal["raptr"] = "raptr"
+
+    def least_length(self, sizes: RunSizes) -> int:
+        """Return the number of fixed layers, which are in every path."""
+        return len(self.fixed_in(sizes.num_layers))
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """Every phase has room for the fixed layers."""
+        yield from super().broken_rules(sizes)
+        lengths, fixed = self.phase_lengths, self.least_length(sizes)
+        if lengths and min(lengths) < fixed:
+            yield (
+                f"raptr_ds.path.schedule={self.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} "
+                f"of raptr_ds.path.fixed_layers={list(self.fixed_layers)}, which are in every path. "
+                f"Raise the schedule to at least {fixed}, or fix fewer layers."
+            )
+
+
+class PldSection(DrawingSection):
+    """pld: progressive layer dropping."""
+
+    method: Literal["pld"] = "pld"
+    pld_gamma: Positive = 0.001
+    """Decay rate of the keep probability, per step."""
+    pld_theta: OpenFraction = 0.5
+    """The keep probability's limit."""
+
+
+class ConstantSection(RandomSection):
+    """constant: random paths of one length (stochastic depth at a constant rate)."""
+
+    method: Literal["constant"] = "constant"
+    constant_length: Count | None = None
+    """Layers of every path. Derived: the mean of RaPTr's default schedule, so at RaPTr's compute."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """The length is the mean of the schedule `paper`, to whole layers, halves up."""
+        update = super().derived(sizes)
+        if self.constant_length is None:
+            lengths = named_schedule("paper", sizes.num_layers, len(self.fixed_in(sizes.num_layers)))
+            update["constant_length"] = (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
+        return update
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """A path holds the fixed layers and fits the model."""
+        yield from super().broken_rules(sizes)
+        length, least = self.constant_length, max(1, len(self.fixed_in(sizes.num_layers)))
+        if length is not None and not least <= length <= sizes.num_layers:
+            yield (
+                f"raptr_ds.path.constant_length={length} must be {least}..{sizes.num_layers}: at least the fixed "
+                "layers, at most raptr_ds.model.num_layers. Change it, or remove it: one is derived."
+            )
+
+
+class LayerDropSection(DrawingSection):
+    """layerdrop: each layer is dropped with one probability, independently of the others."""
+
+    method: Literal["layerdrop"] = "layerdrop"
+    layerdrop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Probability of dropping a layer. Derived: paths have the derived constant_length on average."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """The mean path has the constant length; of a single layer half is dropped."""
+        update = super().derived(sizes)
+        if self.layerdrop is None:
+            length = ConstantSection().derived(sizes)["constant_length"]
+            update["layerdrop"] = 1.0 - min(length, sizes.num_layers - 0.5) / sizes.num_layers
+        return update
+
+
+class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
+    """stacking: the first layers alone, then copies of them on top."""
+
+    default_schedule: ClassVar[str] = "gradual"
+
+    method: Literal["stacking"] = "stacking"
+    growth_optimizer_state: Literal["copied", "fresh"] = "copied"
+    """What optimizer state a new layer begins with: that of the layer it is a copy of, or none."""
+    growth_warmup_steps: CountOrZero = 0
+    """Steps after each growth over which the learning rate rises again, from nothing to the scheduler's."""
+
+
+class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
+    """width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
+
+    parts: ClassVar[str] = "heads"
+
+    method: Literal["width"] = "width"
+
+
+AnyPathSection = (
+    FullSection | RaptrSection | PldSection | ConstantSection | LayerDropSection | StackingSection | WidthSection
+)
+PATH_SECTIONS: tuple[type[AnyPathSection], ...] = get_args(AnyPathSection)
+METHODS: tuple[str, ...] = tuple(section.model_fields["method"].default for section in PATH_SECTIONS)

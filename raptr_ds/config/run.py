@@ -1,0 +1,113 @@
+"""A run: every section complete, DeepSpeed's part complete, nothing left to derive."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from raptr_ds.config.batch import BatchGeometry
+from raptr_ds.config.deepspeed_part import BLOCK
+from raptr_ds.config.path_sections import AnyPathSection, RunSizes
+from raptr_ds.config.sections import (
+    SECTIONS,
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    LogSection,
+    ModelSection,
+    ObjectiveSection,
+    ParallelSection,
+    TrainSection,
+)
+from raptr_ds.config.usage import keep_used
+from raptr_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run with every derived value; as load_run_config returns it, every rule holds. Nothing changes it.
+
+    optimizer, scheduler: {type, params} as in the file, completed. deepspeed: the dictionary for
+    deepspeed.initialize, without scheduler and raptr_ds, batch sizes filled in; treat all three as read-only.
+    derived: lines to print, a value each. Only model.vocab_size may still be 0: see with_vocab_size.
+    """
+
+    model: ModelSection
+    parallel: ParallelSection
+    path: AnyPathSection
+    objective: ObjectiveSection
+    data: DataSection
+    train: TrainSection
+    eval: EvalSection
+    checkpoint: CheckpointSection
+    log: LogSection
+    batch: BatchGeometry
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    deepspeed: dict[str, Any]
+    derived: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The zero_optimization object."""
+        return self.deepspeed.get("zero_optimization", {})
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0..3."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        """bf16, fp16 or fp32."""
+        enabled = [name for name in ("bf16", "fp16") if self.deepspeed.get(name, {}).get("enabled", False)]
+        return enabled[0] if enabled else "fp32"
+
+    @property
+    def gradient_clipping(self) -> float:
+        """Largest norm of a step's gradient; 0: any."""
+        return float(self.deepspeed["gradient_clipping"])
+
+    @property
+    def sizes(self) -> RunSizes:
+        """What the path section depends on."""
+        return run_sizes(self.model, self.parallel, self.train)
+
+    def with_vocab_size(self, vocab_size: int) -> "RunConfig":
+        """Return the run with the tokenizer's vocabulary. Raises: ConfigError if the file gives another size."""
+        given = self.model.vocab_size
+        if not given:
+            line = f"raptr_ds.model.vocab_size={vocab_size} (the tokenizer's)"
+            model = self.model.model_copy(update={"vocab_size": vocab_size})
+            return replace(self, model=model, derived=[*self.derived, line])
+        if given != vocab_size:
+            raise ConfigError(
+                f"raptr_ds.model.vocab_size={given} does not match the tokenizer, which has {vocab_size} entries. "
+                f"Remove vocab_size (the tokenizer's is taken), set it to {vocab_size}, or use the other tokenizer."
+            )
+        return self
+
+    def compiles(self, on_gpu: bool) -> bool:
+        """Return whether to compile layers on such a device: as the run file says, else on GPUs that can."""
+        if self.train.compile is not None:
+            return self.train.compile
+        return on_gpu and self.zero_stage <= 2 and self.path.method != "width"
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole run as a JSON-able run file with every value; loading it gives this run again."""
+        tree = dict(self.deepspeed)
+        if self.scheduler is not None:
+            tree["scheduler"] = self.scheduler
+        block = {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in SECTIONS}
+        return cast(dict[str, Any], plain(keep_used({**tree, BLOCK: block})))
+
+
+def run_sizes(model: ModelSection, parallel: ParallelSection, train: TrainSection) -> RunSizes:
+    """Return what the path section depends on."""
+    stages = parallel.pipeline_model_parallel_size
+    return RunSizes(model.num_layers, train.steps, model.num_attention_heads, stages)
+
+
+def plain(value: Any) -> Any:
+    """Return a deep copy of nested dictionaries and sequences, for JSON."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
