@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.errors import CheckpointError
 
@@ -85,10 +86,7 @@ def publish(unfinished: Path, final: Path, manifest: bytes) -> None:
 
     Raises: OSError; what had that name before is then still there.
     """
-    with (unfinished / MANIFEST).open("wb") as stream:
-        stream.write(manifest)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_atomically(unfinished / MANIFEST, manifest)
     sync_folder(unfinished)
     replaced = final.with_name(_REPLACED + final.name)
     if final.exists():  # a second save at one step: a rename replaces no folder that has content

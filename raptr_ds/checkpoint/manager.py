@@ -143,7 +143,7 @@ class Checkpoints:
         plain_state = json.loads(json.dumps(run_state))
         self._snapshot.take((f for f in engine.fragments() if engine.owns(f)), self.groups.rank)
         target = unfinished_folder(self.folder, step)
-        writer = Writer(self._snapshot, target, self.groups.rank, engine.step_counts(), engine.missed_steps())
+        writer = Writer(self._snapshot, target, self.groups.rank, engine.step_counts())
         seconds = time.perf_counter() - begin
         described = model.model_dump(mode="json")
         self._pending = _Pending(step, writer, described, plain_state, engine.loss_scaler_state(), seconds)
@@ -231,7 +231,6 @@ class Checkpoints:
             layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
             files={file_name(rank): write.file for rank, write in enumerate(writes) if write.file is not None},
             entries=entries,
-            missed_steps={layer: rates for write in writes for layer, rates in write.missed_steps.items()},
         )
 
     def _delete_outdated(self, step: int) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ class Manifest:
     """All that a checkpoint says beside the tensors.
 
     model: the whole ModelSection. run_state: the loop's own, plain JSON. step_counts: optimizer steps by parameter
-    name. layout: what wrote it, for people only. missed_steps: by layer, the learning rates of the steps with zero
-    gradients that are still to be made on the tensors (engine/idle_layers.py).
+    name. layout: what wrote it, for people only.
     """
 
     step: int
@@ -79,7 +78,6 @@ class Manifest:
     layout: dict[str, int]
     files: dict[str, TensorFile]
     entries: tuple[Entry, ...]
-    missed_steps: dict[str, list[float]] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the manifest as JSON in one canonical form, with a checksum of itself."""
@@ -104,6 +102,13 @@ class Manifest:
             raise CheckpointError(
                 f"{MANIFEST} has another format than {FORMAT}, the only one this version of raptr_ds reads. "
                 "Continue with the version that wrote it."
+            )
+        if content.pop("missed_steps", None):
+            raise CheckpointError(
+                f"{MANIFEST} has missed_steps: an earlier version of raptr_ds wrote it under "
+                "raptr_ds.path.skipped_update=zero_grad and put off optimizer steps of skipped layers, which this "
+                "version does not do. Continue the run with the version that wrote it, or start it anew "
+                "(raptr_ds.checkpoint.load=none)."
             )
         content["files"] = {name: TensorFile(f["size"], tuple(f["checksums"])) for name, f in content["files"].items()}
         content["entries"] = tuple(_entry(entry) for entry in content["entries"])

@@ -84,7 +84,6 @@ def fill_engine(engine: Engine, folder: Path, manifest: Manifest) -> None:
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpointError(f"cannot read the tensors: {error}") from error
     engine.load_loss_scaler_state(manifest.loss_scaler)
-    engine.load_missed_steps(manifest.missed_steps)
 
 
 class _TensorFiles:

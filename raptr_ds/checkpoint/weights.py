@@ -57,6 +57,3 @@ class _WeightsHolder:
 
     def load_loss_scaler_state(self, values: Mapping[str, Any]) -> None:
         """Need none."""
-
-    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
-        """Take the weights as they are: momentum and decay that a skipped layer has still to be given are small."""

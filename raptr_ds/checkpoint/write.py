@@ -149,21 +149,13 @@ class RankWrite:
     file: TensorFile | None = None
     entries: list[Entry] = field(default_factory=list)
     step_counts: dict[str, float] = field(default_factory=dict)
-    missed_steps: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Writer:
     """A thread that writes one snapshot; it communicates with nobody, so it can hang nobody."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        folder: Path,
-        rank: int,
-        step_counts: dict[str, float],
-        missed_steps: dict[str, list[float]],
-    ) -> None:
-        self.outcome = RankWrite(entries=snapshot.entries, step_counts=step_counts, missed_steps=missed_steps)
+    def __init__(self, snapshot: Snapshot, folder: Path, rank: int, step_counts: dict[str, float]) -> None:
+        self.outcome = RankWrite(entries=snapshot.entries, step_counts=step_counts)
         self._snapshot, self._path, self._rank = snapshot, folder / file_name(rank), rank
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)

@@ -83,9 +83,8 @@ class SkippingSection(PathSection):
     residual_scale: Literal["none", "sqrt"] = "none"
     """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
-    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients. AdamW's steps with
-    zero gradients are applied when the layer is next active or evaluated, exact to rounding: evaluating at other
-    steps changes a zero_grad run in the last bits."""
+    """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients, in which AdamW's
+    moments shrink and move the weights, and these decay. zero_grad reproduces the paper and is slower."""
 
 
 class DrawingSection(SkippingSection):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -63,10 +64,8 @@ class Manifest:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {mend} --overwrite") from error
 
     def save(self, folder: Path) -> None:
-        """Write the manifest aside and rename it, so that it is whole or absent."""
-        aside = folder / (MANIFEST + ".new")
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        aside.replace(folder / MANIFEST)
+        """Write the manifest, at once: a folder without one is not finished."""
+        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
     def summary(self) -> str:
         """Return one line for people."""

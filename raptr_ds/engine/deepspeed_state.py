@@ -1,6 +1,6 @@
 """What both DeepSpeed engines share around a step: the loss's weight and scale, the result, the state by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +9,7 @@ import torch.distributed as dist
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.grow import copy_layers
-from raptr_ds.engine.idle_layers import IdleLayers
-from raptr_ds.engine.parameter_groups import NO_LAYER, set_learning_rate
+from raptr_ds.engine.parameter_groups import every_layer, layers_on, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.state_layout import replicated_holders, zero3_holders, zero12_holders
@@ -30,34 +29,20 @@ class DeepSpeedState:
         self.engine, self.stage, self.groups = engine, stage, groups
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
-        self.idle = None
-        if skipped_update == "zero_grad" and IdleLayers.can_serve(engine.basic_optimizer):
-            self.idle = IdleLayers(engine.basic_optimizer, (int(name) for name in stage.layers))
-        if isinstance(engine.optimizer, ReplicatedOptimizer):
-            engine.optimizer.freezes_parts = skipped_update == "freeze"
-        self._skipped_stay = skipped_update == "freeze" or self.idle is not None
-        self._learning_rate = 0.0
+        self.freezes = skipped_update == "freeze"
 
     def begin_step(self, path: LayerPath, learning_rate: float) -> None:
-        """Get ready to train a step along `path`: only its layers need to be up to date."""
-        self._learning_rate = learning_rate
+        """Get ready to train a step along `path`; only the weights of its layers are gathered."""
         set_learning_rate(self.engine.basic_optimizer, learning_rate)
         optimizer = self.engine.optimizer
-        optimizer.follow(path, self._skipped_stay)
-        self._make_up(path.is_active)
-        optimizer.gather(lambda layer: layer == NO_LAYER or path.is_active(layer))
+        optimizer.follow(path, self.freezes)
+        optimizer.gather(layers_on(path))
 
     def begin_evaluation(self, path: LayerPath) -> None:
         """Get ready for forward passes along `path` without backward passes."""
         optimizer = self.engine.optimizer
         optimizer.follow_forward(path)
-        self._make_up(path.is_active)
-        optimizer.gather(lambda layer: layer == NO_LAYER or path.is_active(layer))
-
-    def _make_up(self, is_wanted: Callable[[int], bool]) -> None:
-        """Make the optimizer steps that layers have missed under `zero_grad`."""
-        if self.idle is not None and (changed := self.idle.make_up(self._holders(), is_wanted)):
-            self.engine.optimizer.refresh(changed.__contains__)
+        optimizer.gather(layers_on(path))
 
     def count_predictions(self, batch: StepBatch) -> torch.Tensor:
         """Return the predicted positions of the global batch, an fp64 scalar on the device."""
@@ -98,8 +83,6 @@ class DeepSpeedState:
         norm = norms[0] if norms else float(norm)
         if isinstance(optimizer, ReplicatedOptimizer):
             optimizer.finish_step(norm)
-        if self.idle is not None and not optimizer.overflow:
-            self.idle.miss(optimizer.moves, self._learning_rate)
         return StepResult(
             loss=total / share,
             num_predictions=int(count),
@@ -120,31 +103,9 @@ class DeepSpeedState:
         """Return all fp32 weights and optimizer states that this rank holds, live."""
         return fragments_of(self._holders(), self.engine.basic_optimizer)
 
-    def settle(self) -> None:
-        """Bring every layer up to the last step."""
-        self._make_up(_every_layer)
-
-    def missed_steps(self) -> dict[str, list[float]]:
-        """Return, by layer of this rank, the learning rates of the steps that it has still to make."""
-        return {} if self.idle is None else self.idle.missed_steps()
-
-    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
-        """Take over missed steps; where layers are not waited for (`freeze` now, or another optimizer) make them."""
-        if self.idle is not None:
-            self.idle.load(values)
-        elif values:
-            idle = IdleLayers(self.engine.basic_optimizer, (int(name) for name in self.stage.layers))
-            idle.load(values)
-            self.engine.optimizer.refresh(idle.make_up(self._holders(), _every_layer).__contains__)
-
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from; in the optimizer's fp32, and the working weights follow.
-
-        They are skipped until then, so that no step of theirs is outstanding.
-        """
+        """Make the new layers copies of those they grow from: fp32 weights, optimizer states, then working weights."""
         copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
-        if self.idle is not None:
-            self.idle.forget_counts()
         self.engine.optimizer.refresh(growth.sources.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
@@ -160,12 +121,10 @@ class DeepSpeedState:
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
         """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
         create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
-        if self.idle is not None:
-            self.idle.forget_counts()
 
     def refresh_weights(self) -> None:
         """Make the working weights follow from the fp32 ones."""
-        self.engine.optimizer.refresh(_every_layer)
+        self.engine.optimizer.refresh(every_layer)
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return a dynamic loss scale and its counters; a static one is the run file's."""
@@ -186,7 +145,3 @@ class DeepSpeedState:
 def read_back(values: torch.Tensor) -> list[float]:
     """Return the values on the host, which waits for the device here and nowhere else in a step or an evaluation."""
     return values.tolist()
-
-
-def _every_layer(_layer: int) -> bool:
-    return True

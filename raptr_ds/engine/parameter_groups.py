@@ -44,9 +44,14 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return list(groups.values())
 
 
-def moving_layers(path: LayerPath, freezes: bool) -> Callable[[int], bool]:
-    """Return which layers, and NO_LAYER, an optimizer step moves."""
-    return lambda layer: not freezes or layer == NO_LAYER or path.is_active(layer)
+def layers_on(path: LayerPath) -> Callable[[int], bool]:
+    """Return which layers run on `path`; NO_LAYER, embedding and head, always does."""
+    return lambda layer: layer == NO_LAYER or path.is_active(layer)
+
+
+def every_layer(_layer: int) -> bool:
+    """Return True."""
+    return True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
-from raptr_ds.engine.parameter_groups import NO_LAYER, layer_of, moving_layers
+from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
@@ -59,13 +59,16 @@ class PathZero:
 
     process_groups: ProcessGroups
     layers: Mapping[nn.Parameter, int]
-    path: LayerPath
+    runs: Callable[[int], bool]
+    """Whether a layer runs in this step."""
     moves: Callable[[int], bool]
+    """Whether this step changes a layer."""
     loss_check: LossCheck
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
-        self.path, self.moves = path, moving_layers(path, freezes)
+        self.runs = layers_on(path)
+        self.moves = self.runs if freezes else every_layer
 
     def follow_micro_batch(self, path: LayerPath) -> None:
         """Train the next micro batch along `path`, which the step's path is or has as a share."""
@@ -202,21 +205,20 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         owned = []
         for group, parameters in enumerate(self.fp16_groups):
             for gradient, parameter in zip(self.averaged_gradients[group], parameters, strict=True):
-                layer = self.layers[parameter]
-                if layer != NO_LAYER and not self.path.is_active(layer):
+                if not self.runs(self.layers[parameter]):
                     gradient.zero_()
                 elif is_owner(parameter, self.process_groups):
                     owned.append(gradient)
         return [self._norm(owned)]
 
     def step(self: Any, closure: Any = None) -> None:
-        """Make DeepSpeed's step on the groups that move, and gather the small weights that stay whole of these alone.
+        """Make DeepSpeed's step on the groups that move, and gather the path's small weights, which stay whole.
 
         Those of other layers are fetched with their layer, as any weight, when it is next active.
         """
         chosen = [n for n, parameters in enumerate(self.fp16_groups) if self.moves(self.layers[parameters[0]])]
         persistent = self.persistent_parameters
-        self.persistent_parameters = [p for p in persistent if self.moves(self.layers[p])]
+        self.persistent_parameters = [p for p in persistent if self.runs(self.layers[p])]
         try:
             with _only(self, _GROUP_LISTS_3, chosen, taken=("averaged_gradients",)):
                 super().step(closure)

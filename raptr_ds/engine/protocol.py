@@ -43,22 +43,7 @@ class Engine(Protocol):
         ...
 
     def fragments(self) -> list[Fragment]:
-        """Return all fp32 weights and optimizer states that this rank holds, live, as far as they have been moved.
-
-        Under `zero_grad` the steps that `missed_steps` tells are still to be made: `settle` makes them.
-        """
-        ...
-
-    def settle(self) -> None:
-        """Bring every layer up to the last step; this rounds otherwise than making it up later would."""
-        ...
-
-    def missed_steps(self) -> dict[str, list[float]]:
-        """Return, by layer, the learning rates of the steps with zero gradients that it has still to make."""
-        ...
-
-    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
-        """Take over what `missed_steps` gave, after weights and states were loaded; an engine without it settles."""
+        """Return views of all fp32 weights and optimizer states that this rank holds."""
         ...
 
     def owns(self, fragment: Fragment) -> bool:

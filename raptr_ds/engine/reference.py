@@ -13,7 +13,6 @@ from torch import nn
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, Piece, create_state, fragments_of, step_counts
-from raptr_ds.engine.idle_layers import IdleLayers
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
@@ -123,19 +122,6 @@ class ReferenceEngine:
     def fragments(self) -> list[Fragment]:
         """Return all weights and optimizer states."""
         return fragments_of(self._holders(), self.optimizer)
-
-    def settle(self) -> None:
-        """Do nothing: every step is made at once."""
-
-    def missed_steps(self) -> dict[str, list[float]]:
-        """Return nothing: every step is made at once."""
-        return {}
-
-    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
-        """Make the steps that another engine has put off."""
-        idle = IdleLayers(self.optimizer, (int(layer) for layer in values))
-        idle.load(values)
-        idle.make_up(self._holders(), lambda _layer: True)
 
     def owns(self, fragment: Fragment) -> bool:
         """Return True: there is no other rank."""

@@ -16,7 +16,7 @@ from torch import nn
 from raptr_ds.engine import foreach
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
 from raptr_ds.engine.idle_parts import idle_parts_kept
-from raptr_ds.engine.parameter_groups import moving_layers
+from raptr_ds.engine.parameter_groups import every_layer, layers_on
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import LayerPath
@@ -41,8 +41,8 @@ class ReplicatedOptimizer:
         accumulate_in_fp32: bool,
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
-        self.moves: Callable[[int], bool] = lambda _layer: True
-        self.freezes_parts = True  # whether heads and MLP blocks that have not run stay as they are
+        self.moves: Callable[[int], bool] = every_layer
+        self.freezes = True
         self.path: LayerPath | None = None
         self.loss_check = LossCheck()
         self.overflow, self._is_unfinished = False, False
@@ -75,8 +75,8 @@ class ReplicatedOptimizer:
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
-        self.moves = moving_layers(path, freezes)
-        self.path = path
+        self.path, self.freezes = path, freezes
+        self.moves = layers_on(path) if freezes else every_layer
 
     def follow_micro_batch(self, path: LayerPath) -> None:
         """Train the next micro batch along `path`: nothing to prepare."""
@@ -195,7 +195,7 @@ class ReplicatedOptimizer:
             self.inner.param_groups = every
 
     def _idle_parts_kept(self) -> AbstractContextManager[None]:
-        if self.path is None or self.path.parts is None or not self.freezes_parts:
+        if self.path is None or self.path.parts is None or not self.freezes:
             return nullcontext()
         moving = [pair for pair in self.pairs if self.moves(pair[2])]
         tensor_size = self.groups.topology.tensor

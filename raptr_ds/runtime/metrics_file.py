@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, DataError
 
 METRICS = "metrics.jsonl"
@@ -86,26 +87,15 @@ class MetricsFile:
 def drop_lines_after(path: Path, step: int) -> int:
     """Remove the lines after a 1-based step, and damaged lines, from a metrics file.
 
-    The kept lines are written to another file that then replaces this one: a crash leaves either, never a part.
-    Returns the number of removed lines, 0 for a missing file.
+    A crash leaves the old file or the new one. Returns how many lines were dropped; a missing file has none.
     """
     if not path.exists():
         return 0
-    aside, dropped = path.with_name(path.name + ".resuming"), 0
-    with path.open("rb") as lines, aside.open("wb") as kept:
-        for line in lines:
-            record = _record_of(line)
-            if record is not None and record["step"] <= step:
-                kept.write(line)
-            else:
-                dropped += 1
-        kept.flush()
-        os.fsync(kept.fileno())
-    if dropped:
-        aside.replace(path)
-    else:
-        aside.unlink()
-    return dropped
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if (record := _record_of(line)) is not None and record["step"] <= step]
+    if len(kept) < len(lines):
+        write_atomically(path, b"".join(kept))
+    return len(lines) - len(kept)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The run's folder: that it can be written, and its record of the configuration."""
 
-import contextlib
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
 
 
@@ -25,9 +25,4 @@ def prepare_run_folder(folder: Path, rank: int) -> None:
 
 def write_config(folder: Path, resolved: dict[str, Any]) -> None:
     """Write config.json: the run file with every value in it, itself a run file."""
-    target = folder / "config.json"
-    aside = target.with_suffix(".json.new")
-    with contextlib.suppress(FileNotFoundError):
-        aside.unlink()
-    aside.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-    aside.replace(target)
+    write_atomically(folder / "config.json", json.dumps(resolved, indent=2) + "\n")

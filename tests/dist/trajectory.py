@@ -228,7 +228,6 @@ def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
 
 def full_weights(engine: Engine, groups: ProcessGroups, kind: str = "weight") -> dict[str, np.ndarray]:
     """Return the full fp32 tensors of a kind by name, on rank 0; elsewhere nothing."""
-    engine.settle()
     owned = [f for f in engine.fragments() if f.kind == kind and engine.owns(f)]
     plain = [(f.name, f.shard, f.local_shape, f.offset, f.data.float().cpu().numpy().copy()) for f in owned]
     gathered: list[Any] = [None] * groups.topology.world_size

@@ -36,7 +36,6 @@ class TensorsEngine:
         self.tensors = {(name, "weight"): torch.zeros(shape) for name, shape in self.shapes.items()}
         self.counts: dict[str, float] = {}
         self.loss_scaler: dict[str, float] = {}
-        self.missed: dict[str, list[float]] = {}
         self.refreshed = 0
 
     def step(self, number: int) -> None:
@@ -75,12 +74,6 @@ class TensorsEngine:
 
     def loss_scaler_state(self) -> dict[str, float]:
         return self.loss_scaler
-
-    def missed_steps(self) -> dict[str, list[float]]:
-        return dict(self.missed)
-
-    def load_missed_steps(self, values: Mapping[str, list[float]]) -> None:
-        self.missed = dict(values)
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
         self.loss_scaler = dict(values)

@@ -1,6 +1,7 @@
 """The manifest: every byte counts, and a checkpoint of another model is refused in words."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,21 @@ def test_another_format_is_refused_and_not_called_damage(manifest: Manifest, mon
         Manifest.decode(raw)
     assert not isinstance(caught.value, DamagedCheckpointError)
     assert json.loads(raw)["format"] == 2
+
+
+def test_steps_that_an_earlier_version_put_off_are_not_lost_silently(manifest: Manifest) -> None:
+    assert Manifest.decode(with_missed_steps(manifest, {})) == manifest
+    with pytest.raises(CheckpointError, match=r"missed_steps.*the version that wrote it") as caught:
+        Manifest.decode(with_missed_steps(manifest, {"3": [0.1, 0.2]}))
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def with_missed_steps(manifest: Manifest, missed_steps: dict[str, list[float]]) -> bytes:
+    """Return the manifest as a version wrote it that put off the optimizer steps of skipped layers."""
+    content = {**json.loads(manifest.encode()), "missed_steps": missed_steps}
+    del content["checksum"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode() + b"\n").hexdigest()
+    return json.dumps({**content, "checksum": digest}, sort_keys=True).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
