@@ -19,7 +19,7 @@ class BatchGeometry:
 
 
 def data_parallel_size(world_size: int, tensor: int, pipeline: int) -> int:
-    """Return the number of model copies on so many processes. Raises: ConfigError if the sizes do not divide them."""
+    """Return the number of model copies on the processes. Raises: ConfigError if the sizes do not divide them."""
     size = tensor * pipeline
     if world_size % size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What follows from other values: derived once, here, so that a run file holds only what differs."""
+"""Values that follow from others, so that a run file holds only what differs. The path's are in path_sections.py."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +28,10 @@ def derive_parallel(parallel: ParallelSection, num_layers: int) -> ParallelSecti
 
 
 def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: ParallelSection, paths_per_step: int) -> bool:
-    """Return whether ZeRO reduces gradients during the backward pass on GPUs; overlap_comm of a run file goes first.
+    """Return whether ZeRO reduces gradients during the backward pass on GPUs; overlap_comm of a run file decides.
 
-    With several paths a step DeepSpeed's stage 1 would forget some layers (docs/upstream.md); with pipeline stages it
-    turns this off by itself; stage 3 always does it.
+    With several paths a step DeepSpeed's stage 1 would not reduce some layers (docs/upstream.md); with pipeline stages
+    it turns this off; stage 3 always does it.
     """
     if "overlap_comm" in zero:
         return bool(zero["overlap_comm"])
@@ -40,7 +40,7 @@ def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: Parall
 
 
 def derive_train(train: TrainSection, fp16: Mapping[str, Any], name: str) -> TrainSection:
-    """Return the train section with its folder, and the steps in a row without finite numbers that are borne."""
+    """Return the train section with its folder and max_non_finite_steps."""
     update: dict[str, Any] = {}
     if train.save is None:
         update["save"] = f"runs/{name}"
@@ -52,7 +52,7 @@ def derive_train(train: TrainSection, fp16: Mapping[str, Any], name: str) -> Tra
 def loss_scale_search_steps(fp16: Mapping[str, Any]) -> int:
     """Return how many steps in a row fp16's dynamic loss scale may skip until it is 1; 0 for a static scale.
 
-    DeepSpeed's defaults are filled in: it starts at 2^16 and bears one overflow (hysteresis 2) before it halves.
+    DeepSpeed's defaults are filled in: it starts at 2^16 and tolerates one overflow (hysteresis 2) before it halves.
     """
     if not fp16.get("enabled", False) or fp16.get("loss_scale", 0):
         return 0

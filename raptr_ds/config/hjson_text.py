@@ -12,7 +12,7 @@ from raptr_ds.errors import ConfigError
 def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
     """Return the object in `file` and the file's text.
 
-    Raises: ConfigError if the file is missing, not UTF-8, not HJSON, not an object, or says a key twice.
+    Raises: ConfigError if the file is missing, not UTF-8, not HJSON, not an object, or has a key twice.
     """
     if not file.is_file():
         raise ConfigError(_missing(file))
@@ -33,7 +33,7 @@ def parse_hjson(text: str, source: str) -> dict[str, Any]:
         for key, value in pairs:
             if key in seen:
                 raise ConfigError(
-                    f"{source}: the key {key!r} is said twice in one object ({_lines(text, key)}). Keep one of them."
+                    f"{source}: the key {key!r} is written twice in one object ({_lines(text, key)}). Keep one of them."
                 )
             seen[key] = value
         return seen

@@ -1,6 +1,6 @@
 """From a run file, overrides and the number of processes to one checked, complete, frozen configuration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +10,7 @@ from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
 from raptr_ds.config.derive import derive_parallel, derive_train
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import check_optimizer, check_scheduler, complete_optimizer, complete_scheduler
-from raptr_ds.config.overrides import apply_overrides, is_touched
+from raptr_ds.config.overrides import Place, apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
 from raptr_ds.config.rules import check_rules
 from raptr_ds.config.run import RunConfig, plain, run_sizes
@@ -26,7 +26,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
 
     1. The file's HJSON becomes a tree of plain values; `--set` changes it; nulls are dropped.
     2. Keys that `--set` made meaningless are left out; keys without use are errors.
-    3. Each key is checked by itself: the sections are parsed, DeepSpeed's part is held against its table.
+    3. Each key is checked on its own: the sections are parsed, DeepSpeed's part is compared with its table.
     4. What is left out is derived, and gives the complete run.
     5. The rules that hold between keys are checked on the run.
     Passes 2 and 3, and pass 5, report all the errors that they find together.
@@ -51,7 +51,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
     return config
 
 
-def _check_deepspeed(tree: dict[str, Any], place: Callable[[str], str]) -> list[str]:
+def _check_deepspeed(tree: dict[str, Any], place: Place) -> list[str]:
     errors = check_deepspeed_part(tree, place)
     for name, check in (("optimizer", check_optimizer), ("scheduler", check_scheduler)):
         part = tree.get(name)

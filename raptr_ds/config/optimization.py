@@ -1,13 +1,12 @@
 """Optimizers and learning-rate schedules that a run file may ask for, and their parameters, checked and completed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import REFUSED, Check, choice, flag, number, whole
 from raptr_ds.config.deepspeed_part import unknown_key
+from raptr_ds.config.overrides import Place
 from raptr_ds.errors import nearest
-
-Place = Callable[[str], str]
 
 
 def _betas(value: Any) -> str | None:
@@ -113,10 +112,10 @@ def check_scheduler(scheduler: dict[str, Any], place: Place) -> list[str]:
 def broken_optimization_rules(
     optimizer: dict[str, Any], scheduler: dict[str, Any] | None, num_steps: int
 ) -> Iterator[str]:
-    """Yield a message for each rule that the completed optimizer and schedule break in a run of so many steps."""
+    """Yield a message for each rule that the completed optimizer and schedule break in a run of num_steps."""
     params = optimizer["params"]
     if optimizer["type"] == "AdamW" and not params.get("adam_w_mode", True):
-        # DeepSpeed's AdamW decouples weight decay whatever adam_w_mode is.
+        # DeepSpeed's AdamW decouples weight decay even if adam_w_mode is false.
         yield (
             "optimizer.params.adam_w_mode=false has no effect on optimizer.type='AdamW'. "
             "Set optimizer.type to 'Adam', or remove adam_w_mode."
@@ -165,7 +164,7 @@ def canonical(name: Any, known: dict[str, Any]) -> str | None:
 def complete_optimizer(optimizer: dict[str, Any] | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
     """Return the optimizer with its canonical type and a learning rate; AdamW if the file has none.
 
-    torch's Adam is its fused one unless the file says `foreach` or `fused` itself: one pass over weights, gradients and
+    torch's Adam is its fused one unless the file sets `foreach` or `fused`: one pass over weights, gradients and
     moments instead of about ten, the same to rounding, on CPUs and GPUs.
     """
     optimizer = optimizer or {}
@@ -218,8 +217,8 @@ def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place
     if name is None:
         return f"{part}.type is missing: it must be one of {', '.join(known)}."
     why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
-    said = f" is not offered: it {why}." if why else " is unknown" + (nearest(str(name), known) or ".")
-    return f"{part}.type={name!r}{place(f'{part}.type')}{said} It must be one of {', '.join(known)}."
+    problem = f" is not offered: it {why}." if why else " is unknown" + (nearest(str(name), known) or ".")
+    return f"{part}.type={name!r}{place(f'{part}.type')}{problem} It must be one of {', '.join(known)}."
 
 
 def _check_params(part: str, name: str, params: dict[str, Any], known: dict[str, Check], place: Place) -> list[str]:

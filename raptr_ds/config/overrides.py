@@ -2,12 +2,15 @@
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import hjson
 
 from raptr_ds.errors import ConfigError
+
+Place = Callable[[str], str]
+"""Returns where a dotted key was written, in parentheses, for messages; empty if that is not known."""
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
@@ -35,7 +38,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dic
 def parse_value(text: str, key: str = "value") -> Any:
     """Return the JSON scalar, HJSON list or object, or else the plain string that `text` writes.
 
-    `6-8-10-12` stays a string, `1e-3` is a number, `null` takes a key away. Raises: ConfigError.
+    `6-8-10-12` stays a string, `1e-3` is a number, `null` removes a key. Raises: ConfigError.
     """
     if text[:1] in {"[", "{"}:
         try:
@@ -53,7 +56,7 @@ def parse_value(text: str, key: str = "value") -> Any:
 
 
 def is_touched(dotted: str, touched: Iterable[str]) -> bool:
-    """Tell whether overrides set the value at a dotted key or anything below it."""
+    """Return whether overrides set the value at a dotted key or anything below it."""
     return any(key == dotted or key.startswith(f"{dotted}.") for key in touched)
 
 

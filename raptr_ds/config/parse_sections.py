@@ -1,17 +1,16 @@
-"""From the `raptr_ds` object to sections: all that is wrong with single keys, each in one clear message."""
+"""From the `raptr_ds` object to sections, with one message for everything that is wrong with a single key."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
+from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
 from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section
 from raptr_ds.errors import nearest
-
-Place = Callable[[str], str]
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
 
@@ -36,7 +35,7 @@ def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[s
     if not isinstance(block, dict):
         what = "is missing" if block is None else f"={block!r} is not an object"
         return {}, [
-            f"{BLOCK} {what}: beside DeepSpeed's keys a run file holds one object {BLOCK} with the sections "
+            f"{BLOCK} {what}: next to DeepSpeed's keys a run file holds one object {BLOCK} with the sections "
             f"{', '.join(SECTIONS)}. Start from a file in deepspeed_configs/."
         ]
     errors = [unknown_key(f"{BLOCK}.{name}", list(SECTIONS), place) for name in block if name not in SECTIONS]

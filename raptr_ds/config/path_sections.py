@@ -25,7 +25,7 @@ gradual and progressive stacking."""
 
 
 def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:
-    """Return the phases of a named schedule for a model of num_parts layers (or layers of as many heads).
+    """Return the phases of a named schedule for a model of num_parts layers, or for layers of num_parts heads.
 
     Rounded half up, and at least `least`: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
     """
@@ -92,8 +92,8 @@ class DrawingSection(SkippingSection):
 
     paths_per_step: Count = 1
     """Paths drawn for a step. Each is taken by an equal share of the global batch, in its order, so that
-    gradient_accumulation_steps must be a multiple; as many are a path for each micro batch. The layers of any of them
-    are the step's."""
+    gradient_accumulation_steps must be a multiple; if it is equal, each micro batch has a path of its own. The layers
+    of any of them are the step's."""
 
 
 class RandomSection(DrawingSection):
@@ -104,11 +104,11 @@ class RandomSection(DrawingSection):
     sampling: Literal["uniform", "bernoulli", "balanced"] = "uniform"
     """uniform: all subsets of the phase's length are equally likely. bernoulli: each layer is kept by an independent
     draw. balanced: as many layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py
-    says at what price)."""
+    explains the trade-off)."""
     balance_stages: Count | None = None
     """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: set it
     to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
-    stages end where raptr_ds.parallel.pipeline_layers says if that has as many, else they are as even as possible."""
+    stages are those of raptr_ds.parallel.pipeline_layers if it has that number, else as even as possible."""
 
     def fixed_in(self, num_layers: int) -> tuple[int, ...]:
         """Return the fixed layers of such a model, as sorted, distinct 0-based indices."""

@@ -169,7 +169,7 @@ def micro_batch_can_grow(config: RunConfig) -> str | None:
 
 
 def denoisers_are_complete(config: RunConfig) -> str | None:
-    """Each denoiser has what its kind needs and nothing else, and a name of its own."""
+    """Each denoiser has what its kind needs and nothing else, and its own name."""
     denoisers = config.objective.denoisers
     if config.model.architecture != "ul2" or isinstance(denoisers, str):
         return None

@@ -1,4 +1,4 @@
-"""The sections of the `raptr_ds` block: what a run file may say beyond DeepSpeed's own keys, and the defaults."""
+"""The sections of the `raptr_ds` block: the keys of a run file beyond DeepSpeed's own, and their defaults."""
 
 from typing import Annotated, Any, Literal
 
@@ -103,7 +103,7 @@ def _ffn_hidden_size(hidden_size: int, activation: Any) -> int:
 
 
 class ParallelSection(Section):
-    """`raptr_ds.parallel`: how the model is laid over the processes; what remains is data parallel."""
+    """`raptr_ds.parallel`: how the model is split over the processes; the remaining factor is data parallel."""
 
     tensor_model_parallel_size: Count = 1
     """Processes that share each layer's matrices."""
@@ -118,11 +118,12 @@ class ParallelSection(Section):
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass instead of keeping them."""
     keep_activations_up_to: CountOrZero = 0
-    """With activation_checkpointing: where a path has at most so many layers on a pipeline stage nothing is recomputed.
-    Short paths then use the memory that recomputation of the full path needs; tools/plan.py tells what fits."""
+    """With activation_checkpointing: where a path has at most this number of layers on a pipeline stage, nothing is
+    recomputed. Short paths then use the memory that the full path needs with recomputation; tools/plan.py prints what
+    fits."""
     grow_micro_batch: bool = False
-    """raptr, constant: in phases of shorter paths take larger micro batches, and fewer of them, as far as a micro batch
-    then keeps no more activations than train_micro_batch_size_per_gpu does on the full path. Same global batch."""
+    """raptr, constant: in phases of shorter paths take larger and fewer micro batches, as long as a micro batch
+    keeps no more activations than train_micro_batch_size_per_gpu does on the full path. Same global batch."""
 
 
 class Denoiser(Section):
@@ -171,7 +172,7 @@ class ObjectiveSection(Section):
     whole_word: bool = False
     """bert: mask whole words instead of single tokens."""
     denoisers: Denoisers = "ul2"
-    """ul2: `ul2` (the seven, alike), `causal_prefix_span` (60/20/20), or a list of denoisers of your own."""
+    """ul2: `ul2` (its seven, equally often), `causal_prefix_span` (60/20/20), or a list of your own denoisers."""
 
 
 class DataSection(Section):
@@ -182,8 +183,8 @@ class DataSection(Section):
     tokenizer: Text | None = None
     """Tokenizer model file. Left out: tokenizer.model of the first folder."""
     packing: bool = False
-    """Make each document of a sequence an example of its own, which attention does not leave and whose positions start
-    at 0; false: documents run on, as one text."""
+    """Treat each document of a sequence as a separate example: attention stays within it, and its positions start at 0.
+    false: documents follow each other as one text."""
     num_workers: CountOrZero = 1
     """Threads that prepare batches ahead of training; 0: none."""
     prefetch: Count = 2
@@ -196,9 +197,9 @@ class TrainSection(Section):
     steps: Count
     """Optimizer steps of the whole run."""
     seed: CountOrZero = 1234
-    """Decides initial weights, data order, paths and dropout, on every layout alike."""
+    """Decides initial weights, data order, paths and dropout, in the same way on every layout."""
     compile: bool | None = None
-    """Compile the layers with torch.compile: one graph, whatever the path. Needs zero_optimization.stage <= 2, a C++
+    """Compile the layers with torch.compile: one graph for all paths. Needs zero_optimization.stage <= 2, a C++
     compiler and no path.method width. Derived: true on GPUs that have these, else false; on a CPU it pays with dropout
     and for ul2 (docs/performance.md)."""
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
@@ -210,8 +211,8 @@ class TrainSection(Section):
     """Steps in a row whose loss or gradient is not finite (each is skipped on all ranks) before on_non_finite acts;
     0: never. Derived: 20, or more if fp16's search for its loss scale could skip as many."""
     on_non_finite: Literal["stop", "rollback"] = "stop"
-    """stop: end with a message and a fault's exit code; the last checkpoint stays. rollback: go back to the newest
-    checkpoint from before the first of these steps and on with the data after the last of them."""
+    """stop: end with a message and a fault's exit code; the last checkpoint stays. rollback: return to the newest
+    checkpoint from before the first of these steps and continue with the data after the last of them."""
 
 
 class EvalSection(Section):
@@ -223,7 +224,7 @@ class EvalSection(Section):
     """Global batches of an evaluation; 0: never evaluate."""
 
     def due(self, step: int) -> bool:
-        """Tell whether to evaluate after `step` steps; the end of the run is not counted in."""
+        """Return whether to evaluate after `step` steps; the end of the run is not counted."""
         return self.batches > 0 and _due(self.interval, step)
 
 
@@ -240,9 +241,9 @@ class CheckpointSection(Section):
     """Save when the run ends or is stopped by a signal."""
 
     def due(self, step: int, since: int | None = None) -> bool:
-        """Tell whether to save after `step` steps; the end of the run is not counted in.
+        """Return whether to save after `step` steps; the end of the run is not counted.
 
-        since: the last step at which it was possible, if not the one before: what came due meanwhile is due now.
+        since: the last step at which saving was possible, if not the one before; what came due after it is due now.
         """
         since = max(0, step - 1) if since is None else since
         return self.interval > 0 and step // self.interval > since // self.interval
@@ -256,7 +257,7 @@ class LogSection(Section):
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
-    """Live line on a terminal, plain lines elsewhere, or as said."""
+    """auto: a live line on a terminal, plain lines elsewhere."""
     peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, for model FLOPs utilization; left out: looked up, or mfu is null."""
 
@@ -276,5 +277,5 @@ SECTIONS: dict[str, tuple[type[Section], ...]] = {
 
 
 def keys_of(section: str) -> dict[str, FieldInfo]:
-    """Return all keys that an object of the block may have, by name."""
-    return {key: field for kind in SECTIONS[section] for key, field in kind.model_fields.items()}
+    """Return all keys that an object of the block may have, by name; of the first class that has it."""
+    return {key: field for kind in reversed(SECTIONS[section]) for key, field in kind.model_fields.items()}

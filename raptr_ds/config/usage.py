@@ -1,12 +1,11 @@
 """Which keys only some methods, architectures or ZeRO stages use: no key of a run file is ignored silently."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
-from raptr_ds.config.overrides import is_touched
+from raptr_ds.config.overrides import Place, is_touched
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
 from raptr_ds.config.sections import keys_of
 
@@ -53,9 +52,7 @@ RIVALS = (
 """Two ways to set one thing."""
 
 
-def settle_unused(
-    tree: dict[str, Any], touched: set[str], place: Callable[[str], str]
-) -> tuple[dict[str, Any], list[str], list[str]]:
+def settle_unused(tree: dict[str, Any], touched: set[str], place: Place) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return the tree without unused keys, the errors for keys that never had a use, and lines to print.
 
     A key of the file that loses its use because --set changed its selector (another method on the same file) is left
@@ -129,7 +126,7 @@ def without(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
 def _unused(tree: dict[str, Any]) -> list[tuple[Use, Any, Any]]:
     """Return the uses that do not hold, each with its selector's value and its key's.
 
-    Selectors of an unknown value or none decide nothing: that is an error of its own.
+    A selector without a value, or with an unknown one, decides nothing: that is another error.
     """
     architecture, method = look_up(tree, ARCHITECTURE), look_up(tree, METHOD) or METHODS[0]
     selected = {

@@ -6,7 +6,7 @@ being active as equal as possible. The two goals contradict each other where fix
 some stages only: 24 layers in 4 stages at length 12, first and last fixed, give 3 layers a stage, which is 2 of 5 free
 layers at the ends (0.4) and 3 of 6 in the middle (0.5). Balance wins: no path has a heavier slowest stage than it must.
 Where a fixed layer and the head fill all that a stage may hold, its free layers are never active at that length;
-marginals say so (balanced_marginals), and a run and tools/plan.py tell it.
+marginals say so (balanced_marginals), and a run and tools/plan.py print it.
 """
 
 import math
@@ -24,8 +24,8 @@ _TOLERANCE = 1e-9  # of a layer, for comparing loads
 class BalancedStages:
     """The stages that paths are balanced over.
 
-    num_layers: layers of each stage, in order. costs: what each stage does beside its layers (embedding, head), in
-    units of one layer.
+    num_layers: layers of each stage, in order. costs: what each stage does in addition to its layers (embedding,
+    head), in units of one layer.
     """
 
     num_layers: tuple[int, ...]
@@ -52,7 +52,7 @@ class StageCounts:
     """The distribution of the number of active free layers of each stage, for one path length.
 
     Stage s has least[s] of them, and one more with probability extra[s] / denominator. The extras add up to a whole
-    number, and just so many stages get one more in every draw.
+    number, and exactly that number of stages get one more in every draw.
     """
 
     least: tuple[int, ...]
@@ -134,7 +134,7 @@ def balanced_marginals(stages: BalancedStages, fixed_layers: tuple[int, ...], pa
     """Return each layer's probability of being in a balanced path, (num_layers,) float64: closed form, exact.
 
     It is 1 for a fixed layer, else the expected number of active free layers of its stage over all its free layers:
-    within a stage every subset of a size is alike.
+    within a stage all subsets of one size are equally likely.
     """
     means = stage_counts(stages, fixed_layers, path_length).means()
     marginals = []

@@ -35,7 +35,7 @@ class FullPaths(PathMethod):
 
 @dataclass(frozen=True)
 class LayerDrop(PathMethod):
-    """LayerDrop: at each step every layer is dropped with one probability, by itself, from the first step to the last.
+    """LayerDrop: every layer is dropped independently with one probability, from the first step to the last.
 
     A path without layers is drawn again, so that a layer runs with probability (1 - p) / (1 - p^L).
     Source: Fan, Grave and Joulin 2020, arXiv 1909.11556.
@@ -56,7 +56,7 @@ class LayerDrop(PathMethod):
         return cls(phases, sizes.num_layers, seed, section.layerdrop, section.residual_scale)
 
     def marginals_at(self, step: int) -> np.ndarray:
-        """Return the probability that each layer runs, whatever the 0-based step, (num_layers,) float64."""
+        """Return the probability that each layer runs, at any step, (num_layers,) float64."""
         self.phase_at(step)
         drop = self.drop_probability
         return np.full(self.num_layers, (1.0 - drop) / (1.0 - drop**self.num_layers))

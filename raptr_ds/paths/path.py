@@ -34,7 +34,7 @@ class Parts:
 class LayerPath:
     """The active layers of one training step; every other layer is the identity.
 
-    layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for the record.
+    layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for metrics.
     residual_scale: factor on the output of each active residual branch. A path may be empty (a Bernoulli draw can be).
     parts: what runs of each layer; None for all of it.
     shares: where a step takes several paths, those, each taken by an equal share of its micro batches; `layers` are
@@ -94,7 +94,7 @@ class LayerPath:
         return self.mean_length if self.parts is None else self.parts.work
 
     def is_active(self, layer: int) -> bool:
-        """Say whether the layer of this 0-based global index runs."""
+        """Return whether the layer of this 0-based global index runs."""
         return layer in self.layers
 
     def active_in(self, layers: Iterable[int]) -> tuple[int, ...]:
@@ -132,10 +132,10 @@ class LayerPath:
             raise ValueError(f"not an encoded path: {words!r}")
         number = int(words[3])
         if number < 0 or flags.size % (1 + 2 * number):
-            raise ValueError(f"encoded path says {number} parts of a layer in {flags.size} flags")
+            raise ValueError(f"encoded path has {number} parts of a layer in {flags.size} flags")
         flags = flags.reshape(1 + 2 * number, -1)
         if int(words[1]) != int(flags[0].sum()):
-            raise ValueError(f"encoded path says {int(words[1])} layers and flags {int(flags[0].sum())}")
+            raise ValueError(f"encoded path has {int(words[1])} layers and flags {int(flags[0].sum())}")
         scale = float(words[2:3].view(np.float64)[0])
         if not 0.0 < scale < float("inf"):
             raise ValueError(f"encoded path has residual scale {scale}")
@@ -151,7 +151,7 @@ class LayerPath:
     @classmethod
     def _decode_shares(cls, words: np.ndarray, number: int) -> "LayerPath":
         if number < 0 or words.size % (1 + number):
-            raise ValueError(f"encoded path says {number} shares in {words.size} numbers")
+            raise ValueError(f"encoded path has {number} shares in {words.size} numbers")
         own, *shares = words.reshape(1 + number, -1)
         path = cls.of_shares([cls.decode(share) for share in shares])
         if not np.array_equal(path.encode()[: own.size], own):

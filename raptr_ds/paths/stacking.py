@@ -17,7 +17,7 @@ class Stacking(PathMethod):
     """Gradual stacking (6-9-12) and progressive stacking, which doubles (3-6-12): the schedule is all that differs.
 
     Each phase trains its first path_length layers and no others. After a growth the learning rate rises again over
-    warmup_steps steps, linearly, from nothing to what the run's schedule says; with 0 it follows the schedule alone.
+    warmup_steps steps, linearly, from nothing to the run's schedule; with 0 it follows the schedule alone.
     Source: Reddi et al. 2023; Gong et al. 2019.
     """
 

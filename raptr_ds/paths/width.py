@@ -18,7 +18,8 @@ class RandomWidths(PathMethod):
     """Random parts by phases: RaPTr's schedule over the heads of each layer instead of the layers.
 
     The MLP's inner features are cut into as many blocks as there are heads. Heads and blocks of each layer are drawn
-    apart, uniformly without replacement; a phase's width counts both. What is not drawn adds nothing to its branch.
+    separately, uniformly without replacement; a phase's width is the number of each. What is not drawn adds nothing to
+    its branch.
     residual_scale sqrt multiplies branches by sqrt(heads / active heads).
     Source: the generalization of RaPTr from layers to parts of them.
     """

@@ -34,7 +34,7 @@ def test_one_given_means_no_accumulation():
         ((8, 2, 3), 2, ["8 is not", "=2 x", "=3 x 2 data-parallel ranks = 12", "Remove gradient_accumulation_steps"]),
     ],
 )
-def test_what_does_not_divide_is_refused_with_a_mend(sizes, ranks, says):
+def test_what_does_not_divide_is_refused_with_a_fix(sizes, ranks, says):
     with pytest.raises(ConfigError) as error:
         solve_batch(*sizes, ranks)
     for fragment in says:

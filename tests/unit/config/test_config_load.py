@@ -234,7 +234,7 @@ UNUSED = {
 
 
 @pytest.mark.parametrize(("method", "key", "value"), [(m, k, v) for m, keys in UNUSED.items() for k, v in keys])
-def test_a_key_without_use_is_an_error_with_its_mend(load, method, key, value):
+def test_a_key_without_use_is_an_error_with_its_fix(load, method, key, value):
     with pytest.raises(ConfigError, match=rf"{P}{key}=.*has no use with {P}method='{method}'.*Remove it, or set"):
         load(f"{P}method={method}", f"{P}{key}={value}")
 
@@ -350,7 +350,7 @@ def test_unknown_keys_name_their_line(load):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": 1,\n "a": 2}', r"the key 'a' is said twice in one object \(see lines 1, 2\)"),
+        ('{"a": 1,\n "a": 2}', r"the key 'a' is written twice in one object \(see lines 1, 2\)"),
         ('{\n "a": [1, 2\n', r"run\.json, line \d column \d"),
         ("[1]", r"must hold one object"),
     ],

@@ -1,4 +1,4 @@
-"""Every rule has a run that breaks it, with a message that names values and mend, and a neighbour that passes."""
+"""Every rule has a run that breaks it, with a message that names values and fix, and a neighbour that passes."""
 
 import pytest
 

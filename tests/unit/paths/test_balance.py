@@ -11,7 +11,7 @@ import pytest
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, stage_counts
 from tests.path_methods import path_method
 
-# layers of each stage, cost of the first and of the last beside them, fixed layers, path length
+# layers of each stage, added cost of the first and of the last, fixed layers, path length
 CASES = [
     ((2, 2), 0.0, 0.0, (0,), 3),
     ((3, 2, 3), 0.0, 0.0, (0, 7), 4),

@@ -79,7 +79,7 @@ def test_shares_are_encoded_in_their_order():
 @pytest.mark.parametrize(
     ("place", "value", "says"), [(4, 4, "4 shares in 33"), (5 + 4, 1, "3 layers and flags 4|not those of its 2 shares")]
 )
-def test_damaged_shares_are_told(place, value, says):
+def test_damaged_shares_are_refused(place, value, says):
     words = LayerPath.of_shares([LayerPath((0, 1), 6), LayerPath((0, 2), 6)]).encode()
     words[place] = value
     with pytest.raises(ValueError, match=says):
