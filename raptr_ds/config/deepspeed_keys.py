@@ -1,65 +1,49 @@
-"""The table of DeepSpeed's keys: which a run file may use, with which values, and what to write instead of the others.
+"""The DeepSpeed keys that a run file may use, with their values, and what to use instead of others that people try.
 
 Names and ranges are those of DeepSpeed 0.19.8: runtime/config.py, runtime/constants.py, runtime/precision_config.py,
-runtime/zero/config.py, runtime/zero/offload_config.py, comm/constants.py, profiling/constants.py and
-runtime/swap_tensor/constants.py.
+runtime/zero/config.py, comm/constants.py, profiling/constants.py and runtime/swap_tensor/constants.py.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 Check = Callable[[Any], str | None]
 """Returns what a value must be, or None if it is that."""
 
 
-def flag(value: Any) -> str | None:
-    """Accept true and false."""
-    return None if isinstance(value, bool) else "must be true or false"
+def _must(be: str, fits: Callable[[Any], bool]) -> Check:
+    return lambda value: None if fits(value) else f"must be {be}"
 
 
-def text(value: Any) -> str | None:
-    """Accept a string."""
-    return None if isinstance(value, str) else "must be a string"
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def texts(value: Any) -> str | None:
-    """Accept a list of strings."""
-    fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return None if fits else "must be a list of strings"
-
-
-def whole(least: int, most: int | None = None) -> Check:
-    """Make a check for integers; DeepSpeed writes some as 5e8, which is taken."""
-
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
-        if fits and value >= least and (most is None or value <= most):
-            return None
-        return f"must be a whole number, {least} or more" if most is None else f"must be {least}..{most}, whole"
-
-    return check
-
-
-def number(least: float, most: float = float("inf"), *, above: bool = False) -> Check:
-    """Make a check for numbers, `above` excluding the lower bound."""
-
-    def check(value: Any) -> str | None:
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if numeric and (least < value if above else least <= value) and value <= most and value != float("inf"):
-            return None
-        lower = f"greater than {least:g}" if above else f"{least:g} or more"
-        return f"must be a number, {lower}" + ("" if most == float("inf") else f" and at most {most:g}")
-
-    return check
+flag = _must("true or false", lambda value: isinstance(value, bool))
+text = _must("a string", lambda value: isinstance(value, str))
+texts = _must("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def choice(*values: str) -> Check:
     """Make a check for one of some strings."""
+    return _must(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
 
-    def check(value: Any) -> str | None:
-        return None if isinstance(value, str) and value in values else f"must be one of {', '.join(values)}"
 
-    return check
+def whole(least: int, most: float = inf) -> Check:
+    """Make a check for integers, which may be written as floats: 5e8."""
+    be = f"a whole number, {least} " + ("or more" if most == inf else f"to {most}")
+    return _must(be, lambda value: _is_number(value) and value % 1 == 0 and least <= value <= most)
+
+
+def number(least: float, most: float = inf, *, above: bool = False) -> Check:
+    """Make a check for finite numbers; above: `least` itself is excluded."""
+    be = f"a number, greater than {least:g}" if above else f"a number, {least:g} or more"
+
+    def fits(value: Any) -> bool:
+        return _is_number(value) and least <= value <= most and value != inf and not (above and value == least)
+
+    return _must(be if most == inf else f"{be} and at most {most:g}", fits)
 
 
 Table = dict[str, "Check | Table"]
@@ -149,85 +133,47 @@ KNOWN: Table = {
     },
 }
 
-_METRICS = "the run writes metrics.jsonl and, with raptr_ds.log.tensorboard, TensorBoard events. Remove it"
-_REMOVED = "was removed from DeepSpeed"
-_NO_OFFLOAD = "is not offered: offloaded gradients bypass the norm that every layout shares"
-_NEEDS_OFFLOAD = "is not offered: DeepSpeed has it with offloading only"
-_UNTESTED = "is not offered: it has not been tested with layers that are skipped"
+_METRICS = "Remove it: a run writes metrics.jsonl and, with raptr_ds.log.tensorboard=true, TensorBoard events"
+_PRECISION = "Use bf16.enabled=true or fp16.enabled=true"
+_BATCHES = "Remove it: batches are a function of seed and step"
+_OFFLOAD = (
+    "Gradients that are offloaded miss in the norm that all layouts share. Remove it; zero_optimization.stage=3, "
+)
+_OFFLOAD += "pipeline stages and raptr_ds.parallel.activation_checkpointing save memory"
+_UNTESTED = "Remove it: it has not been tested with layers that are skipped"
+_TENSOR = "Use raptr_ds.parallel.tensor_model_parallel_size"
 
-REFUSED: dict[str, str] = {
-    "progressive_layer_drop": f"{_REMOVED}. Write raptr_ds.path.method='pld' with raptr_ds.path.pld_theta and "
-    "raptr_ds.path.pld_gamma",
-    "elasticity": f"{_REMOVED}. Write train_batch_size and train_micro_batch_size_per_gpu",
-    "curriculum_learning": f"{_REMOVED}. Remove it; raptr_ds.path.schedule is what grows during a run",
-    "amp": f"{_REMOVED}. Write bf16.enabled=true or fp16.enabled=true",
-    "nebula": f"{_REMOVED}. Checkpoints are set in raptr_ds.checkpoint",
-    "compression_training": f"{_REMOVED}. Remove it",
-    "quantize_training": f"{_REMOVED}. Remove it",
-    "sparse_gradients": f"{_REMOVED}. Remove it",
-    "eigenvalue": f"{_REMOVED}. Remove it",
-    "sparse_attention": f"{_REMOVED}. Remove it",
-    "graph_harvesting": f"{_REMOVED}. Remove it",
-    "bfloat16": "is an old name. Write bf16",
-    "tensorboard": f"is not used: {_METRICS}",
-    "wandb": f"is not used: {_METRICS}",
-    "csv_monitor": f"is not used: {_METRICS}",
-    "comet": f"is not used: {_METRICS}",
-    "activation_checkpointing": "is not used. Write raptr_ds.parallel.activation_checkpointing=true, which recomputes "
-    "each layer on the step's own path",
-    "pipeline": "is not used. Write raptr_ds.parallel.pipeline_model_parallel_size and, for uneven stages, "
+INSTEAD: dict[str, str] = {
+    "activation_checkpointing": "Use raptr_ds.parallel.activation_checkpointing=true, which recomputes the layers of "
+    "each step's own path",
+    "amp": _PRECISION,
+    "autotuning": "Remove it: tools/bench.py measures a step",
+    "bfloat16": "It is an old name: use bf16",
+    "checkpoint": "Use raptr_ds.checkpoint",
+    "comet": _METRICS,
+    "compile": "It would compile the whole step, whose layers change. Use raptr_ds.train.compile=true, which compiles "
+    "each layer",
+    "compression_training": _UNTESTED,
+    "csv_monitor": _METRICS,
+    "curriculum_learning": f"{_BATCHES}; raptr_ds.path.schedule is what grows during a run",
+    "data_efficiency": _BATCHES,
+    "elasticity": "Use train_batch_size and train_micro_batch_size_per_gpu",
+    "pipeline": "Use raptr_ds.parallel.pipeline_model_parallel_size and, for uneven stages, "
     "raptr_ds.parallel.pipeline_layers",
-    "tensor_parallel": "is not used. Write raptr_ds.parallel.tensor_model_parallel_size",
-    "sequence_parallel_size": "is not offered. Write raptr_ds.parallel.tensor_model_parallel_size",
-    "seq_parallel_communication_data_type": "is not used without sequence parallelism. Remove it",
-    "expert_parallel": "is not offered: the models have no experts. Remove it",
-    "use_data_before_expert_parallelism": "is not offered: the models have no experts. Remove it",
-    "hybrid_engine": "is for generation during training, which is not done. Remove it",
-    "weight_quantization": "is for inference. Remove it",
-    "compile": "is not used: it would compile the whole step, whose layers change. Write raptr_ds.train.compile=true, "
-    "which compiles each layer",
-    "autotuning": "is not offered. Remove it; tools/bench.py measures a step",
-    "data_efficiency": "is not used: batches are a function of seed and step. Remove it",
-    "dataloader_drop_last": "is not used: batches are a function of seed and step. Remove it",
-    "checkpoint": "is not used. Write raptr_ds.checkpoint.interval, keep and load",
-    "datastates_ckpt": "is not used. Write raptr_ds.checkpoint.interval, keep and load",
-    "torch_autocast": "is not offered. Write bf16.enabled=true or fp16.enabled=true",
-    "gradient_allreduce_op": "is fixed: gradients are means over the global batch. Remove it",
-    "managed_gradient_accumulation": "is not used: the engine takes a whole step at once. Remove it",
-    "disable_allgather": "is not used by DeepSpeed's ZeRO any more. Remove it",
-    "vocabulary_size": "is not used. Write raptr_ds.model.vocab_size, or nothing: the tokenizer's is taken",
-    "fp16.auto_cast": "is not used: the model's inputs are token ids. Remove it",
-    "data_types.param_dtype": "is not used. Write bf16.enabled=true or fp16.enabled=true",
-    "data_types.buffer_dtype": "is not used: the model keeps its buffers in fp32. Remove it",
-    "data_types.keep_in_fp32_modules": "is not used. Remove it",
-    "optimizer.legacy_fusion": "is not used by the optimizers that are offered. Remove it",
-    "optimizer.params.max_grad_norm": "is not an optimizer's parameter. Write gradient_clipping",
-    "bf16.check_grad_overflow": "is fixed: a step that is not finite is skipped on all ranks. Remove it",
-    "bf16.immediate_grad_update": "is for an optimizer that cannot skip layers. Remove it",
-    "bf16.bf16_master_weights_and_grads": f"{_NEEDS_OFFLOAD}. Remove it",
-    "bf16.bf16_optimizer_states": f"{_NEEDS_OFFLOAD}. Remove it",
-    "fp16.fp16_master_weights_and_grads": f"{_NEEDS_OFFLOAD}. Remove it",
-    "zero_optimization.cpu_offload": f"{_REMOVED}, and offloading is not offered. Remove it",
-    "zero_optimization.cpu_offload_param": f"{_REMOVED}, and offloading is not offered. Remove it",
-    "zero_optimization.cpu_offload_use_pin_memory": f"{_REMOVED}, and offloading is not offered. Remove it",
-    "zero_optimization.offload_optimizer": f"{_NO_OFFLOAD}. Remove it; stage 3, pipeline stages and "
-    "raptr_ds.parallel.activation_checkpointing save memory",
-    "zero_optimization.offload_param": f"{_NO_OFFLOAD}. Remove it; stage 3 shards the parameters",
-    "zero_optimization.zero_hpz_partition_size": f"{_UNTESTED}. Remove it",
-    "zero_optimization.zero_quantized_weights": f"{_UNTESTED}. Remove it",
-    "zero_optimization.zero_quantized_nontrainable_weights": f"{_UNTESTED}. Remove it",
-    "zero_optimization.zero_quantized_gradients": f"{_UNTESTED}. Remove it",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is an old name. Write "
-    "stage3_gather_16bit_weights_on_model_save",
-    "zero_optimization.compute_grad_norm": "is fixed: the gradient norm is in every line of metrics. Remove it",
-    "zero_optimization.ignore_unused_parameters": "is fixed: skipped layers have no gradients. Remove it",
-    "zero_optimization.elastic_checkpoint": "is not used. Remove it",
-    "zero_optimization.legacy_stage1": "is not used. Remove it",
-    "zero_optimization.zenflow": "is not offered: it defers updates across steps, whose paths differ. Remove it",
-    "zero_optimization.leaf_module": "is set by the engine. Remove it",
-    "zero_optimization.pipeline_loading_checkpoint": "is not used. Remove it",
-    "zero_optimization.save_muon_momentum_buffer_in_memory": "is for Muon, which is not offered. Remove it",
-    "zero_optimization.mics_shard_size": f"{_REMOVED}. Remove it",
-    "zero_optimization.mics_hierarchical_params_gather": f"{_REMOVED}. Remove it",
-    "zero_optimization.zeropp_loco_param": f"{_REMOVED}. Remove it",
+    "progressive_layer_drop": "Use raptr_ds.path.method='pld' with raptr_ds.path.pld_theta and raptr_ds.path.pld_gamma",
+    "sequence_parallel_size": f"{_TENSOR} and raptr_ds.parallel.sequence_parallel",
+    "sparse_attention": "Remove it: attention is dense",
+    "tensor_parallel": _TENSOR,
+    "tensorboard": _METRICS,
+    "torch_autocast": _PRECISION,
+    "vocabulary_size": "Use raptr_ds.model.vocab_size, or leave it to the tokenizer",
+    "wandb": _METRICS,
+    "optimizer.params.max_grad_norm": "Use gradient_clipping",
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.zero_hpz_partition_size": _UNTESTED,
+    "zero_optimization.zero_quantized_gradients": _UNTESTED,
+    "zero_optimization.zero_quantized_weights": _UNTESTED,
 }
+"""What to use instead of keys that people try and that are not supported, or why there is nothing."""

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from raptr_ds.config.deepspeed_keys import REFUSED, Check, choice, flag, number, whole
-from raptr_ds.config.deepspeed_part import unknown_key
+from raptr_ds.config.deepspeed_keys import Check, choice, flag, number, whole
+from raptr_ds.config.deepspeed_part import check_table
 from raptr_ds.config.overrides import Place
 from raptr_ds.errors import nearest
 
@@ -35,14 +35,9 @@ OPTIMIZERS: dict[str, dict[str, Check]] = {
 """Names that DeepSpeed 0.19.8 builds (runtime/engine.py, _configure_basic_optimizer) and that step layer by layer."""
 
 NOT_OFFERED = {
-    "lamb": "scales by norms of whole matrices, which tensor parallelism and ZeRO cut",
-    "muon": "orthogonalizes whole matrices, which tensor parallelism and ZeRO cut",
-    "muadam": "needs the mup package and its own initialization",
-    "muadamw": "needs the mup package and its own initialization",
-    "musgd": "needs the mup package and its own initialization",
-    "onebitadam": "was removed from DeepSpeed",
-    "onebitlamb": "was removed from DeepSpeed",
-    "zerooneadam": "was removed from DeepSpeed",
+    **dict.fromkeys(("lamb", "muon"), "updates whole matrices, which tensor parallelism and ZeRO cut"),
+    **dict.fromkeys(("muadam", "muadamw", "musgd"), "needs the mup package and its own initialization"),
+    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "was removed from DeepSpeed"),
 }
 
 _WARMUP: dict[str, Check] = {
@@ -85,10 +80,10 @@ def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
     unusable = _DEEPSPEED_ONLY if params.get("torch_adam") else _TORCH_ONLY
     for key in unusable if name in {"Adam", "AdamW"} else ():
         if key in params:
-            state = "true" if params.get("torch_adam") else "not set"
+            owner, state = ("DeepSpeed's", "true") if params.get("torch_adam") else ("torch's", "not set")
             errors.append(
-                f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: "
-                f"another implementation takes it. Remove {key}, or change optimizer.params.torch_adam."
+                f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: it is "
+                f"a parameter of {owner} implementation. Remove {key}, or change optimizer.params.torch_adam."
             )
     return errors
 
@@ -217,18 +212,12 @@ def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place
     if name is None:
         return f"{part}.type is missing: it must be one of {', '.join(known)}."
     why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
-    problem = f" is not offered: it {why}." if why else " is unknown" + (nearest(str(name), known) or ".")
-    return f"{part}.type={name!r}{place(f'{part}.type')}{problem} It must be one of {', '.join(known)}."
+    guess = f": it {why}." if why else nearest(str(name), known) or "."
+    return (
+        f"{part}.type={name!r}{place(f'{part}.type')} is not supported by raptr_ds{guess} "
+        f"It must be one of {', '.join(known)}."
+    )
 
 
 def _check_params(part: str, name: str, params: dict[str, Any], known: dict[str, Check], place: Place) -> list[str]:
-    errors = []
-    for key, value in params.items():
-        dotted = f"{part}.params.{key}"
-        if dotted in REFUSED:
-            errors.append(f"{dotted}{place(dotted)} {REFUSED[dotted]}.")
-        elif key not in known:
-            errors.append(f"{part}.type={name}: " + unknown_key(dotted, list(known), place))
-        elif must := known[key](value):
-            errors.append(f"{dotted}={value!r}{place(dotted)} {must}.")
-    return errors
+    return [f"{part}.type={name}: {error}" for error in check_table(params, known, f"{part}.params.", place)]

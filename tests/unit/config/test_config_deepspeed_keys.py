@@ -1,4 +1,4 @@
-"""The table of DeepSpeed's keys against the installed DeepSpeed's own sources, read as text: none is undecided."""
+"""The tables of DeepSpeed's keys against the installed DeepSpeed's own sources, read as text, and their messages."""
 
 import ast
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.config.deepspeed_keys import KNOWN, REFUSED, ZERO
+from raptr_ds.config.deepspeed_keys import INSTEAD, KNOWN, ZERO
 from raptr_ds.config.optimization import NOT_OFFERED, OPTIMIZERS, SCHEDULERS
 from raptr_ds.errors import ConfigError
 
@@ -33,38 +33,19 @@ def fields(file: Path, cls: str) -> set[str]:
     return names
 
 
-def refused_below(prefix: str) -> set[str]:
-    return {key.removeprefix(prefix) for key in REFUSED if key.startswith(prefix)}
-
-
 @pytest.mark.parametrize(
-    ("file", "cls", "table", "prefix"),
+    ("file", "cls", "table"),
     [
-        ("runtime/zero/config.py", "DeepSpeedZeroConfig", ZERO, "zero_optimization."),
-        ("runtime/precision_config.py", "DeepSpeedBF16Config", KNOWN["bf16"], "bf16."),
-        ("runtime/precision_config.py", "DeepSpeedFP16Config", KNOWN["fp16"], "fp16."),
+        ("runtime/zero/config.py", "DeepSpeedZeroConfig", ZERO),
+        ("runtime/precision_config.py", "DeepSpeedBF16Config", KNOWN["bf16"]),
+        ("runtime/precision_config.py", "DeepSpeedFP16Config", KNOWN["fp16"]),
     ],
 )
-def test_every_key_of_a_deepspeed_block_is_accepted_or_refused(source, file, cls, table, prefix):
-    theirs = fields(source / file, cls)
-    assert theirs - set(table) - refused_below(prefix) == set()
-    assert set(table) - theirs == set()
+def test_every_supported_key_of_a_block_is_deepspeeds(source, file, cls, table):
+    assert set(table) - fields(source / file, cls) == set()
 
 
-def test_every_top_level_key_is_accepted_or_refused(source):
-    text = (source / "runtime/config.py").read_text(encoding="utf-8")
-    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', (source / "runtime/constants.py").read_text(), re.M))
-    scalar = set(re.findall(r"get_scalar_param\(\s*param_dict,\s*([A-Z_]+),", text))
-    literal = set(re.findall(r"param_dict(?:\.get\(|\[)['\"](\w+)['\"]", text))
-    removed = set(re.findall(r'^    "(\w+)":$', text, re.M))
-    theirs = {constants[name] for name in scalar if name in constants} | literal
-    assert len(theirs) > 15
-    assert removed >= {"elasticity", "amp", "progressive_layer_drop"}
-    assert theirs - set(KNOWN) - set(REFUSED) == set()
-    assert {name for name in removed if name not in REFUSED and f"zero_optimization.{name}" not in REFUSED} == set()
-
-
-def test_every_optimizer_is_accepted_or_refused(source):
+def test_every_optimizer_is_accepted_or_refused_with_a_reason(source):
     text = (source / "runtime/config.py").read_text(encoding="utf-8")
     theirs = set(re.findall(r"^[A-Z]+_OPTIMIZER = '(\w+)'", text, re.M))
     assert theirs >= {"adam", "muon"}
@@ -80,18 +61,44 @@ def test_our_parameters_of_deepspeed_schedulers_are_theirs(source):
         assert set(SCHEDULERS[name]) == theirs | {"warmup_ratio"}
 
 
-@pytest.mark.parametrize("key", sorted(REFUSED))
-def test_refused_keys_name_the_mend(load, key):
+@pytest.mark.parametrize("key", sorted(INSTEAD))
+def test_keys_that_people_try_are_refused_with_what_to_do(load, key):
     with pytest.raises(ConfigError) as error:
         load(f"{key}={{}}", "optimizer.type=AdamW")
-    assert f"{key} (from --set) {REFUSED[key]}." in str(error.value)
-    assert re.search(r"Write|Remove|set in", REFUSED[key])
+    assert f"{key} (from --set) is not supported by raptr_ds. {INSTEAD[key]}." in str(error.value)
+    assert re.search(r"\b(use|remove)\b", INSTEAD[key], re.IGNORECASE)
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("zero_optimization.stage=4", "zero_optimization.stage=4 (from --set) must be 0..3, whole"),
+        (
+            "nebula={}",
+            "nebula (from --set) is not supported by raptr_ds. Correct or remove it. Keys there: train_batch",
+        ),
+        ("optimzer={}", "optimzer (from --set) is not supported by raptr_ds; did you mean 'optimizer'?"),
+        (
+            "zero_optimization.leaf_module={}",
+            "zero_optimization.leaf_module (from --set) is not supported by raptr_ds. Correct or remove it. "
+            "Keys of zero_optimization: stage, ",
+        ),
+        ("data_types.param_dtype=fp16", "Keys of data_types: grad_accum_dtype."),
+        (
+            "zero_optimization.stage3_gather_fp16_weights_on_model_save=true",
+            "did you mean 'stage3_gather_16bit_weights_on_model_save'?",
+        ),
+    ],
+)
+def test_other_keys_are_refused_with_those_that_are_supported(load, override, says):
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("zero_optimization.stage=4", "zero_optimization.stage=4 (from --set) must be a whole number, 0 to 3"),
         ("zero_optimization=true", "must be an object"),
         ("train_batch_size=0", "train_batch_size=0 (from --set) must be a whole number, 1 or more"),
         ("train_batch_size=8.5", "must be a whole number"),
@@ -102,13 +109,19 @@ def test_refused_keys_name_the_mend(load, key):
         ("fp16.loss_scale_window=0", "must be a whole number, 1 or more"),
         ("fp16.min_loss_scale=-1", "must be a whole number, 1 or more"),
         ("communication_data_type=int8", "must be one of fp16, bf16, fp32"),
-        ("zero_optimization.offload_optimizer.device=cpu", "is not offered: offloaded gradients bypass the norm"),
+        ("zero_optimization.offload_optimizer.device=cpu", "Gradients that are offloaded miss in the norm"),
         ("zero_optimization.zero_quantized_weights=true", "has not been tested"),
-        ("optimizer.type=AdmaW", "optimizer.type='AdmaW' (from --set) is unknown; did you mean 'AdamW'?"),
-        ("optimizer.type=Lamb", "is not offered: it scales by norms of whole matrices"),
+        (
+            "optimizer.type=AdmaW",
+            "optimizer.type='AdmaW' (from --set) is not supported by raptr_ds; did you mean 'AdamW'?",
+        ),
+        ("optimizer.type=Lamb", "is not supported by raptr_ds: it updates whole matrices"),
         ('optimizer={"type": "AdamW", "params": {"betas": [1, 2]}}', "optimizer.params.betas=[1, 2]"),
         ('optimizer={"type": "AdamW", "params": {"lr": 0}}', "must be a number, greater than 0"),
-        ('optimizer={"type": "SGD", "params": {"betas": [0, 0]}}', "optimizer.type=SGD: optimizer.params.betas"),
+        (
+            'optimizer={"type": "SGD", "params": {"betas": [0, 0]}}',
+            "optimizer.type=SGD: optimizer.params.betas",
+        ),
         ('optimizer={"type": "AdamW", "params": {"foreach": true}}', "no use with torch_adam not set"),
         (
             'optimizer={"type": "Adam", "params": {"torch_adam": true, "bias_correction": true}}',

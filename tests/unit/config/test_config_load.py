@@ -162,7 +162,7 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("zero_optimization.stag=3", ["zero_optimization.stag ", "did you mean 'stage'?"]),
         ("raptr_ds.model.steps=3", ["raptr_ds.model.steps", "it belongs to raptr_ds.train"]),
         ("raptr_ds.train.train_batch_size=3", ["it belongs to the top level"]),
-        ("path.method=full", ["it belongs into raptr_ds: raptr_ds.path"]),
+        ("path.method=full", ["it belongs in raptr_ds: raptr_ds.path"]),
         (
             f"{P}method=stack",
             ["'stack'", "full, raptr, pld, constant, layerdrop, stacking, width", "did you mean 'stacking'?"],
