@@ -2,7 +2,8 @@
 
 Prints, as Markdown: parameters; executed FLOPs, predicted time and memory of each phase, and the whole against the
 standard run; and warnings where the layout wastes what the paths save, with what would be better. --save proposes a
-schedule of four phases with that saving of FLOPs and plans it. Times are for a datacentre GPU unless --tflops or
+schedule of four phases with that saving of FLOPs and plans it; --micro-batches prints, instead of a plan, the line of
+the run file that lets short paths use the memory of the full one. Times are for a datacentre GPU unless --tflops or
 --measure says otherwise; --measure takes a few layers of the run's model and tries out this machine, half a minute.
 """
 
@@ -21,7 +22,7 @@ from raptr_ds.planner.advice import advice
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
-from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of
 
@@ -49,6 +50,9 @@ def main() -> None:
         help="what a layer keeps depends on it (--measure: this one's)",
     )
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device: tell what fits into it")
+    parser.add_argument(
+        "--micro-batches", action="store_true", help="print raptr_ds.parallel.micro_batches for the run file instead"
+    )
     parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
     arguments = parser.parse_args()
     if arguments.processes < 1:
@@ -60,6 +64,9 @@ def main() -> None:
         network_bytes_per_second=arguments.network * 1e9,
         is_gpu=arguments.device == "gpu",
     )
+    if arguments.micro_batches:
+        print(_micro_batches(arguments))
+        return
     config, notes = _load(arguments.run_file, arguments.set, arguments.processes)
     if arguments.measure:
         device = measure_this_machine(config, arguments.processes, device)
@@ -86,6 +93,16 @@ def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConf
         return config, []
     note = f"vocabulary: {DEFAULT_VOCAB_SIZE:,} assumed, as the data are not prepared here (raptr_ds.model.vocab_size)"
     return config.with_vocab_size(DEFAULT_VOCAB_SIZE), [note]
+
+
+def _micro_batches(arguments: argparse.Namespace) -> str:
+    """Return the line of the run file with the largest micro batch of each phase. Raises: ConfigError if none may be."""
+    key = "raptr_ds.parallel.micro_batches"
+    config, _ = _load(arguments.run_file, [*arguments.set, f"{key}=null"], arguments.processes)
+    ones = [1] * len(scheduled_lengths(config))  # which fit any batch, so that a run file with them is refused only
+    _load(arguments.run_file, [*arguments.set, f"{key}={ones}"], arguments.processes)  # where no sizes may be given
+    sizes = list(proposed_micro_batches(config, arguments.device == "gpu"))
+    return f"micro_batches: {sizes}  # in raptr_ds.parallel, or --set '{key}={sizes}'"
 
 
 def _speeds(device: Device, measured: bool) -> str:

@@ -1,5 +1,6 @@
 """The batch triangle: global batch = micro batch x accumulation steps x data parallel size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
@@ -70,6 +71,19 @@ def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
     raise ConfigError(
         f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
         f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
+    )
+
+
+def check_micro_batches(batch: BatchGeometry, sizes: Sequence[int]) -> None:
+    """Raise ConfigError unless micro batches of each of these sizes make up what a rank trains on in a step."""
+    per_rank = batch.micro_batch * batch.accumulation
+    wrong = next((size for size in sizes if per_rank % size), None)
+    if wrong is None:
+        return
+    fits = ", ".join(str(size) for size in range(1, per_rank + 1) if per_rank % size == 0)
+    raise ConfigError(
+        f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one "
+        f"data-parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
     )
 
 

@@ -5,7 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from raptr_ds.config.batch import BATCH_KEYS, BatchGeometry, check_paths_per_step, data_parallel_size, solve_batch
+from raptr_ds.config.batch import (
+    BATCH_KEYS,
+    BatchGeometry,
+    check_micro_batches,
+    check_paths_per_step,
+    data_parallel_size,
+    solve_batch,
+)
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
 from raptr_ds.config.derive import derive_parallel, derive_train
 from raptr_ds.config.hjson_text import line_of, read_hjson
@@ -97,6 +104,7 @@ def _solve_batch(
     try:
         batch = solve_batch(*given, data_parallel=data_parallel_size(world_size, tensor, pipeline))
         check_paths_per_step(batch, paths_per_step)
+        check_micro_batches(batch, parallel.micro_batches)
     except ConfigError as error:
         data_parallel = max(1, world_size // (tensor * pipeline))
         return BatchGeometry(*(size or 1 for size in given), data_parallel=data_parallel), [str(error)]

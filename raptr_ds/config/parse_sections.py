@@ -14,6 +14,8 @@ from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
 
+_GROW_MICRO_BATCH = f"{BLOCK}.parallel.grow_micro_batch"  # in run files of earlier versions
+
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -69,6 +71,8 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         model = PATH_SECTIONS[METHODS.index(method)]
     parts = [part for part in location if part not in UNION_TAGS]
     dotted, field = ".".join([section, *parts]), parts[0]
+    if dotted == _GROW_MICRO_BATCH:
+        return _replaced_by_micro_batches(value, place)
     if kind == "extra_forbidden":
         return unknown_key(dotted, list((Denoiser if len(parts) > 1 else model).model_fields), place)
     if kind == "missing":
@@ -85,6 +89,18 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
 def _wrong_choice(dotted: str, value: Any, choices: Sequence[str], where: str) -> str:
     guess = nearest(str(value), choices) or "."
     return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
+
+
+def _replaced_by_micro_batches(value: Any, place: Place) -> str:
+    line = (
+        ""
+        if value is False
+        else (", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints")
+    )
+    return (
+        f"{_GROW_MICRO_BATCH}={value!r}{place(_GROW_MICRO_BATCH)} is replaced by {BLOCK}.parallel.micro_batches, "
+        f"which has the size for each phase. Remove it{line}."
+    )
 
 
 def _choices(model: type[Section], field: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.optimization import broken_optimization_rules
-from raptr_ds.config.path_sections import RandomSection, WidthSection
+from raptr_ds.config.path_sections import RandomSection, ScheduledSection, WidthSection
 from raptr_ds.config.run import RunConfig
 
 Rule = Callable[[RunConfig], str | None]
@@ -138,32 +138,39 @@ def kept_activations_need_recomputation(config: RunConfig) -> str | None:
     )
 
 
-def micro_batch_can_grow(config: RunConfig) -> str | None:
-    """grow_micro_batch needs phases of known path length, one pipeline stage, and activations that are kept."""
-    path, parallel = config.path, config.parallel
-    if not parallel.grow_micro_batch:
+def micro_batches_fit_the_phases(config: RunConfig) -> str | None:
+    """micro_batches has a size for each phase, whose paths have a known length, on one pipeline stage."""
+    path, parallel, sizes = config.path, config.parallel, config.parallel.micro_batches
+    if not sizes:
         return None
+    written = f"raptr_ds.parallel.micro_batches={list(sizes)}"
+    scheduled = isinstance(path, ScheduledSection)
+    num_phases = len(path.phase_lengths) if scheduled else 1
+    if num_phases not in {0, len(sizes)}:  # 0: the section reports a schedule that cannot be read
+        phases = f"raptr_ds.path.schedule={path.schedule!r} has" if scheduled else f"method {path.method!r} has"
+        return (
+            f"{written} has {len(sizes)} sizes, and {phases} {num_phases} phases. Write one size for each phase, or "
+            "remove it: every micro batch then has train_micro_batch_size_per_gpu sequences."
+        )
     if path.paths_per_step > 1:
         return (
-            f"raptr_ds.parallel.grow_micro_batch=true with raptr_ds.path.paths_per_step={path.paths_per_step}: larger "
-            "micro batches may be too few for that many paths. Remove one."
+            f"{written} with raptr_ds.path.paths_per_step={path.paths_per_step}: larger micro batches may be too few "
+            "for that many paths. Remove one."
         )
     if isinstance(path, RandomSection) and path.sampling == "bernoulli":
         return (
-            "raptr_ds.parallel.grow_micro_batch=true needs paths of a known length; got raptr_ds.path.sampling="
-            "'bernoulli'. Set sampling to 'uniform' or 'balanced', or remove grow_micro_batch."
+            f"{written} needs paths of a known length; got raptr_ds.path.sampling='bernoulli'. Set sampling to "
+            "'uniform' or 'balanced', or remove micro_batches."
         )
     if parallel.pipeline_model_parallel_size > 1:
         return (
-            "raptr_ds.parallel.grow_micro_batch=true with pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size} would leave fewer micro batches to fill the pipeline. Set "
-            "pipeline_model_parallel_size to 1, or remove grow_micro_batch."
+            f"{written} with pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} would leave fewer "
+            "micro batches to fill the pipeline. Set pipeline_model_parallel_size to 1, or remove micro_batches."
         )
     if parallel.activation_checkpointing:
         return (
-            "raptr_ds.parallel.grow_micro_batch=true with activation_checkpointing=true: recomputation leaves few "
-            "activations for a short path to free. Remove one; keep_activations_up_to switches recomputation off for "
-            "short paths."
+            f"{written} with activation_checkpointing=true: recomputation leaves few activations for a short path to "
+            "free. Remove one; keep_activations_up_to switches recomputation off for short paths."
         )
     return None
 
@@ -305,7 +312,7 @@ RULES: tuple[Rule, ...] = (
     width_freezes_whole_tensors,
     width_is_not_compiled,
     kept_activations_need_recomputation,
-    micro_batch_can_grow,
+    micro_batches_fit_the_phases,
     denoisers_are_complete,
     mask_predicts_something,
     overlapped_reduction_sees_every_path,

@@ -121,9 +121,10 @@ class ParallelSection(Section):
     """With activation_checkpointing: where a path has at most this number of layers on a pipeline stage, nothing is
     recomputed. Short paths then use the memory that the full path needs with recomputation; tools/plan.py prints what
     fits."""
-    grow_micro_batch: bool = False
-    """raptr, constant: in phases of shorter paths take larger and fewer micro batches, as long as a micro batch
-    keeps no more activations than train_micro_batch_size_per_gpu does on the full path. Same global batch."""
+    micro_batches: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    """raptr, constant, stacking: sequences of a micro batch in each phase of the schedule, as `[16, 12, 8, 8]`; the
+    global batch stays the same. Empty: train_micro_batch_size_per_gpu, which a full-model warm-up has in any case.
+    Shorter paths leave memory for larger micro batches: `tools/plan.py FILE --micro-batches` prints what fits."""
 
 
 class Denoiser(Section):

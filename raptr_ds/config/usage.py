@@ -35,7 +35,7 @@ USES = (
         for key in keys_of("path")
     ),
     Use("raptr_ds.path.balance_stages", SAMPLING, ("balanced",)),
-    Use("raptr_ds.parallel.grow_micro_batch", METHOD, ("raptr", "constant", "stacking")),
+    Use("raptr_ds.parallel.micro_batches", METHOD, ("raptr", "constant", "stacking")),
     Use("raptr_ds.model.rotary_base", POSITION, ("rotary",)),
     Use("raptr_ds.objective.mask_rate", ARCHITECTURE, ("bert",)),
     Use("raptr_ds.objective.whole_word", ARCHITECTURE, ("bert",)),

@@ -6,12 +6,11 @@ from typing import Any
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
-from raptr_ds.paths import PathMethod
 from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.memory import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.step_time import Device, Layout
-from raptr_ds.runtime.method import path_method_of
+from raptr_ds.runtime.method import micro_batches_of, path_method_of
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -53,14 +52,21 @@ def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bo
     return max(reuse, int(zero_optimization.get("stage3_max_live_parameters", DEFAULT_KEPT_PARAMETERS)) - layer * 2 / 3)
 
 
-def micro_batches_of(config: RunConfig, method: PathMethod, on_gpu: bool) -> tuple[int, ...]:
-    """Return the sequences of a micro batch in each phase: the run file's, or more where it may grow."""
-    phases, base = method.phases.phases, config.batch.micro_batch
-    if not config.parallel.grow_micro_batch:
-        return tuple(base for _ in phases)
+def scheduled_lengths(config: RunConfig) -> list[int]:
+    """Return the path length of each phase of the schedule, a full-model warm-up left out."""
+    phases = path_method_of(config).phases.phases
+    scheduled = phases[1:] if config.path.full_warmup_steps else phases
+    return [phase.path_length or config.model.num_layers for phase in scheduled]
+
+
+def proposed_micro_batches(config: RunConfig, on_gpu: bool) -> tuple[int, ...]:
+    """Return the largest micro batch for each phase of the schedule, to be written as raptr_ds.parallel.micro_batches.
+
+    One keeps no more activations on the phase's paths than train_micro_batch_size_per_gpu does on the full path.
+    """
     layout, shape, state = layout_of(config), config.model, training_state_of(config, on_gpu)
     predicted = predictions_per_sequence(config)
-    lengths = [config.model.num_layers if phase.path_length is None else phase.path_length for phase in phases]
+    lengths = scheduled_lengths(config)
     return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
 
 
@@ -98,5 +104,5 @@ def setting_of(config: RunConfig, device: Device) -> Setting:
         training_state_of(config, device.is_gpu),
         predictions_per_sequence(config),
         keep_up_to=config.parallel.keep_activations_up_to,
-        micro_batches=micro_batches_of(config, path_method_of(config), device.is_gpu),
+        micro_batches=micro_batches_of(config, path_method_of(config)),
     )

@@ -20,6 +20,13 @@ def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> Pat
     return build_path_method(section, config.sizes, config.train.seed, balanced_stages_of(config, section))
 
 
+def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
+    """Return the sequences of a micro batch in each phase of the run, a full-model warm-up included."""
+    num_phases = len(method.phases.phases)
+    sizes = config.parallel.micro_batches
+    return (config.batch.micro_batch,) * (num_phases - len(sizes)) + sizes
+
+
 def left_out_layers(method: PathMethod) -> list[str]:
     """Return a line for each phase in which some layers of the model are never active."""
     lines = []

@@ -23,9 +23,8 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.setting import micro_batches_of
 from raptr_ds.planner.shortage import DeviceMemory, shortage
-from raptr_ds.runtime.method import left_out_layers, path_method_of
+from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
@@ -166,7 +165,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
-        micro_batches = micro_batches_of(config, method, groups.device.type == "cuda")
+        micro_batches = micro_batches_of(config, method)
         batches = together(
             groups,
             lambda: build_loader(
@@ -187,7 +186,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         if progress is not None:
             for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
                 progress.say(line)
-            if config.parallel.grow_micro_batch:
+            if config.parallel.micro_batches:
                 progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
             for line in shortage(config, DeviceMemory.of(groups.device)):
                 progress.say(line)

@@ -25,7 +25,7 @@ _ONE_PROCESS = (
     "raptr_ds.parallel.tensor_model_parallel_size=1",
     "raptr_ds.parallel.pipeline_model_parallel_size=1",
     "raptr_ds.parallel.pipeline_layers=null",
-    "raptr_ds.parallel.grow_micro_batch=false",
+    "raptr_ds.parallel.micro_batches=null",
 )
 
 

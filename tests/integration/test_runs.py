@@ -86,7 +86,7 @@ def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file
         ("ul2", {}, ["raptr_ds.parallel.tensor_model_parallel_size=2"]),
         ("bert", {}, ["raptr_ds.parallel.tensor_model_parallel_size=2", "raptr_ds.parallel.sequence_parallel=true"]),
         ("ul2", {}, ["zero_optimization.stage=3"]),
-        ("bert", {}, ["zero_optimization.stage=2", "raptr_ds.parallel.grow_micro_batch=true"]),
+        ("bert", {}, ["zero_optimization.stage=2", "raptr_ds.parallel.micro_batches=[2, 2, 1]"]),
     ],
 )
 def test_a_layout_writes_the_losses_of_one_process(

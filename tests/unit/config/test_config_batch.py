@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from raptr_ds.config.batch import BatchGeometry, check_paths_per_step, solve_batch
+from raptr_ds.config.batch import BatchGeometry, check_micro_batches, check_paths_per_step, solve_batch
 from raptr_ds.errors import ConfigError
 
 
@@ -61,3 +61,20 @@ def test_a_run_file_is_held_to_it(load):
     with pytest.raises(ConfigError, match=r"paths_per_step=2 must divide the micro batches of a step"):
         load("raptr_ds.path.paths_per_step=2")
     assert load("raptr_ds.path.paths_per_step=2", "train_micro_batch_size_per_gpu=4").path.paths_per_step == 2
+
+
+def test_micro_batches_of_the_phases_make_up_a_step(load):
+    check_micro_batches(BatchGeometry(24, 2, 6, 2), (12, 6, 2, 1))
+    with pytest.raises(ConfigError, match=r"\[12, 5\]: 5 must divide .*, train_batch_size=24 / 2 = 12\. .*1, 2, 3, 4"):
+        check_micro_batches(BatchGeometry(24, 2, 6, 2), (12, 5))
+    with pytest.raises(ConfigError, match="3 must divide"):
+        load("raptr_ds.parallel.micro_batches=[8,4,3,2]")
+
+
+@pytest.mark.parametrize(("value", "wants_line"), [("true", True), ("false", False)])
+def test_grow_micro_batch_of_earlier_versions_says_what_replaces_it(load, value, wants_line):
+    with pytest.raises(ConfigError, match=r"has been replaced by raptr_ds\.parallel\.micro_batches") as error:
+        load(f"raptr_ds.parallel.grow_micro_batch={value}")
+    assert error.value.exit_code == 2
+    assert "Remove it" in str(error.value)
+    assert ("python tools/plan.py FILE --processes N --micro-batches" in str(error.value)) is wants_line

@@ -115,23 +115,40 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             f"{R}keep_activations_up_to=4 {R}activation_checkpointing=true",
         ),
     ],
-    "micro_batch_can_grow": [
-        (1, f"{R}grow_micro_batch=true {P}sampling=bernoulli", ["sampling='bernoulli'"], f"{R}grow_micro_batch=true"),
+    "micro_batches_fit_the_phases": [
         (
-            2,
-            f"{R}grow_micro_batch=true {R}pipeline_model_parallel_size=2",
-            ["pipeline_model_parallel_size=2", "Set pipeline_model_parallel_size to 1"],
-            f"{R}grow_micro_batch=true",
+            1,
+            f"{R}micro_batches=[8,4]",
+            ["micro_batches=[8, 4] has 2 sizes", "'6-8-10-12' has 4 phases", "Write one size for each phase"],
+            f"{R}micro_batches=[8,4] {P}schedule=6-12",
         ),
         (
             1,
-            f"{R}grow_micro_batch=true {R}activation_checkpointing=true",
+            f"{R}micro_batches=[8,4] {P}method=constant",
+            ["2 sizes", "method 'constant' has 1 phases"],
+            f"{R}micro_batches=[4] {P}method=constant",
+        ),
+        (
+            1,
+            f"{R}micro_batches=[8,8,4,4] {P}sampling=bernoulli",
+            ["sampling='bernoulli'", "Set sampling to 'uniform'"],
+            f"{R}micro_batches=[8,8,4,4] {P}full_warmup_steps=2",
+        ),
+        (
+            2,
+            f"{R}micro_batches=[8,8,4,4] {R}pipeline_model_parallel_size=2",
+            ["pipeline_model_parallel_size=2", "Set pipeline_model_parallel_size to 1"],
+            f"{R}micro_batches=[4,4,2,2]",
+        ),
+        (
+            1,
+            f"{R}micro_batches=[8,8,4,4] {R}activation_checkpointing=true",
             ["keep_activations_up_to switches recomputation off"],
             f"{R}activation_checkpointing=true {R}keep_activations_up_to=6",
         ),
         (
             1,
-            f"{R}grow_micro_batch=true {P}paths_per_step=2 train_micro_batch_size_per_gpu=4",
+            f"{R}micro_batches=[8,8,4,4] {P}paths_per_step=2 train_micro_batch_size_per_gpu=4",
             ["paths_per_step=2", "Remove one"],
             f"{P}paths_per_step=2 train_micro_batch_size_per_gpu=4",
         ),

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hjson
 import pytest
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.planner.advice import advice
+from raptr_ds.planner.plan import plan_run
+from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.method import path_method_of
 
 REPOSITORY = Path(__file__).parents[3]
 RUN_FILE = REPOSITORY / "deepspeed_configs" / "ul2_1b_raptr.json"
@@ -70,6 +74,20 @@ def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
     )
 
 
+def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys):
+    """The line, written into the run file as it stands, gives a run whose phases hold no more than its last."""
+    settings = [NOT_PREPARED, "raptr_ds.path.schedule=3-6-12-24", "raptr_ds.path.full_warmup_steps=100"]
+    settings += ["raptr_ds.parallel.micro_batches=[8]"]  # for another schedule: no hindrance to a new line
+    code, line, _ = plan(monkeypatch, capsys, "--processes", "2", "--micro-batches", "--set", *settings)
+    assert code == 0
+    sizes = hjson.loads(line)["micro_batches"]
+    assert sizes == [32, 16, 8, 8]
+    config = load_run_config(RUN_FILE, [VOCAB, *settings[:-1], f"raptr_ds.parallel.micro_batches={sizes}"], 2)
+    phases = plan_run(path_method_of(config), setting_of(config, Device())).phases
+    assert [phase.layout.micro_batch for phase in phases] == [8, *sizes]
+    assert max(phase.memory.activations for phase in phases) == phases[-1].memory.activations
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -78,6 +96,7 @@ def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
         (["--processes", "0"], "at least one process"),
         (["--tflops", "-1"], "must be above 0"),
         (["--processes", "7"], "must be a multiple"),
+        (["--micro-batches", "--processes", "2", "--set", f"{PIPELINE}=2"], "Set pipeline_model_parallel_size to 1"),
     ],
 )
 def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments, says):
