@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _command_line
+import torch
 
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection
@@ -23,8 +24,10 @@ from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
+from raptr_ds.planner.shortage import shortage
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of
+from raptr_ds.runtime.out_of_memory import DeviceMemory
 
 DEFAULT_VOCAB_SIZE = 32_000
 DEFAULT_TFLOPS = 400.0
@@ -49,7 +52,9 @@ def main() -> None:
         default="gpu",
         help="what a layer keeps depends on it (--measure: this one's)",
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device: tell what fits into it")
+    parser.add_argument(
+        "--device-memory", "--memory", type=float, metavar="GIB", help="memory of a device: print whether the run fits"
+    )
     parser.add_argument(
         "--micro-batches", action="store_true", help="print raptr_ds.parallel.micro_batches for the run file instead"
     )
@@ -78,10 +83,19 @@ def main() -> None:
         config, _ = _load(arguments.run_file, overrides, arguments.processes)
     setting = setting_of(config, device)
     print("\n".join(_report(config, setting, plan_run(path_method_of(config), setting), notes)))
-    if arguments.memory is not None:
-        print(f"\n{_what_fits(setting, arguments.memory)}")
+    if arguments.device_memory is not None:
+        print(f"\n{_what_fits(setting, arguments.device_memory)}")
+    if device.is_gpu and (memory := _device_memory(arguments.device_memory)) is not None:
+        print("\n".join(["", *shortage(config, memory)]))
     for line in advice(config, device):
         print(f"\n**Warning.** {line}")
+
+
+def _device_memory(gib: float | None) -> DeviceMemory | None:
+    """Return the memory that a rank has: of `gib`, or of the GPU of this machine, None where there is none."""
+    if gib is not None:
+        return DeviceMemory("the device", int(gib * _GIB))
+    return DeviceMemory.of(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConfig, list[str]]:
@@ -96,7 +110,10 @@ def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConf
 
 
 def _micro_batches(arguments: argparse.Namespace) -> str:
-    """Return the line of the run file with the largest micro batch of each phase. Raises: ConfigError if none may be."""
+    """Return the line of the run file with the largest micro batch of each phase.
+
+    Raises: ConfigError where a run may have no such line.
+    """
     key = "raptr_ds.parallel.micro_batches"
     config, _ = _load(arguments.run_file, [*arguments.set, f"{key}=null"], arguments.processes)
     ones = [1] * len(scheduled_lengths(config))  # which fit any batch, so that a run file with them is refused only

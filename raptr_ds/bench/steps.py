@@ -12,9 +12,9 @@ from raptr_ds.data.loader import Loader
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.shortage import DeviceMemory, MemoryNeed
+from raptr_ds.planner.shortage import MemoryNeed
 from raptr_ds.rng import stream
-from raptr_ds.runtime.out_of_memory import is_out_of_memory
+from raptr_ds.runtime.out_of_memory import DeviceMemory, is_out_of_memory
 
 WARMUP_ROUNDS = 2
 MEMORY_ROUNDS = 3

@@ -1,38 +1,27 @@
-"""A device's memory and a run: what the plan needs of it, a warning where that is more, and what would help."""
+"""A device's memory and a run: what the plan needs of it, a warning where that is more, and what would help.
 
+python -m raptr_ds.planner.shortage --stage S --processes N [--gpu NAME TOTAL ALLOCATED RESERVED] < resolved run file
+
+prints the explanation for a rank that has run out of memory (raptr_ds/runtime/out_of_memory.py starts it).
+"""
+
+import argparse
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
-
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.planner.memory import RankMemory, logits_bytes, rank_memory
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.setting import reduce_buffers_of, setting_of
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of
+from raptr_ds.runtime.out_of_memory import DeviceMemory
 
 _GIB = 1 << 30
 _FRAGMENTED = 0.05  # of the device's memory, reserved by torch and not in use: from there on it is worth a word
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """A GPU's memory in bytes. allocated: tensors of this process; reserved: what torch holds for them."""
-
-    name: str
-    total: int
-    allocated: int = 0
-    reserved: int = 0
-
-    @classmethod
-    def of(cls, device: torch.device) -> "DeviceMemory | None":
-        """Return that of a device, None for a CPU, whose memory is shared with whatever else runs."""
-        if device.type != "cuda":
-            return None
-        properties = torch.cuda.get_device_properties(device)
-        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        return cls(properties.name, properties.total_memory, allocated, reserved)
 
 
 @dataclass(frozen=True)
@@ -126,19 +115,17 @@ class MemoryNeed:
                 break
 
 
-def shortage(config: RunConfig, device: DeviceMemory | None) -> list[str]:
-    """Return a warning if the plan of the run's fullest rank needs more than a device has; nothing otherwise."""
-    if device is None:
-        return []
+def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
+    """Return a warning if the plan of the run's fullest rank needs more memory than a GPU has; else nothing."""
     stages = range(config.parallel.pipeline_model_parallel_size)
     needs = [MemoryNeed.of(config, stage, on_gpu=True) for stage in stages]
     need = max(needs, key=lambda need: need.memory.total)
     if need.memory.total <= device.total:
         return []
     return [
-        f"warning: by the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} has "
-        f"{_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
-        *(f"  {line}" for line in need.remedies()),
+        f"**Warning.** By the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} "
+        f"has {_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
+        *(f"- {line}" for line in need.remedies()),
     ]
 
 
@@ -161,3 +148,30 @@ def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> l
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    """Print the explanation for the run file on standard input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, required=True, help="pipeline stage of the rank")
+    parser.add_argument("--processes", type=int, required=True, help="processes of the run")
+    parser.add_argument(
+        "--gpu",
+        nargs=4,
+        metavar=("NAME", "TOTAL", "ALLOCATED", "RESERVED"),
+        help="the device and its memory in bytes; left out: a CPU",
+    )
+    arguments = parser.parse_args()
+    device = None
+    if arguments.gpu is not None:
+        name, *sizes = arguments.gpu
+        device = DeviceMemory(name, *map(int, sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.json"
+        file.write_text(sys.stdin.read(), encoding="utf-8")
+        config = load_run_config(file, world_size=arguments.processes)
+    print("\n".join(explanation(config, arguments.stage, device)))
+
+
+if __name__ == "__main__":
+    main()

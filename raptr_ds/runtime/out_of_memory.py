@@ -1,30 +1,62 @@
 """Out of memory: one message, with the plan's figures and what would help, and no rank left waiting for another."""
 
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
-from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.planner.shortage import DeviceMemory, explanation
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, which the planner's process need not wait for
+    from raptr_ds.parallel.groups import ProcessGroups
 
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _RANKS, _CODE = "raptr_ds/out_of_memory/ranks", "raptr_ds/out_of_memory/code"
+
+_PLANNER = "raptr_ds.planner.shortage"  # a program, as the trainer imports nothing of the planner
+_PLANNER_SECONDS = 60.0
+_SOURCES = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A GPU's memory in bytes. allocated: tensors of this process; reserved: what torch holds for them."""
+
+    name: str
+    total: int
+    allocated: int = 0
+    reserved: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceMemory | None:
+        """Return that of a device, None for a CPU, whose memory is shared with whatever else runs."""
+        if device.type != "cuda":
+            return None
+        properties = torch.cuda.get_device_properties(device)
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return cls(properties.name, properties.total_memory, allocated, reserved)
 
 
 @contextmanager
 def memory_errors_explained(
     config: RunConfig, groups: ProcessGroups, steps_trained: Callable[[], int]
 ) -> Iterator[None]:
-    """Turn a device's want of memory into DeviceMemoryError, on the rank that has it.
+    """Turn an error of a device without free memory into DeviceMemoryError, on the rank that has it.
 
-    The other ranks wait in a collective then, which their launcher ends when this one exits; where they notice that a
-    rank is gone (gloo), they end as it did, in silence. steps_trained: by this process so far.
+    The other ranks then wait in a collective, which their launcher ends when this rank exits; where they notice that a
+    rank is gone (gloo), they exit with the same code and print nothing. steps_trained: by this process so far.
     Raises: DeviceMemoryError.
     """
     try:
@@ -44,6 +76,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def planned_need(config: RunConfig, stage: int, num_processes: int, device: DeviceMemory | None) -> list[str]:
+    """Return what a rank of a pipeline stage needs by the memory plan, and what would help: the planner's lines.
+
+    The planner runs in a process of its own that sees no GPU. device: None for a CPU. Where it fails or takes more than
+    a minute, the one line says how to run it by hand.
+    """
+    command = [sys.executable, "-m", _PLANNER, "--stage", str(stage), "--processes", str(num_processes)]
+    if device is not None:
+        command += ["--gpu", device.name, *map(str, (device.total, device.allocated, device.reserved))]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(config.resolved()),
+            cwd=_SOURCES,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=_PLANNER_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return [
+            f"`python tools/plan.py RUN_FILE --processes {num_processes}`, with the same --set, prints how much memory "
+            "a rank needs."
+        ]
+    return done.stdout.splitlines()
+
+
 def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: RuntimeError) -> DeviceMemoryError:
     code = Exit.FAULT if trained else Exit.USER_ERROR
     when = f"after {trained} steps of this start" if trained else "before the end of the first step: nothing is trained"
@@ -52,9 +112,10 @@ def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: Ru
         if trained
         else []
     )
+    device, num_processes = DeviceMemory.of(groups.device), groups.topology.world_size
     lines = [
         f"rank {groups.rank} ({groups.device}) ran out of memory {when}. {str(error).strip().splitlines()[0]}",
-        *explanation(config, groups.pipeline_rank, DeviceMemory.of(groups.device)),
+        *planned_need(config, groups.pipeline_rank, num_processes, device),
         *after,
     ]
     return DeviceMemoryError("\n".join(lines), code, is_first=_tell_the_others(code))

@@ -23,7 +23,6 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.shortage import DeviceMemory, shortage
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
@@ -188,8 +187,6 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 progress.say(line)
             if config.parallel.micro_batches:
                 progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
-            for line in shortage(config, DeviceMemory.of(groups.device)):
-                progress.say(line)
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print

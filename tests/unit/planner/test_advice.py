@@ -74,6 +74,15 @@ def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(("gib", "fits"), [("10", False), ("90", True)])
+def test_the_tool_warns_of_a_device_that_is_too_small(monkeypatch, capsys, gib, fits):
+    code, out, _ = plan(monkeypatch, capsys, "--device-memory", gib, "--set", NOT_PREPARED)
+    assert code == 0
+    assert f"- {gib} GiB hold" in out
+    assert ("**Warning.** By the plan the fullest rank needs" not in out) is fits
+    assert ("activation_checkpointing=true (a third more work)" not in out) is fits
+
+
 def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys):
     """The line, written into the run file as it stands, gives a run whose phases hold no more than its last."""
     settings = [NOT_PREPARED, "raptr_ds.path.schedule=3-6-12-24", "raptr_ds.path.full_warmup_steps=100"]

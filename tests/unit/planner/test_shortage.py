@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.planner.shortage import DeviceMemory, MemoryNeed, explanation, shortage
-from raptr_ds.runtime.out_of_memory import is_out_of_memory
+from raptr_ds.planner.shortage import MemoryNeed, explanation, shortage
+from raptr_ds.runtime import out_of_memory
+from raptr_ds.runtime.out_of_memory import DeviceMemory, is_out_of_memory, planned_need
 
 GIB = 1 << 30
 RUN_FILE = Path(__file__).parents[3] / "deepspeed_configs" / "ul2_1b_raptr.json"
@@ -52,9 +53,9 @@ def test_what_would_help_saves_what_it_says(processes, overrides, on_gpu):
         assert (now.memory.total - after.memory.total) / GIB == pytest.approx(saved, abs=0.006), text
 
 
-def test_a_device_that_is_too_small_is_told_before_training():
+def test_a_device_that_is_too_small_is_named_with_what_would_help():
     need = MemoryNeed.of(run(), 0, on_gpu=True)
-    assert shortage(run(), None) == shortage(run(), DeviceMemory("large", int(need.memory.total) + 1)) == []
+    assert shortage(run(), DeviceMemory("large", int(need.memory.total) + 1)) == []
     first, *remedies = shortage(run(), DeviceMemory("A small GPU", 10 * GIB))
     for part in (f"{need.memory.total / GIB:.2f} GiB", "A small GPU", "10.00 GiB", "17.91 GiB optimizer state"):
         assert part in first
@@ -88,6 +89,19 @@ def test_memory_in_pieces_is_named_where_there_is_much_of_it():
     assert "expandable_segments:True: torch held 19.00 GiB that no tensor used" in "\n".join(
         explanation(run(), 0, pieces)
     )
+
+
+@pytest.mark.parametrize("device", [None, DeviceMemory("A GPU", 80 * GIB, allocated=60 * GIB, reserved=79 * GIB)])
+def test_the_trainer_asks_the_planner_as_a_program_of_its_own(device):
+    config = run(f"{PIPELINE}=2", "raptr_ds.path.schedule=6-12-24", processes=4)
+    assert planned_need(config, 1, 4, device) == explanation(config, 1, device)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("_PLANNER", "raptr_ds.no_such_planner"), ("_PLANNER_SECONDS", 0.001)])
+def test_where_the_planner_fails_the_message_says_how_to_run_it(monkeypatch, setting, value):
+    monkeypatch.setattr(out_of_memory, setting, value)
+    (line,) = planned_need(run(processes=4), 0, 4, None)
+    assert "python tools/plan.py RUN_FILE --processes 4" in line
 
 
 @pytest.mark.parametrize(
