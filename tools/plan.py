@@ -85,8 +85,9 @@ def main() -> None:
     print("\n".join(_report(config, setting, plan_run(path_method_of(config), setting), notes)))
     if arguments.device_memory is not None:
         print(f"\n{_what_fits(setting, arguments.device_memory)}")
-    if device.is_gpu and (memory := _device_memory(arguments.device_memory)) is not None:
-        print("\n".join(["", *shortage(config, memory)]))
+    memory = _device_memory(arguments.device_memory) if device.is_gpu else None
+    if memory is not None and (lines := shortage(config, memory)):
+        print("\n" + "\n".join(lines))
     for line in advice(config, device):
         print(f"\n**Warning.** {line}")
 

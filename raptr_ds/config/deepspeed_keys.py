@@ -8,6 +8,12 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+DEFAULT_REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size, in elements."""
+
+DEFAULT_KEPT_PARAMETERS = 1_000_000_000
+"""DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters, in elements."""
+
 Check = Callable[[Any], str | None]
 """Returns what a value must be, or None if it is that."""
 

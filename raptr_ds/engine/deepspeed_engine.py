@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
+from raptr_ds.config.deepspeed_keys import DEFAULT_REDUCE_BUCKET
 from raptr_ds.engine.parameter_groups import parameter_groups
 from raptr_ds.engine.path_zero import follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
@@ -28,7 +29,6 @@ from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
-from raptr_ds.planner.memory import DEFAULT_REDUCE_BUCKET
 
 
 class TensorParallelUnit:

@@ -11,12 +11,6 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths.cost import layer_parameters, outer_parameters
 from raptr_ds.planner.step_time import Layout
 
-DEFAULT_REDUCE_BUCKET = 500_000_000
-"""DeepSpeed's, in elements (runtime/zero/config.py)."""
-
-DEFAULT_KEPT_PARAMETERS = 1_000_000_000
-"""DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters, in elements."""
-
 GPU_CONTEXT_BYTES = 0.6 * 2**30
 """An estimate: CUDA's context, workspaces of matrix products, and what the allocator cannot hand out again."""
 

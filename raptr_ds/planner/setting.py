@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from raptr_ds.config.deepspeed_keys import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths.cost import layer_parameters
-from raptr_ds.planner.memory import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET, TrainingState, largest_micro_batch
+from raptr_ds.planner.memory import TrainingState, largest_micro_batch
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.step_time import Device, Layout
 from raptr_ds.runtime.method import micro_batches_of, path_method_of
