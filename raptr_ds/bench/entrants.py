@@ -17,11 +17,11 @@ from raptr_ds.engine.fragments import WEIGHT
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
-from raptr_ds.paths.cost import step_flops
 from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
 from raptr_ds.rng import stream
+from raptr_ds.runtime.method import step_cost_of
 
 Turn = Callable[[], tuple[Measured, Step]]
 """Returns the row that the entrant's next step belongs to, and the step."""
@@ -186,10 +186,7 @@ def _lengths(config: RunConfig) -> list[float]:
 
 def _flops(config: RunConfig, batch: StepBatch, path_length: float) -> int:
     predictions = batch.num_predictions * config.batch.data_parallel
-    parallel = config.parallel
-    share = path_length / parallel.pipeline_model_parallel_size  # the benchmark's paths are balanced
-    recomputing = parallel.activation_checkpointing and share > parallel.keep_activations_up_to
-    return step_flops(config.model, path_length, config.batch.global_batch, predictions, recomputing)
+    return round(step_cost_of(config).expected_flops(path_length, predictions))  # the benchmark's paths are balanced
 
 
 @torch.no_grad()

@@ -18,11 +18,10 @@ from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_seq
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import Contestant, Experiment
 from raptr_ds.lab.state import StepTime, measured_step_time, state_of
-from raptr_ds.paths.cost import expected_flops_left
 from raptr_ds.planner.plan import plan_run
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
-from raptr_ds.runtime.method import path_method_of
+from raptr_ds.runtime.method import path_method_of, step_cost_of
 
 _STEPS = "raptr_ds.train.steps"
 _NEIGHBOURS = 3  # steps around the solution that are looked at, as a schedule's rounding makes cost uneven
@@ -190,19 +189,8 @@ class Planner:
 
 def expected_flops(config: RunConfig) -> float:
     """Return the FLOPs that a run's training is expected to execute, head included; the vocabulary must be known."""
-    method, parallel = path_method_of(config), config.parallel
-    if parallel.activation_checkpointing and parallel.keep_activations_up_to:
-        return plan_run(method, setting_of(config, Device())).flops
-    num_sequences = config.batch.global_batch
-    num_predicted = round(num_sequences * predictions_per_sequence(config))
-    return expected_flops_left(
-        config.model,
-        method,
-        0,
-        num_sequences,
-        num_predicted,
-        activation_checkpointing=parallel.activation_checkpointing,
-    )
+    num_predicted = round(config.batch.global_batch * predictions_per_sequence(config))
+    return step_cost_of(config).flops_left(path_method_of(config), 0, num_predicted)
 
 
 def equal_cost_steps(cost: Callable[[int], float], budget: float) -> int:

@@ -36,7 +36,7 @@ def without_compiler() -> Iterator[None]:
 
 def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Keep a function out of compiled graphs; torch.compiler.disable would load the compiler to say so."""
-    disabled = torch._disable_dynamo(function)
+    disabled = torch._disable_dynamo(function)  # pyright: ignore[reportPrivateImportUsage]
 
     @wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -5,7 +5,10 @@ T x T matrix (a mask removes no work), MLP, head. Not counted: norms, activation
 optimizer; together a few percent at most.
 """
 
+from dataclasses import dataclass
+
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 
 _PASSES = 3  # one forward; the backward forms two products for each forward one: by input and by weight
@@ -57,23 +60,51 @@ def step_flops(
     return round(layers) + _PASSES * head_forward_flops(shape, num_predicted)
 
 
-def expected_flops_left(
-    shape: ModelSection,
-    method: PathMethod,
-    step: int,
-    num_sequences: int,
-    num_predicted: int,
-    *,
-    activation_checkpointing: bool = False,
-) -> float:
-    """Return the FLOPs expected in steps step..num_steps-1 (0-based), from the method's expected path lengths.
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a run's training steps, forward and backward, by the whole job.
 
-    num_predicted: expected predicted positions of a global batch.
+    num_sequences: of the global batch. recompute: layers run forward once more in the backward pass, but for those of
+    a pipeline stage with at most keep_up_to active layers. stages: the layers of each stage; empty: all in one.
+    num_predicted, everywhere: predicted positions of the global batch.
     """
-    counts = (num_sequences, num_predicted, activation_checkpointing)
-    head = step_flops(shape, 0, *counts)
-    layer = step_flops(shape, 1, *counts) - head
-    return method.expected_layers_from(step) * layer + head * max(0, method.num_steps - step)
+
+    shape: ModelSection
+    num_sequences: int
+    recompute: bool = False
+    keep_up_to: int = 0
+    stages: tuple[range, ...] = ()
+
+    def flops(self, path: LayerPath, num_predicted: int) -> int:
+        """Return the FLOPs of a step along `path`."""
+        recomputed = sum(map(self._recomputed_work, path.draws)) / len(path.draws)
+        recomputed *= self.num_sequences * layer_forward_flops(self.shape)
+        return round(recomputed) + step_flops(self.shape, path.work, self.num_sequences, num_predicted)
+
+    def _recomputed_work(self, path: LayerPath) -> float:
+        if not self.recompute:
+            return 0.0
+        stages = self.stages or (range(path.num_layers),)
+        counts = [len(path.active_in(layers)) for layers in stages]
+        share = path.work / max(1, path.length)
+        return share * sum(count for count in counts if count > self.keep_up_to)
+
+    def expected_flops(self, path_length: float, num_predicted: int) -> float:
+        """Return the FLOPs of a step whose path has this length in expectation, spread evenly over the stages."""
+        recomputes = self.recompute and path_length / max(1, len(self.stages)) > self.keep_up_to
+        head = step_flops(self.shape, 0, self.num_sequences, num_predicted)
+        layer = step_flops(self.shape, 1, self.num_sequences, 0, activation_checkpointing=recomputes)
+        return head + path_length * layer
+
+    def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
+        """Return the FLOPs expected from a 0-based step on, from the method's expected path lengths."""
+        total = 0.0
+        for phase in method.phases.phases:
+            first = max(step, phase.first_step)
+            if num_steps := max(0, phase.end_step - first):
+                layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
+                total += num_steps * self.expected_flops(layers / num_steps, num_predicted)
+        return total
 
 
 def layer_parameters(shape: ModelSection) -> int:

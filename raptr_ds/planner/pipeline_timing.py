@@ -16,6 +16,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
@@ -106,11 +107,8 @@ def fit_layer_seconds(steps: Sequence[TimedStep]) -> tuple[float, float]:
 
 
 def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: float, path: LayerPath) -> float:
-    counts, start = [], 0
-    for num_layers in config.parallel.pipeline_layers or ():
-        counts.append(len(path.active_in(range(start, start + num_layers))))
-        start += num_layers
-    active = np.array(counts, dtype=np.float64)
+    stages = stage_layers(config.parallel.pipeline_layers or ())
+    active = np.array([len(path.active_in(layers)) for layers in stages], dtype=np.float64)
     times = pipeline_seconds(
         active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
     )

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.paths.cost import step_flops
+from raptr_ds.paths.cost import StepFlops
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
@@ -49,9 +49,8 @@ class Setting:
 
     def flops(self, path_length: float) -> float:
         """Return the FLOPs of a step of this (expected) path length, by the whole job."""
-        counts = self.num_sequences, round(self.num_sequences * self.predicted_per_sequence), self.layout.recompute
-        head, layer = step_flops(self.shape, 0, *counts), step_flops(self.shape, 1, *counts)
-        return head + path_length * (layer - head)
+        steps = StepFlops(self.shape, self.num_sequences, self.layout.recompute)
+        return steps.expected_flops(path_length, round(self.num_sequences * self.predicted_per_sequence))
 
     def seconds(self, paths: Sequence[LayerPath]) -> StepSeconds:
         """Return the predicted times of a step along each path."""

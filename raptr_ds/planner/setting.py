@@ -5,7 +5,8 @@ from typing import Any
 
 from raptr_ds.config.deepspeed_keys import DEFAULT_KEPT_PARAMETERS, DEFAULT_REDUCE_BUCKET
 from raptr_ds.config.derive import derive_overlap
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.path_sections import WarmedUpSection
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.memory import TrainingState, largest_micro_batch
@@ -56,7 +57,8 @@ def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bo
 def scheduled_lengths(config: RunConfig) -> list[int]:
     """Return the path length of each phase of the schedule, a full-model warm-up left out."""
     phases = path_method_of(config).phases.phases
-    scheduled = phases[1:] if config.path.full_warmup_steps else phases
+    path = config.path
+    scheduled = phases[1:] if isinstance(path, WarmedUpSection) and path.full_warmup_steps else phases
     return [phase.path_length or config.model.num_layers for phase in scheduled]
 
 

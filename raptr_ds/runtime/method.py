@@ -6,9 +6,11 @@ from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.path_sections import AnyPathSection, RandomSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
+from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import head_cost_in_layers
+from raptr_ds.runtime.state import StepCost
 
 
 def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> PathMethod:
@@ -18,6 +20,18 @@ def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> Pat
     """
     section = config.path if path is None else path
     return build_path_method(section, config.sizes, config.train.seed, balanced_stages_of(config, section))
+
+
+def step_cost_of(config: RunConfig) -> StepCost:
+    """Return what the run's steps cost; the vocabulary's size must be known."""
+    parallel = config.parallel
+    return StepCost(
+        config.model,
+        config.batch.global_batch,
+        parallel.activation_checkpointing,
+        parallel.keep_activations_up_to,
+        tuple(stage_layers(parallel.pipeline_layers or ())),
+    )
 
 
 def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """A run set up: everything the loop works with, built in one place and closed in one place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +12,23 @@ from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
 from raptr_ds.config.load import RunConfig
 from raptr_ds.config.path_sections import ScheduledSection
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import Compilation, attention_of, build_engine, compilation_of
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
 from raptr_ds.errors import CheckpointError, DeviceMemoryError, Exit
 from raptr_ds.model.attention_backend import AttentionBackend
-from raptr_ds.parallel.agreement import PathAgreement, together
+from raptr_ds.parallel.agreement import PathAgreement, on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of
+from raptr_ds.runtime.method import left_out_layers, micro_batches_of, path_method_of, step_cost_of
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
-from raptr_ds.runtime.progress import build_progress
+from raptr_ds.runtime.progress import Progress, build_progress
 from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
@@ -69,7 +69,7 @@ class Session:
     def record(
         self, state: RunState, result: StepResult, path: LayerPath, learning_rate: float, seconds: float
     ) -> None:
-        """Write down one step."""
+        """Record one step."""
         self.num_trained += 1
         self.metrics.record_step(
             TrainingStep(
@@ -88,22 +88,23 @@ class Session:
                 skipped_steps=state.skipped_steps,
             )
         )
-        self._tell_saved(self.checkpoints.poll())
+        self._report_saved(self.checkpoints.poll())
         self.signals.progressed()
 
     def record_evaluation(self, state: RunState, loss: float, path_length: int) -> None:
-        """Write down one evaluation."""
+        """Record one evaluation."""
         self.metrics.record_evaluation(state.step, loss, path_length)
 
     def long_work_ahead(self) -> None:
-        """Say that what follows may take long, so that silence is no sign of a hang."""
+        """Announce that what follows may take long, so that silence is not taken for a hang."""
         self.signals.progressed(allow_seconds=_LONG_WORK_SECONDS)
 
     def is_checkpoint_due(self, before: RunState, state: RunState) -> bool:
-        """Tell whether to save after the step from `before` to `state`.
+        """Return whether to save after the step from `before` to `state`.
 
-        Not while steps are being skipped: their checkpoints would hold the same weights again, and push those from
-        before them out of `keep`, which a rollback needs. What came due meanwhile is due after the next finite step.
+        Not while steps are being skipped: their checkpoints would hold the same weights again, and would push out of
+        `keep` those from before them, which a rollback needs. What was due meanwhile is due after the next finite
+        step.
         """
         return not state.skipped_in_row and self.config.checkpoint.due(state.step, since=before.last_finite_step)
 
@@ -119,9 +120,9 @@ class Session:
         return _run_state_of(restored, self.config)
 
     def finish_saving(self) -> SaveReport | None:
-        """Wait for what is still being written; return how the last save ended, if that was not told before."""
+        """Wait for what is still being written; return how the last save ended, if not reported yet."""
         self.long_work_ahead()
-        return self._tell_saved(self.checkpoints.wait())
+        return self._report_saved(self.checkpoints.wait())
 
     def finish(self, code: Exit) -> Exit:
         """Wait for what is still being written and return how the run ended: a stop without a checkpoint is a fault."""
@@ -135,7 +136,7 @@ class Session:
         self.metrics.say(f"stopped ({reason}); start again to continue")
         return code
 
-    def _tell_saved(self, reports: Sequence[SaveReport]) -> SaveReport | None:
+    def _report_saved(self, reports: Sequence[SaveReport]) -> SaveReport | None:
         for report in reports:
             if report.error is None:
                 self.metrics.say(
@@ -147,103 +148,139 @@ class Session:
 
 @contextmanager
 def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Iterator[Session]:
-    """Build the run on this rank; what the user did wrong fails here, on all ranks alike, before any training.
+    """Build the run on this rank; the user's mistakes are raised here, on all ranks, before any training.
 
-    Raises: ConfigError, DataError, CheckpointError.
+    In this order, and closed in the reverse order:
+
+    1. the process groups
+    2. the tokenizer, which completes the configuration, the path method and the loader
+    3. the run's folder, and the lines that introduce the run
+    4. the engine
+    5. the checkpoint to continue from
+    6. metrics and the agreement on paths, from the step where the run stands
+
+    What may fail on one rank alone is done `together`, so that no other rank waits for it.
+    Raises: ConfigError, DataError, CheckpointError, DeviceMemoryError.
     """
-    parallel = config.parallel
     groups = initialize_process_groups(
         launch,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
     )
     with ExitStack() as stack:
         stack.push(_leave_groups)
-        folder = Path(str(config.train.save))
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
-        micro_batches = micro_batches_of(config, method)
-        batches = together(
-            groups,
-            lambda: build_loader(
-                config.data,
-                config.objective,
-                config.model,
-                config.batch,
-                seed=config.train.seed,
-                dp_rank=groups.data_rank,
-                tokenizer=tokenizer,
-                micro_batch_at=lambda step: micro_batches[method.phase_at(step).index],
-            ),
-        )
-        stack.enter_context(batches)
+        batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
+        folder = Path(str(config.train.save))
         together(groups, lambda: prepare_run_folder(folder, groups.rank))
-        attention, compilation = attention_of(config, groups), compilation_of(config, groups)
-        progress = build_progress(config.log.progress) if groups.rank == 0 else None
-        if progress is not None:
-            for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
-                progress.say(line)
-            if config.parallel.micro_batches:
-                progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches))} sequences")
+        progress = _introduce(config, groups, method)
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
         tell = progress.say if progress is not None else print
         checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
         stack.callback(checkpoints.close)
-        # A requeued job continues its own run, whatever it was first told to load.
-        load = "auto" if launch.restart_count else config.checkpoint.load
-        state = RunState()
-        if restored := checkpoints.restore(engine, load, config.model):
-            state = _run_state_of(restored, config)
-        if progress is not None:
-            write_config(folder, config.resolved())
-            if state.step:
-                progress.say(_standing(config, folder, state.step))
-        cost = StepCost(
-            config.model,
-            config.batch.global_batch,
-            parallel.activation_checkpointing,
-            parallel.keep_activations_up_to,
-            tuple(stage_layers(parallel.pipeline_layers or ())),
-        )
-        typical_predictions = batches.validation(0).num_predictions * config.batch.data_parallel
-        metrics = Metrics(
-            folder if groups.rank == 0 else None,
-            num_steps=config.train.steps,
-            resume_step=state.step,
-            interval=config.log.interval,
-            tensorboard=config.log.tensorboard,
-            progress=progress,
-            num_devices=groups.topology.world_size,
-            peak=_peak(config, groups),
-            flops_left=lambda step: cost.flops_left(method, step, typical_predictions),
+        # A requeued job continues its own run, whatever checkpoint it was started from.
+        state = _restored_state(config, checkpoints, engine, "auto" if launch.restart_count else config.checkpoint.load)
+        on_first_rank(groups, lambda: write_config(folder, config.resolved()))
+        if progress is not None and state.step:
+            progress.say(_standing(config, folder, state.step))
+        cost = step_cost_of(config)
+        typical_predictions = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
+        metrics = _open_metrics(
+            config, groups, folder, progress, state, lambda step: cost.flops_left(method, step, typical_predictions)
         )
         stack.enter_context(metrics)
-        agreement = PathAgreement(
-            groups,
-            lambda step: method.path_at(step).encode(),
-            LayerPath.decode,
-            lambda: signals.requested,
-            config.train.steps,
-        )
-        non_finite = NonFinitePolicy(config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback")
+        agreement = _agreement(config, groups, method, signals)
         signals.progressed()
         yield Session(
-            config,
-            groups,
-            method,
-            cost,
-            engine,
-            batches,
-            agreement,
-            checkpoints,
-            metrics,
-            signals,
-            non_finite,
-            state,
+            config=config,
+            groups=groups,
+            method=method,
+            cost=cost,
+            engine=engine,
+            batches=batches,
+            agreement=agreement,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            signals=signals,
+            non_finite=NonFinitePolicy(
+                config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
+            ),
+            state=state,
         )
+
+
+def _open_batches(config: RunConfig, groups: ProcessGroups, tokenizer: Tokenizer, method: PathMethod) -> Loader:
+    """Open this rank's data; each phase has micro batches of its own size."""
+    sizes = micro_batches_of(config, method)
+    return together(
+        groups,
+        lambda: build_loader(
+            config.data,
+            config.objective,
+            config.model,
+            config.batch,
+            seed=config.train.seed,
+            dp_rank=groups.data_rank,
+            tokenizer=tokenizer,
+            micro_batch_at=lambda step: sizes[method.phase_at(step).index],
+        ),
+    )
+
+
+def _introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress | None:
+    """Print what the run is; return what prints from now on, on rank 0 alone."""
+    attention, compilation = attention_of(config, groups), compilation_of(config, groups)  # collective
+    if groups.rank:
+        return None
+    progress = build_progress(config.log.progress)
+    for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
+        progress.say(line)
+    if config.parallel.micro_batches:
+        progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches_of(config, method)))} sequences")
+    return progress
+
+
+def _restored_state(config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str) -> RunState:
+    """Load the checkpoint that the run continues from into the engine; return where it stood, or the start."""
+    restored = checkpoints.restore(engine, load, config.model)
+    return RunState() if restored is None else _run_state_of(restored, config)
+
+
+def _open_metrics(
+    config: RunConfig,
+    groups: ProcessGroups,
+    folder: Path,
+    progress: Progress | None,
+    state: RunState,
+    flops_left: Callable[[int], float],
+) -> Metrics:
+    return Metrics(
+        folder if groups.rank == 0 else None,
+        num_steps=config.train.steps,
+        resume_step=state.step,
+        interval=config.log.interval,
+        tensorboard=config.log.tensorboard,
+        progress=progress,
+        num_devices=groups.topology.world_size,
+        peak=_peak(config, groups),
+        flops_left=flops_left,
+    )
+
+
+def _agreement(
+    config: RunConfig, groups: ProcessGroups, method: PathMethod, signals: StopSignals
+) -> PathAgreement[LayerPath]:
+    return PathAgreement(
+        groups,
+        lambda step: method.path_at(step).encode(),
+        LayerPath.decode,
+        lambda: signals.requested,
+        config.train.steps,
+    )
 
 
 def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
@@ -258,7 +295,7 @@ def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
 
 
 def _standing(config: RunConfig, folder: Path, step: int) -> str:
-    """Return what a restored run says: that it continues, or that nothing is left to do, and how it ended."""
+    """Return what a restored run prints: that it continues, or that nothing is left to do, and how it ended."""
     if step < config.train.steps:
         return f"continuing after step {step}"
     evaluation = last_evaluation(folder / METRICS, config.model.num_layers, step)
@@ -305,7 +342,7 @@ def _introduction(
 
 
 def evaluate(session: Session, state: RunState) -> float:
-    """Evaluate the model on the run's validation batches, record and return the loss; all ranks call it alike.
+    """Evaluate the model on the run's validation batches, record and return the loss; all ranks call it.
 
     The full model, whatever path was trained; where the method grows it, all layers that the last step had.
     """

@@ -3,10 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.protocol import StepResult
-from raptr_ds.paths import PathMethod
-from raptr_ds.paths.cost import expected_flops_left, layer_forward_flops, step_flops
+from raptr_ds.paths.cost import StepFlops
 from raptr_ds.paths.path import LayerPath
 
 
@@ -62,52 +60,13 @@ class RunState:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What steps of this run cost: the model's shape, sequences in a global batch, recomputation.
-
-    keep_up_to: active layers of a pipeline stage up to which none is recomputed; stages: the layers of each.
-    """
-
-    shape: ModelSection
-    num_sequences: int
-    recompute: bool
-    keep_up_to: int = 0
-    stages: tuple[range, ...] = ()
+class StepCost(StepFlops):
+    """What steps of this run cost, and where the run stands after one."""
 
     @property
     def tokens(self) -> int:
         """Positions of a global batch."""
         return self.num_sequences * self.shape.seq_length
-
-    def flops(self, path: LayerPath, num_predicted: int) -> int:
-        """Return the FLOPs of a step along `path`."""
-        recomputed = sum(map(self._recomputed_work, path.draws)) / len(path.draws)
-        recomputed *= self.num_sequences * layer_forward_flops(self.shape)
-        return round(recomputed) + step_flops(self.shape, path.work, self.num_sequences, num_predicted)
-
-    def _recomputed_work(self, path: LayerPath) -> float:
-        if not self.recompute:
-            return 0.0
-        stages = self.stages or (range(path.num_layers),)
-        counts = [len(path.active_in(layers)) for layers in stages]
-        share = path.work / max(1, path.length)
-        return share * sum(count for count in counts if count > self.keep_up_to)
-
-    def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
-        """Return the FLOPs expected from a 0-based step on; num_predicted: expected positions of a global batch."""
-        counts = self.num_sequences, num_predicted
-        left = expected_flops_left(self.shape, method, step, *counts)
-        if not self.recompute:
-            return left
-        stages = max(1, len(self.stages))
-        for phase in method.phases.phases:
-            first = max(step, phase.first_step)
-            if first < phase.end_step:
-                layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
-                if layers / (phase.end_step - first) / stages > self.keep_up_to:
-                    left += layers * self.num_sequences * layer_forward_flops(self.shape)
-        return left
 
     def after(self, state: RunState, result: StepResult, path: LayerPath) -> RunState:
         """Return where the run stands after a step along `path`."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.paths.cost import expected_flops_left, num_parameters, step_flops
+from raptr_ds.paths.cost import StepFlops, num_parameters, step_flops
 from tests.path_methods import path_method
 
 BERT = ModelSection(
@@ -130,10 +130,10 @@ def test_expected_flops_left_sum_the_steps(values):
     for step in (0, 4, 5, 20, 39, 40, 41):
         head, layer = step_flops(BERT, 0, 8, 14), step_flops(BERT, 1, 8, 14) - step_flops(BERT, 0, 8, 14)
         expected = sum(head + layer * method.marginals_at(later).sum() for later in range(step, 40))
-        assert expected_flops_left(BERT, method, step, 8, 14) == pytest.approx(expected, rel=1e-12)
+        assert StepFlops(BERT, 8).flops_left(method, step, 14) == pytest.approx(expected, rel=1e-12)
 
 
 def test_fixed_length_paths_cost_what_was_expected():
     method = path_method(method="raptr", schedule="2-3", num_layers=3, num_steps=40, seed=1)
     executed = sum(step_flops(UL2, method.path_at(step).length, 8, 14) for step in range(40))
-    assert executed == pytest.approx(expected_flops_left(UL2, method, 0, 8, 14), rel=1e-12)
+    assert executed == pytest.approx(StepFlops(UL2, 8).flops_left(method, 0, 14), rel=1e-12)

@@ -7,7 +7,7 @@ import pytest
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.cost import expected_flops_left, num_parameters
+from raptr_ds.paths.cost import StepFlops, num_parameters
 from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
 from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
 from raptr_ds.planner.step_time import Device, Layout
@@ -46,9 +46,9 @@ def raptr(**values):
 def test_flops_are_those_that_the_run_will_count(method):
     plan = plan_run(method, setting_of())
     assert plan.num_steps == 400
-    assert plan.flops == pytest.approx(expected_flops_left(SHAPE, method, 0, 32, 160), rel=1e-9)
+    assert plan.flops == pytest.approx(StepFlops(SHAPE, 32).flops_left(method, 0, 160), rel=1e-9)
     full = path_method(method="full", num_layers=12, num_steps=400, seed=1)
-    assert plan.flops_saved == pytest.approx(1 - plan.flops / expected_flops_left(SHAPE, full, 0, 32, 160))
+    assert plan.flops_saved == pytest.approx(1 - plan.flops / StepFlops(SHAPE, 32).flops_left(full, 0, 160))
     assert (plan.flops_saved > 0.01) == (method.expected_layers_from(0) < 12 * 400)
 
 
