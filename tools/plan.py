@@ -4,7 +4,7 @@ Prints, as Markdown: parameters; executed FLOPs, predicted time and memory of ea
 standard run; and warnings where the layout wastes what the paths save, with what would be better. --save proposes a
 schedule of four phases with that saving of FLOPs and plans it; --micro-batches prints, instead of a plan, the line of
 the run file that lets short paths use the memory of the full one. Times are for a datacentre GPU unless --tflops or
---measure says otherwise; --measure takes a few layers of the run's model and tries out this machine, half a minute.
+--measure is given; --measure times a few layers of the run's model on this machine, which takes half a minute.
 """
 
 import argparse
@@ -251,13 +251,13 @@ def _counted_as(setting: Setting) -> str:
 
 
 def _kept_whole(setting: Setting) -> list[str]:
-    """Return what to say of the weights that ZeRO 3 leaves whole."""
+    """Return the line on weights that ZeRO 3 keeps whole, if there are any."""
     layout = setting.layout
     if layout.zero_stage < 3 or layout.data == 1:
         return []
     kept = min(layout.kept_whole, num_parameters(setting.shape) / layout.tensor)
     return [
-        f"- ZeRO 3 leaves up to {kept / 1e6:,.4g}M parameters whole between a micro batch's forward and backward pass, "
+        f"- ZeRO 3 keeps up to {kept / 1e6:,.4g}M parameters whole between a micro batch's forward and backward pass, "
         f"{kept * layout.bytes_per_value / _GIB:.2f} GiB, and gathers only others twice; "
         "zero_optimization.stage3_max_live_parameters and stage3_max_reuse_distance, both, set how many"
     ]

@@ -14,8 +14,7 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import head_cost_in_layers
-from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
-from raptr_ds.planner.scaling_plot import plot_scaling
+from raptr_ds.planner.scaling import pipeline_speed_up, plot_scaling, sampled_paths
 from raptr_ds.planner.step_time import Device, Layout, step_seconds
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"

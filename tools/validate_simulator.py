@@ -1,4 +1,4 @@
-"""Hold the pipeline simulator against DeepSpeed: torchrun --nproc-per-node STAGES tools/validate_simulator.py
+"""Compare the pipeline simulator with DeepSpeed: torchrun --nproc-per-node STAGES tools/validate_simulator.py
 
 Real processes, one for each pipeline stage, run real steps of DeepSpeed's pipeline engine along paths of several
 lengths and samplings; rank 0 prints a Markdown table of measured and simulated times. By default layers sleep for
@@ -46,7 +46,9 @@ def main() -> None:
     config = _config(arguments, launch.world_size)
     kinds = [("full", arguments.layers)]
     kinds += [(sampling, length) for length in arguments.lengths for sampling in SAMPLINGS]
-    labels = [kind for _ in range(arguments.steps) for kind in kinds]  # in turns: a busy machine disturbs all alike
+    labels = [
+        kind for _ in range(arguments.steps) for kind in kinds
+    ]  # in turns, so that a busy machine disturbs all of them
     paths = [_path(config, *kind, number // len(kinds)) for number, kind in enumerate(labels)]
     groups = initialize_process_groups(launch, 1, launch.world_size)
     forward = 1 / 3 if arguments.compute else arguments.layer_ms / 1000
@@ -85,16 +87,16 @@ def _report(
     config: RunConfig, kinds: list[tuple[str, int]], labels: list[tuple[str, int]], steps: list[TimedStep], fit: bool
 ) -> str:
     of_kind = {kind: [step for label, step in zip(labels, steps, strict=True) if label == kind] for kind in kinds}
-    layer, rest, said = 1.0, 0.0, ""
+    layer, rest, fitted = 1.0, 0.0, ""
     if fit:
         layer, rest = fit_layer_seconds([step for found in of_kind.values() for step in found[::2]])
-        said = f"; fitted on every other step: {layer * 1e3:.2f} ms a layer, {rest * 1e3:.1f} ms a step beside them"
+        fitted = f"; fitted on every other step: {layer * 1e3:.2f} ms a layer, {rest * 1e3:.1f} ms a step beside them"
         of_kind = {kind: found[1::2] for kind, found in of_kind.items()}
     full = median(step.measured_seconds for step in of_kind[kinds[0]])
     full_simulated = layer * of_kind[kinds[0]][0].simulated_seconds + rest
     stages = len(config.parallel.pipeline_layers or ())
     lines = [
-        f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{said}",
+        f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}",
         "",
         "| paths | length | measured, s | simulated, s | largest difference | speed-up, measured | simulated |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Advice: where a layout wastes what the paths save, and what would be better, with the simulator's numbers."""
+"""Advice: where a layout wastes what the paths save, and which change would avoid it, with the simulator's numbers."""
 
 from dataclasses import replace
 

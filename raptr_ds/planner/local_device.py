@@ -1,4 +1,4 @@
-"""The cost model's Device, measured from a process that is no rank: it starts the ranks, and imports little itself."""
+"""The cost model's Device, measured by processes that this module starts; it imports little, so they start fast."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What this machine's devices and links reach on a run's own shapes: the cost model's Device, measured.
+"""The cost model's Device, measured: the speeds of this machine's devices and links on a run's own shapes.
 
 A few layers and the head of the run's model train without DeepSpeed, the optimizer steps on their parameters, and the
 ranks exchange a message of the size that the layout sends most. All ranks do so at the same time, as in training.
@@ -44,10 +44,10 @@ def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> 
 
 
 class DeviceProbe:
-    """Pieces of a training step, timed as often as one likes: beside real steps they meet what these meet.
+    """Pieces of a training step, timed any number of times; between real steps they run under the same conditions.
 
-    All ranks of one machine make one and sample it alike. config: with the vocabulary's size.
-    times: the seconds of each piece on the slowest rank, by its name, a list of samples.
+    All ranks of one machine make one and call its methods together. config: with the vocabulary's size.
+    times: samples of each piece's seconds on the slowest rank, by the piece's name.
     """
 
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
@@ -80,10 +80,10 @@ class DeviceProbe:
     def sample(self) -> None:
         """Time each piece once more."""
         for name, piece in self._pieces.items():
-            self.times[name].append(_slowest(self._groups, piece))
+            self.times[name].append(slowest_seconds(self._groups, piece))
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Drop all samples."""
         self.times = {name: [] for name in self._pieces}
 
     def device(self, device: Device) -> Device:
@@ -100,7 +100,7 @@ class DeviceProbe:
             device = replace(device, machine_bytes_per_second=sent / transfer, latency_seconds=seconds["small message"])
         computing = seconds["training"]
         if self._tensor > 1:
-            # What is computing in it: the cost model counts the reductions, of both passes, apart.
+            # Without the reductions of both passes, which the cost model counts separately.
             reductions = 2 * self._num_layers * tensor_reduction_seconds(self._shape, self._layout, device)
             computing = max(computing - reductions, _LEAST_COMPUTING * computing)
         sequences = self._config.batch.micro_batch
@@ -129,8 +129,8 @@ def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Call
     return lambda: dist.all_reduce(message, group=groups.world)
 
 
-def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
-    """Return the seconds of some work on the slowest rank."""
+def slowest_seconds(groups: ProcessGroups, work: Callable[[], object]) -> float:
+    """Return the seconds of some work, which all ranks do, on the slowest rank."""
     synchronize(groups.device)
     dist.barrier(group=groups.control)
     start = time.perf_counter()
@@ -142,6 +142,6 @@ def _slowest(groups: ProcessGroups, work: Callable[[], object]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU was given to do; a CPU has done it."""
+    """Wait until a GPU has finished its work; a CPU already has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

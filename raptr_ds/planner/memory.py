@@ -19,11 +19,11 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What decides memory beside the model's shape and the layout.
+    """What decides memory besides the model's shape and the layout.
 
-    optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of ZeRO's buffer of
-    gradients, at most; reduce_buffers: how many of them there are. on_gpu: with attention in one kernel, with dropout
-    or without. compiled: layers by torch.compile; on a CPU that is counted as if they were not.
+    optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of a buffer of
+    gradients in ZeRO, at most; reduce_buffers: their number. on_gpu: attention is one kernel, with dropout or without.
+    compiled: layers are compiled by torch.compile, which makes no difference here on a CPU.
     """
 
     num_attention_heads: int
@@ -40,8 +40,8 @@ class TrainingState:
 class RankMemory:
     """Bytes of one rank of a pipeline stage, along paths with a given number of active layers there.
 
-    activations: or, on a GPU, what the optimizer's step needs when they are gone, if that is more. context: of the
-    device, beside all tensors. never_together: bytes of gradients and activations that are not held at one time.
+    activations: on a GPU, or what the optimizer's step needs after they are freed, if that is more. context: what the
+    device needs besides tensors. never_together: bytes of gradients and activations that are not held at the same time.
     """
 
     weights: float
@@ -59,11 +59,11 @@ class RankMemory:
 
 
 def stage_parameters(shape: ModelSection, layout: Layout, stage: int, num_active: int | None = None) -> float:
-    """Return the parameters of one rank of a stage: its layers (only num_active of them, if said), embedding, head.
+    """Return the parameters of one rank of a stage: its layers (or only num_active of them), embedding, head.
 
     The tensor ranks' shares are counted as equal; norms and some biases are replicated, a fraction of a percent.
     """
-    num_layers = sum(layout.stage_layers[stage :: layout.num_stages]) if num_active is None else num_active
+    num_layers = layout.stage_layers[stage] if num_active is None else num_active
     outer = outer_parameters(shape, stage, layout.num_stages)
     return (num_layers * layer_parameters(shape) + outer) / layout.tensor
 
@@ -143,11 +143,11 @@ def activation_bytes(
 ) -> float:
     """Return the bytes that a rank of a stage keeps at the peak, with num_active of its layers in the path.
 
-    In 1F1B a stage has as many micro batches under way as stages follow it, itself included. With recomputation a
-    layer keeps its input alone, and one layer at a time its whole set. On a GPU what the backward pass of the head, or
-    of a layer, takes on top is counted too.
+    In 1F1B a stage has as many micro batches in flight as there are stages from it to the last. With recomputation a
+    layer keeps only its input, and one layer at a time all its activations. On a GPU the memory that the backward pass
+    of the head or of a layer needs on top is counted too.
     """
-    in_flight = _micro_batches_in_flight(layout, stage)
+    in_flight = min(layout.num_stages - stage, layout.num_micro_batches)
     stream = layout.micro_batch * shape.seq_length * shape.hidden_size / layout.stream_ranks * layout.bytes_per_value
     layer = layer_activation_bytes(shape, layout, state)
     if layout.recompute:
@@ -159,7 +159,7 @@ def activation_bytes(
     logits = logits_bytes(shape, layout, predicted_per_sequence) if stage == layout.num_stages - 1 else 0.0
     if not state.on_gpu:
         return total + logits
-    # The head's backward pass comes first: its logits' gradient stands in their place and is then let go of.
+    # The head's backward pass comes first: its logits' gradient takes their place and is then freed.
     head = logits and logits + shape.vocab_size * shape.hidden_size / layout.tensor * layout.bytes_per_value
     return total + max(head, _backward_bytes(shape, layout) if num_active else 0.0)
 
@@ -168,16 +168,6 @@ def logits_bytes(shape: ModelSection, layout: Layout, predicted_per_sequence: fl
     """Return the bytes of one micro batch's logits: one buffer serves all (raptr_ds/parallel/cross_entropy.py)."""
     logits = layout.micro_batch * predicted_per_sequence * shape.vocab_size / layout.tensor
     return logits * layout.bytes_per_value
-
-
-def _micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Return how many micro batches' forward passes a stage holds, in whole stages' worth."""
-    if layout.num_stages == 1:
-        return 1
-    if layout.num_chunks == 1:
-        return min(layout.num_stages - stage, layout.num_micro_batches)
-    ahead = 2 * (layout.num_stages - stage - 1) + (layout.num_chunks - 1) * layout.num_stages + 1
-    return min(ahead, layout.num_micro_batches * layout.num_chunks) / layout.num_chunks
 
 
 def largest_micro_batch(
@@ -208,10 +198,10 @@ def rank_memory(
 ) -> RankMemory:
     """Return what a rank of a pipeline stage holds while training paths with num_active of the stage's layers.
 
-    ZeRO stage 0 keeps everything whole; 1 shares the optimizer state and the fp32 weights, 2 also gradients, 3 also
-    weights, over the data-parallel ranks, of which as many are whole besides as layout.kept_whole lets it keep. fp32
-    training at ZeRO 0 needs no second copy of the weights. Gradients are those of the active layers; ZeRO 1 and 2 keep
-    the rank's share of them once more to accumulate or step on.
+    Over the data-parallel ranks, ZeRO stage 0 splits nothing, 1 the optimizer state and the fp32 weights, 2 also the
+    gradients, 3 also the weights, of which up to layout.kept_whole are whole at the same time. fp32 training at ZeRO 0
+    needs no second copy of the weights. Gradients are those of the active layers; ZeRO 1 and 2 hold the rank's share of
+    them a second time, to accumulate or to step on.
     """
     parameters = stage_parameters(shape, layout, stage)
     active = stage_parameters(shape, layout, stage, num_active)

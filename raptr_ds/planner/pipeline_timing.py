@@ -1,14 +1,13 @@
 """Real pipeline steps, timed beside the simulator's: DeepSpeed's engine and processes, layers that sleep or compute."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.random_batch import random_step_batch
@@ -18,6 +17,7 @@ from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath
+from raptr_ds.planner.measure import slowest_seconds
 from raptr_ds.planner.simulator import pipeline_seconds
 
 
@@ -31,7 +31,7 @@ class TimedStep:
 
 
 class _Sleep(torch.autograd.Function):
-    """The identity, which takes its time in both directions."""
+    """The identity, which sleeps in both directions."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, seconds: float, backward_seconds: float) -> torch.Tensor:  # pyright: ignore
@@ -46,9 +46,9 @@ class _Sleep(torch.autograd.Function):
 
 
 def sleep_in_layers(stage: Stage, forward_seconds: float, backward_seconds: float) -> None:
-    """Replace what the stage's layers compute by sleeping, so that timing needs no core of its own for each process.
+    """Make the stage's layers sleep instead of compute, so that timing does not need a core for each process.
 
-    All layers of the path that are here sleep at once: on a busy machine each awakening may come late.
+    All active layers of the stage sleep in one go, as on a busy machine each wake-up may come late.
     """
     layers = [int(name) for name in stage.layers]
 
@@ -72,10 +72,8 @@ def time_steps(
 ) -> list[TimedStep]:
     """Run a step along each path on this pipeline and return its times, the best of some repetitions.
 
-    Every rank calls it alike.
-
-    forward_seconds, backward_seconds: of a layer and a micro batch. sleeps: layers take just these times, instead of
-    computing; then they are what the simulator is told too.
+    All ranks call it. forward_seconds, backward_seconds: of a layer and a micro batch, for the simulator. sleeps:
+    layers sleep for these times instead of computing.
     """
     engine = build_engine(config, groups)
     assert isinstance(engine, PipelineEngine), "one pipeline stage has no pipeline to time"
@@ -86,10 +84,10 @@ def time_steps(
     for step in range(warmup_steps):
         engine.train_step(batch, full, step, 1e-4)
     measured = [float("inf")] * len(paths)
-    for repetition in range(repetitions):  # all paths in turns: what disturbs one disturbs its neighbours
+    for repetition in range(repetitions):  # all paths in turns, so that a disturbance meets several
         for number, path in enumerate(paths):
             step = warmup_steps + repetition * len(paths) + number
-            seconds = _slowest(groups, partial(engine.train_step, batch, path, step, 1e-4))
+            seconds = slowest_seconds(groups, partial(engine.train_step, batch, path, step, 1e-4))
             measured[number] = min(measured[number], seconds)
     simulated = [_simulated(config, forward_seconds, backward_seconds, path) for path in paths]
     return [TimedStep(*values) for values in zip(paths, measured, simulated, strict=True)]
@@ -113,12 +111,3 @@ def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: floa
         active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
     )
     return float(times.max())
-
-
-def _slowest(groups: ProcessGroups, step: Callable[[], object]) -> float:
-    dist.barrier(group=groups.control)
-    start = time.perf_counter()
-    step()
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
-    return seconds.item()

@@ -1,4 +1,4 @@
-"""Plan: what a run will execute, take and hold, phase by phase, against the standard run; nothing is launched."""
+"""Plan: each phase's FLOPs, time and memory, compared with the standard run; nothing is launched."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
 from raptr_ds.planner.memory import RankMemory, TrainingState, rank_memory
-from raptr_ds.planner.step_time import Device, Layout, StepSeconds, active_in_parts, activity_table, step_seconds
+from raptr_ds.planner.step_time import Device, Layout, StepSeconds, active_in_stages, activity_table, step_seconds
 
 _SAMPLED_STEPS = 64  # of a phase, whose paths stand for all of it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that a plan needs beside the paths: model, layout, device, and what one step trains on.
+    """All that a plan needs besides the paths: model, layout, device, and what one step trains on.
 
     predicted_per_sequence: expected predicted positions of a sequence. keep_up_to: active layers of a pipeline stage up
-    to which none is recomputed. micro_batches: sequences of a micro batch in each phase, where they grow.
+    to which none is recomputed. micro_batches: sequences of a micro batch in each phase; empty: the layout's.
     """
 
     shape: ModelSection
@@ -55,6 +55,10 @@ class Setting:
     def seconds(self, paths: Sequence[LayerPath]) -> StepSeconds:
         """Return the predicted times of a step along each path."""
         return step_seconds(paths, self.shape, self.layout, self.device, self.predicted_per_sequence)
+
+    def memory(self, stage: int, num_active: int) -> RankMemory:
+        """Return what a rank of a pipeline stage holds along paths with num_active layers there."""
+        return rank_memory(self.shape, self.layout, self.state, stage, num_active, self.predicted_per_sequence)
 
 
 @dataclass(frozen=True)
@@ -127,40 +131,26 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
     length = expected / phase.num_steps
     draws = [draw for path in paths for draw in path.draws]
-    setting = setting.in_phase(phase, int(active_by_stage(draws, setting.layout).max()))
+    setting = setting.in_phase(phase, int(active_in_stages(activity_table(draws), setting.layout.stage_layers).max()))
     stage, memory = fullest_rank(draws, setting)
     seconds = float(setting.seconds(paths).total.mean())
     return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
 
 
-def active_by_stage(paths: Sequence[LayerPath], layout: Layout) -> np.ndarray:
-    """Return the active layers of each pipeline stage, (paths, stages)."""
-    parts = active_in_parts(activity_table(paths), layout.stage_layers)
-    return parts.reshape(len(paths), layout.num_chunks, layout.num_stages).sum(axis=1)
-
-
 def fullest_rank(paths: Sequence[LayerPath], setting: Setting) -> tuple[int, RankMemory]:
     """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
-    layout = setting.layout
-    most = active_by_stage(paths, layout).max(axis=0)
-    held = [
-        rank_memory(setting.shape, layout, setting.state, stage, int(count), setting.predicted_per_sequence)
-        for stage, count in enumerate(most)
-    ]
+    most = active_in_stages(activity_table(paths), setting.layout.stage_layers).max(axis=0)
+    held = [setting.memory(stage, int(count)) for stage, count in enumerate(most)]
     stage = int(np.argmax([memory.total for memory in held]))
     return stage, held[stage]
 
 
 def keepable_layers(setting: Setting, memory_bytes: float) -> int:
     """Return up to how many active layers on any pipeline stage fit into a rank's memory without recomputation."""
-    layout = replace(setting.layout, recompute=False)
-    deepest = max(sum(layout.stage_layers[stage :: layout.num_stages]) for stage in range(layout.num_stages))
-    for count in range(deepest, 0, -1):
-        needed = max(
-            rank_memory(setting.shape, layout, setting.state, stage, count, setting.predicted_per_sequence).total
-            for stage in range(layout.num_stages)
-        )
-        if needed <= memory_bytes:
+    setting = replace(setting, layout=replace(setting.layout, recompute=False))
+    stage_layers = setting.layout.stage_layers
+    for count in range(max(stage_layers), 0, -1):
+        if max(setting.memory(stage, count).total for stage in range(len(stage_layers))) <= memory_bytes:
             return count
     return 0
 
@@ -168,10 +158,10 @@ def keepable_layers(setting: Setting, memory_bytes: float) -> int:
 def propose_schedule(
     num_layers: int, least_length: int, saving: float, saved_by: Callable[[tuple[int, ...]], float]
 ) -> tuple[int, ...] | None:
-    """Return the four path lengths, the last the full depth, whose run saves most nearly `saving` of the FLOPs.
+    """Return four path lengths, the last the full depth, of the run whose saving of FLOPs is nearest to `saving`.
 
-    least_length: of a path, at least the fixed layers; saved_by: the saving of a run by these lengths, in full. The
-    lengths grow as evenly as they can; None if no schedule saves as much, to within half of the smallest step.
+    least_length: of a path, at least the fixed layers; saved_by: returns the saving of a run with these lengths. The
+    lengths grow as evenly as possible; None if no schedule comes as near as the smallest step of lengths allows.
     """
     found: dict[tuple[int, ...], float] = {}
     for reach in range(num_layers - least_length + 1):
@@ -187,6 +177,6 @@ def propose_schedule(
 
 
 def _unevenness(lengths: Sequence[int]) -> int:
-    """Return how far the lengths are from growing by equal steps: the squares of what the steps differ by, summed."""
+    """Return how far the lengths are from growing by equal steps: the sum of the squared differences of the steps."""
     steps = [after - before for before, after in pairwise(lengths)]
     return sum((after - before) ** 2 for before, after in pairwise(steps))

@@ -1,4 +1,4 @@
-"""From a run's configuration to what a plan of it needs: layout, training state, and the work of its objective."""
+"""From a run's configuration to what a plan of it needs: layout, training state, and predicted positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,14 +38,14 @@ def layout_of(config: RunConfig) -> Layout:
 
 
 def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bool) -> float:
-    """Return the parameters that ZeRO 3 leaves whole from a micro batch's forward pass to its backward pass, at most.
+    """Return the most parameters that ZeRO 3 keeps whole between a micro batch's forward and backward pass.
 
-    layer: parameters of one layer on a rank. Two limits of DeepSpeed, of which the looser one counts. A weight is kept
-    if no more than stage3_max_reuse_distance elements come before its next use; what follows the layer comes twice
-    until then, and three times where it is recomputed. Prefetching, if there is any, passes over weights that are whole
-    until it meets the backward pass, and keeps them too: only stage3_max_live_parameters holds it back, which counts
-    what is in use, about an MLP. Right to half a layer, as whole matrices are let go of. (With neither, recomputation
-    gathers a third time, which the cost model does not count.)
+    layer: parameters of one layer on a rank. DeepSpeed has two limits, and the looser one counts. A weight is kept if
+    at most stage3_max_reuse_distance elements are used before its next use; those of the layers after it are used twice
+    until then, or three times with recomputation. Prefetching, unless it is off, passes over weights that are whole
+    until it reaches the backward pass, and keeps them too: only stage3_max_live_parameters limits it, which also counts
+    what is in use, about an MLP. Exact to half a layer, as whole matrices are freed. (Where nothing is kept,
+    recomputation gathers a third time, which the cost model does not count.)
     Source: runtime/zero/partitioned_param_coordinator.py of deepspeed 0.19.8; counted in tests/dist.
     """
     reuse = int(zero_optimization.get("stage3_max_reuse_distance", DEFAULT_KEPT_PARAMETERS)) / (3 if recompute else 2)
@@ -74,7 +74,7 @@ def proposed_micro_batches(config: RunConfig, on_gpu: bool) -> tuple[int, ...]:
 
 
 def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_parallel: int) -> int:
-    """Return how many buffers of gradients ZeRO has, at this stage over so many ranks: two where reducing overlaps."""
+    """Return the number of ZeRO's gradient buffers at a stage and number of ranks: two if reductions overlap."""
     zero = {**config.deepspeed.get("zero_optimization", {}), "stage": zero_stage}
     overlaps = zero.get("overlap_comm", False)
     if on_gpu:
@@ -83,7 +83,7 @@ def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_par
 
 
 def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
-    """Return what decides the run's memory beside shape and layout."""
+    """Return what decides the run's memory besides shape and layout."""
     momentum = 4 if config.optimizer["params"].get("momentum") else 0
     zero = config.deepspeed.get("zero_optimization", {})
     return TrainingState(
@@ -99,7 +99,7 @@ def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
 
 
 def setting_of(config: RunConfig, device: Device) -> Setting:
-    """Return what a plan of the run needs beside its paths."""
+    """Return what a plan of the run needs besides its paths."""
     return Setting(
         config.model,
         layout_of(config),

@@ -1,4 +1,4 @@
-"""A device's memory and a run: what the plan needs of it, a warning where that is more, and what would help.
+"""What a run needs of a device's memory by the plan: a warning where that is more than it has, and what would help.
 
 python -m raptr_ds.planner.shortage --stage S --processes N [--gpu NAME TOTAL ALLOCATED RESERVED] < resolved run file
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raptr_ds.config.load import RunConfig, load_run_config
-from raptr_ds.planner.memory import RankMemory, logits_bytes, rank_memory
+from raptr_ds.planner.memory import RankMemory, logits_bytes
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.setting import reduce_buffers_of, setting_of
 from raptr_ds.planner.step_time import Device
@@ -21,12 +21,12 @@ from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
 _GIB = 1 << 30
-_FRAGMENTED = 0.05  # of the device's memory, reserved by torch and not in use: from there on it is worth a word
+_FRAGMENTED = 0.05  # of the device's memory, reserved by torch but unused: from there on it is mentioned
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What ranks of one pipeline stage hold at the peak of the run's longest paths, and what would lower it."""
+    """What a rank of one pipeline stage holds at the peak of the run's longest paths, and what would lower it."""
 
     config: RunConfig
     setting: Setting
@@ -35,13 +35,13 @@ class MemoryNeed:
 
     @classmethod
     def of(cls, config: RunConfig, stage: int, on_gpu: bool, longest: int | None = None) -> "MemoryNeed":
-        """Return that of a run whose vocabulary's size is known; longest: layers of the path, if not the run's own."""
+        """Return the need of a run whose vocabulary's size is known; longest: layers of the path, if not the run's."""
         setting = setting_of(config, Device(is_gpu=on_gpu))
         layout = setting.layout
         if longest is None:
             phases = path_method_of(config).phases.phases
             longest = max(phase.path_length or config.model.num_layers for phase in phases)
-        num_active = min(longest, sum(layout.stage_layers[stage :: layout.num_stages]))
+        num_active = min(longest, layout.stage_layers[stage])
         recompute = layout.recompute and num_active > setting.keep_up_to
         setting = replace(setting, layout=replace(layout, recompute=recompute))
         return cls(config, setting, stage, num_active)
@@ -49,11 +49,7 @@ class MemoryNeed:
     @property
     def memory(self) -> RankMemory:
         """The bytes, by kind."""
-        return self._memory_of(self.setting)
-
-    def _memory_of(self, setting: Setting) -> RankMemory:
-        predicted = setting.predicted_per_sequence
-        return rank_memory(setting.shape, setting.layout, setting.state, self.stage, self.num_active, predicted)
+        return self.setting.memory(self.stage, self.num_active)
 
     def parts(self) -> list[str]:
         """Return what is held, the largest first."""
@@ -75,7 +71,9 @@ class MemoryNeed:
     def remedies(self) -> list[str]:
         """Return the settings that would lower the peak, each with by how much, the best first."""
         now = self.memory.total
-        saved = [(now - self._memory_of(setting).total, text) for text, setting in self._alternatives()]
+        saved = [
+            (now - setting.memory(self.stage, self.num_active).total, text) for text, setting in self._alternatives()
+        ]
         return [f"{text}: {_gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
 
     def _alternatives(self) -> Iterator[tuple[str, Setting]]:
@@ -130,7 +128,7 @@ def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
 
 
 def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> list[str]:
-    """Return what a device that ran out of memory was to hold by the plan, and what would help."""
+    """Return what a device that ran out of memory needed by the plan, and what would help."""
     need = MemoryNeed.of(config, stage, on_gpu=device is not None)
     there = "" if device is None else f" of {_gib(device.total)} ({device.name})"
     lines = [

@@ -19,7 +19,7 @@ class Instruction(NamedTuple):
     """One thing that a stage does.
 
     part: the virtual stage (pipeline stage s holds parts s, s + p, ...) that computes, or for a transfer the one that
-    receives; a micro batch's activation and gradient reach a part once each, told apart by is_gradient.
+    receives; a micro batch's activation and gradient reach a part once each; is_gradient distinguishes them.
     """
 
     kind: str
@@ -92,7 +92,7 @@ def _interleaved_order(stage: int, num_stages: int, num_micro_batches: int, num_
 
 
 def _with_transfers(order: Sequence[Instruction], num_parts: int, sends_late: bool) -> list[Instruction]:
-    """Return the computations with what each needs from and gives to the neighbours.
+    """Return the computations with each one's receive from a neighbour before it and its send to one after it.
 
     sends_late: an activation leaves after the next gradient was received, once the pipeline is full.
     """
@@ -127,31 +127,44 @@ def _play(
     """Run every stage's program and return the clocks at their ends, (..., stages).
 
     waits: a transfer begins when both sides are there, and holds both until it is done.
+
+    Every stage has a clock of its own; two stages meet only in a transfer. A stage plays its program up to a transfer
+    whose other side is not there yet, and is put aside under that transfer; the stage that brings the other side makes
+    it ready again. Two stages, two micro batches, forward 1 and 3 seconds, backward 2 and 3, free transfers:
+
+        seconds   0  1  2  3  4  5  6  7  8  9 10 11 12 13 14
+        stage 0  F0 F1  .  .  .  .  . B0 B0  .  .  .  . B1 B1
+        stage 1   . F0 F0 F0 B0 B0 B0 F1 F1 F1 B1 B1 B1
+
+    Stage 1 cannot begin and is put aside under "receive activation 0". Stage 0 plays F0 and sends at 1, which makes
+    stage 1 ready; it plays F1, sends at 2, and is put aside at 2 under "receive gradient 0". Stage 1 goes on from 1,
+    and after B0, at 7, sends that gradient: stage 0 goes on from the later of 2 and 7. Which ready stage plays first
+    changes no clock, as every transfer has one sender and one receiver.
     """
     clocks = [np.zeros(forward.shape[:-1]) for _ in programs]
     position = [0] * len(programs)
-    arrivals: dict[Instruction, np.ndarray] = {}  # by the receiver's instruction
-    asked: dict[Instruction, tuple[int, np.ndarray]] = {}  # receivers that wait, and since when
-    offered: dict[Instruction, tuple[int, np.ndarray]] = {}
+    # By the receiver's instruction, which names the transfer:
+    arrivals: dict[Instruction, np.ndarray] = {}  # when it is done, seen from the side that comes later
+    asked: dict[Instruction, tuple[int, np.ndarray]] = {}  # receivers that are put aside, and since when
+    offered: dict[Instruction, tuple[int, np.ndarray]] = {}  # senders that are put aside, and since when
     ready = list(range(len(programs)))
     while ready:
         stage = ready.pop()
-        program = programs[stage]
-        while position[stage] < len(program):
-            kind, part, micro, is_gradient = program[position[stage]]
+        while position[stage] < len(programs[stage]):
+            kind, part, micro, is_gradient = programs[stage][position[stage]]
             if kind == FORWARD:
                 clocks[stage] = clocks[stage] + forward[..., part]
             elif kind == BACKWARD:
                 clocks[stage] = clocks[stage] + backward[..., part]
             else:
                 key = Instruction(RECEIVE, part, micro, is_gradient)
-                if kind == SEND and not waits:
+                if kind == SEND and not waits:  # the activation or gradient travels by itself
                     arrivals[key] = clocks[stage] + transfer_seconds
                     if key in asked:
                         ready.append(asked.pop(key)[0])
                 elif key in arrivals:
                     clocks[stage] = np.maximum(clocks[stage], arrivals.pop(key))
-                elif waits and key in (other := asked if kind == SEND else offered):
+                elif waits and key in (other := asked if kind == SEND else offered):  # both sides are there
                     partner, since = other.pop(key)
                     arrivals[key] = clocks[stage] = np.maximum(clocks[stage], since) + transfer_seconds
                     ready.append(partner)

@@ -1,9 +1,9 @@
 """Step time: a cost model that predicts how long a step along any path takes on any layout.
 
 Layers and head take their executed FLOPs at the effective speed; tensor-parallel reductions, transfers between
-pipeline stages, the gradients' reduction, ZeRO's gathers and copies and the optimizer take their bytes at the links'
-and the memory's speed. Nothing of this overlaps but what the pipeline's schedule overlaps, so the prediction is on the
-slow side where communication hides behind computation.
+pipeline stages, the gradients' reduction, ZeRO's gathers and copies and the optimizer take their bytes at the speed of
+links or memory. Only what the pipeline's schedule overlaps is taken to overlap, so the prediction is on the slow side
+where communication hides behind computation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.parallel import topology
 from raptr_ds.paths.cost import head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
 OPTIMIZER_BYTES = 30
-"""AdamW's of a parameter: fp32 weight and two moments read and written, gradient read, 16-bit weight written."""
+"""AdamW's for a parameter: fp32 weight and two moments read and written, gradient read, 16-bit weight written."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device and its links reach in practice; the defaults are rough figures of a datacentre GPU of 2023."""
+    """Speeds that a device and its links reach in practice; the defaults are roughly a datacentre GPU of 2023."""
 
     flops_per_second: float = 400e12
     memory_bytes_per_second: float = 2e12
@@ -34,7 +35,7 @@ class Device:
     latency_seconds: float = 10e-6
     """Of one message or collective."""
     is_gpu: bool = True
-    """Which decides what a layer keeps in memory (planner/memory.py)."""
+    """Decides what a layer keeps in memory (planner/memory.py)."""
 
     def link_bytes_per_second(self, num_ranks: int) -> float:
         """Return the speed between ranks of a group that spans num_ranks neighbours."""
@@ -46,8 +47,7 @@ class Device:
 class Layout:
     """How a step is spread out.
 
-    stage_layers: layers of each pipeline part in the model's order; with num_chunks > 1 stage s holds the parts s,
-    s + stages, ... (interleaved). micro_batch: sequences; num_micro_batches: of each data-parallel rank.
+    stage_layers: layers of each pipeline stage. micro_batch: sequences; num_micro_batches: of each data-parallel rank.
     sequence_parallel: the residual stream is split over the tensor ranks (which decides memory; times leave it out).
     """
 
@@ -56,7 +56,6 @@ class Layout:
     num_micro_batches: int
     tensor: int = 1
     data: int = 1
-    num_chunks: int = 1
     zero_stage: int = 1
     recompute: bool = False
     bytes_per_value: int = 2
@@ -67,7 +66,7 @@ class Layout:
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
-        return len(self.stage_layers) // self.num_chunks
+        return len(self.stage_layers)
 
     @property
     def stream_ranks(self) -> int:
@@ -115,12 +114,10 @@ def _activity(path: LayerPath) -> np.ndarray:
     return row
 
 
-def active_in_parts(activity: np.ndarray, stage_layers: tuple[int, ...]) -> np.ndarray:
-    """Return the number of active layers of each pipeline part, (paths, parts)."""
+def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.ndarray:
+    """Return the number of active layers of each pipeline stage, (paths, stages), from an activity table."""
     assert sum(stage_layers) == activity.shape[-1], f"{stage_layers} for {activity.shape[-1]} layers"
-    sums = np.concatenate([np.zeros((*activity.shape[:-1], 1)), activity.cumsum(axis=-1)], axis=-1)
-    ends = np.cumsum((0, *stage_layers))
-    return sums[..., ends[1:]] - sums[..., ends[:-1]]
+    return np.stack([activity[:, layers].sum(axis=1) for layers in topology.stage_layers(stage_layers)], axis=1)
 
 
 def step_seconds(
@@ -131,8 +128,8 @@ def step_seconds(
     A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
     whole optimizer step. predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
     """
-    active = active_in_parts(activity_table(paths), layout.stage_layers)
-    trained = active_in_parts(trained_table(paths), layout.stage_layers)
+    active = active_in_stages(activity_table(paths), layout.stage_layers)
+    trained = active_in_stages(trained_table(paths), layout.stage_layers)
     layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
     reduction = tensor_reduction_seconds(shape, layout, device)
     head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
@@ -145,18 +142,11 @@ def step_seconds(
     backward[..., -1] += 2 * head_seconds
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
     transfer = device.latency_seconds + stream_bytes / device.link_bytes_per_second(layout.num_ranks)
-    pipeline = pipeline_seconds(
-        forward,
-        backward,
-        layout.num_micro_batches,
-        transfer,
-        num_chunks=layout.num_chunks,
-        schedule="interleaved" if layout.num_chunks > 1 else "deepspeed",
-    )
+    pipeline = pipeline_seconds(forward, backward, layout.num_micro_batches, transfer, schedule="deepspeed")
     run, trained, outer = (_stage_parameters(layers, shape, layout) for layers in (active, trained, 0 * active))
     # Not kept since the forward pass, a layer's weights are gathered again for the backward pass.
     gathered = run + np.maximum(0, run - outer - layout.kept_whole) if layout.zero_stage == 3 else trained
-    # What happens at every micro batch is for the layers that it runs, what happens once for those that any ran.
+    # What happens in every micro batch is for the layers that it runs, what happens once for all that were run.
     return StepSeconds(
         pipeline.max(axis=-1),
         _gradient_seconds(run if layout.zero_stage >= 2 else trained, layout, device).max(axis=-1),
@@ -167,7 +157,7 @@ def step_seconds(
 
 
 def tensor_reduction_seconds(shape: ModelSection, layout: Layout, device: Device) -> float:
-    """Return what two reductions over the tensor ranks take: of a layer's pass over a micro batch in one direction."""
+    """Return the seconds of a layer's two reductions over the tensor ranks, in one pass over a micro batch."""
     if layout.tensor == 1:
         return 0.0
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
@@ -177,13 +167,12 @@ def tensor_reduction_seconds(shape: ModelSection, layout: Layout, device: Device
 
 def _stage_parameters(active: np.ndarray, shape: ModelSection, layout: Layout) -> np.ndarray:
     """Return the parameters of one device of active layers, (paths, stages): those, embedding, head."""
-    by_stage = active.reshape(*active.shape[:-1], layout.num_chunks, layout.num_stages).sum(axis=-2)
     outer = [outer_parameters(shape, stage, layout.num_stages) for stage in range(layout.num_stages)]
-    return (by_stage * layer_parameters(shape) + outer) / layout.tensor
+    return (active * layer_parameters(shape) + outer) / layout.tensor
 
 
 def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
-    """Return the reduction over the data-parallel ranks; ZeRO 2 and 3 reduce at every micro batch.
+    """Return the seconds of reducing over the data-parallel ranks; ZeRO 2 and 3 reduce at every micro batch.
 
     An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
     (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
@@ -198,7 +187,7 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
 
 
 def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
-    """Return ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
+    """Return the seconds of ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
     if layout.data == 1 or layout.zero_stage == 0:
         return np.zeros_like(parameters)
     times = layout.num_micro_batches if layout.zero_stage == 3 else 1
@@ -207,11 +196,11 @@ def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> n
 
 
 def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
-    """Return what passes over gradients and weights take on their way through flat buffers.
+    """Return the seconds of copying gradients and weights through ZeRO's flat buffers.
 
-    How often an element is written, in each micro batch where its layer runs and once in a step that trains it, is
+    How often an element is written, in each micro batch that runs its layer and once in a step that trains it, was
     counted in DeepSpeed 0.19.8's ZeRO (tests/dist/test_proportional.py): into a bucket, divided, flattened for the
-    reduction, and of a rank's own part back and flattened again.
+    reduction, and, for a rank's own part, back and flattened again.
     """
     if layout.data == 1:
         return np.zeros_like(trained)

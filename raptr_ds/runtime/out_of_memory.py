@@ -79,8 +79,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def planned_need(config: RunConfig, stage: int, num_processes: int, device: DeviceMemory | None) -> list[str]:
     """Return what a rank of a pipeline stage needs by the memory plan, and what would help: the planner's lines.
 
-    The planner runs in a process of its own that sees no GPU. device: None for a CPU. Where it fails or takes more than
-    a minute, the one line says how to run it by hand.
+    The planner runs in a process of its own that sees no GPU. device: None for a CPU. If it fails or takes more than a
+    minute, there is one line instead, with the command to run by hand.
     """
     command = [sys.executable, "-m", _PLANNER, "--stage", str(stage), "--processes", str(num_processes)]
     if device is not None:

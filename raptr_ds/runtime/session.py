@@ -103,8 +103,7 @@ class Session:
         """Return whether to save after the step from `before` to `state`.
 
         Not while steps are being skipped: their checkpoints would hold the same weights again, and would push out of
-        `keep` those from before them, which a rollback needs. What was due meanwhile is due after the next finite
-        step.
+        `keep` those from before, which a rollback needs. What fell due meanwhile is due after the next finite step.
         """
         return not state.skipped_in_row and self.config.checkpoint.due(state.step, since=before.last_finite_step)
 

@@ -1,11 +1,15 @@
-"""Where a run stands: all that cannot be recomputed from (seed, step), beside the engine's state."""
+"""Where a run stands: all that cannot be recomputed from (seed, step), besides the engine's state."""
+
+from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths.cost import StepFlops
 from raptr_ds.paths.path import LayerPath
+
+if TYPE_CHECKING:  # engines import megatron-core, which the planner does not need
+    from raptr_ds.engine.protocol import StepResult
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class RunState:
         """The steps done when the last row of skipped steps, which may be empty, began."""
         return self.step - self.skipped_in_row
 
-    def rolled_back(self, restored: "RunState") -> "RunState":
+    def rolled_back(self, restored: RunState) -> RunState:
         """Return how the run goes on from a checkpoint's state: with the first batch that it has not seen yet."""
         is_same_place = restored.step == self.rolled_back_to
         return replace(
@@ -55,7 +59,7 @@ class RunState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+    def from_dict(cls, values: dict[str, Any]) -> RunState:
         """Return the state that `to_dict` gave, of this version or of one that had fewer fields."""
         return cls(**values)
 

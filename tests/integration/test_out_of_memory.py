@@ -55,25 +55,25 @@ def run_short_of_memory(run_file: Path, ranks: tuple[int, ...], step: int | None
 
 
 @pytest.mark.parametrize(("ranks", "step"), [((1,), 0), ((0, 1), 0), ((1,), None)])
-def test_before_anything_is_trained_it_is_a_mistake_told_once(run_file, tmp_path, ranks, step):
-    code, said = run_short_of_memory(run_file, ranks, step)
-    assert code == 2, said
-    assert said.count("raptr_ds: DeviceMemoryError") == 1
-    assert "Traceback" not in said
+def test_before_anything_is_trained_it_is_a_mistake_printed_once(run_file, tmp_path, ranks, step):
+    code, output = run_short_of_memory(run_file, ranks, step)
+    assert code == 2, output
+    assert output.count("raptr_ds: DeviceMemoryError") == 1
+    assert "Traceback" not in output
     for part in ("nothing is trained", "Tried to allocate 2.00 GiB", "MiB optimizer state", "of them logits"):
-        assert part in said
-    for mend in ("train_micro_batch_size_per_gpu=1", "zero_optimization.stage=2", "activation_checkpointing=true"):
-        assert f"{mend}" in said
+        assert part in output
+    for remedy in ("train_micro_batch_size_per_gpu=1", "zero_optimization.stage=2", "activation_checkpointing=true"):
+        assert remedy in output
     assert training_lines(tmp_path / "run") == []
 
 
 def test_later_it_is_a_fault_and_the_run_goes_on_from_its_checkpoint(run_file, tmp_path):
     settings = ["raptr_ds.checkpoint.interval=4", "raptr_ds.train.steps=8"]
-    code, said = run_short_of_memory(run_file, (1,), 6, *settings)
-    assert code == 1, said
-    assert said.count("raptr_ds: DeviceMemoryError: rank 1") == 1
-    assert "after 6 steps of this start" in said
-    assert "goes on from its newest checkpoint" in said
+    code, output = run_short_of_memory(run_file, (1,), 6, *settings)
+    assert code == 1, output
+    assert output.count("raptr_ds: DeviceMemoryError: rank 1") == 1
+    assert "after 6 steps of this start" in output
+    assert "goes on from its newest checkpoint" in output
     done = call(deepspeed_command(run_file, *settings))
     assert done.returncode == 0, done.stderr
     assert "continuing after step 4" in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Advice and the planning tool: what a wasteful layout is told, what a good one is not, and how mistakes end."""
+"""Advice and the planning tool: a wasteful layout gets advice, a good one none, and mistakes end with a message."""
 
 import os
 import runpy
@@ -22,25 +22,25 @@ VOCAB, PIPELINE = "raptr_ds.model.vocab_size=32000", "raptr_ds.parallel.pipeline
 NOT_PREPARED = "raptr_ds.data.path=no/such/folder"
 
 
-def told(*overrides, processes=4):
+def advised(*overrides, processes=4):
     return advice(load_run_config(RUN_FILE, [VOCAB, *overrides], processes), Device())
 
 
-def test_uniform_paths_on_a_pipeline_are_told_what_balanced_ones_would_take():
-    lines = told(f"{PIPELINE}=4")
+def test_uniform_paths_on_a_pipeline_get_advice_what_balanced_ones_would_take():
+    lines = advised(f"{PIPELINE}=4")
     assert any("sampling=uniform on 4 pipeline stages" in line and "sampling=balanced" in line for line in lines)
     assert any(f"{PIPELINE}=1 instead of 4" in line for line in lines)
 
 
 def test_balanced_paths_of_lengths_that_divide_need_no_advice_on_paths():
-    lines = told(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced")
+    lines = advised(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced")
     assert not any("sampling" in line or "does not divide" in line for line in lines)
-    uneven = told(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced", "raptr_ds.path.schedule=13-18-24")
+    uneven = advised(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced", "raptr_ds.path.schedule=13-18-24")
     assert any("13 does not divide by 4 stages. 12 or 16" in line for line in uneven)
 
 
 def test_without_a_pipeline_nothing_is_wasted():
-    assert told() == []
+    assert advised() == []
 
 
 def plan(monkeypatch, capsys, *arguments):
@@ -98,7 +98,7 @@ def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--save", "quarter"], "--save 'quarter' is not a share"),
         (["--save", "90%"], "save at most"),
@@ -108,10 +108,10 @@ def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys)
         (["--micro-batches", "--processes", "2", "--set", f"{PIPELINE}=2"], "Set pipeline_model_parallel_size to 1"),
     ],
 )
-def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments, says):
+def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments, message):
     code, out, err = plan(monkeypatch, capsys, *arguments, "--set", NOT_PREPARED)
     assert (code, out) == (2, "")
-    assert says in err
+    assert message in err
     assert err.count("error:") == 1
 
 

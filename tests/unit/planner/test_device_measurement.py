@@ -1,4 +1,4 @@
-"""The cost model's Device from this machine: what is measured becomes speeds, and a plan is told them."""
+"""The cost model's Device from this machine: what is measured becomes speeds, which a plan uses."""
 
 import subprocess
 import sys

@@ -6,7 +6,7 @@ import pytest
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, num_parameters, step_flops
-from raptr_ds.planner.step_time import Device, Layout, active_in_parts, activity_table, step_seconds
+from raptr_ds.planner.step_time import Device, Layout, active_in_stages, activity_table, step_seconds
 
 SHAPE = ModelSection(
     architecture="ul2",
@@ -44,12 +44,6 @@ def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_
     full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline
     assert full / balanced == pytest.approx(2.0)
     assert 1.0 < full / uneven < 1.1
-
-
-def test_interleaved_chunks_shorten_the_bubble():
-    plain = step_seconds(PATHS, SHAPE, Layout((2, 2, 2, 2), 1, 8), NO_LINKS, 0).pipeline
-    chunked = step_seconds(PATHS, SHAPE, Layout((1,) * 8, 1, 8, num_chunks=2), NO_LINKS, 0).pipeline
-    assert plain[0] / chunked[0] == pytest.approx((8 + 3) / (8 + 3 / 2))
 
 
 def test_communication_follows_bytes_and_active_layers():
@@ -91,7 +85,7 @@ def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
     assert both.gathers == pytest.approx(union.gathers if stage < 3 else alone.gathers[:1])
 
 
-def test_layers_are_counted_by_part():
+def test_layers_are_counted_by_stage():
     table = activity_table(PATHS)
-    assert active_in_parts(table, (3, 5)).tolist() == [[3, 5], [2, 2], [1, 1]]
-    assert Layout((1,) * 8, 1, 8, tensor=2, data=3, num_chunks=2).num_ranks == 24
+    assert active_in_stages(table, (3, 5)).tolist() == [[3, 5], [2, 2], [1, 1]]
+    assert Layout((2,) * 4, 1, 8, tensor=2, data=3).num_ranks == 24
