@@ -117,7 +117,8 @@ def _activity(path: LayerPath) -> np.ndarray:
 def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.ndarray:
     """Return the number of active layers of each pipeline stage, (paths, stages), from an activity table."""
     assert sum(stage_layers) == activity.shape[-1], f"{stage_layers} for {activity.shape[-1]} layers"
-    return np.stack([activity[:, layers].sum(axis=1) for layers in topology.stage_layers(stage_layers)], axis=1)
+    ranges = topology.stage_layers(stage_layers)
+    return np.stack([activity[:, layers.start : layers.stop].sum(axis=1) for layers in ranges], axis=1)
 
 
 def step_seconds(
