@@ -4,11 +4,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.load import RunConfig
-from raptr_ds.engine.device_checks import GpuFacts, check_gpu
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
@@ -22,13 +22,13 @@ from raptr_ds.parallel.topology import stage_layers
 
 
 def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
-    """Return the engine of this rank, with its initial weights; all ranks call it alike.
+    """Return the engine of this rank, with its initial weights. Collective: all ranks call it.
 
-    config: with the vocabulary's size known.
+    config: complete, with the vocabulary's size. Raises: ConfigError if the device cannot do what the run file asks.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     _check_optimizer(config, groups)
-    together(groups, lambda: check_gpu(config, GpuFacts.of(groups.device)))  # machines may have different ones
+    together(groups, lambda: check_gpu(config, GpuFacts.of(groups.device)))  # machines may have different GPUs
     assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
@@ -47,19 +47,19 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
 
 
 def attention_of(config: RunConfig, groups: ProcessGroups) -> AttentionBackend:
-    """Return what computes attention in this run, the same on all ranks, which all call it.
+    """Return what computes attention in this run, the same on all ranks. Collective: all ranks call it.
 
-    Raises: ConfigError if it cannot be what the run file asks for.
+    Raises: ConfigError if the backend that the run file asks for cannot run here.
     """
     wanted, device_type = config.train.attention_backend, groups.device.type
     obstacle = None
-    if wanted == "triton" or (wanted == "auto" and device_type != "cpu"):  # else Triton need not even be imported
+    if wanted == "triton" or (wanted == "auto" and device_type != "cpu"):  # else Triton is not imported at all
         obstacle = _anywhere(groups, kernel_obstacle(config.model, groups.device))
     return choose_attention(wanted, config.model, config.data.packing, device_type, obstacle)
 
 
 def _anywhere(groups: ProcessGroups, obstacle: str | None) -> str | None:
-    """Return the first rank's obstacle, None if no rank has any: copies on ranks that compute differently drift."""
+    """Return the obstacle of the first rank that has one, else None: all ranks must compute in the same way."""
     if groups.topology.world_size == 1:
         return obstacle
     found: list[str | None] = [None] * groups.topology.world_size
@@ -69,16 +69,16 @@ def _anywhere(groups: ProcessGroups, obstacle: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Compilation:
-    """Whether layers are compiled, and a line for the run's start where they should be and cannot."""
+    """Whether layers are compiled, and a warning to print if they should be and cannot."""
 
     is_compiled: bool
     warning: str | None = None
 
 
 def compilation_of(config: RunConfig, groups: ProcessGroups) -> Compilation:
-    """Return whether layers are compiled in this run, the same on all ranks, which all call it.
+    """Return whether layers are compiled in this run, the same on all ranks. Collective: all ranks call it.
 
-    Raises: ConfigError if the run file asks for it in vain.
+    Raises: ConfigError if the run file asks for compilation and there is no compiler.
     """
     if not config.compiles(groups.device.type == "cuda"):
         return Compilation(False)
@@ -102,14 +102,43 @@ def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
         )
 
 
+@dataclass(frozen=True)
+class GpuFacts:
+    """A GPU's name, CUDA compute capability, and whether it computes in bf16 in hardware."""
+
+    name: str
+    capability: tuple[int, int]
+    has_bf16: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> "GpuFacts | None":
+        """Return the facts of a device, None for a CPU."""
+        if device.type != "cuda":
+            return None
+        with torch.cuda.device(device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return cls(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), has_bf16)
+
+
+def check_gpu(config: RunConfig, gpu: GpuFacts | None) -> None:
+    """Check that the GPU, if there is one, supports the run's precision. Raises: ConfigError."""
+    if gpu is None or config.precision != "bf16" or gpu.has_bf16:
+        return
+    capability = ".".join(map(str, gpu.capability))
+    raise ConfigError(
+        f"bf16.enabled=true needs a GPU that computes in bf16 (compute capability 8.0 or higher); {gpu.name} has "
+        f"{capability}. Set fp16.enabled to true in place of bf16.enabled, or both to false for fp32."
+    )
+
+
 def _deepspeed_config(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
-    """Return DeepSpeed's part of the run, with what our engines need of it."""
+    """Return DeepSpeed's part of the run file with the settings that our engines need."""
     filled = dict(config.deepspeed)
-    filled.setdefault("steps_per_print", 1 << 60)  # progress is ours to print
-    # On by default, it waits for the device twice a micro batch (deepspeed 0.19.8, utils/timer.py, ThroughputTimer).
+    filled.setdefault("steps_per_print", 1 << 60)  # the training loop prints progress itself
+    # On by default it waits for the device twice a micro batch (deepspeed 0.19.8, utils/timer.py, ThroughputTimer).
     timers = filled.get("timers", {})
     filled["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
-    if on_gpu:  # a CPU computes and sends with the same cores
+    if on_gpu:  # a CPU computes and sends with the same cores, so nothing overlaps
         zero = filled.get("zero_optimization", {})
         overlaps = derive_overlap(zero, config.batch.data_parallel, config.parallel, config.path.paths_per_step)
         filled["zero_optimization"] = {**zero, "overlap_comm": overlaps}

@@ -1,4 +1,4 @@
-"""What both DeepSpeed engines share around a step: the loss's weight and scale, the result, the state by name."""
+"""What both DeepSpeed engines share: the loss's weight and scale, a step's result, the state by parameter name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,6 @@ from raptr_ds.engine.grow import copy_layers
 from raptr_ds.engine.parameter_groups import every_layer, layers_on, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
-from raptr_ds.engine.state_layout import replicated_holders, zero3_holders, zero12_holders
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
@@ -23,7 +22,7 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 
 
 class DeepSpeedState:
-    """State and bookkeeping of a DeepSpeed engine."""
+    """The methods of `Engine` that do not depend on pipeline stages."""
 
     def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups, skipped_update: str) -> None:
         self.engine, self.stage, self.groups = engine, stage, groups
@@ -32,21 +31,21 @@ class DeepSpeedState:
         self.freezes = skipped_update == "freeze"
 
     def begin_step(self, path: LayerPath, learning_rate: float) -> None:
-        """Get ready to train a step along `path`; only the weights of its layers are gathered."""
+        """Prepare for a training step along `path`; only the weights of its layers are gathered."""
         set_learning_rate(self.engine.basic_optimizer, learning_rate)
         optimizer = self.engine.optimizer
         optimizer.follow(path, self.freezes)
         optimizer.gather(layers_on(path))
 
     def begin_evaluation(self, path: LayerPath) -> None:
-        """Get ready for forward passes along `path` without backward passes."""
+        """Prepare for forward passes along `path` without backward passes."""
         optimizer = self.engine.optimizer
         optimizer.follow_forward(path)
         optimizer.gather(layers_on(path))
 
     def count_predictions(self, batch: StepBatch) -> torch.Tensor:
         """Return the predicted positions of the global batch, an fp64 scalar on the device."""
-        # Filled by a kernel: a copy of a number of the host would wait for the device.
+        # Filled by a kernel: copying a number from the host would wait for the device.
         count = torch.full((), batch.num_predictions, dtype=torch.float64, device=self.groups.device)
         return self.summed_over_data(count)
 
@@ -57,84 +56,77 @@ class DeepSpeedState:
         return values
 
     def loss_weight(self, batch: StepBatch, num_predictions: torch.Tensor) -> torch.Tensor:
-        """Return what a micro batch's summed loss is multiplied by.
+        """Return the factor of a micro batch's summed loss.
 
-        DeepSpeed averages over micro batches and data-parallel ranks; with this weight that average is the mean over
-        the predicted positions of the global batch, however it is split.
+        DeepSpeed averages over micro batches and data-parallel ranks; with this factor the average is the mean over
+        the predicted positions of the global batch, however the batch is split.
         """
         return (len(batch.micro_batches) * self.groups.topology.data / num_predictions).float()
 
     def scale_gradient(self, loss: torch.Tensor) -> None:
-        """Apply fp16's loss scale at ZeRO stage 0, which DeepSpeed leaves to its own stage-0 optimizers."""
+        """Apply fp16's loss scale at ZeRO stage 0; at other stages DeepSpeed applies it."""
         optimizer = self.engine.optimizer
         if isinstance(optimizer, ReplicatedOptimizer) and optimizer.loss_scale != 1.0:
             scale = optimizer.loss_scale
             loss.register_hook(lambda gradient: gradient * scale)
 
     def result(self, loss: torch.Tensor, share: int, num_predictions: torch.Tensor) -> StepResult:
-        """Return the step's result, after DeepSpeed has stepped: the one place where a step waits for the device.
+        """Return the step's result after DeepSpeed's step: the only place where a training step waits for the device.
 
         loss: a scalar on the device, `share` times the mean over the global batch.
         """
         optimizer = self.engine.optimizer
-        norm = optimizer._global_grad_norm  # ZeRO 1 to 3 have looked at it already, and put a number if it is invalid
+        norm = optimizer._global_grad_norm  # a number if ZeRO 1 to 3 have found it not finite, else a tensor
         on_device = [loss, num_predictions, *([norm] if isinstance(norm, torch.Tensor) else [])]
         total, count, *norms = read_back(torch.stack([value.double() for value in on_device]))
         norm = norms[0] if norms else float(norm)
-        if isinstance(optimizer, ReplicatedOptimizer):
-            optimizer.finish_step(norm)
+        optimizer.finish_step(norm)
         return StepResult(
             loss=total / share,
             num_predictions=int(count),
             grad_norm=norm if norm >= 0 else float("nan"),
             skipped=bool(optimizer.overflow),
-            loss_scale=float(optimizer.loss_scaler.loss_scale),
         )
 
     def _holders(self) -> list[Holder]:
-        optimizer = self.engine.optimizer
-        if isinstance(optimizer, ReplicatedOptimizer):
-            return replicated_holders(optimizer, self.names)
-        if self.engine.zero_optimization_stage() == 3:
-            return zero3_holders(optimizer, self.names, self.groups.data_rank)
-        return zero12_holders(optimizer, self.names)
+        return self.engine.optimizer.holders(self.names)
 
     def fragments(self) -> list[Fragment]:
-        """Return all fp32 weights and optimizer states that this rank holds, live."""
+        """Return views of all fp32 weights and optimizer states that this rank holds."""
         return fragments_of(self._holders(), self.engine.basic_optimizer)
 
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from: fp32 weights, optimizer states, then working weights."""
+        """Make the new layers copies of those they grow from, with or without optimizer state."""
         copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
         self.engine.optimizer.refresh(growth.sources.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
-        """Whether this rank writes the fragment: ZeRO's partitions have one owner each, replicas the first rank."""
+        """Whether this rank writes the fragment: ZeRO's partitions have one owner each; of replicas it is rank 0."""
         if isinstance(self.engine.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
             return False
         return is_owner(self.parameters[fragment.name], self.groups)
 
     def step_counts(self) -> dict[str, float]:
-        """Return the optimizer's steps on each parameter of this rank."""
+        """Return how many steps the optimizer has made on each parameter of this rank."""
         return step_counts(self._holders(), self.engine.basic_optimizer)
 
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
-        """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
+        """Replace the optimizer's state by zeros of these kinds and by these step counts."""
         create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
 
     def refresh_weights(self) -> None:
-        """Make the working weights follow from the fp32 ones."""
+        """Copy the fp32 weights to the working weights."""
         self.engine.optimizer.refresh(every_layer)
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Return a dynamic loss scale and its counters; a static one is the run file's."""
+        """Return a dynamic loss scale and its counters; a static one is in the run file."""
         scaler = self.engine.optimizer.loss_scaler
         if not scaler.dynamic:
             return {}
         return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS}
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Restore what `loss_scaler_state` gave, in whatever precision that was."""
+        """Restore what `loss_scaler_state` returned, if the loss scale is dynamic here."""
         scaler = self.engine.optimizer.loss_scaler
         if not scaler.dynamic:
             return
@@ -143,5 +135,5 @@ class DeepSpeedState:
 
 
 def read_back(values: torch.Tensor) -> list[float]:
-    """Return the values on the host, which waits for the device here and nowhere else in a step or an evaluation."""
+    """Return the values on the host: the only place where a step or an evaluation waits for the device."""
     return values.tolist()

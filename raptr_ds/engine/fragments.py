@@ -1,4 +1,8 @@
-"""State by canonical name: which part of which full tensor a local tensor holds, whatever the layout."""
+"""State by canonical parameter name: which part of which full tensor a local tensor holds, in any layout.
+
+A layout says by `Holder`s where its fp32 weights lie in the tensors that the inner optimizer steps; the optimizer's
+states lie there in the same way. `Fragment`s are the same weights and states cut into one piece for each parameter.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +21,8 @@ STEP = "step"
 class Fragment:
     """A contiguous run of this rank's part of a full tensor.
 
-    The full tensor is narrowed to `shard`, padded to `local_shape` and flattened; `data` (1-D, live) holds the
-    elements from `offset` on. kind: `weight` (fp32) or the optimizer's state key (`exp_avg`, ...).
+    The full tensor is narrowed to `shard`, padded to `local_shape` and flattened; `data` is a 1-D view of the elements
+    from `offset` on. kind: `weight` (fp32) or the optimizer's state key (`exp_avg`, ...).
     """
 
     name: str
@@ -43,9 +47,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Holder:
-    """One tensor that the inner optimizer steps, the group it is in, and what it consists of.
+    """One tensor that the inner optimizer steps, its parameter group, and its pieces.
 
-    names: the parameters that step with it, also those of which this rank holds no piece.
+    names: the parameters that are stepped with it, including those of which this rank holds no piece.
     """
 
     flat: torch.Tensor
@@ -53,14 +57,20 @@ class Holder:
     names: tuple[str, ...]
     pieces: tuple[Piece, ...]
 
+    @classmethod
+    def of_whole(cls, name: str, parameter: nn.Parameter, tensor: torch.Tensor, group: dict[str, Any]) -> "Holder":
+        """Return the holder of a parameter that has a tensor of its own."""
+        piece = Piece(name, parameter, tuple(parameter.shape), 0, 0, tensor.numel())
+        return cls(tensor, group, (name,), (piece,))
+
 
 def state_kinds(state: Mapping[str, Any], flat: torch.Tensor) -> list[str]:
-    """Return the keys of an optimizer's state that have one value for each element of its parameter."""
+    """Return the keys of an optimizer state that have one value for each element of `flat`."""
     return [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == flat.shape]
 
 
 def fragments_of(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) -> list[Fragment]:
-    """Return weights and states of the holders, piece by piece."""
+    """Return the weights and states of the holders, one fragment for each piece and kind."""
     found = []
     for holder in holders:
         state = optimizer.state.get(holder.flat, {})
@@ -76,8 +86,8 @@ def fragments_of(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) ->
 def step_counts(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return how many steps the optimizer has made on each parameter; under `freeze` layers differ.
 
-    All tensors of a group step together, but DeepSpeed's fused optimizers count on the last of them only
-    (ops/adam/fused_adam.py), so the largest count is the group's.
+    All tensors of a group are stepped together, but DeepSpeed's fused optimizers count on the last one only
+    (ops/adam/fused_adam.py), so the group's count is the largest.
     """
     holders = list(holders)
     of_group: dict[int, float] = {}
@@ -95,7 +105,7 @@ def create_state(
     kinds: Mapping[str, set[str]],
     counts: Mapping[str, float],
 ) -> None:
-    """Make the states that a checkpoint has (zero, to be filled) and set step counts; drop states that it has not.
+    """Replace the optimizer's states by zeros of these kinds, to be filled from a checkpoint, and set step counts.
 
     kinds and counts are keyed by canonical parameter name.
     """
@@ -104,13 +114,13 @@ def create_state(
         wanted = set().union(*(kinds.get(name, set()) for name in names)) - {WEIGHT}
         state: dict[str, Any] = {kind: torch.zeros_like(holder.flat).detach() for kind in sorted(wanted)}
         count = next((counts[name] for name in names if name in counts), None)
-        if wanted and count is not None:  # without state an optimizer begins to count by itself
-            state = {STEP: counter_like(optimizer, holder, count), **state}
+        if wanted and count is not None:  # without state the optimizer starts its own count
+            state = {STEP: _step_counter(optimizer, holder, count), **state}
         optimizer.state[holder.flat] = state
 
 
-def counter_like(optimizer: torch.optim.Optimizer, holder: Holder, count: float) -> torch.Tensor | int:
-    """Return a step count as the optimizer keeps it: torch's in a tensor, DeepSpeed's in an int for their kernels."""
+def _step_counter(optimizer: torch.optim.Optimizer, holder: Holder, count: float) -> torch.Tensor | int:
+    """Return a step count in the optimizer's own form: a tensor for torch's, an int for DeepSpeed's."""
     if not type(optimizer).__module__.startswith("torch."):
         return int(count)
     beside_weights = holder.group.get("fused") or holder.group.get("capturable")

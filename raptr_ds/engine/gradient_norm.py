@@ -1,9 +1,7 @@
-"""One gradient norm, the same in every layout."""
+"""The global gradient norm, the same in every layout, and clipping by it."""
 
 import torch
 import torch.distributed as dist
-
-from raptr_ds.engine import foreach
 
 
 def global_norm(
@@ -11,38 +9,43 @@ def global_norm(
 ) -> torch.Tensor:
     """Return the L2 norm over this rank's gradients and those of the other ranks of `group`, an fp32 scalar.
 
-    Each element of the model must be given on exactly one rank of the group (parallel/layers.py, is_owner). Norms of
-    tensors are taken in fp32, their squares summed in fp64, so that the split hardly shows. What `losses` has seen is
-    taken out of it; the norm is not finite where a loss was not.
+    Each element of the model must be passed on exactly one rank of the group (parallel/layers.py, is_owner). Norms of
+    tensors are taken in fp32 and their squares summed in fp64, so that the layout hardly shows. The norm is not finite
+    if one of the losses in `losses`, which are consumed, is not.
     """
-    norms = [*foreach.norms(gradients), *(loss.abs().float() for loss in losses.take())]
+    norms = [*_norms(gradients), *(loss.abs().float() for loss in losses.take())]
     total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
     if group.size() > 1:
         dist.all_reduce(total, group=group)
     return total.sqrt().float()
 
 
-class LossCheck:
-    """Lets a loss that is not finite spoil the gradient norm, so that it is noticed without a collective of its own.
+def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the L2 norm of each tensor, taken in fp32, with a few kernels for all of them."""
+    return list(torch._foreach_norm(tensors, 2, torch.float32)) if tensors else []  # type: ignore[reportPrivateImportUsage]
 
-    A loss can be infinite while its gradients are finite: an fp16 logit that overflows. The step must be skipped then,
-    on all ranks, also where one rank alone saw it.
+
+class LossCheck:
+    """Makes the gradient norm NaN if a loss was not finite, so that all ranks learn of it without another collective.
+
+    A loss can be infinite while its gradients are finite, for example if an fp16 logit overflows. All ranks must skip
+    that step, even if only one of them saw the loss.
     """
 
     def __init__(self) -> None:
         self._seen: torch.Tensor | None = None
 
     def observe(self, loss: torch.Tensor) -> None:
-        """Take a micro batch's loss, a scalar."""
+        """Record a micro batch's loss, a scalar."""
         spoiled = loss.detach() * 0.0  # 0 or NaN
         self._seen = spoiled if self._seen is None else self._seen + spoiled
 
     def take(self) -> list[torch.Tensor]:
-        """Return what is to be counted in the norm, 0 or NaN, and forget it; empty on a rank without losses."""
+        """Return [0] or [NaN], to be counted in the norm, and forget it; [] on a rank that has seen no loss."""
         seen, self._seen = self._seen, None
         return [] if seen is None else [seen]
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor | float:
-    """Return what gradients of this norm are multiplied by; max_norm 0 clips nothing."""
+    """Return the factor that clips gradients of this norm to max_norm; 1 if max_norm is 0."""
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else 1.0

@@ -1,4 +1,5 @@
-"""Parts of layers that sit out a step under `skipped_update: freeze`: put back after the optimizer's step."""
+"""Heads and MLP blocks that do not run in a step stay unchanged under `skipped_update: freeze`: they are saved before
+the optimizer's step and restored after it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from raptr_ds.engine.fragments import state_kinds
+from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import pieces
 from raptr_ds.parallel.transfer import without_waiting
 from raptr_ds.paths.path import LayerPath
@@ -17,18 +19,17 @@ def idle_parts_kept(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[tuple[nn.Parameter, torch.Tensor, int]],
     path: LayerPath,
-    tensor_rank: int,
-    tensor_size: int,
+    groups: ProcessGroups,
 ) -> Iterator[None]:
-    """Let an optimizer step inside leave weights and states of idle heads and MLP blocks alone.
+    """Restore the weights and states of idle heads and MLP blocks after the optimizer step in the block.
 
-    parameters: working weight, the fp32 tensor that the optimizer steps, layer. Their gradients are zero, so that a
-    state which the step creates is zero there; the step count is the whole layer's.
+    parameters: working weight, the fp32 tensor that the optimizer steps, layer. Idle parts have zero gradients, so a
+    state that this step creates is zero there already. The step count is the whole layer's.
     """
     kept = []
     with torch.no_grad():
         for parameter, master, layer in parameters:
-            if (idle := idle_elements(parameter, layer, path, tensor_rank, tensor_size)) is not None:
+            if (idle := _idle_elements(parameter, layer, path, groups)) is not None:
                 dim, elements = idle
                 state = optimizer.state.get(master, {})
                 tensors = [master.detach(), *(state[kind] for kind in state_kinds(state, master))]
@@ -38,17 +39,17 @@ def idle_parts_kept(
             tensor.index_copy_(dim, elements, values)
 
 
-def idle_elements(
-    parameter: nn.Parameter, layer: int, path: LayerPath, tensor_rank: int, tensor_size: int
+def _idle_elements(
+    parameter: nn.Parameter, layer: int, path: LayerPath, groups: ProcessGroups
 ) -> tuple[int, torch.Tensor] | None:
-    """Return along which dimension, and where, this rank's part of a parameter is idle on a path; None if nowhere."""
+    """Return (dim, indices) of what is idle on a path in this rank's part of a parameter; None if nothing is."""
     if path.parts is None or not hasattr(parameter, "parts"):
         return None
     kind, dim = parameter.parts  # type: ignore[attr-defined]
-    here = path.parts.number // tensor_size
+    here = path.parts.number // groups.topology.tensor
     size = parameter.shape[dim] // here
     active = getattr(path.parts, kind)[layer]
-    idle = [part for part in range(here) if tensor_rank * here + part not in active]
+    idle = [part for part in range(here) if groups.tensor_rank * here + part not in active]
     if not idle:
         return None
     return dim, pieces(without_waiting(torch.tensor(idle), parameter.device), size)

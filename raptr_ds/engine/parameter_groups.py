@@ -1,4 +1,4 @@
-"""One optimizer parameter group for each layer and weight-decay class: an optimizer can step layer by layer."""
+"""Optimizer parameter groups by layer and weight decay, so that an optimizer can step some layers only."""
 
 import re
 from collections.abc import Callable, Iterable

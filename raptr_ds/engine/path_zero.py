@@ -1,8 +1,14 @@
-"""DeepSpeed's ZeRO optimizers, made to work on the layers of the path alone: their gradients, steps and gathers.
+"""DeepSpeed's ZeRO optimizers, restricted to the layers of a path: their gradients, steps and gathers.
 
-Written against deepspeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). Our parameter groups are layers
-(parameter_groups.py), and DeepSpeed keeps what belongs to a group in lists with one entry for each. So a step on some
-groups is DeepSpeed's own step while it sees those entries only; no line of its arithmetic is written again.
+Written against deepspeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). Each of our parameter groups belongs to
+one layer (parameter_groups.py), and DeepSpeed keeps what belongs to groups in lists with one entry for each group. So a
+step of some layers is DeepSpeed's own step while its lists have the entries of these layers only (`_only_entries`), and
+none of its arithmetic is repeated here. A step of layers 0 and 2:
+
+                                     bit16_groups and other lists    averaged_gradients (by number of the group)
+    before                           [w0, w1, w2, w3]                {0: g0, 1: [], 2: g2, 3: []}
+    inside `with _only_entries`      [w0, w2]                        {0: g0, 1: g2}
+    afterwards                       [w0, w1, w2, w3]                {}
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +22,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from raptr_ds.engine.fragments import Holder, Piece
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
 from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
@@ -30,6 +37,7 @@ with without_compiler():
     # compiles functions that only Muon calls, which we do not offer.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
+# DeepSpeed's attributes that have an entry for each group, at stages 1 and 2, and at stage 3.
 _GROUP_LISTS_12 = (
     "bit16_groups",
     "bit16_groups_flat",
@@ -55,10 +63,11 @@ _GROUP_LISTS_3 = (
 
 
 class PathZero:
-    """What both of DeepSpeed's ZeRO optimizers need to follow a path; a mixin before them, see `follow_paths`."""
+    """What both of DeepSpeed's ZeRO optimizers need to follow a path: a mixin before them, see `follow_paths`."""
 
     process_groups: ProcessGroups
     layers: Mapping[nn.Parameter, int]
+    """Each parameter's layer, or NO_LAYER."""
     runs: Callable[[int], bool]
     """Whether a layer runs in this step."""
     moves: Callable[[int], bool]
@@ -66,57 +75,60 @@ class PathZero:
     loss_check: LossCheck
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
-        """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
+        """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
         self.runs = layers_on(path)
         self.moves = self.runs if freezes else every_layer
 
     def follow_micro_batch(self, path: LayerPath) -> None:
-        """Train the next micro batch along `path`, which the step's path is or has as a share."""
+        """Prepare for a micro batch along `path`: the step's path, or one of its several paths."""
 
     def follow_forward(self, path: LayerPath) -> None:
-        """Run forward passes along `path`, without backward passes."""
+        """Prepare for forward passes along `path` without backward passes."""
+
+    def finish_step(self, norm: float) -> None:
+        """Do nothing: DeepSpeed has looked at the norm in `step`."""
 
     def _norm(self, owned: list[torch.Tensor]) -> torch.Tensor:
-        """Return the norm over all ranks, negative (DeepSpeed's sign to skip the step) if it or the loss is not finite.
+        """Return the norm over all ranks; -1, with which DeepSpeed skips the step, if it or a loss is not finite.
 
-        One collective, where DeepSpeed has one for each group.
+        This takes one collective, where DeepSpeed has one for each group.
         """
         groups = self.process_groups
         norm = global_norm(owned, self.loss_check, groups.device, groups.world)
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """Look for nothing: the norm is not finite where a gradient is not, and DeepSpeed checks the norm next."""
+        """Find no overflow: if a gradient is not finite the norm is not either, and DeepSpeed checks that next."""
         self.overflow = False
 
 
 class PathZero12(PathZero, DeepSpeedZeroOptimizer):
-    """ZeRO 1 and 2. A group that does not move gets no zero gradients, no step, no copy and no gather.
+    """ZeRO 1 and 2. Groups that do not move get no zero gradients, no step, no copy and no gather.
 
-    Weights that have moved are gathered when they are next used (`gather`), not at once: where a layer also moves
-    while it is skipped (`zero_grad`) the first gather would be for nothing.
+    Weights that have moved are gathered when they are next used (`gather`), not at once: under `zero_grad` a skipped
+    layer moves in many steps before it is used.
     """
 
     stale: set[int]
-    """Groups whose gathered weights are behind their fp32 partitions."""
+    """Groups whose fp32 partitions have changed since their weights were gathered."""
 
     def _group_moves(self: Any, group: int) -> bool:
         return self.moves(self.optimizer.param_groups[group]["layer"])
 
     def get_all_grad_tensors(self: Any, tensor_list: list[nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the accumulated gradients of a group's parameters; none where DeepSpeed would make zeros."""
+        """Return the accumulated gradients of a group's parameters; [] if the group does not move."""
         if tensor_list and not self.moves(self.layers[tensor_list[0]]):
             return []
         return super().get_all_grad_tensors(tensor_list, dtype)
 
     def get_flat_partition(self: Any, *args: Any, param_group_idx: int, **more: Any) -> Any:
-        """Return this rank's part of a group's gradients, in pieces; none of a group that does not move."""
+        """Return this rank's part of a group's gradients, in pieces; [] if the group does not move."""
         if not self._group_moves(param_group_idx):
             return []
         return super().get_flat_partition(*args, param_group_idx=param_group_idx, **more)
 
     def _build_compact_grad_partition_buffer(self: Any, group_idx: int) -> Any:
-        """Do the same where gradients accumulate in fp32 beside weights of 16 bits."""
+        """Return the same when gradients of 16-bit weights accumulate in fp32."""
         return super()._build_compact_grad_partition_buffer(group_idx) if self._group_moves(group_idx) else []
 
     def scaled_global_norm(self: Any, norm_type: int = 2) -> torch.Tensor:
@@ -131,8 +143,8 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
         """Make DeepSpeed's step on the groups that move."""
         chosen = [group for group in range(len(self.bit16_groups)) if self._group_moves(group)]
         with (
-            _only(self, _GROUP_LISTS_12, chosen, taken=("averaged_gradients", "all_grad_tensors")),
-            _only(self.optimizer, ("param_groups",), chosen),
+            _only_entries(self, _GROUP_LISTS_12, chosen, consumed=("averaged_gradients", "all_grad_tensors")),
+            _only_entries(self.optimizer, ("param_groups",), chosen),
         ):
             self.bit16_groups_flat = []  # DeepSpeed gathers what is listed here
             super().step(closure)
@@ -143,9 +155,9 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
         """Do nothing: the weights are views of the flat buffers since DeepSpeed built them."""
 
     def gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
-        """Gather the weights of the wanted layers where they have moved since they were last gathered."""
+        """Gather the weights of the wanted layers that have moved since they were last gathered."""
         chosen = [n for n in sorted(self.stale) if is_wanted(self.optimizer.param_groups[n]["layer"])]
-        with _only(self, _GROUP_LISTS_12, chosen):
+        with _only_entries(self, _GROUP_LISTS_12, chosen):
             all_gather_dp_groups(
                 groups_flat=self.bit16_groups_flat,
                 partitioned_param_groups=self.parallel_partitioned_bit16_groups,
@@ -157,7 +169,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
 
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
-        """Let the working weights of the wanted layers follow from the fp32 ones."""
+        """Copy the fp32 weights of the wanted layers to the working weights."""
         for number, group in enumerate(self.optimizer.param_groups):
             if is_wanted(group["layer"]):
                 rank = dist.get_rank(group=self.real_dp_process_group[number])
@@ -165,17 +177,33 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
                 partition.data.copy_(self.single_partition_of_fp32_groups[number].data)
                 self.stale.add(number)
 
+    def holders(self: Any, names: Mapping[nn.Parameter, str]) -> list[Holder]:
+        """Return where weights and states lie: a flat fp32 partition for each group, laid out by _hp_mapping."""
+        holders = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            pieces = []
+            for parameter in self.bit16_groups[index]:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shape = tuple(parameter.shape)
+                pieces.append(Piece(names[parameter], parameter, shape, low.start, high.start, high.numel))
+            flat = self.single_partition_of_fp32_groups[index]
+            holders.append(Holder(flat, group, tuple(group["names"]), tuple(pieces)))
+        return holders
+
 
 class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
-    """ZeRO 3. A group that does not move keeps its partition; its stale gradient is neither counted nor applied."""
+    """ZeRO 3. Groups that do not move keep their partitions; gradients left from earlier steps are not applied."""
 
     coordinator: PathCoordinator
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
-        """Train the next step along `path`.
+        """Prepare for a training step along `path`.
 
-        ZeRO 3 copies the gradients of the first micro batch over those of the last step and adds later ones
-        (partition_grads): a layer that only a later micro batch takes must begin at zero.
+        ZeRO 3 overwrites the last step's gradients by those of the first micro batch and adds later ones
+        (partition_grads), so the gradient of a layer that only a later micro batch runs must be cleared.
         """
         super().follow(path, freezes)
         if path.shares:
@@ -185,21 +213,21 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def _gradient_partitions(self) -> dict[int, torch.Tensor]:
-        """Where ZeRO 3 accumulates each parameter's gradient, by DeepSpeed's number of it."""
+        """The tensors in which ZeRO 3 accumulates gradients, by ds_id, DeepSpeed's number of a parameter."""
         return vars(self)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
 
     def follow_micro_batch(self, path: LayerPath) -> None:
-        """Train the next micro batch along `path`, fetching weights ahead by it."""
+        """Prefetch weights along `path` in the next micro batch."""
         self.coordinator.expect(path.layers, training=True)
 
     def follow_forward(self, path: LayerPath) -> None:
-        """Run forward passes along `path`, fetching weights ahead by it."""
+        """Prefetch weights along `path` in the next forward passes, which no backward passes follow."""
         self.coordinator.expect(path.layers, training=False)
 
     def _get_norm_groups(self: Any) -> list[torch.Tensor]:
-        """Return the norm of the gradient partitions, after those of skipped layers have been cleared.
+        """Return the norm of the gradient partitions, after clearing those of skipped layers.
 
-        ZeRO 3 keeps the gradient partition of a parameter that got no gradient in this step (partition_grads): it
+        ZeRO 3 keeps the gradient partition of a parameter that got no gradient in this step (partition_grads), which
         would count in the norm and be applied again.
         """
         owned = []
@@ -212,42 +240,60 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         return [self._norm(owned)]
 
     def step(self: Any, closure: Any = None) -> None:
-        """Make DeepSpeed's step on the groups that move, and gather the path's small weights, which stay whole.
+        """Make DeepSpeed's step on the groups that move, and gather the path's small weights, which stay gathered.
 
-        Those of other layers are fetched with their layer, as any weight, when it is next active.
+        Those of skipped layers are fetched like any weight when their layer is next active.
         """
         chosen = [n for n, parameters in enumerate(self.fp16_groups) if self.moves(self.layers[parameters[0]])]
         persistent = self.persistent_parameters
         self.persistent_parameters = [p for p in persistent if self.runs(self.layers[p])]
         try:
-            with _only(self, _GROUP_LISTS_3, chosen, taken=("averaged_gradients",)):
+            with _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)):
                 super().step(closure)
         finally:
             self.persistent_parameters = persistent
 
     def gather(self, is_wanted: Callable[[int], bool]) -> None:
-        """Do nothing: weights are gathered as they are used."""
+        """Do nothing: weights are gathered module by module as they are used."""
 
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
-        """Let the working weights of the wanted layers follow from the fp32 ones."""
+        """Copy the fp32 weights of the wanted layers to the working weights."""
         self._partition_all_parameters()
         for number, parameters in enumerate(self.fp16_groups):
             if is_wanted(self.layers[parameters[0]]):
                 self._reassign_or_swap_out_partitioned_parameters(number)
 
+    def holders(self: Any, names: Mapping[nn.Parameter, str]) -> list[Holder]:
+        """Return where weights and states lie: a flat tensor for each sub-group, with equal parts of its parameters."""
+        holders = []
+        for index, parameters in enumerate(self.fp16_groups):
+            group = self.optimizer.param_groups[self.sub_group_to_group_id[index]]
+            pieces, start = [], 0
+            for parameter in parameters:
+                part = parameter.partition_numel()
+                offset = part * self.process_groups.data_rank
+                size = max(0, min(part, parameter.ds_numel - offset))
+                if size:
+                    pieces.append(Piece(names[parameter], parameter, tuple(parameter.ds_shape), offset, start, size))
+                start += part
+            flat = self.fp32_partitioned_groups_flat[index]
+            holders.append(Holder(flat, group, tuple(names[parameter] for parameter in parameters), tuple(pieces)))
+        return holders
+
 
 def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) -> None:
-    """Give a ZeRO optimizer that DeepSpeed has built for `stage` the behaviour of this file.
+    """Turn a ZeRO optimizer that DeepSpeed has built for `stage` into a PathZero12 or PathZero3.
 
-    DeepSpeed names the class in its own code, so the object takes ours afterwards.
+    DeepSpeed's engine names the class that it builds (runtime/engine.py, _configure_zero_optimizer), so a subclass can
+    only be set afterwards. Ours override methods and have no constructor; the attributes they need are set here.
     """
-    ours = {DeepSpeedZeroOptimizer: PathZero12, DeepSpeedZeroOptimizer_Stage3: PathZero3}
-    optimizer.__class__ = ours[type(optimizer)]
+    subclasses = {DeepSpeedZeroOptimizer: PathZero12, DeepSpeedZeroOptimizer_Stage3: PathZero3}
+    optimizer.__class__ = subclasses[type(optimizer)]
     optimizer.process_groups = process_groups
     optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
     optimizer.loss_check = LossCheck()
-    optimizer.check_grad_overflow = True  # in every precision: DeepSpeed would apply a NaN in bf16 if told so
+    optimizer.check_grad_overflow = True  # in every precision: bf16.check_grad_overflow=false would apply a NaN
     if isinstance(optimizer, PathZero12):
         optimizer.stale = set()
     if isinstance(optimizer, PathZero3):
@@ -255,18 +301,20 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) ->
 
 
 @contextmanager
-def _only(owner: Any, names: Sequence[str], chosen: Sequence[int], taken: Sequence[str] = ()) -> Iterator[None]:
-    """Let `owner` see the chosen entries of its attributes, numbered from 0.
+def _only_entries(
+    owner: Any, names: Sequence[str], chosen: Sequence[int], consumed: Sequence[str] = ()
+) -> Iterator[None]:
+    """Reduce attributes of `owner` that are lists or dictionaries by group to the chosen groups, numbered from 0.
 
-    taken: dictionaries by group whose values are handed over, so that they are freed as they are used; they are left
-    empty.
+    consumed: dictionaries by group whose values are moved, not copied, so that DeepSpeed frees gradients as it uses
+    them; they are empty afterwards.
     """
-    saved = {name: getattr(owner, name) for name in (*names, *taken)}
+    saved = {name: getattr(owner, name) for name in (*names, *consumed)}
     for name in names:
-        whole = saved[name]
-        part = [whole[index] for index in chosen]
-        setattr(owner, name, dict(enumerate(part)) if isinstance(whole, dict) else part)
-    for name in taken:
+        entries = saved[name]
+        kept = [entries[index] for index in chosen]
+        setattr(owner, name, dict(enumerate(kept)) if isinstance(entries, dict) else kept)
+    for name in consumed:
         setattr(owner, name, {number: saved[name].pop(index, None) for number, index in enumerate(chosen)})
         saved[name].clear()
     try:

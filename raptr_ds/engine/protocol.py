@@ -1,4 +1,4 @@
-"""What the loop asks of an engine, and what it gets back."""
+"""What the training loop asks of an engine, and what it gets back."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,23 +14,21 @@ from raptr_ds.paths.path import LayerPath
 class StepResult:
     """One training step.
 
-    loss: mean over all predicted positions of the global batch, of which there are num_predictions. grad_norm: of the
-    whole model, before clipping.
-    skipped: the loss or a gradient was not finite, so that no weight moved, on any rank. loss_scale: fp16's, else 1.
+    loss: mean over all num_predictions predicted positions of the global batch. grad_norm: of the whole model, before
+    clipping. skipped: the loss or a gradient was not finite, so no weight changed on any rank.
     """
 
     loss: float
     grad_norm: float
     num_predictions: int
     skipped: bool = False
-    loss_scale: float = 1.0
 
 
 class Engine(Protocol):
-    """Carries paths: trains one step along a path, evaluates along a path, and gives and takes its state by name."""
+    """Trains one step along a path, evaluates along a path, and saves and restores its state by parameter name."""
 
     def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
-        """Train step `step` (0-based) on this rank's share of the batch along `path`; all ranks call it alike."""
+        """Train step `step` (0-based) along `path` on this rank's share of the batch. Collective: all ranks call it."""
         ...
 
     def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
@@ -38,8 +36,7 @@ class Engine(Protocol):
         ...
 
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from, with their optimizer state or with none; all ranks call
-        it alike."""
+        """Make the new layers copies of those they grow from, with or without optimizer state. Collective."""
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -47,25 +44,25 @@ class Engine(Protocol):
         ...
 
     def owns(self, fragment: Fragment) -> bool:
-        """Whether this rank is the one that writes the fragment: each element of the model has one such rank."""
+        """Whether this rank writes the fragment to checkpoints; each element of the model has exactly one such rank."""
         ...
 
     def step_counts(self) -> dict[str, float]:
-        """Return the optimizer's steps on each parameter of this rank, by name; under `freeze` layers differ."""
+        """Return how many steps the optimizer has made on each parameter of this rank; under `freeze` layers differ."""
         ...
 
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
-        """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
+        """Replace the optimizer's state by zeros of these kinds and by these step counts, both by parameter name."""
         ...
 
     def refresh_weights(self) -> None:
-        """Make the working weights follow from the fp32 ones, after these were loaded."""
+        """Copy the fp32 weights to the working weights, after a checkpoint was loaded into the former."""
         ...
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Return fp16's loss scale and its counters; empty in other precisions."""
+        """Return fp16's dynamic loss scale and its counters; empty in other precisions."""
         ...
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Restore what `loss_scaler_state` gave."""
+        """Restore what `loss_scaler_state` returned."""
         ...

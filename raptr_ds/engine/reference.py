@@ -1,6 +1,6 @@
-"""The oracle: plain torch in one process, the whole global batch as one micro batch or several, no DeepSpeed.
+"""The oracle of the tests: plain torch in one process, without DeepSpeed.
 
-It is written to be read, and to be right: what the other engines do in many ways is here done in one.
+It computes in one simple way what the other engines compute in many.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raptr_ds.data.batch import StepBatch
-from raptr_ds.engine.fragments import Fragment, Holder, Piece, create_state, fragments_of, step_counts
+from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.model.stage import Stage
@@ -22,7 +22,7 @@ from raptr_ds.paths.path import LayerPath
 
 
 class ReferenceEngine:
-    """AdamW on every parameter by itself, in fp32."""
+    """AdamW in fp32, each parameter in its own group."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class ReferenceEngine:
         before = {}
         if self.skipped_update == "freeze" and path.parts is not None:
             before = {p: (p.detach().clone(), copy.deepcopy(self.optimizer.state[p])) for p in self.parameters.values()}
-        self.optimizer.step()  # torch leaves parameters without a gradient alone: freeze
-        self._put_back_idle_parts(path, before)
+        self.optimizer.step()  # torch does not change parameters without a gradient, which is what freeze means
+        self._restore_idle_parts(path, before)
         return StepResult(total, norm, batch.num_predictions)
 
     @torch.no_grad()
-    def _put_back_idle_parts(
+    def _restore_idle_parts(
         self, path: LayerPath, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
     ) -> None:
         for name, parameter in self.parameters.items():
@@ -103,7 +103,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from, with their optimizer state or with none."""
+        """Make the new layers copies of those they grow from, with or without optimizer state."""
         for layer, source in growth.sources.items():
             for name, parameter in self.stage.layers[str(layer)].named_parameters(prefix=f"layers.{layer}"):
                 original = self.parameters[name.replace(f"layers.{layer}.", f"layers.{source}.", 1)]
@@ -113,14 +113,14 @@ class ReferenceEngine:
                     self.optimizer.state[parameter] = copy.deepcopy(self.optimizer.state[original])
 
     def _holders(self) -> list[Holder]:
-        holders = []
-        for group, (name, parameter) in zip(self.optimizer.param_groups, self.parameters.items(), strict=True):
-            piece = Piece(name, parameter, tuple(parameter.shape), 0, 0, parameter.numel())
-            holders.append(Holder(parameter, group, (name,), (piece,)))
-        return holders
+        groups = self.optimizer.param_groups
+        return [
+            Holder.of_whole(name, parameter, parameter, group)
+            for group, (name, parameter) in zip(groups, self.parameters.items(), strict=True)
+        ]
 
     def fragments(self) -> list[Fragment]:
-        """Return all weights and optimizer states."""
+        """Return views of all weights and optimizer states."""
         return fragments_of(self._holders(), self.optimizer)
 
     def owns(self, fragment: Fragment) -> bool:
@@ -128,11 +128,11 @@ class ReferenceEngine:
         return True
 
     def step_counts(self) -> dict[str, float]:
-        """Return the optimizer's steps on each parameter."""
+        """Return how many steps the optimizer has made on each parameter."""
         return step_counts(self._holders(), self.optimizer)
 
     def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
-        """Make the optimizer hold just these kinds of state for each parameter, zero, with these step counts."""
+        """Replace the optimizer's state by zeros of these kinds and by these step counts."""
         create_state(self._holders(), self.optimizer, kinds, counts)
 
     def refresh_weights(self) -> None:

@@ -1,11 +1,11 @@
-"""ZeRO stage 0: every data-parallel rank holds the whole optimizer state, in fp32 beside the working weights.
+"""ZeRO stage 0: every data-parallel rank has all fp32 weights and optimizer states, beside the working weights.
 
 DeepSpeed's own stage 0 creates and reduces zero gradients for skipped layers (runtime/engine.py,
 _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (runtime/utils.py, clip_grad_norm_).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raptr_ds.engine import foreach
+from raptr_ds.engine.fragments import Holder
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
 from raptr_ds.engine.idle_parts import idle_parts_kept
 from raptr_ds.engine.parameter_groups import every_layer, layers_on
@@ -26,9 +26,9 @@ _OWN_OF_A_GROUP = ("params", "layer", "names")
 
 
 class ReplicatedOptimizer:
-    """Reduces, unscales, clips and applies gradients; steps the inner torch optimizer on fp32 weights.
+    """Reduces, unscales and clips gradients, and steps the inner torch optimizer on fp32 weights with them.
 
-    It has the attributes that DeepSpeed's engine asks of an optimizer: step, zero_grad, overflow, _global_grad_norm,
+    It has the attributes that DeepSpeed's engine needs of an optimizer: step, zero_grad, overflow, _global_grad_norm,
     param_groups, loss_scale.
     """
 
@@ -70,22 +70,22 @@ class ReplicatedOptimizer:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before the backward pass."""
+        """The factor of the loss in the backward pass."""
         return self.loss_scaler.loss_scale
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
-        """Train the next step along `path`; under `freeze` only its layers move, under `zero_grad` all."""
+        """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
         self.path, self.freezes = path, freezes
         self.moves = layers_on(path) if freezes else every_layer
 
     def follow_micro_batch(self, path: LayerPath) -> None:
-        """Train the next micro batch along `path`: nothing to prepare."""
+        """Do nothing: no weight has to be fetched."""
 
     def follow_forward(self, path: LayerPath) -> None:
-        """Run forward passes along `path`: nothing to prepare."""
+        """Do nothing: no weight has to be fetched."""
 
     def reduce_gradients(self) -> None:
-        """Average the gradients over the data-parallel ranks; skipped layers have none and send nothing."""
+        """Average the gradients over the data-parallel ranks; skipped layers have none, so nothing is sent for them."""
         if self.groups.topology.data == 1:
             return
         bucket: list[torch.Tensor] = []
@@ -108,16 +108,16 @@ class ReplicatedOptimizer:
         dist.all_reduce(flat, group=self.groups.data)
         flat /= self.groups.topology.data
         means = flat.split([gradient.numel() for gradient in bucket])
-        foreach.copy_(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
+        _copy(bucket, [mean.view_as(g) for mean, g in zip(means, bucket, strict=True)])
 
     def step(self) -> None:
         """Apply the reduced gradients, or skip the step on every rank if their norm or a loss is not finite.
 
-        Where the step decides on the device, `overflow` holds only after `finish_step`.
+        If `decides_on_device`, `overflow` is valid only after `finish_step`.
         """
         scale = self.loss_scale
         gradients = [(w, m, gradient_of(w)) for w, m, layer in self.pairs if self.moves(layer)]
-        # All ranks of the data axis hold the same gradients: the first counts them, the others only see their losses.
+        # All data-parallel ranks have the same gradients: the first counts them, the others only their losses.
         is_counted = self.groups.data_rank == 0
         owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
         norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
@@ -133,13 +133,13 @@ class ReplicatedOptimizer:
             if self.decides_on_device:
                 self._step_if_finite(norm, factor)
             else:
-                if isinstance(factor, torch.Tensor) or factor != 1.0:
-                    foreach.multiply_(accumulated, factor)
+                if accumulated and (isinstance(factor, torch.Tensor) or factor != 1.0):
+                    torch._foreach_mul_(accumulated, factor)  # type: ignore[reportPrivateImportUsage]
                 self.inner.step()
         self.refresh(self.moves)
 
     def finish_step(self, norm: float) -> None:
-        """Settle, once the host has the step's norm, whether it was skipped, and the loss scale."""
+        """Set `overflow` and update the loss scale, once the host has the step's norm."""
         if self._is_unfinished:
             self._is_unfinished = False
             self.overflow = not math.isfinite(norm)
@@ -147,10 +147,9 @@ class ReplicatedOptimizer:
 
     @staticmethod
     def _hand_over(gradients: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
-        """Give the fp32 weights their gradients, in fp32, and return these gradients.
+        """Set the fp32 weights' gradients, in fp32, and return these; zeros for a layer that was skipped.
 
-        The accumulated ones themselves where they are fp32 already: they are scaled in place, and nobody else reads
-        them after this.
+        Gradients that are fp32 already are not copied: they may be scaled in place, nobody reads them after the step.
         """
         given, wide, narrow = [], [], []
         for _, master, gradient in gradients:
@@ -163,13 +162,13 @@ class ReplicatedOptimizer:
                 wide.append(given[-1])
                 narrow.append(gradient)
             master.grad = given[-1]
-        foreach.copy_(wide, narrow)
+        _copy(wide, narrow)
         return given
 
     def _step_if_finite(self, norm: torch.Tensor, factor: torch.Tensor | float) -> None:
-        """Step in the optimizer's kernel, which divides by grad_scale and, where found_inf is 1, changes nothing.
+        """Step in the optimizer's kernel, which divides gradients by grad_scale and changes nothing if found_inf is 1.
 
-        torch/optim/adam.py, _fused_adam, which torch.amp.GradScaler calls so: step counts are put back as well.
+        torch/optim/adam.py, _fused_adam, as torch.amp.GradScaler uses it: step counts are restored as well.
         """
         inner: Any = self.inner
         inner.found_inf = torch.isfinite(norm).logical_not_().float()
@@ -181,10 +180,10 @@ class ReplicatedOptimizer:
 
     @contextmanager
     def _merged_groups(self) -> Iterator[None]:
-        """Let the inner optimizer see the groups that move, as one where they have the same hyperparameters.
+        """Show the inner optimizer only the groups that move, those with equal hyperparameters merged into one.
 
-        torch keeps states and step counts by parameter, so one call can step layers of different counts. DeepSpeed's
-        fused optimizers count once for a group (ops/adam/fused_adam.py) and get the groups as they are.
+        torch keeps step counts by parameter, so one call can step layers whose counts differ. DeepSpeed's fused
+        optimizers count steps by group (ops/adam/fused_adam.py), so their groups are not merged.
         """
         every = self.inner.param_groups
         moving = [group for group in every if self.moves(group["layer"])]
@@ -198,27 +197,34 @@ class ReplicatedOptimizer:
         if self.path is None or self.path.parts is None or not self.freezes:
             return nullcontext()
         moving = [pair for pair in self.pairs if self.moves(pair[2])]
-        tensor_size = self.groups.topology.tensor
-        return idle_parts_kept(self.inner, moving, self.path, self.groups.tensor_rank, tensor_size)
+        return idle_parts_kept(self.inner, moving, self.path, self.groups)
 
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
-        """Let the working weights of the wanted layers follow from the fp32 ones, where those are others."""
+        """Copy the fp32 weights of the wanted layers to the working weights, unless they are the same tensors."""
         behind = [(w, m) for w, m, layer in self.pairs if w is not m and is_wanted(layer)]
-        foreach.copy_([working for working, _ in behind], [master for _, master in behind])
+        _copy([working for working, _ in behind], [master for _, master in behind])
 
     def gather(self, is_wanted: Callable[[int], bool]) -> None:
         """Do nothing: every rank has all weights."""
 
+    def holders(self, names: Mapping[nn.Parameter, str]) -> list[Holder]:
+        """Return where weights and states lie: each parameter has its own fp32 tensor."""
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return [
+            Holder.of_whole(names[working], working, master, group)
+            for group, (working, master, _) in zip(groups, self.pairs, strict=True)
+        ]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         for working, master, _ in self.pairs:
             working.grad = master.grad = None
             working.fp32_grad = None  # type: ignore[attr-defined]
 
 
 def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one group for all that agree in everything but their parameters; the given ones are left alone."""
+    """Return new groups, one for all of `groups` that differ only in their parameters."""
     merged: list[dict[str, Any]] = []
     for group in groups:
         options = {key: value for key, value in group.items() if key not in _OWN_OF_A_GROUP}
@@ -232,15 +238,21 @@ def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether the host need not wait to know if a step is finite: torch's fused Adam looks itself, on a GPU."""
+    """Whether the optimizer's kernel itself can skip a step, so that the host need not wait: torch's fused Adam can."""
     is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
     return device.type == "cuda" and is_adam and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor | None:
-    """Return the accumulated gradient, wherever it accumulates; None for a layer that was skipped."""
+    """Return the accumulated gradient, in fp32_grad or grad; None for a layer that was skipped."""
     gradient = getattr(parameter, "fp32_grad", None)
     return parameter.grad if gradient is None else gradient
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, with a few kernels for all; the lists may be empty."""
+    if targets:
+        torch._foreach_copy_(targets, sources)  # type: ignore[reportPrivateImportUsage]
 
 
 def _move_gradient_to_fp32(parameter: torch.Tensor) -> None:

@@ -10,7 +10,9 @@ from deepspeed.runtime.config import get_timers_config, get_wall_clock_breakdown
 
 from raptr_ds.config.load import RunConfig, load_run_config
 from raptr_ds.engine import build
-from raptr_ds.errors import ConfigError
+from raptr_ds.engine.build import GpuFacts, check_gpu
+from raptr_ds.errors import ConfigError, Exit
+from raptr_ds.parallel.groups import lone_process_groups
 
 
 def config_of(compile_key: bool | None, zero_stage: int = 1, method: str = "raptr") -> Any:
@@ -97,3 +99,43 @@ def test_a_lone_gpu_has_nothing_to_overlap() -> None:
 
 def test_a_cpu_overlaps_where_the_run_file_says_so_only() -> None:
     assert "overlap_comm" not in deepspeed_config(False, "zero_optimization.stage=2").get("zero_optimization", {})
+
+
+# What a GPU lacks is a mistake of the run file
+
+OLD, NEW = GpuFacts("Tesla V100", (7, 0), has_bf16=False), GpuFacts("NVIDIA A100", (8, 0), has_bf16=True)
+PRECISIONS = {
+    "bf16": [],
+    "fp16": ["bf16.enabled=false", "fp16.enabled=true"],
+    "fp32": ["bf16.enabled=false"],
+}
+
+
+def config_in(precision: str) -> RunConfig:
+    overrides = ["raptr_ds.model.vocab_size=100", *PRECISIONS[precision]]
+    config = load_run_config(Path("deepspeed_configs/bert_base_raptr.json"), overrides, 1)
+    assert config.precision == precision
+    return config
+
+
+def test_bf16_on_a_gpu_without_it_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_gpu(config_in("bf16"), OLD)
+    assert caught.value.exit_code == Exit.USER_ERROR
+    for part in ("bf16.enabled=true", "Tesla V100 has 7.0", "8.0 or higher", "fp16.enabled"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("precision", "gpu"), [("bf16", NEW), ("bf16", None), ("fp16", OLD), ("fp32", OLD)])
+def test_a_precision_that_the_device_has_is_accepted(precision: str, gpu: GpuFacts | None) -> None:
+    check_gpu(config_in(precision), gpu)
+
+
+def test_a_cpu_is_no_gpu() -> None:
+    assert GpuFacts.of(torch.device("cpu")) is None
+
+
+def test_no_engine_is_built_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuFacts, "of", lambda _device: OLD)
+    with lone_process_groups() as groups, pytest.raises(ConfigError, match="Tesla V100"):
+        build.build_engine(config_in("bf16"), groups)
