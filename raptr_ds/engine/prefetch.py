@@ -1,11 +1,22 @@
 """ZeRO 3's prefetching along a path that changes with every step.
 
-DeepSpeed records the order in which one step visits the modules and fetches weights ahead by it; a step that takes
-another path makes it forget the order and fetch each weight only when it is needed (runtime/zero/
-partitioned_param_coordinator.py of deepspeed 0.19.8, trace_prologue). A step's order is made of known pieces, though:
-what comes before the layers, each layer forward, the head, each layer backward, what comes after. So one recorded
-step, of any path, gives the order of every path, and the next path is always known before the step begins. A step that
-recomputes activations visits its layers in another order than one that keeps them: of each kind one is recorded.
+DeepSpeed records the order in which a step visits the modules and prefetches weights in this order; a step along
+another path makes it discard the order and fetch each weight only when it is needed (runtime/zero/
+partitioned_param_coordinator.py of deepspeed 0.19.8, trace_prologue). But a step's order consists of known pieces:
+
+    before | layer 0, layer 3, layer 7 | head     forward
+    after  | layer 0, layer 3, layer 7 | head     backward, read from right to left
+
+Every layer visits modules of the same names, so one recorded step, along any path, gives the order along every path
+(`learn_order`, `VisitOrder.along`). `PathCoordinator` knows the path before each forward pass (`expect`), and at the
+first module (`reset_step`) it does one of three things:
+
+    the pieces are not known yet        DeepSpeed records the step; the next reset_step learns the pieces from it
+    another path than the last          the order along the new path is installed as if DeepSpeed had recorded it
+    the same path                       nothing: the order is installed already
+
+A step that recomputes activations visits a layer's modules in another order than one that keeps them, so one step of
+each kind is recorded. If DeepSpeed meets a module that the order does not have, all is discarded and recorded again.
 """
 
 from bisect import bisect_left
@@ -28,10 +39,10 @@ _PRIVATE = "_PartitionedParameterCoordinator__"
 
 @dataclass(frozen=True)
 class VisitOrder:
-    """The order in which a step visits modules, for every path.
+    """The pieces of the order in which a step visits modules.
 
-    before, head_forward, head_backward, after: modules outside the layers; forward, backward: names of the modules
-    inside a layer, "" the layer itself.
+    before, head_forward, head_backward, after: modules outside the layers. forward, backward: names of the modules
+    inside a layer, "" for the layer itself.
     """
 
     before: tuple[nn.Module, ...]
@@ -42,7 +53,7 @@ class VisitOrder:
     after: tuple[nn.Module, ...]
 
     def along(self, layers: Sequence[int], modules: dict[int, dict[str, nn.Module]], training: bool) -> list[nn.Module]:
-        """Return the modules that a step along `layers` visits, in order; of its forward pass if it does not train."""
+        """Return the modules that a step along `layers` visits, in order; only the forward pass's if not `training`."""
         order = [*self.before, *(modules[layer][name] for layer in layers for name in self.forward)]
         order += self.head_forward
         if training:
@@ -55,9 +66,9 @@ class VisitOrder:
 def learn_order(
     visits: Sequence[nn.Module], first_backward: int, layers: Sequence[int], modules: dict[int, dict[str, nn.Module]]
 ) -> VisitOrder | None:
-    """Return the order behind a recorded training step along `layers`; None if it is not made of the known pieces.
+    """Return the pieces of a recorded training step along `layers`; None if it does not consist of such pieces.
 
-    first_backward: how many visits belong to the forward pass.
+    first_backward: the number of visits in the forward pass.
     """
     places = {module: (layer, name) for layer, inside in modules.items() for name, module in inside.items()}
     forward_pass = _pieces(visits[:first_backward], places)
@@ -81,7 +92,7 @@ def learn_order(
 def _pieces(
     visits: Sequence[nn.Module], places: dict[nn.Module, tuple[int, str]]
 ) -> tuple[tuple[nn.Module, ...], list[tuple[int, list[str]]], tuple[nn.Module, ...]] | None:
-    """Cut one pass into what precedes the layers, each layer's visits by name, and what follows; None if mixed."""
+    """Cut one pass into the visits before the layers, each layer's by name, and those after; None if they mix."""
     inside = [number for number, module in enumerate(visits) if module in places]
     if not inside or inside != list(range(inside[0], inside[-1] + 1)):
         return None
@@ -95,24 +106,31 @@ def _pieces(
 
 
 class PathCoordinator(PartitionedParameterCoordinator):
-    """DeepSpeed's coordinator, told the path of each forward pass before it begins; see `prefetch_along_paths`."""
+    """DeepSpeed's coordinator, which learns the path of each forward pass before it begins.
+
+    A path here is (its layers, whether backward passes follow). Made by `prefetch_along_paths`.
+    """
 
     modules: dict[int, dict[str, nn.Module]]
     recomputes: Callable[[int], bool]
-    """Whether a training step along so many layers recomputes their activations."""
+    """Whether a training step along this number of layers recomputes their activations."""
     orders: dict[bool, VisitOrder]
-    """The order of steps that recompute, and of those that do not, once one of them was recorded."""
-    num_restarts: int
-    """How often an order turned out wrong, so that weights were fetched only when needed."""
+    """The pieces of steps that recompute (True) and of those that do not (False), as far as they are known."""
     _expected: tuple[tuple[int, ...], bool]
+    """The path of the next forward passes."""
     _installed: tuple[tuple[int, ...], bool] | None
+    """The path whose order DeepSpeed has from us; None if it has its own recorded order, or none."""
     _recorded: tuple[tuple[int, ...], bool]
+    """The path of the last forward pass, which DeepSpeed has recorded if it was recording."""
     _first_backward: int | None
+    """The number of the recorded step's first visit in the backward pass."""
     _uses: dict[nn.Parameter, list[int]]
+    """The visits of the installed order that need a weight."""
     _numel_before: list[int]
+    """The number of weights' elements that the visits before each visit of the installed order need."""
 
     def expect(self, layers: tuple[int, ...], training: bool) -> None:
-        """Say which layers the next forward passes take, and whether backward passes follow."""
+        """Set the layers of the next forward passes, and whether backward passes follow them."""
         self._expected = (layers, training)
 
     def reset_step(self: Any) -> None:
@@ -129,20 +147,20 @@ class PathCoordinator(PartitionedParameterCoordinator):
         self._recorded, self._first_backward = self._expected, None
 
     def _learn(self: Any, layers: tuple[int, ...], training: bool) -> None:
-        """Take the order behind what was recorded, if that was a whole training step."""
+        """Learn the pieces from what was recorded, if that was a whole training step."""
         if training and self._first_backward is not None:
             order = learn_order(self._get("submodule_order"), self._first_backward, layers, self.modules)
             if order is not None:
                 self.orders[self.recomputes(len(layers))] = order
 
     def _order_of(self, layers: tuple[int, ...], training: bool) -> VisitOrder | None:
-        """Return the order of the next forward passes; without backward passes all orders are alike."""
+        """Return the pieces of the next forward passes; without backward passes those of either kind will do."""
         if training:
             return self.orders.get(self.recomputes(len(layers)))
         return next(iter(self.orders.values()), None)
 
     def _record_anew_for(self: Any, layers: tuple[int, ...], training: bool) -> None:
-        """Let DeepSpeed record the next step rather than expect what it has, if that is of the other kind."""
+        """Make DeepSpeed record the next step if the order that it has is ours, or that of the other kind of step."""
         had, of_training = self._recorded
         is_other = training and of_training and self.recomputes(len(had)) != self.recomputes(len(layers))
         if (is_other or self._installed is not None) and not self.is_invalid_trace():
@@ -150,20 +168,19 @@ class PathCoordinator(PartitionedParameterCoordinator):
         self._installed = None
 
     def fetch_sub_module(self: Any, current_submodule: nn.Module, forward: bool) -> None:
-        """Fetch as DeepSpeed does, and note where a recorded step turns backward."""
+        """Fetch as DeepSpeed does, and note where the backward pass of a recorded step begins."""
         if not forward and self._first_backward is None and self.is_record_trace():
             self._first_backward = len(self._get("submodule_order")) - 1
         super().fetch_sub_module(current_submodule, forward)
 
     def _invalidate_trace(self: Any) -> None:
-        """Forget what was installed: DeepSpeed met another module, and will record anew."""
-        self.num_restarts += 1
+        """Discard all orders: DeepSpeed has met a module that it did not expect, and will record again."""
         self.orders.clear()
         self._installed = None
         super()._invalidate_trace()
 
     def _install(self: Any, order: list[nn.Module]) -> None:
-        """Make DeepSpeed take `order` for recorded."""
+        """Install `order` as if DeepSpeed had recorded it."""
         entry = getattr(PartitionedParameterCoordinator, _PRIVATE + "ParamInTrace")
         trace, self._uses, self._numel_before = [], {}, [0]
         for number, module in enumerate(order):
@@ -179,10 +196,10 @@ class PathCoordinator(PartitionedParameterCoordinator):
     def _PartitionedParameterCoordinator__params_to_release(  # noqa: N802 - DeepSpeed's private name
         self: Any, module: nn.Module, visit: int
     ) -> set[int]:
-        """Return the ids of a module's weights that are not needed again soon: within max_reuse_distance elements.
+        """Return the ids of a module's weights that are not needed again within the next max_reuse_distance elements.
 
-        DeepSpeed's own answer is cached by the visit's number, for one order, and scans all that follows, which for an
-        order that changes with each step costs as much as a small step.
+        DeepSpeed's own function scans the rest of the order and caches the result by the visit's number. If the order
+        changes with each step the scan costs as much as a small step.
         """
         if self._installed is None:  # DeepSpeed's own order
             return getattr(PartitionedParameterCoordinator, _PRIVATE + "params_to_release")(self, module, visit)
@@ -205,16 +222,19 @@ class PathCoordinator(PartitionedParameterCoordinator):
 
 
 def _weights_of(module: nn.Module) -> list[Any]:
-    """Return the weights that a visit to a module needs, its own and those it borrows, in DeepSpeed's order."""
+    """Return the weights that a visit to a module needs, its own and shared ones, in DeepSpeed's order."""
     return sorted(set(iter_params(module)), key=attrgetter("ds_id"))
 
 
 def prefetch_along_paths(coordinator: Any, layers: Stack) -> PathCoordinator:
-    """Give the coordinator that DeepSpeed has built the behaviour of this file."""
+    """Turn the coordinator that DeepSpeed has built into a PathCoordinator.
+
+    DeepSpeed's offload code names the class that it builds, so a subclass can only be set afterwards.
+    """
     coordinator.__class__ = PathCoordinator
     coordinator.modules = {int(name): dict(block.named_modules()) for name, block in layers.items()}
     coordinator.recomputes = layers.recomputes
-    coordinator.orders, coordinator.num_restarts = {}, 0
+    coordinator.orders = {}
     coordinator._expected = coordinator._recorded = (tuple(coordinator.modules), True)
     coordinator._installed, coordinator._first_backward = None, None
     return coordinator
