@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: what lies in it under which name, and how a checkpoint appears and goes whole.
+"""The folder of a run's checkpoints: the names in it, and how a checkpoint is created and deleted atomically.
 
-Everything here runs on one rank. A folder named step-... is complete, always: it is filled under another name, renamed
+Everything here runs on one rank. A folder named step-... is always complete: it is written under another name, renamed
 when all of it is on the disk, and renamed again before it is deleted.
 """
 
@@ -20,12 +20,12 @@ _SET_ASIDE = "set-aside-"
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps stands."""
+    """Return the path of the checkpoint after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
 def unfinished_folder(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps is being written."""
+    """Return the path under which the checkpoint after `step` steps is written."""
     return folder / f"{_UNFINISHED}step-{step:08d}"
 
 
@@ -36,7 +36,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
-    """Return the checkpoints in a folder, newest first; with `not_after` those of this step and before."""
+    """Return the checkpoints in a folder, newest first; with `not_after` only those up to this step."""
     if not folder.is_dir():
         return []
     steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
@@ -45,7 +45,7 @@ def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
 
 
 def checkpoints_at(where: Path) -> list[Path]:
-    """Return what a user's FOLDER means: the checkpoints of a run, newest first, or the one checkpoint.
+    """Return the checkpoints at a folder that a user gives, newest first: a run's, or the folder itself if it is one.
 
     Raises: CheckpointError if there is none.
     """
@@ -55,16 +55,16 @@ def checkpoints_at(where: Path) -> list[Path]:
     if not found:
         state = "there is no checkpoint in it" if where.is_dir() else "there is no such folder"
         raise CheckpointError(
-            f"raptr_ds.checkpoint.load={where}: {state}. Give a run's folder, its {CHECKPOINTS} folder or one "
-            "step-... folder, or auto, or none."
+            f"raptr_ds.checkpoint.load={where}: {state}. Set it to a run's folder, its {CHECKPOINTS} folder, one "
+            "step-... folder, auto or none."
         )
     return found
 
 
 def tidy(folder: Path) -> list[str]:
-    """Finish what dead writers left: remove unfinished and deleted checkpoints, put a replaced one back if need be.
+    """Clean up after processes that died: remove unfinished and deleted checkpoints, restore half-replaced ones.
 
-    Returns what was done, for people.
+    Returns messages to print.
     """
     done = []
     for path in sorted(folder.glob(".*-step-*")):
@@ -72,24 +72,24 @@ def tidy(folder: Path) -> list[str]:
             original = folder / path.name.removeprefix(_REPLACED)
             if not original.exists():
                 path.rename(original)
-                done.append(f"put {original} back, which a dead writer was about to replace")
+                done.append(f"restored {original}, which a process was replacing when it died")
                 continue
         if path.name.startswith((_UNFINISHED, _REPLACED, _DELETED)):
             shutil.rmtree(path)
             if path.name.startswith(_UNFINISHED):
-                done.append(f"removed {path}, which a dead writer had not finished")
+                done.append(f"removed {path}, which a process was writing when it died")
     return done
 
 
 def publish(unfinished: Path, final: Path, manifest: bytes) -> None:
-    """Complete a checkpoint whose tensor files are on the disk: manifest, then the name that makes it count.
+    """Complete a checkpoint whose tensor files are on the disk: write the manifest and give the folder its final name.
 
-    Raises: OSError; what had that name before is then still there.
+    Raises: OSError; an earlier checkpoint of that name is then still there.
     """
     write_atomically(unfinished / MANIFEST, manifest)
     sync_folder(unfinished)
     replaced = final.with_name(_REPLACED + final.name)
-    if final.exists():  # a second save at one step: a rename replaces no folder that has content
+    if final.exists():  # an earlier save of this step: a rename cannot replace a folder that is not empty
         final.rename(replaced)
     try:
         unfinished.replace(final)
@@ -101,9 +101,9 @@ def publish(unfinished: Path, final: Path, manifest: bytes) -> None:
 
 
 def outdated(folder: Path, step: int, keep: int) -> list[Path]:
-    """Take all but the `keep` newest checkpoints up to `step` out of the list of checkpoints; return what to delete.
+    """Rename all but the `keep` newest checkpoints up to `step`, and return what is to be deleted.
 
-    Checkpoints after `step` are of another course of the run and count for nothing here.
+    Checkpoints after `step` belong to an abandoned branch of the run and are not counted.
     """
     older = [path for path in checkpoints_in(folder) if (step_of(path) or 0) <= step][keep:]
     deleted = []
@@ -115,9 +115,9 @@ def outdated(folder: Path, step: int, keep: int) -> list[Path]:
 
 
 def set_aside(folder: Path, after: int) -> Path | None:
-    """Move checkpoints after step `after`, which the run will not continue from, into a folder of their own.
+    """Move the checkpoints after step `after`, an abandoned branch of the run, to a new folder set-aside-N.
 
-    Left in place they would be taken for the newest later on. Returns that folder, None if there was nothing to move.
+    In place they would later be taken for the newest ones. Returns the new folder, None if there was nothing to move.
     """
     later = [path for path in checkpoints_in(folder) if (step_of(path) or 0) > after]
     if not later:
@@ -133,7 +133,7 @@ def set_aside(folder: Path, after: int) -> Path | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on the disk."""
+    """Put a folder's directory entries on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

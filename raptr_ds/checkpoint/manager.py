@@ -1,8 +1,8 @@
-"""Checkpoints of a run: saved while training goes on, verified and restored into any layout.
+"""Checkpoints of a run: saved while training goes on, verified, and restored into any layout.
 
-All methods but `close` are called by all ranks alike, from the main thread, between two steps. Only there do ranks
-communicate; the threads that write talk to nobody. So no rank can wait for one that is elsewhere, and a write of any
-length delays no collective: while one is under way each `poll` is one small reduction.
+All methods but `close` are collective: all ranks call them between two steps, from the main thread. Threads that write
+take part in no collective. So no rank waits for one that is elsewhere, and a slow write delays no collective: during a
+write each `poll` is one small reduction.
 """
 
 import json
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _WAIT_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class RestoredState:
-    """What the loop continues with: the step, what it gave as run_state, and where it was read from."""
+    """What a restored run continues with. step: the number of finished steps; run_state: as it was saved."""
 
     step: int
     run_state: dict[str, Any]
@@ -59,8 +59,8 @@ class RestoredState:
 class SaveReport:
     """How a save ended.
 
-    error: why there is no checkpoint of this step, None if there is. stop_seconds: how long this rank's training stood
-    still for it; write_seconds: of the slowest rank, beside training. num_bytes: of all ranks.
+    error: why there is no checkpoint of this step; None on success. stop_seconds: how long training on this rank
+    waited; write_seconds: how long the slowest rank wrote during training. num_bytes: written by all ranks.
     """
 
     step: int
@@ -73,20 +73,17 @@ class SaveReport:
 
 @dataclass
 class _Pending:
-    """A save under way."""
+    """A save that is being written. manifest: without what the ranks' writers will report."""
 
-    step: int
     writer: Writer
-    model: dict[str, Any]
-    run_state: dict[str, Any]
-    loss_scaler: dict[str, float]
+    manifest: Manifest
     stop_seconds: float
 
 
 def check_writable(folder: Path, groups: ProcessGroups) -> None:
-    """Make the run's checkpoint folder and see that every rank can write there.
+    """Create the checkpoint folder and check that every rank can write to it.
 
-    Raises: CheckpointError, on all ranks alike, with the first rank that cannot.
+    Raises: CheckpointError, on all ranks, for the first rank that cannot.
     """
 
     def make() -> None:
@@ -95,8 +92,8 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
     def probe() -> None:
         if not folder.is_dir():
             raise CheckpointError(
-                f"rank {groups.rank} does not see {folder}, which rank 0 made. Set raptr_ds.train.save to a folder on "
-                "a file system that all nodes share."
+                f"rank {groups.rank} does not see {folder}, which rank 0 has created. Set raptr_ds.train.save to a "
+                "folder on a file system that all nodes share."
             )
         _try_to_write(folder, lambda: tempfile.TemporaryFile(dir=folder).close())
 
@@ -110,61 +107,67 @@ def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
     except OSError as error:
         raise CheckpointError(
             f"cannot write checkpoints to {folder}: {error.strerror or error}. Set raptr_ds.train.save to a folder "
-            "that you may write."
+            "that you can write to."
         ) from error
 
 
 class Checkpoints:
-    """Saves to, and restores from, the folder of a run's checkpoints.
+    """Saves and restores the checkpoints of a run.
 
-    folder: RUN/checkpoints. keep: how many checkpoints stay. tell: takes messages for people, on rank 0 only.
+    folder: RUN/checkpoints. keep: the number of checkpoints to keep. report: prints messages, on rank 0 only.
     Raises: CheckpointError if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, groups: ProcessGroups, keep: int, tell: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, groups: ProcessGroups, keep: int, report: Callable[[str], None] = print) -> None:
         self.folder, self.groups, self.keep = folder, groups, keep
-        self._tell = tell if groups.rank == 0 else lambda _message: None
+        self._report = report if groups.rank == 0 else lambda _message: None
         self._snapshot = Snapshot()
         self._pending: _Pending | None = None
         self._reports: list[SaveReport] = []
         self._sweeper: threading.Thread | None = None
         check_writable(self.folder, groups)
         for done in on_first_rank(groups, lambda: tidy(self.folder)):
-            self._tell(f"checkpoints: {done}")
+            self._report(f"checkpoints: {done}")
 
     def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> float:
         """Copy the state after `step` steps and begin to write it; return the seconds that this took.
 
-        A save that is still under way is waited for first. run_state: plain JSON, the same on all ranks. Whether the
-        checkpoint came to be is told by a later `poll` or `wait`.
+        A save that is still being written is completed first. run_state: plain JSON, the same on all ranks. A later
+        `poll` or `wait` returns whether the checkpoint could be written.
         """
         begin = time.perf_counter()
         self._conclude_when_written()
-        plain_state = json.loads(json.dumps(run_state))
+        topology = self.groups.topology
+        manifest = Manifest(
+            step=step,
+            model=model.model_dump(mode="json"),
+            run_state=json.loads(json.dumps(run_state)),
+            loss_scaler=engine.loss_scaler_state(),
+            layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        )
         self._snapshot.take((f for f in engine.fragments() if engine.owns(f)), self.groups.rank)
         target = unfinished_folder(self.folder, step)
         writer = Writer(self._snapshot, target, self.groups.rank, engine.step_counts())
         seconds = time.perf_counter() - begin
-        described = model.model_dump(mode="json")
-        self._pending = _Pending(step, writer, described, plain_state, engine.loss_scaler_state(), seconds)
+        self._pending = _Pending(writer, manifest, seconds)
         return seconds
 
     def poll(self) -> list[SaveReport]:
-        """Complete a save if all ranks have written their part; return what has ended since the last call."""
+        """Complete a save if all ranks have written their part; return the saves that ended since the last call."""
         if self._pending is not None and self._all_written(self._pending):
             self._conclude(self._pending)
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self) -> list[SaveReport]:
-        """Complete the save under way, however long it takes; return what has ended since the last `poll`."""
+        """Wait for the save that is being written; return the saves that ended since the last call of `poll`."""
         self._conclude_when_written()
         if self._sweeper is not None:
             self._sweeper.join()
         return self.poll()
 
     def close(self) -> None:
-        """Stop at once, on this rank alone, with or without the others; a save that was not waited for is given up."""
+        """Stop writing and abandon an unfinished save; not collective."""
         if self._pending is not None:
             self._pending.writer.abandon()
             self._pending = None
@@ -184,64 +187,51 @@ class Checkpoints:
         self._conclude(self._pending)
 
     def _conclude(self, pending: _Pending) -> None:
-        """Agree on what was written; make it a checkpoint on rank 0, or forget it."""
+        """Collect what all ranks have written; rank 0 makes it a checkpoint or deletes it."""
         begin = time.perf_counter()
         self._pending = None
         writes: list[Any] | None = [None] * self.groups.topology.world_size if self.groups.rank == 0 else None
         dist.gather_object(pending.writer.outcome, writes, dst=0, group=self.groups.control)
         error, num_bytes, seconds = on_first_rank(self.groups, lambda: self._finish(pending, writes or []))
         stopped = pending.stop_seconds + time.perf_counter() - begin
-        final = step_folder(self.folder, pending.step)
-        self._reports.append(SaveReport(pending.step, final, error, stopped, seconds, num_bytes))
+        step = pending.manifest.step
+        self._reports.append(SaveReport(step, step_folder(self.folder, step), error, stopped, seconds, num_bytes))
         if error is not None:
-            self._tell(
-                f"checkpoint of step {pending.step} not written, training goes on: {error}. "
+            self._report(
+                f"checkpoint of step {step} not written, training goes on: {error}. "
                 f"raptr_ds.checkpoint.keep={self.keep} needs room for {self.keep + 1} checkpoints in {self.folder}."
             )
 
     def _finish(self, pending: _Pending, writes: list[RankWrite]) -> tuple[str | None, int, float]:
-        """On rank 0: return (error or None, bytes, seconds). Raises: RuntimeError for a fault of a writer."""
-        unfinished = unfinished_folder(self.folder, pending.step)
+        """On rank 0: return (error or None, bytes, seconds). Raises: RuntimeError if a writer has failed by a bug."""
+        step = pending.manifest.step
+        unfinished = unfinished_folder(self.folder, step)
         failed = next((write for write in writes if write.failure is not None), None)
         error = failed.failure if failed is not None else None
         if failed is not None and failed.is_fault:
             raise RuntimeError(failed.failure)
         if failed is None:
-            manifest = self._manifest(pending, writes)
+            manifest = _completed(pending.manifest, writes)
             try:
-                publish(unfinished, step_folder(self.folder, pending.step), manifest.encode())
+                publish(unfinished, step_folder(self.folder, step), manifest.encode())
             except OSError as problem:
                 error = f"cannot complete {unfinished}: {problem.strerror or problem}"
         if error is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
         else:
-            self._delete_outdated(pending.step)
-        return error, sum(write.num_bytes for write in writes), max(write.seconds for write in writes)
-
-    def _manifest(self, pending: _Pending, writes: list[RankWrite]) -> Manifest:
-        entries = tuple(entry for write in writes for entry in write.entries)
-        check_complete(entries)
-        topology = self.groups.topology
-        return Manifest(
-            step=pending.step,
-            model=pending.model,
-            run_state=pending.run_state,
-            loss_scaler=pending.loss_scaler,
-            step_counts={name: count for write in writes for name, count in write.step_counts.items()},
-            layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
-            files={file_name(rank): write.file for rank, write in enumerate(writes) if write.file is not None},
-            entries=entries,
-        )
+            self._delete_outdated(step)
+        num_bytes = sum(write.file.size for write in writes if write.file is not None)
+        return error, num_bytes, max(write.seconds for write in writes)
 
     def _delete_outdated(self, step: int) -> None:
         try:
             paths = outdated(self.folder, step, self.keep)
         except OSError as error:
-            self._tell(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
+            self._report(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
             return
         if self._sweeper is not None:
             self._sweeper.join()
-        # Deleting many gigabytes can take seconds, so it does not hold up training; `tidy` finishes what is left.
+        # Deleting many gigabytes can take seconds, so a thread does it; the next run's `tidy` deletes what is left.
         self._sweeper = threading.Thread(
             target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in paths],
             name="checkpoint-sweeper",
@@ -252,13 +242,14 @@ class Checkpoints:
     def restore(
         self, engine: Engine, where: str, model: ModelSection, not_after: int | None = None
     ) -> RestoredState | None:
-        """Load a checkpoint into the engine; return None if the run starts afresh.
+        """Load a checkpoint into the engine; return None if the run starts anew.
 
-        where: `auto` (the run's newest good checkpoint, if it has any), `none`, or a folder: a run's, its checkpoints'
-        or one checkpoint. not_after: the last step whose checkpoint `auto` may take, None for any. Checkpoints of this
-        run that lie after the restored step are set aside.
-        A save that is still under way is waited for first, so that a run can also roll back.
-        Raises: CheckpointError, on all ranks alike: damaged (`auto`: all of them), missing, or of another model.
+        where: `auto` (the newest undamaged checkpoint of this run, if there is any), `none`, or a folder: a run's, its
+        checkpoints' or one checkpoint's. not_after: the last step whose checkpoint `auto` may load; None for any.
+        Checkpoints of this run after the restored step are set aside. A save that is still being written is completed
+        first, so that a run can roll back.
+        Raises: CheckpointError, on all ranks, if the checkpoint (with `auto`, every one) is damaged, if there is none
+        in the folder, or if it is of another model.
         """
         self._conclude_when_written()
         if where == "none":
@@ -274,15 +265,15 @@ class Checkpoints:
                 manifest = self._restore_one(engine, folder, model)
             except DamagedCheckpointError as damage:
                 damages.append(f"{folder} is damaged: {damage}.")
-                self._tell(damages[-1])
+                self._report(damages[-1])
                 continue
             is_own = folder.resolve().parent == self.folder.resolve()
             self._set_aside(after=manifest.step if is_own else -1)
             return RestoredState(manifest.step, manifest.run_state, folder)
         if not damages:
             return None
-        mend = "Set raptr_ds.checkpoint.load to another checkpoint, or to none to start afresh."
-        raise CheckpointError(f"no checkpoint to continue from. {' '.join(damages)} {mend}")
+        fix = "Set raptr_ds.checkpoint.load to another checkpoint, or to none to start anew."
+        raise CheckpointError(f"no checkpoint to continue from. {' '.join(damages)} {fix}")
 
     def _restore_one(self, engine: Engine, folder: Path, model: ModelSection) -> Manifest:
         manifest = on_first_rank(self.groups, lambda: read_manifest(folder))
@@ -296,4 +287,16 @@ class Checkpoints:
     def _set_aside(self, after: int) -> None:
         moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
         if moved is not None:
-            self._tell(f"checkpoints that this run does not continue from were moved to {moved}")
+            self._report(f"checkpoints that this run does not continue from were moved to {moved}")
+
+
+def _completed(manifest: Manifest, writes: list[RankWrite]) -> Manifest:
+    """Return the manifest with what the writers of all ranks have reported."""
+    entries = tuple(entry for write in writes for entry in write.entries)
+    check_complete(entries)
+    return replace(
+        manifest,
+        step_counts={name: count for write in writes for name, count in write.step_counts.items()},
+        files={file_name(rank): write.file for rank, write in enumerate(writes) if write.file is not None},
+        entries=entries,
+    )

@@ -1,7 +1,7 @@
-"""What stands in a checkpoint: the manifest, which says what the tensor files hold and lets damage be seen.
+"""The manifest of a checkpoint: what its tensor files hold, with checksums that show damage.
 
-A checkpoint is a folder `step-00000123` with one safetensors file for each rank that writes, and manifest.json. In the
-tensor files keys are running numbers; names, kinds and places are in the manifest only.
+A checkpoint is a folder `step-00000123` with one safetensors file for each rank that writes, and manifest.json. The
+keys in the tensor files are running numbers; names, kinds and geometries are only in the manifest.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 << 20
 
-# What changes what the weights mean. Dropout and the initial scale may differ from run to run, the length of sequences
-# where positions are not learned.
+# Fields that change what the weights mean. Dropout and the initial scale may change when a run is continued, and so may
+# the sequence length if positions are not learned.
 _SHAPE_FIELDS = (
     "architecture",
     "num_layers",
@@ -40,7 +40,7 @@ _SHAPE_FIELDS = (
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was written: torn, truncated, altered or unreadable."""
+    """A checkpoint differs from what was written: it is incomplete, altered or unreadable."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint says beside the tensors.
+    """All of a checkpoint but its tensors.
 
-    model: the whole ModelSection. run_state: the loop's own, plain JSON. step_counts: optimizer steps by parameter
-    name. layout: what wrote it, for people only.
+    step: finished steps. model: the whole ModelSection. run_state: the training loop's, plain JSON. layout: in which
+    it was written, for information only. step_counts: optimizer steps by parameter name.
     """
 
     step: int
     model: dict[str, Any]
     run_state: dict[str, Any]
     loss_scaler: dict[str, float]
-    step_counts: dict[str, float]
     layout: dict[str, int]
-    files: dict[str, TensorFile]
-    entries: tuple[Entry, ...]
+    step_counts: dict[str, float] = field(default_factory=dict)
+    files: dict[str, TensorFile] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
 
     def encode(self) -> bytes:
-        """Return the manifest as JSON in one canonical form, with a checksum of itself."""
+        """Return the manifest as canonical JSON with a checksum of itself."""
         content = {"format": FORMAT, **asdict(self)}
         return _canonical({**content, "checksum": checksum(_canonical(content))})
 
@@ -88,27 +88,28 @@ class Manifest:
     def decode(cls, raw: bytes) -> "Manifest":
         """Return the manifest in `raw`.
 
-        Raises: DamagedCheckpointError if a single byte is not as it was written; CheckpointError for another format.
+        Raises: DamagedCheckpointError if any byte differs from what was written; CheckpointError if this version cannot
+        continue from the checkpoint.
         """
         try:
             content = json.loads(raw)
-            # The text is compared as well, so that no byte of it is outside the checksum.
+            # The text is compared as well: white space, for example, is not covered by the checksum.
             is_intact = raw == _canonical(content) and content.pop("checksum") == checksum(_canonical(content))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"{MANIFEST} is no manifest ({type(error).__name__})") from error
+            raise DamagedCheckpointError(f"{MANIFEST} is not a manifest ({type(error).__name__})") from error
         if not is_intact:
             raise DamagedCheckpointError(f"{MANIFEST} does not match its own checksum")
         if content.pop("format") != FORMAT:
             raise CheckpointError(
-                f"{MANIFEST} has another format than {FORMAT}, the only one this version of raptr_ds reads. "
-                "Continue with the version that wrote it."
+                f"the format of {MANIFEST} is not {FORMAT}, the only one that this version of raptr_ds reads. "
+                "Continue the run with the version that wrote it."
             )
         if content.pop("missed_steps", None):
             raise CheckpointError(
-                f"{MANIFEST} has missed_steps: an earlier version of raptr_ds wrote it under "
-                "raptr_ds.path.skipped_update=zero_grad and put off optimizer steps of skipped layers, which this "
-                "version does not do. Continue the run with the version that wrote it, or start it anew "
-                "(raptr_ds.checkpoint.load=none)."
+                f"{MANIFEST} lists missed_steps: the earlier version of raptr_ds that wrote it, under "
+                "raptr_ds.path.skipped_update=zero_grad, had not yet made these optimizer steps of skipped layers, and "
+                "this version cannot make them. Continue the run with the version that wrote it, or start it anew with "
+                "raptr_ds.checkpoint.load=none."
             )
         content["files"] = {name: TensorFile(f["size"], tuple(f["checksums"])) for name, f in content["files"].items()}
         content["entries"] = tuple(_entry(entry) for entry in content["entries"])
@@ -126,7 +127,7 @@ class Manifest:
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """Return the SHA-256 of data in hexadecimal; with the CPU's SHA instructions 1.5 GB/s (BLAKE2b 0.5)."""
+    """Return the SHA-256 of data in hexadecimal; with a CPU's SHA instructions it is faster than BLAKE2b."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -136,7 +137,7 @@ def file_name(rank: int) -> str:
 
 
 def check_complete(entries: Iterable[Entry]) -> None:
-    """Assert that the entries hold each element of each full tensor exactly once, as ownership promises."""
+    """Assert that the entries hold each element of each full tensor exactly once, as `Engine.owns` promises."""
     found: dict[tuple[str, str], int] = {}
     wanted: dict[tuple[str, str], int] = {}
     for entry in entries:
@@ -150,7 +151,7 @@ def check_complete(entries: Iterable[Entry]) -> None:
 
 
 def check_model(manifest: Manifest, model: ModelSection, folder: Path) -> None:
-    """Refuse a checkpoint of another model. Raises: CheckpointError naming each field that differs."""
+    """Check that a checkpoint is of this model. Raises: CheckpointError with each field that differs."""
     ours, theirs = model.model_dump(mode="json"), manifest.model
     fields: list[str] = list(_SHAPE_FIELDS)
     if ours["position_embedding"] == theirs.get("position_embedding"):
@@ -158,11 +159,13 @@ def check_model(manifest: Manifest, model: ModelSection, folder: Path) -> None:
     different = [name for name in fields if ours[name] != theirs.get(name)]
     if not different:
         return
-    what = ", ".join(f"{name} is {_json(theirs.get(name))} there and {_json(ours[name])} here" for name in different)
-    mend = " ".join(f"raptr_ds.model.{name}={_json(theirs.get(name))}" for name in different)
+    what = ", ".join(
+        f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(ours[name])} here" for name in different
+    )
+    fix = " ".join(f"raptr_ds.model.{name}={json.dumps(theirs.get(name))}" for name in different)
     raise CheckpointError(
-        f"{folder} is a checkpoint of another model: {what}. Set {mend} to continue it, or train this model in "
-        "another folder (raptr_ds.train.save), or afresh (raptr_ds.checkpoint.load=none)."
+        f"{folder} is a checkpoint of another model: {what}. Set {fix} to continue it, or train this model in another "
+        "folder (raptr_ds.train.save), or start anew with raptr_ds.checkpoint.load=none."
     )
 
 
@@ -170,10 +173,6 @@ def _entry(content: dict[str, Any]) -> Entry:
     geometry: dict[str, Any] = content["geometry"]
     shapes = {key: tuple(geometry[key]) for key in ("full_shape", "local_shape")}
     return Entry(**{**content, "geometry": Geometry(**{**geometry, **shapes})})
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value)
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

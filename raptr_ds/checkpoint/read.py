@@ -1,4 +1,4 @@
-"""Reading a checkpoint: verified as a whole, by all ranks together, then each rank takes just what it needs."""
+"""Reading a checkpoint: all ranks together verify all of it, then each rank reads only what it needs."""
 
 import math
 import os
@@ -37,9 +37,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) -> None:
-    """Check sizes of all files, and the checksums of every `num_shares`-th chunk from chunk `share` on.
+    """Check the sizes of all files, and the checksums of every `num_shares`-th chunk beginning with chunk `share`.
 
-    Raises: DamagedCheckpointError naming the first file that is not as it was written.
+    Raises: DamagedCheckpointError with the name of the first file that differs from what was written.
     """
     chunks = []
     for name, file in sorted(manifest.files.items()):
@@ -68,26 +68,34 @@ def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) 
 
 
 def fill_engine(engine: Engine, folder: Path, manifest: Manifest) -> None:
-    """Give the engine the checkpoint's state, all but its working weights; no communication.
+    """Load the checkpoint into the engine, except for its working weights, without communication.
 
-    Raises: CheckpointError if an element that this rank holds is not in the checkpoint; DamagedCheckpointError if a
-    file cannot be read.
+    Raises: as `fill_fragments`.
     """
     engine.create_state(manifest.kinds(), manifest.step_counts)
+    fill_fragments(engine.fragments(), folder, manifest)
+    engine.load_loss_scaler_state(manifest.loss_scaler)
+
+
+def fill_fragments(fragments: Iterable[Fragment], folder: Path, manifest: Manifest) -> None:
+    """Load the tensors of a checkpoint into `fragments`.
+
+    Raises: CheckpointError if an element of a fragment is not in the checkpoint; DamagedCheckpointError if a file
+    cannot be read.
+    """
     sources: dict[str, list[Entry]] = {}
     for entry in manifest.entries:
         sources.setdefault(entry.name, []).append(entry)
     try:
         with torch.no_grad(), _TensorFiles(folder) as files:
-            for fragment in engine.fragments():
+            for fragment in fragments:
                 _fill(fragment, sources.get(fragment.name, ()), files)
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpointError(f"cannot read the tensors: {error}") from error
-    engine.load_loss_scaler_state(manifest.loss_scaler)
 
 
 class _TensorFiles:
-    """The open files of a checkpoint, each opened once when first needed."""
+    """The files of a checkpoint; each is opened when it is first read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._open, self._stack = folder, {}, ExitStack()
@@ -115,8 +123,8 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> 
         if entry.geometry.full_shape != target.full_shape:
             raise CheckpointError(
                 f"{fragment.name} has shape {list(entry.geometry.full_shape)} in {files.folder} and "
-                f"{list(target.full_shape)} here: it is a checkpoint of another model. Continue it with its own "
-                "run file, or train this model in another folder (raptr_ds.train.save)."
+                f"{list(target.full_shape)} in this run: it is a checkpoint of another model. Continue it with its "
+                "own run file, or train this model in another folder (raptr_ds.train.save)."
             )
         for transfer in transfers(entry.geometry, target):
             data = files.read(entry.file, entry.keys[fragment.kind], transfer.read_first, transfer.read_numel)
@@ -126,8 +134,8 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> 
     if filled != wanted:
         raise CheckpointError(
             f"{files.folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
-            "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with its "
-            "own, or train this model in another folder (raptr_ds.train.save)."
+            "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with that "
+            "model's run file or that version, or train this model in another folder (raptr_ds.train.save)."
         )
 
 

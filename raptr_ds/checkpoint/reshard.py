@@ -1,7 +1,7 @@
-"""Where a flat run of a padded shard lies in its full tensor: the arithmetic that makes checkpoints layout-free.
+"""Where a flat run of a padded shard lies in its full tensor: the arithmetic of loading into another layout.
 
-A run of a flattened tensor of d dims is at most 2d - 1 blocks, each contiguous in the run and a box in the tensor. So
-data moves between any two ways to cut a tensor as intersections of boxes, with no full tensor anywhere.
+A run of a flattened tensor of d dims consists of at most 2d - 1 blocks, each contiguous in the run and a box in the
+tensor. So data moves between any two ways of cutting a tensor as intersections of boxes, without a full tensor.
 """
 
 import math
@@ -31,8 +31,8 @@ class Geometry:
 class Block:
     """A contiguous part of a run that is a box of the full tensor.
 
-    first: its place in the run. corner, shape: the box in the full tensor, padding included. real: how much of it
-    along each dim is not padding.
+    first: its first element in the run. corner, shape: the box in the full tensor, including padding. real: its size
+    along each dim without padding.
     """
 
     first: int
@@ -43,10 +43,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A box that two runs have in common: from `read` elements of the source run into a part of the target run.
+    """How to copy a box that two runs have in common.
 
-    The `read_numel` elements from `read_first` on, viewed as `read_shape` and cut to `read_window`, go where the
-    target's `write_shape` view from `write_first` on is cut to `write_window`. Windows are (start, size) by dim.
+    The source run's `read_numel` elements from `read_first` on are viewed as `read_shape` and narrowed to
+    `read_window`; the target run's elements from `write_first` on are viewed as `write_shape` and narrowed to
+    `write_window`. Windows are (start, size) by dim.
     """
 
     read_first: int
@@ -69,7 +70,7 @@ class Transfer:
 
 @lru_cache(maxsize=1 << 16)  # many ranks' runs are compared with many entries, for each kind of state
 def blocks_of(run: Geometry) -> tuple[Block, ...]:
-    """Return the blocks of a run, in its order, without those that are padding only."""
+    """Return the blocks of a run in order, without those that are all padding."""
     blocks, first = [], 0
     for corner, shape in _boxes(run.local_shape, run.offset, run.offset + run.numel):
         numel = math.prod(shape)
@@ -85,7 +86,7 @@ def blocks_of(run: Geometry) -> tuple[Block, ...]:
 
 
 def transfers(source: Geometry, target: Geometry) -> list[Transfer]:
-    """Return what to copy from a source run to a target run of the same full tensor."""
+    """Return the copies from a source run to a target run of the same full tensor."""
     found = []
     for ours in blocks_of(target):
         for theirs in blocks_of(source):
@@ -110,7 +111,7 @@ def _transfer(source: Block, target: Block) -> Transfer | None:
     sizes = [b - a for a, b in zip(low, high, strict=True)]
     read_window = [(a - corner, size) for a, corner, size in zip(low, source.corner, sizes, strict=True)]
     write_window = [(a - corner, size) for a, corner, size in zip(low, target.corner, sizes, strict=True)]
-    # Read only what the window spans along the block's slowest dim: a block's leading dims of size 1 are fixed.
+    # Read only the window's part along the block's first dim whose size is not 1.
     read_first, read_shape = source.first, list(source.shape)
     for dim, length in enumerate(source.shape):
         if length > 1:
@@ -122,7 +123,7 @@ def _transfer(source: Block, target: Block) -> Transfer | None:
 
 
 def _boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield (corner, shape) of the boxes that make up elements begin..end of a flattened tensor, in order."""
+    """Yield (corner, shape) of the boxes that elements begin..end of a flattened tensor consist of, in order."""
     if begin >= end:
         return
     if not shape:

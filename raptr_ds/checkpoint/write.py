@@ -1,6 +1,5 @@
-"""One rank's part of a checkpoint: copied to host memory while training waits, written by a thread beside it."""
+"""One rank's part of a checkpoint: copied to host memory while training waits, then written by a thread."""
 
-import hashlib
 import json
 import os
 import threading
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from raptr_ds.checkpoint.manifest import CHUNK_BYTES, Entry, TensorFile, file_name
+from raptr_ds.checkpoint.manifest import CHUNK_BYTES, Entry, TensorFile, checksum, file_name
 from raptr_ds.checkpoint.reshard import Geometry
 from raptr_ds.engine.fragments import Fragment
 
@@ -29,55 +27,58 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-        self._unpin = _nothing
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], None] | None = None
         self.entries: list[Entry] = []
-        self.header = b""
-        self.numel = 0
+        self.content = memoryview(b"")
+        """The whole file; empty if this rank has nothing to write."""
 
     def take(self, fragments: Iterable[Fragment], rank: int) -> None:
-        """Copy the fragments; all are kept as fp32, which holds every state the engines have exactly."""
+        """Copy the fragments as fp32, which represents every state of the engines exactly."""
         fragments = list(fragments)
-        self.numel = sum(fragment.data.numel() for fragment in fragments)
+        header = _header([fragment.data.numel() for fragment in fragments])
         on_gpu = any(fragment.data.is_cuda for fragment in fragments)
-        if self._buffer.numel() < self.numel:
-            self._unpin()
-            self._buffer = torch.empty(self.numel, dtype=torch.float32)
-            self._unpin = pinned(self._buffer) if on_gpu else _nothing
-        header: dict[str, dict[str, object]] = {}
-        keys: dict[tuple[str, Geometry], dict[str, str]] = {}
-        position = 0
-        for number, fragment in enumerate(fragments):
-            numel = fragment.data.numel()
-            self._buffer.narrow(0, position, numel).copy_(fragment.data, non_blocking=True)
-            offsets = [position * _ELEMENT_BYTES, (position + numel) * _ELEMENT_BYTES]
-            header[str(number)] = {"dtype": "F32", "shape": [numel], "data_offsets": offsets}
-            keys.setdefault((fragment.name, geometry_of(fragment)), {})[fragment.kind] = str(number)
-            position += numel
+        size = len(header) + _ELEMENT_BYTES * sum(fragment.data.numel() for fragment in fragments)
+        self._reserve(size, on_gpu)
+        self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        data = self._buffer[len(header) : size].view(torch.float32)
+        for fragment, target in zip(fragments, data.split([f.data.numel() for f in fragments]), strict=True):
+            target.copy_(fragment.data, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
-        self.header = len(text).to_bytes(8, "little") + text
+        self.content = self._buffer[:size].numpy().data if fragments else memoryview(b"")
+        keys: dict[tuple[str, Geometry], dict[str, str]] = {}
+        for number, fragment in enumerate(fragments):
+            keys.setdefault((fragment.name, geometry_of(fragment)), {})[fragment.kind] = str(number)
         self.entries = [Entry(name, at, "F32", file_name(rank), kinds) for (name, at), kinds in keys.items()]
 
-    def content(self) -> Iterable[memoryview]:
-        """Yield the file's bytes in pieces."""
-        yield memoryview(self.header)
-        data = self._buffer.narrow(0, 0, self.numel).numpy().view(np.uint8).data
-        for start in range(0, len(data), CHUNK_BYTES):
-            yield data[start : start + CHUNK_BYTES]
+    def _reserve(self, size: int, on_gpu: bool) -> None:
+        """Make the buffer at least `size` bytes large, pinned if the fragments are on a GPU."""
+        if self._buffer.numel() >= size:
+            return
+        if self._unpin is not None:
+            self._unpin()
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        self._unpin = pinned(self._buffer) if on_gpu else None
 
 
-def _nothing() -> None:
-    pass
+def _header(numels: list[int]) -> bytes:
+    """Return the header of a safetensors file of 1-D fp32 tensors, named by running numbers, one behind the other."""
+    described: dict[str, dict[str, object]] = {}
+    end = 0
+    for number, numel in enumerate(numels):
+        begin, end = end, end + numel * _ELEMENT_BYTES
+        described[str(number)] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, end]}
+    text = json.dumps(described).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def pinned(buffer: torch.Tensor) -> Callable[[], None]:
-    """Lock a CPU tensor's memory, so that a GPU copies to it directly; return what unlocks it, to be called before
-    the memory is freed.
+    """Pin a CPU tensor's memory, so that a GPU copies to it directly; return the function that unpins it.
 
-    torch's own pinned memory comes in powers of two: of 12 GB of weights and moments it would lock 16.
+    Call that before the memory is freed. torch's own pinned memory comes in powers of two: for 12 GB of weights and
+    moments it would pin 16.
     """
     runtime: Any = torch.cuda.cudart()
     address = buffer.data_ptr()
@@ -99,51 +100,30 @@ def geometry_of(fragment: Fragment) -> Geometry:
     )
 
 
-class _ChunkSums:
-    """Checksums of a stream of bytes, one for each CHUNK_BYTES of it."""
-
-    def __init__(self) -> None:
-        self._sums: list[str] = []
-        self._current, self._room = hashlib.sha256(), CHUNK_BYTES
-
-    def update(self, data: memoryview) -> None:
-        while len(data) >= self._room:
-            self._current.update(data[: self._room])
-            self._sums.append(self._current.hexdigest())
-            data = data[self._room :]
-            self._current, self._room = hashlib.sha256(), CHUNK_BYTES
-        self._current.update(data)
-        self._room -= len(data)
-
-    def all(self) -> tuple[str, ...]:
-        return (*self._sums, self._current.hexdigest()) if self._room < CHUNK_BYTES else tuple(self._sums)
-
-
-def write_tensor_file(path: Path, content: Iterable[memoryview], stop: threading.Event) -> TensorFile:
+def write_tensor_file(path: Path, content: memoryview, stop: threading.Event) -> TensorFile:
     """Write a file to the disk and return its size and checksums. Raises: OSError; _Abandoned if `stop` is set."""
-    sums, size = _ChunkSums(), 0
+    checksums = []
     with path.open("wb", buffering=0) as stream:
-        for piece in content:
-            sums.update(piece)
-            size += len(piece)
-            while piece:
+        for start in range(0, len(content), CHUNK_BYTES):
+            chunk = content[start : start + CHUNK_BYTES]
+            checksums.append(checksum(chunk))
+            while chunk:
                 if stop.is_set():
                     raise _Abandoned
-                piece = piece[stream.write(piece) :]  # noqa: PLW2901 - a full disk shows as a short write first
+                chunk = chunk[stream.write(chunk) :]  # a full disk shows as a short write first
         os.fsync(stream.fileno())
-    return TensorFile(size, sums.all())
+    return TensorFile(len(content), tuple(checksums))
 
 
 class _Abandoned(Exception):  # noqa: N818 - not an error: the run ends without this checkpoint
-    """The rank closes without waiting for the write."""
+    """`Writer.abandon` was called."""
 
 
 @dataclass
 class RankWrite:
-    """What one rank's writer has to tell the others. failure: for people; is_fault: a defect of ours, not of a disk."""
+    """What one rank has written. failure: an error message or None; is_fault: it is a bug here, not a disk's fault."""
 
     seconds: float = 0.0
-    num_bytes: int = 0
     failure: str | None = "a writer ended before it had begun"
     is_fault: bool = True
     file: TensorFile | None = None
@@ -152,7 +132,7 @@ class RankWrite:
 
 
 class Writer:
-    """A thread that writes one snapshot; it communicates with nobody, so it can hang nobody."""
+    """A thread that writes one snapshot. It takes part in no collective, so it cannot make other ranks wait."""
 
     def __init__(self, snapshot: Snapshot, folder: Path, rank: int, step_counts: dict[str, float]) -> None:
         self.outcome = RankWrite(entries=snapshot.entries, step_counts=step_counts)
@@ -165,9 +145,8 @@ class Writer:
         begin = time.perf_counter()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._snapshot.numel:
-                self.outcome.file = write_tensor_file(self._path, self._snapshot.content(), self._stop)
-                self.outcome.num_bytes = self.outcome.file.size
+            if self._snapshot.content:
+                self.outcome.file = write_tensor_file(self._path, self._snapshot.content, self._stop)
             self.outcome.failure, self.outcome.is_fault = None, False
         except OSError as error:
             self.outcome.failure = f"rank {self._rank} cannot write {self._path}: {error.strerror or error}"
@@ -178,10 +157,10 @@ class Writer:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is written any more."""
+        """Whether the thread has ended."""
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """Stop writing as soon as possible and return then."""
+        """Stop writing as soon as possible, and return when the thread has ended."""
         self._stop.set()
         self._thread.join()

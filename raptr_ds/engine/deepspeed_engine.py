@@ -1,7 +1,7 @@
-"""DeepSpeed's engines, made to follow a path. What we override in them, and why, stands here and nowhere else; what we
-override in its ZeRO optimizers in path_zero.py, and in ZeRO 3's fetching in prefetch.py.
+"""DeepSpeed's engines, made to follow a path: all that we override in them, and why.
 
-Written against deepspeed 0.19.8; tests/upstream says when an override can go.
+Overrides of its ZeRO optimizers are in path_zero.py, those of ZeRO 3's prefetching in prefetch.py. Written against
+deepspeed 0.19.8; tests/upstream shows when an override is no longer needed.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 
 
 class TensorParallelUnit:
-    """What DeepSpeed asks of a model-parallel unit; megatron-core's own module lacks the first three names."""
+    """The `mpu` that DeepSpeed asks for groups; megatron-core's module lacks the first three names."""
 
     def __init__(self, groups: ProcessGroups) -> None:
         self._groups = groups
@@ -67,9 +67,9 @@ class TensorParallelUnit:
 
 
 class PathAware:
-    """What both of DeepSpeed's engines need to train one path a step; a mixin before them.
+    """What both of DeepSpeed's engines need to follow a path: a mixin before them.
 
-    `stage` is this rank's part of the model, whose parameter names are canonical.
+    stage: this rank's part of the model; its parameter names are canonical.
     """
 
     stage: Stage
@@ -77,10 +77,10 @@ class PathAware:
     optimizer: Any
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
-        """Let DeepSpeed build the inner optimizer by name, on one group per layer, and choose its wrapper.
+        """Let DeepSpeed build the inner optimizer by name, with our parameter groups, and wrap it.
 
-        DeepSpeed would take BF16_Optimizer for bf16 at stage 1 and other classes at stage 0, none of which can leave
-        a layer out; here stage 0 is ReplicatedOptimizer and every other stage its ZeRO optimizer.
+        The wrapper is ReplicatedOptimizer at stage 0 and DeepSpeed's ZeRO optimizer at other stages. DeepSpeed itself
+        would choose BF16_Optimizer for bf16 at stage 1 and other classes at stage 0, none of which can skip a layer.
         """
         keep_optimizers_eager()
         decay = (self.optimizer_params() or {}).get("weight_decay")
@@ -102,11 +102,11 @@ class PathAware:
         else:
             self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
             follow_paths(self.optimizer, self.process_groups, self.stage)
-        # DeepSpeed raises where a dynamic loss scale reaches 1: what to do then is raptr_ds.train.on_non_finite's.
+        # DeepSpeed raises when a dynamic loss scale reaches 1; raptr_ds.train.on_non_finite decides what happens then.
         self.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def _do_sanity_check(self: Any) -> None:
-        """Check as DeepSpeed does, but let fp16 run on any CPU: torch computes it there, only slowly."""
+        """Check as DeepSpeed does, but accept fp16 on any CPU: torch computes it there, slowly."""
         accelerator: Any = get_accelerator()
         is_supported = accelerator.is_fp16_supported
         if accelerator.device_name() == "cpu":
@@ -117,7 +117,7 @@ class PathAware:
             accelerator.is_fp16_supported = is_supported
 
     def observe_loss(self, loss: torch.Tensor) -> None:
-        """Take a micro batch's loss, a scalar: one that is not finite makes all ranks skip the step."""
+        """Record a micro batch's loss, a scalar; if it is not finite all ranks skip the step."""
         self.optimizer.loss_check.observe(loss)
 
     def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
@@ -128,7 +128,7 @@ class PathAware:
             self.optimizer.reduce_gradients()
 
     def clip_fp32_gradients(self) -> None:
-        """Leave clipping to ReplicatedOptimizer: DeepSpeed's norm counts tied and replicated parameters otherwise."""
+        """Do nothing: ReplicatedOptimizer clips. DeepSpeed's norm counts tied and replicated parameters differently."""
 
 
 class PathAwareEngine(PathAware, DeepSpeedEngine):
@@ -136,20 +136,20 @@ class PathAwareEngine(PathAware, DeepSpeedEngine):
 
 
 class PathAwarePipelineEngine(PathAware, PipelineEngine):
-    """DeepSpeed's pipeline engine. tied: on the stages that have a copy of a tied embedding."""
+    """DeepSpeed's pipeline engine. tied: set on the stages that have a copy of a tied embedding."""
 
     tied: TiedGradient | None = None
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        """Let the tied embedding's gradient arrive during the last backward pass."""
+        """Begin to receive the tied embedding's gradient before the last backward pass."""
         if self.tied is not None:
             self.tied.before_backward()
         super()._exec_backward_pass(buffer_id)
 
     def _exec_reduce_tied_grads(self) -> None:
-        """Sum the tied embedding's gradient over the first and the last stage, wherever it accumulates.
+        """Sum the tied embedding's gradient over the first and the last stage.
 
-        DeepSpeed looks at `.grad` only, and there is none with separate fp32 accumulation.
+        DeepSpeed reads only `.grad`, which is None where gradients accumulate in separate fp32 tensors.
         """
         if self.tied is None:
             return
@@ -166,12 +166,12 @@ class PathAwarePipelineEngine(PathAware, PipelineEngine):
 
 
 def start_deepspeed_comm() -> None:
-    """Let DeepSpeed's communication layer take over the process groups that exist already."""
+    """Initialize DeepSpeed's communication layer on the process groups that exist already."""
     if deepspeed_comm.is_initialized():
         return
-    # On a CPU it would compile a shared-memory all-reduce in every fresh environment (comm/torch.py, build_shm_op):
-    # 20 s before the first step, for one machine only, in another order of summation than gloo's. Nothing else reads
-    # this table, and DeepSpeed would run a compiler to fill it.
+    # On a CPU it would compile a shared-memory all-reduce in each new environment (comm/torch.py, build_shm_op): it
+    # takes 20 s, works on one machine only, and sums in another order than gloo. Nothing else reads this table, and
+    # DeepSpeed would run a compiler to fill it.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed_comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
@@ -179,16 +179,13 @@ def start_deepspeed_comm() -> None:
 def build_deepspeed_engine(
     config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups
 ) -> PathAwareEngine | PathAwarePipelineEngine:
-    """Return the DeepSpeed engine for `module`, which runs `stage`; a PipelineModule gets the pipeline engine."""
+    """Return the DeepSpeed engine for `module`, which runs `stage`; for a PipelineModule the pipeline engine."""
     pipelined = isinstance(module, PipelineModule)
     unit: Any = module.mpu() if isinstance(module, PipelineModule) else TensorParallelUnit(groups)
     engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
     engine = engine_class.__new__(engine_class)
-    # DeepSpeed configures the optimizer inside its constructor, which needs these.
-    engine.__dict__.update(
-        process_groups=groups,
-    )
-    engine.__dict__["stage"] = stage
+    # DeepSpeed's constructor calls _configure_optimizer, which needs these; nn.Module refuses them before it has run.
+    engine.__dict__.update(process_groups=groups, stage=stage)
     start_deepspeed_comm()
     config = _with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage)
     parsed = DeepSpeedConfig(config, unit)
@@ -197,9 +194,9 @@ def build_deepspeed_engine(
 
 
 def without_idle_zero(config: dict[str, Any], data_parallel: int) -> dict[str, Any]:
-    """Return the configuration with stage 0 where stages 1 and 2 have one rank to share with, and only copy.
+    """Return the configuration with stages 1 and 2 replaced by 0 if there is one data-parallel rank.
 
-    DeepSpeed then still sends each gradient through three flat buffers, and each weight through two.
+    They would partition nothing, but copy each gradient through three flat buffers and each weight through two.
     """
     zero = config.get("zero_optimization", {})
     if data_parallel > 1 or zero.get("stage", 0) not in (1, 2):
@@ -208,10 +205,10 @@ def without_idle_zero(config: dict[str, Any], data_parallel: int) -> dict[str, A
 
 
 def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return the configuration with ZeRO's buffer of gradients no larger than all gradients of this rank.
+    """Return the configuration with ZeRO's gradient buffer no larger than all gradients of this rank.
 
-    DeepSpeed allocates what is asked for (runtime/zero/stage_1_and_2.py, setup_buckets; stage3.py), by default 5e8
-    elements, twice with overlap_comm: more than a small model's training needs for everything else.
+    DeepSpeed allocates the whole buffer (runtime/zero/stage_1_and_2.py, setup_buckets; stage3.py), by default 5e8
+    elements, twice with overlap_comm: more than a small model needs for everything else.
     """
     zero = config.get("zero_optimization", {})
     elements = sum(parameter.numel() for parameter in stage.parameters())
@@ -220,12 +217,12 @@ def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]
 
 
 class PipelineStages(PipelineModule):
-    """A PipelineModule of one layer for each pipeline stage: the stage itself, which runs what is active in it."""
+    """A PipelineModule with one layer for each pipeline stage: the stage, which runs its layers of the path."""
 
     def __init__(self, body: nn.Module, groups: ProcessGroups) -> None:
         start_deepspeed_comm()
         topology = groups.topology
-        with contextlib.redirect_stdout(None):  # it prints its partition, which tells nothing here
+        with contextlib.redirect_stdout(None):  # it prints its partition, one layer a stage
             super().__init__(
                 layers=[LayerSpec(_Given, body) for _ in range(topology.pipeline)],
                 topology=PipeModelDataParallelTopology(
@@ -237,7 +234,7 @@ class PipelineStages(PipelineModule):
 
 
 class _Given(nn.Module):
-    """DeepSpeed builds a stage's layers itself; this hands it the one that is built already."""
+    """The layer that a LayerSpec builds: it wraps a module that exists already."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Growing a model: new layers become copies of others, weights and optimizer state, whatever rank holds either."""
+"""Growing a model: new layers become copies of other layers, on whatever ranks these are."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,11 +15,10 @@ from raptr_ds.paths.growth import Growth
 def copy_layers(
     holders: Sequence[Holder], optimizer: torch.optim.Optimizer, growth: Growth, groups: ProcessGroups
 ) -> None:
-    """Copy the fp32 weights of a growth's layers in `holders`, and their optimizer state or none.
+    """Copy the fp32 weights of a growth's layers in `holders`, with or without their optimizer state. Collective.
 
-    All layers are alike, one parameter group for each and weight-decay class, so every layout cuts all of them alike:
-    what a rank holds of the new layer it also holds of the old one, or the rank at the same place of another pipeline
-    stage does.
+    All layers have the same shapes and the same parameter groups, so every layout cuts them in the same way: the part
+    of the old layer that a rank needs is on this rank or on the rank at the same place in another pipeline stage.
     """
     sources = growth.sources
     involved = {*sources, *sources.values()}
@@ -39,7 +38,7 @@ def copy_layers(
         )
     fragments = fragments_of(holders, optimizer)
     places = _stages_of(holders, groups)
-    for layer, source in sources.items():  # in the same order on all ranks: ranks that send and receive meet
+    for layer, source in sources.items():  # in the same order on all ranks, so that sends and receives match
         from_stage, to_stage = places[source], places[layer]
         old = _ordered(f for f in fragments if layer_of(f.name) == source)
         new = _ordered(f for f in fragments if layer_of(f.name) == layer)
@@ -47,7 +46,7 @@ def copy_layers(
             old = [fragment for fragment in old if fragment.kind == WEIGHT]
         if from_stage == to_stage == groups.pipeline_rank:
             for target, original in zip(new, old, strict=True):
-                assert (target.kind, target.offset) == (original.kind, original.offset), "layers are cut unlike"
+                assert (target.kind, target.offset) == (original.kind, original.offset), "layers are cut differently"
                 target.data.copy_(original.data)
         elif groups.pipeline_rank == from_stage:
             for original in old:

@@ -1,7 +1,7 @@
-"""The learning rate of a step, a pure function: DeepSpeed's schedules by their names and parameters, and two more.
+"""The learning rate of a step as a pure function: DeepSpeed's schedules, by its names and parameters, and two more.
 
-DeepSpeed's own scheduler lags: its first two steps have the warm-up's minimum, by default 0, and train nothing. Here
-warm-up counts the step being made and decay the steps already made, so that no step has rate 0; the curves are theirs.
+DeepSpeed's scheduler is late: its first two steps have the warm-up's minimum, by default 0, and train nothing. Here
+warm-up counts the current step and decay the steps before it, so that no step has rate 0.
 """
 
 import math
@@ -48,7 +48,7 @@ def _warmup(count: int, steps: int, shape: str) -> float:
 
 
 def _decay(done: float, shape: str) -> float:
-    """Return the share of the way down that is left, for `done` in 0..1; sqrt as in Haegele et al. 2024."""
+    """Return how much of the decay is left after the part `done` (0..1) of its steps; sqrt: Haegele et al. 2024."""
     if shape == "linear":
         return 1.0 - done
     if shape == "sqrt":

@@ -20,8 +20,8 @@ from raptr_ds.paths.path import LayerPath
 class _StepBody(nn.Module):
     """Runs the stage on the step's micro batches, in order.
 
-    Between stages only the residual stream travels: batches are pure functions of (seed, step, data-parallel rank),
-    so every stage has the masks and sample ids of its own.
+    Stages send each other only the residual stream: batches are pure functions of (seed, step, data-parallel rank),
+    so that every stage has masks and sample ids itself.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -47,7 +47,7 @@ class _StepBody(nn.Module):
 
 
 class PipelineEngine(DeepSpeedState):
-    """Trains a model whose layers are spread over pipeline stages."""
+    """Trains a model whose layers are divided among pipeline stages."""
 
     def __init__(
         self, config: dict[str, Any], stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str
@@ -58,7 +58,7 @@ class PipelineEngine(DeepSpeedState):
         super().__init__(build_deepspeed_engine(config, stage, module, groups), stage, groups, skipped_update)
         engine: Any = self.engine
         if groups.sequence_parallel:
-            # DeepSpeed lets each tensor rank send a share of what all have, and gathers: here each has its own.
+            # DeepSpeed lets each tensor rank send a part of what all have and gathers it; here ranks have own parts.
             engine.is_pipe_partitioned = engine.is_grad_partitioned = False
         if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
             engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
@@ -75,8 +75,8 @@ class PipelineEngine(DeepSpeedState):
         count = self.count_predictions(batch)
         keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
         self._prepare(batch, path, self.loss_weight(batch, count), keys)
-        # DeepSpeed averages the losses over micro batches and data-parallel ranks, which makes the weighted ones the
-        # mean over the global batch's predicted positions, and tells every stage.
+        # DeepSpeed averages the weighted losses over micro batches and data-parallel ranks, which gives the mean over
+        # the global batch's predicted positions, and broadcasts it to all stages.
         loss = engine.train_batch(self._inputs(batch))
         return self.result(loss, 1, count)
 

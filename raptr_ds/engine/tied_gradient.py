@@ -1,10 +1,10 @@
 """The tied embedding's gradient, summed over the first and the last pipeline stage while the pipeline drains.
 
-Each of the two stages has a gradient for its copy of the word embedding, and needs the sum. An all-reduce would begin
-when the first stage is done, the last to be, and send every row both ways. But the last stage, where the head is, has
-its gradient a backward pass earlier, and the first stage has one for the rows of its tokens alone: the last sends all
-rows while the first still computes, and gets a few back. The sum of two numbers has one rounding, so both stages have
-the same bits, those of an all-reduce.
+Each of the two stages has a gradient for its copy of the word embedding and needs the sum. An all-reduce would wait for
+the first stage, which finishes last, and send every row both ways. But the last stage, which has the head, has its
+gradient one backward pass earlier, and the first stage has gradients only for the rows of its tokens. So the last stage
+sends all rows while the first still computes, and the first sends a few rows back. The sum of two numbers has one
+rounding, so both stages get the same bits as from an all-reduce.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from raptr_ds.parallel.transfer import without_waiting
 
 
 class TiedGradient:
-    """The sum on this rank, which is on one of the two stages."""
+    """Sums the gradient on a rank of the first or the last stage."""
 
     def __init__(self, embedding: Any, groups: ProcessGroups, dtype: torch.dtype) -> None:
         """embedding: this tensor rank's part of the word embedding; dtype: of the gradient where it accumulates."""
@@ -34,16 +34,16 @@ class TiedGradient:
         self._passes_left = 0
 
     def begin(self, batch: StepBatch) -> None:
-        """Begin a step on `batch`, still on the host; both stages have the same one."""
+        """Begin a step on `batch`, which is on the host and the same on both stages."""
         tokens = torch.cat([micro.tokens.flatten() for micro in batch.micro_batches])
         rows = tokens.bincount().nonzero().flatten()
         self._rows = rows[(rows >= self._first_row) & (rows < self._end_row)] - self._first_row
         self._passes_left = len(batch.micro_batches)
 
     def before_backward(self) -> None:
-        """Prepare for a micro batch's backward pass: from the last one on, what the last stage sends may arrive.
+        """Prepare for a micro batch's backward pass; before the last one the first stage begins to receive.
 
-        Not earlier: the last stage sends once it has handed back its last gradient, which has reached this one then.
+        Not earlier: the last stage sends only after its last gradient has reached the first stage.
         """
         self._passes_left -= 1
         if self._is_first and self._passes_left == 0:

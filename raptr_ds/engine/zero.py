@@ -48,11 +48,11 @@ class ZeroEngine(DeepSpeedState):
         return self.result(total, len(batch.micro_batches) * self.groups.topology.data, count)
 
     def _accumulate_over(self, num_micro_batches: int) -> None:
-        """Tell DeepSpeed how many micro batches make this step; it counts them to know when to reduce and step."""
+        """Set DeepSpeed's number of micro batches in this step; it counts them to know when to reduce and step."""
         engine: Any = self.engine
         if engine.gradient_accumulation_steps() != num_micro_batches:
             engine._config.gradient_accumulation_steps = num_micro_batches
-            engine.micro_steps = 0  # it looks at the remainder by the number of micro batches
+            engine.micro_steps = 0  # a step ends when this count is a multiple of the number of micro batches
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:

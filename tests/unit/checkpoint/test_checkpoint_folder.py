@@ -1,4 +1,4 @@
-"""Names in the folder of checkpoints: complete ones only, newest first, whatever dead writers left."""
+"""Names in the folder of checkpoints: complete ones only, newest first, whatever processes left when they died."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_a_folder_may_be_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Path)
     assert checkpoints_at(tmp_path / "run")[0] == newest
     assert checkpoints_at(folder)[0] == newest
     assert checkpoints_at(step_folder(folder, 5)) == [step_folder(folder, 5)]
-    (newest / MANIFEST).unlink()  # still this one: that it is damaged is said later
+    (newest / MANIFEST).unlink()  # still this one: it is found to be damaged later
     assert checkpoints_at(newest) == [newest]
     copied = newest.rename(tmp_path / "best")
     (copied / MANIFEST).write_text("{}")
@@ -97,16 +97,20 @@ def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     make(tmp_path, 3)
     unfinished_folder(tmp_path, 3).mkdir()
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    replace_file = Path.replace
 
-    monkeypatch.setattr(Path, "replace", fail)
+    def fail_for_folders(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            raise OSError(28, "No space left on device")
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_for_folders)
     with pytest.raises(OSError, match="No space"):
         publish(unfinished_folder(tmp_path, 3), step_folder(tmp_path, 3), b"new")
     assert (step_folder(tmp_path, 3) / MANIFEST).read_text() == "3"
 
 
-def test_another_course_of_the_run_is_set_aside_whole(tmp_path: Path) -> None:
+def test_an_abandoned_branch_of_the_run_is_set_aside(tmp_path: Path) -> None:
     make(tmp_path, 3, 5, 7)
     assert set_aside(tmp_path, after=3) == tmp_path / "set-aside-1"
     assert names(tmp_path) == ["set-aside-1", "step-00000003"]

@@ -1,11 +1,11 @@
-"""Saving and restoring in one process: beside training, whole or not at all, and never from a damaged file."""
+"""Saving and restoring in one process: during training, completely or not at all, and never from a damaged file."""
 
 import contextlib
 import os
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,8 @@ def test_a_closed_run_leaves_its_last_good_one(run: Any, new_run: Callable[..., 
 def fail_after(num_bytes: int, error: OSError) -> Callable[..., Any]:
     """Return a writer that fails as a disk does when it is full: in the middle of a file."""
 
-    def write(path: Path, content: Iterable[memoryview], stop: threading.Event) -> Any:
-        path.write_bytes(b"".join(content)[:num_bytes])
+    def write(path: Path, content: memoryview, stop: threading.Event) -> Any:
+        path.write_bytes(content[:num_bytes])
         raise error
 
     return write
@@ -193,7 +193,7 @@ def test_a_run_its_checkpoints_or_one_of_them(run: Any, new_run: Callable[..., A
         other.restore(str(tmp_path / "nowhere"))
 
 
-def test_another_course_of_the_run_does_not_come_back(run: Any) -> None:
+def test_an_abandoned_branch_of_the_run_does_not_come_back(run: Any) -> None:
     run.save(1, 2, 3)
     assert run.restore(str(run.folder / "step-00000002")) == 2
     assert run.steps() == ["2"]
