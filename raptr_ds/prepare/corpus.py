@@ -1,4 +1,7 @@
-"""Where text comes from: files, folders and Hugging Face datasets, as sources of documents that can be read again."""
+"""Where text comes from: files, folders, Hugging Face datasets, and several sources as one without repetitions.
+
+A source can be read again and again, and yields the same documents in the same order each time.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,12 +22,12 @@ from raptr_ds.prepare.readers import (
     value_of,
 )
 
-# A .json in a folder is as likely to be a description of the data as the data: it is read when it is named.
+# A .json in a folder may well describe the data rather than be the data: it is read only when it is named itself.
 FOUND_IN_FOLDERS = (*TEXT_SUFFIXES, *(suffix for suffix in JSONL_SUFFIXES if suffix != ".json"), *PARQUET_SUFFIXES)
 
 
 class Source(Protocol):
-    """A corpus that can be read again and again, each time in the same order."""
+    """A corpus of documents."""
 
     @property
     def name(self) -> str:
@@ -40,13 +43,13 @@ class Source(Protocol):
         ...
 
     def size_bytes(self) -> int | None:
-        """Return about how much there is to read, for the progress bar; None if unknown."""
+        """Return roughly how much there is to read, for the progress bar; None if unknown."""
         ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file of text, JSONL or Parquet; .gz is unpacked for the first two. Unknown endings are read as text."""
+    """One file of text, JSONL or Parquet; the first two may be gzipped. Unknown endings are read as text."""
 
     path: Path
     options: ReadingOptions
@@ -61,7 +64,7 @@ class FileSource:
         return documents_of_file(self.path, self.options, counts)
 
     def fingerprint(self) -> str:
-        """Digest of path, size, time of change and options."""
+        """Digest of path, size, modification time and options."""
         status = self.path.stat()
         return digest_of(str(self.path.resolve()), status.st_size, status.st_mtime_ns, repr(self.options))
 
@@ -96,7 +99,7 @@ class DatasetSource:
                 yield text
 
     def fingerprint(self) -> str:
-        """Digest of name, configuration, split and options; changes on the hub are not seen."""
+        """Digest of name, configuration, split and options; changes on the hub are not noticed."""
         return digest_of(self.dataset, self.config or "", self.split, repr(self.options))
 
     def size_bytes(self) -> None:
@@ -114,14 +117,73 @@ class DatasetSource:
             raise DataError(
                 f"cannot load the dataset {self.name}: {type(error).__name__}: {error}. Check --dataset, "
                 "--dataset-config and --dataset-split, and that the hub or a cached copy can be reached; the same "
-                "command then goes on."
+                "command then continues."
             ) from error
 
 
-def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[list[FileSource], int]:
-    """Expand files and folders (recursive, sorted, without hidden files) to sources.
+@dataclass(frozen=True)
+class DistinctParagraphs:
+    """Several sources as one, without the paragraphs that came before.
 
-    Also returns how many files of other kinds the folders hold.
+    Paragraphs are separated by blank lines and compared without regard to spaces and case. Those shorter than
+    `shortest` characters (headings, signatures) always stay, but a document of which nothing else is left is dropped. A
+    paragraph held out for validation therefore never also appears in the training text.
+    """
+
+    sources: tuple[Source, ...]
+    shortest: int = 40
+
+    @property
+    def name(self) -> str:
+        """The names of the sources."""
+        return ", ".join(source.name for source in self.sources)
+
+    def documents(self, counts: ReadingCounts) -> Iterator[str]:
+        """Yield what is new in each document; what is repeated is counted."""
+        seen: set[bytes | None] = set()
+        for source in self.sources:
+            for document in source.documents(counts):
+                kept, num_repeated, is_new = [], 0, False
+                for paragraph in document.split("\n\n"):
+                    key = self._key(paragraph)
+                    if key in seen:
+                        num_repeated += 1
+                        continue
+                    kept.append(paragraph)
+                    if key is not None:
+                        seen.add(key)
+                        is_new = True
+                if num_repeated:
+                    counts.skipped["duplicate paragraphs"] += num_repeated
+                if is_new or not num_repeated:
+                    yield "\n\n".join(kept)
+                else:
+                    counts.skipped["documents of duplicate paragraphs"] += 1
+
+    def fingerprint(self) -> str:
+        """Digest of the sources' fingerprints."""
+        return digest_of("distinct paragraphs", self.shortest, [source.fingerprint() for source in self.sources])
+
+    def size_bytes(self) -> int | None:
+        """Size of all sources; None if one is unknown."""
+        return total_size_bytes(self.sources)
+
+    def _key(self, paragraph: str) -> bytes | None:
+        """Return what equal paragraphs have in common; None for a short one, which may be repeated."""
+        words = " ".join(paragraph.split()).lower()
+        return hashlib.blake2b(words.encode(), digest_size=16).digest() if len(words) >= self.shortest else None
+
+
+def total_size_bytes(sources: Sequence[Source]) -> int | None:
+    """Return roughly how much there is to read in all sources; None if one is unknown."""
+    sizes = [source.size_bytes() for source in sources]
+    return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+
+def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[list[FileSource], int]:
+    """Return the sources of files and folders (recursive, sorted, without hidden files), and how many files of other
+    kinds the folders hold.
+
     Raises: DataError if a path does not exist or a folder holds nothing readable.
     """
     sources: list[FileSource] = []
@@ -133,7 +195,7 @@ def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[
             if not known:
                 raise DataError(
                     f"the folder {path} holds no file that ends in {', '.join(FOUND_IN_FOLDERS)} (or .gz after them), "
-                    f"among {len(files)} files. Name the files themselves: other endings are then read as text."
+                    f"among {len(files)} files. Name the files themselves: then other endings are read as text."
                 )
             num_ignored += len(files) - len(known)
             sources += [FileSource(file, options) for file in known]

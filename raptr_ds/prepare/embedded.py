@@ -1,39 +1,37 @@
-"""The embedded corpus: the documentation inside the Python packages on this machine, none of which is imported."""
+"""The embedded corpus: the documentation inside the Python packages on this machine, read without importing them."""
 
 import ast
-import hashlib
 import inspect
 import os
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from raptr_ds.prepare.corpus import digest_of
+from raptr_ds.prepare.encoding import worker_pool
 from raptr_ds.prepare.readers import ReadingCounts
-from raptr_ds.prepare.workers import worker_pool
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# Tests document themselves to their authors, and the vendored and site packages are not the standard library's own.
+# Tests, and packages that are not part of the standard library itself.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor"}
 TOPICS = Path("pydoc_data", "topics.py")
 
 
 @dataclass(frozen=True)
 class EmbeddedSource:
-    """Docstrings of Python packages, a document for each module, and the language reference of pydoc_data.topics.
+    """Docstrings of Python packages, one document per module, and the language reference of pydoc_data.topics.
 
-    scope: `stdlib` is the standard library (about 2 MB), `installed` adds every installed package (about 24 MB where
-    torch and its like are installed). Files are parsed, never imported. The order is that of the sorted paths.
+    scope: `stdlib` is the standard library (about 2 MB), `installed` adds every installed package (some 24 MB with
+    torch). Files are parsed, never imported, in the order of their paths.
     """
 
     scope: Literal["stdlib", "installed"] = "stdlib"
     workers: int = 1
-    _cache: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -52,16 +50,13 @@ class EmbeddedSource:
         return [path for root in roots for path in _python_files(root)]
 
     def documents(self, counts: ReadingCounts) -> Iterator[str]:
-        """Yield each distinct document once; what cannot be parsed is counted."""
-        if "documents" not in self._cache:
-            self._cache["documents"] = self._read()
-        seen: set[bytes] = set()
-        for document in self._cache["documents"]:
-            key = hashlib.blake2b(document.encode(), digest_size=16).digest()
-            if key in seen:
+        """Yield each distinct document once and count its copies."""
+        seen: set[str] = set()
+        for document in self._documents:
+            if document in seen:
                 counts.skipped["duplicate"] += 1
                 continue
-            seen.add(key)
+            seen.add(document)
             yield document
 
     def fingerprint(self) -> str:
@@ -72,7 +67,8 @@ class EmbeddedSource:
         """Unknown: most of the bytes of a module are code."""
         return
 
-    def _read(self) -> list[str]:
+    @cached_property
+    def _documents(self) -> list[str]:
         if self.workers <= 1:
             return [document for path in self.files for document in documents_of_module(path)]
         with worker_pool(self.workers) as pool:
@@ -81,7 +77,7 @@ class EmbeddedSource:
 
 
 def _python_files(root: Path) -> list[Path]:
-    """Return the Python files under `root`, sorted; folders that are left out are not even entered."""
+    """Return the Python files under `root`, sorted; those in LEFT_OUT are not entered."""
     found: list[Path] = []
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if name not in LEFT_OUT]
@@ -96,7 +92,7 @@ def documents_of_module(path: Path) -> list[str]:
             warnings.simplefilter("ignore")  # the invalid escapes of other people's string literals
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
-        return []  # templates and files for other versions of Python: no document, as for a module without docstrings
+        return []  # templates, and files for other versions of Python
     if path.parts[-2:] == TOPICS.parts:
         return _topics(tree)
     docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]

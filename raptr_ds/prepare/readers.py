@@ -1,4 +1,4 @@
-"""Files to documents: text, JSONL and Parquet, read as streams, with what cannot be used refused or counted."""
+"""Files to documents: text, JSONL and Parquet, read as streams; what cannot be used is refused or counted."""
 
 import gzip
 import json
@@ -33,18 +33,18 @@ class ReadingOptions:
 
 @dataclass
 class ReadingCounts:
-    """What was read and left out, for the report at the end: counts by reason."""
+    """What was left out, for the report at the end: counts by reason."""
 
     skipped: Counter[str] = field(default_factory=Counter)
 
     def bad_text(self, options: ReadingOptions, where: str, problem: str, cause: Exception | None = None) -> None:
         """Count a document that cannot be used, or refuse it.
 
-        Raises: DataError naming the place if the options say refuse.
+        Raises: DataError that names the place, with on_bad_text refuse.
         """
         if options.on_bad_text == "refuse":
             raise DataError(
-                f"{where}: {problem}. Mend it, or pass --on-bad-text skip to leave such documents out and count them."
+                f"{where}: {problem}. Fix it, or pass --on-bad-text skip to leave such documents out and count them."
             ) from cause
         self.skipped[problem.partition(" (")[0]] += 1
 
@@ -156,41 +156,29 @@ def _read_parquet(path: Path, options: ReadingOptions, counts: ReadingCounts) ->
                     "that holds the text with --text-key."
                 )
             kind = file.schema_arrow.field(column).type
-            is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            if not (is_text or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
                 raise DataError(f"column {column!r} of {path} holds {kind}, not text. Name another with --text-key.")
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                values = batch.column(0)
-                for index in range(len(values)):
-                    where = f"{path} row {row}"
-                    row += 1
-                    text = usable_text(_scalar_value(values[index]), options, counts, where)
-                    if text is not None:
-                        yield text
+            batches = file.iter_batches(batch_size=1024, columns=[column])
+            # As bytes, since Arrow does not check that text is UTF-8.
+            values = (value for batch in batches for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist())
+            for row, value in enumerate(values):
+                text = usable_text(value, options, counts, f"{path} row {row}")
+                if text is not None:
+                    yield text
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} as Parquet: {error}. Replace or remove the file.") from error
-
-
-def _scalar_value(scalar: Any) -> object:
-    """Return an Arrow value as Python sees it; text that is not UTF-8 (Arrow does not check) as its bytes."""
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes()
 
 
 def value_of(record: dict[str, Any], options: ReadingOptions, where: str, option: str) -> object:
     """Return what a row holds under the text key.
 
-    Raises: DataError if it has no such key; `option` is the one to name another with.
+    Raises: DataError if it has no such key; the message recommends `option` to name another.
     """
     key = options.text_key
     if key not in record:
         raise DataError(
             f"{where} has no key {key!r}{nearest(key, record)}; it has {', '.join(map(str, record))}. Name the one "
-            "that "
-            f"holds the text with {option}."
+            f"that holds the text with {option}."
         )
     return record[key]
 
@@ -198,7 +186,7 @@ def value_of(record: dict[str, Any], options: ReadingOptions, where: str, option
 def usable_text(value: object, options: ReadingOptions, counts: ReadingCounts, where: str) -> str | None:
     """Return a value as text, or None if it is left out and counted.
 
-    Raises: DataError if it is no text and the options say refuse.
+    Raises: DataError if it is not text, with on_bad_text refuse.
     """
     if value is None:
         counts.skipped["empty"] += 1

@@ -1,4 +1,4 @@
-"""Train a sentencepiece model with our special tokens on a sample of documents, the same one every time."""
+"""Train a sentencepiece model with our special tokens on a sample of documents; the same text gives the same model."""
 
 import io
 import re
@@ -10,12 +10,11 @@ import sentencepiece
 
 from raptr_ds.data.tokenizer import BOS, EOS, NAMED_SPECIALS, PAD, UNK, Tokenizer, special_pieces
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.prepare.corpus import Source
-from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.corpus import DistinctParagraphs, Source
 from raptr_ds.prepare.readers import ReadingCounts
 
 NUM_BYTES = 256
-# sentencepiece splits its sums by thread: a fixed number, and not that of the machine, keeps the result the same.
+# Fixed, because sentencepiece's result depends on the number of threads.
 NUM_THREADS = 4
 LONGEST_LINE = 1000
 DEFAULT_VOCAB_SIZE = 8192
@@ -25,9 +24,9 @@ DEFAULT_VOCAB_SIZE = 8192
 class TokenizerSettings:
     """What a tokenizer is trained with; the same settings and documents give the same bytes.
 
-    Units: vocab_size in ids, special ones, sentinels and the 256 byte pieces included; None is the default size, or the
-    largest one that a small corpus supports. sample_bytes bounds the text that is read for training. bpe is the default
-    because it trains ten times as fast as unigram and encoded as compactly (38 MB of documentation, 8,192 pieces).
+    Units: vocab_size in ids, including special ones, sentinels and the 256 byte pieces; None is the default size, or
+    the largest that a small corpus supports. sample_bytes limits the text to train on. bpe is the default because it
+    trains ten times as fast as unigram and encoded as compactly (38 MB of documentation, 8,192 pieces).
     """
 
     vocab_size: int | None = None
@@ -44,8 +43,8 @@ class TokenizerSettings:
 def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[str]:
     """Yield documents from the beginning of every source, about `sample_bytes` in all.
 
-    Each source may fill an equal share, and what small ones leave goes to the larger ones, so that one large file does
-    not decide on the tokenizer and no file has to be read to its end.
+    Each source may fill an equal share, and what small ones leave is shared by the larger ones: no large file decides
+    alone on the tokenizer, and none has to be read to its end.
     """
     sources = [part for source in sources for part in _parts(source)]
     sizes = [source.size_bytes() for source in sources]
@@ -65,7 +64,7 @@ def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[s
 
 
 def _parts(source: Source) -> Sequence[Source]:
-    """Return what a source is made of, so that each part has its share; a few repeated paragraphs do no harm here."""
+    """Return what a source is made of, so that each part has its share; repeated paragraphs do no harm here."""
     return source.sources if isinstance(source, DistinctParagraphs) else (source,)
 
 
@@ -82,9 +81,8 @@ def train_tokenizer(sources: Sequence[Source], settings: TokenizerSettings) -> T
     if size <= settings.smallest_vocab_size:
         raise ConfigError(
             f"--vocab-size {size} leaves no room for text: {len(NAMED_SPECIALS)} special tokens, "
-            f"{settings.num_sentinels} "
-            f"sentinels and {NUM_BYTES} bytes take {settings.smallest_vocab_size}. Raise --vocab-size or lower "
-            "--sentinels."
+            f"{settings.num_sentinels} sentinels and {NUM_BYTES} bytes take {settings.smallest_vocab_size}. Raise "
+            "--vocab-size or lower --sentinels."
         )
     try:
         return Tokenizer(_train(lines, size, settings), "the tokenizer just trained")
@@ -136,7 +134,7 @@ def _train(lines: list[str], vocab_size: int, settings: TokenizerSettings) -> by
 
 
 def _training_lines(documents: Iterable[str]) -> Iterator[str]:
-    """Yield lines as the tokenizer encodes them, in stretches short enough for sentencepiece to accept."""
+    """Yield lines as the tokenizer encodes them, cut to lengths that sentencepiece accepts."""
     for document in documents:
         for line in document.split("\n"):
             if not line.strip() or "\0" in line:  # sentencepiece's trainer refuses NUL
@@ -146,7 +144,7 @@ def _training_lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _vocab_limits(message: str) -> tuple[int | None, int | None] | None:
-    """Read (largest, smallest) vocabulary size out of sentencepiece 0.2's refusals; None if it is another failure."""
+    """Return the (largest, smallest) vocabulary size that sentencepiece 0.2's error names; None for another error."""
     if match := re.search(r"set it to a value <= (\d+)", message):
         return int(match[1]), None
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):

