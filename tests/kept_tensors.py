@@ -14,8 +14,7 @@ from torch.nn import functional
 
 import tests.interpreted  # noqa: F401 - before the kernels
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath

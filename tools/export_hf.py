@@ -1,8 +1,8 @@
-"""Give a trained model to Hugging Face transformers: python tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT.
+"""Export a trained model to Hugging Face transformers: python tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT.
 
 Writes a folder for transformers' from_pretrained: BERT becomes MegatronBertForMaskedLM, UL2 LlamaForCausalLM (a prefix
-that is seen in both directions needs a 4-D attention mask there). The tokenizer goes with it, as tokenizer.json and as
-the sentencepiece model that it was.
+that is seen in both directions needs a 4-D attention mask there). The tokenizer is written too, as tokenizer.json and
+as the original sentencepiece model.
 """
 
 import argparse
@@ -30,12 +30,12 @@ def main() -> None:
     """Parse the command line, convert and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one checkpoint")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not hold a model already")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one that the run's data have")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not contain a model")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the tokenizer of the run's data")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the weights (default fp32)")
     arguments = parser.parse_args()
     if (arguments.output / "config.json").exists():
-        raise ConfigError(f"{arguments.output} holds a model or a run already. Name another folder, or remove it.")
+        raise ConfigError(f"{arguments.output} already contains a model or a run. Name another folder, or remove it.")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     trained = load_trained_model(arguments.source)
     tokenizer = _tokenizer(arguments.tokenizer or _tokenizer_of_run(trained.folder), trained)
@@ -48,7 +48,7 @@ def main() -> None:
         ) from error
     print(f"wrote {type(model).__name__} of {trained.folder} (step {trained.step:,}) to {arguments.output}")
     if tokenizer is None:
-        print("the tokenizer was not found and is not there: name it with --tokenizer FILE to have it beside the model")
+        print("the tokenizer was not found and not written; name it with --tokenizer FILE to export it too")
 
 
 def _write(model: PreTrainedModel, tokenizer: Tokenizer | None, trained: TrainedModel, output: Path) -> None:
@@ -64,7 +64,7 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer | None, trained: Trained
 
 
 def _tokenizer_of_run(checkpoint: Path) -> Path | None:
-    """Return the tokenizer that the run's config.json leads to, None where there is no such file."""
+    """Return the tokenizer file that the run's config.json names, None if there is none."""
     for run in (checkpoint.parent, checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint):
         if (run / "config.json").is_file():
             data = json.loads((run / "config.json").read_text(encoding="utf-8"))["raptr_ds"]["data"]
@@ -80,7 +80,7 @@ def _tokenizer(path: Path | None, trained: TrainedModel) -> Tokenizer | None:
     if tokenizer.vocab_size != trained.model.vocab_size:
         raise DataError(
             f"the tokenizer {path} has {tokenizer.vocab_size} entries, the model {trained.model.vocab_size}: it is not "
-            "the one that the model was trained with. Name that one with --tokenizer."
+            "the one that the model was trained with. Name the right one with --tokenizer."
         )
     return tokenizer
 

@@ -1,6 +1,7 @@
 """Train a tokenizer for BERT and UL2: python tools/train_tokenizer.py --input PATH [PATH ...] --output FILE.
 
-tools/prepare_data.py trains one by itself; this is for a tokenizer shared by several data folders (--tokenizer there).
+tools/prepare_data.py trains one if it is given none; this is for a tokenizer shared by several data folders, which its
+option --tokenizer names.
 """
 
 import argparse

@@ -181,14 +181,10 @@ def denoisers_are_complete(config: RunConfig) -> str | None:
     if config.model.architecture != "ul2" or isinstance(denoisers, str):
         return None
     names = [denoiser.name for denoiser in denoisers]
-    needs = {"span": {"mean_span", "rate"}, "prefix": {"rate"}, "causal": set[str]()}
     for index, denoiser in enumerate(denoisers):
         where = f"raptr_ds.objective.denoisers[{index}] ({denoiser.name!r}, kind {denoiser.kind!r})"
-        given = {key for key in ("mean_span", "rate") if getattr(denoiser, key) is not None}
-        if missing := sorted(needs[denoiser.kind] - given):
-            return f"{where} needs {' and '.join(missing)}. Set it."
-        if extra := sorted(given - needs[denoiser.kind]):
-            return f"{where} has no use for {' and '.join(extra)}. Remove it."
+        if denoiser.problem is not None:
+            return f"{where} {denoiser.problem}"
         if denoiser.mean_span is not None and denoiser.mean_span >= config.model.seq_length:
             return f"{where}: mean_span={denoiser.mean_span:g} must be less than raptr_ds.model.seq_length=" + (
                 f"{config.model.seq_length}. Lower it, or use kind 'prefix'."

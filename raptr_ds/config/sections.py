@@ -143,6 +143,17 @@ class Denoiser(Section):
     weight: Positive = 1.0
     """Share of this denoiser in the mixture, relative to the others."""
 
+    @property
+    def problem(self) -> str | None:
+        """What its kind lacks or does not use, and the fix; None if it is complete."""
+        needed = {"span": {"mean_span", "rate"}, "prefix": {"rate"}, "causal": set[str]()}[self.kind]
+        given = {key for key in ("mean_span", "rate") if getattr(self, key) is not None}
+        if missing := sorted(needed - given):
+            return f"needs {' and '.join(missing)}. Set it."
+        if unused := sorted(given - needed):
+            return f"has no use for {' and '.join(unused)}. Remove it."
+        return None
+
 
 def _denoisers_form(value: Any) -> str:
     return "preset" if isinstance(value, str) else "list"

@@ -1,1 +1,1 @@
-"""Text to batches: tokenizer, corpora, indexed tokens, objectives, and a loader that is a pure function of the step."""
+"""From data folders to batches: tokenizer, indexed tokens, objectives, and the loader."""

@@ -1,23 +1,83 @@
-"""What a training step receives: micro batches of tensors."""
+"""From samples to what a training step receives: packing, and micro batches of tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from raptr_ds.data.sample import PackedSample, Sample
-
 PADDING = -1
 ALIGNMENT = 16
-"""Bytes; what the widest load of a GPU's kernels asks of a tensor's address."""
+"""Bytes; the alignment of a tensor's address that the widest load of a GPU kernel needs."""
+
+
+SMALLEST_TEXT = 2  # tokens; an objective hides at least one and keeps at least one
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens and what is predicted from them.
+
+    Shapes: tokens (length,) int64, length <= seq_length; positions (n,) int64, increasing, where the model predicts;
+    targets (n,) int64, what it should predict there. prefix_length: leading positions seen in both directions.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    prefix_length: int
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """Several samples in one sequence, one after the other; none sees another. At least one."""
+
+    parts: tuple[Sample, ...]
+
+
+class PackableObjective(Protocol):
+    """An objective that can make samples shorter than a sequence."""
+
+    window: int
+    smallest_room: int
+    """Most tokens that a sample of SMALLEST_TEXT tokens takes."""
+
+    def sample(self, text: np.ndarray, rng: np.random.Generator, room: int | None = None) -> Sample:
+        """Corrupt `text`, or as much of it as gives a sample of at most `room` tokens."""
+        ...
+
+
+class PackedDocuments:
+    """Makes packed samples: the documents of a window, in order, each corrupted by itself, until the sequence is full.
+
+    Of a document that the window cuts, the part inside counts. What no longer fits is left out, and so are documents of
+    a single token. If there are no longer ones, the window is one example.
+    """
+
+    def __init__(self, objective: PackableObjective, seq_length: int, end_id: int) -> None:
+        """Pack samples of `objective`; end_id: the token that ends each document."""
+        self.window = objective.window
+        self._objective, self._seq_length, self._end_id = objective, seq_length, end_id
+
+    def sample(self, text: np.ndarray, rng: np.random.Generator) -> PackedSample:
+        """Make the examples of `text` (at most `window` tokens, int64)."""
+        ends = np.flatnonzero(text == self._end_id) + 1
+        documents = [part for part in np.split(text, ends) if len(part) >= SMALLEST_TEXT] or [text]
+        parts: list[Sample] = []
+        room = self._seq_length
+        for document in documents:
+            if room < self._objective.smallest_room:
+                break
+            parts.append(self._objective.sample(document, rng, room))
+            room -= len(parts[-1].tokens)
+        return PackedSample(tuple(parts))
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the examples of packed sequences lie. Attention stays within a segment, positions count from its start.
+    """Where the examples of packed sequences are. Attention stays within a segment, positions count from its start.
 
     Shapes: ids (b, T) int64, 0, 1, ... in each sequence, PADDING after the last example; positions (b, T) int64;
     in_prefix (b, T) bool, whether a position belongs to its example's prefix (bert: wherever there is an example).
@@ -32,10 +92,10 @@ class Segments:
 class MicroBatch:
     """Sequences that go through the model together; all tensors are int64, made on the CPU.
 
-    Shapes: tokens (b, T), padded at the end; positions (N,) places in the flattened b*T that are predicted, increasing;
-    targets (N,) what they predict; prefix_lengths (b,) leading positions seen in both directions (bert: all real ones;
-    packed: those of the first example); lengths (b,) real positions; sample_ids (b,) number of the sample in the run,
-    which keys its dropout.
+    Shapes: tokens (b, T), padded at the end; positions (N,) where the model predicts, in the flattened b*T, increasing;
+    targets (N,) what it should predict there; prefix_lengths (b,) leading positions seen in both directions (bert: all
+    that are not padding; packed: those of the first example); lengths (b,) positions that are not padding; sample_ids
+    (b,) number of the sample in the run, which keys its dropout.
     """
 
     tokens: torch.Tensor
@@ -55,7 +115,7 @@ class MicroBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro batch on `device`, copied behind the host's back where that is a GPU."""
+        """Return the micro batch on `device`; the copy to a GPU is asynchronous."""
         return _to_device((self,), device)[0]
 
 
@@ -76,9 +136,9 @@ class StepBatch:
 
 
 def _to_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> tuple[MicroBatch, ...]:
-    """Return micro batches on `device`; on a GPU as views of one buffer, which one copy has filled.
+    """Return micro batches on `device`; on a GPU as views of one buffer, filled by a single copy.
 
-    The copy is made from pinned memory: from other memory the host would wait for the device.
+    The copy is made from pinned memory: from any other the host would wait for the device.
     """
     tensors = [tensor for micro in micro_batches for tensor in _tensors_of(micro)]
     if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
@@ -135,7 +195,7 @@ def _starts(tensors: Sequence[torch.Tensor]) -> list[int]:
 def collate(
     samples: Sequence[Sample | PackedSample], sample_ids: Sequence[int], seq_length: int, pad_id: int
 ) -> MicroBatch:
-    """Put samples into a micro batch; where one is packed, all are."""
+    """Put samples into a micro batch; all of them are packed, or none is."""
     rows = [sample.parts if isinstance(sample, PackedSample) else (sample,) for sample in samples]
     is_packed = any(isinstance(sample, PackedSample) for sample in samples)
     tokens = np.full((len(samples), seq_length), pad_id, np.int64)

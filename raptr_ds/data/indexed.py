@@ -1,9 +1,9 @@
-"""Indexed tokens on disk: megatron-core's .bin/.idx format, written by appending and verified before it is read.
+"""Indexed tokens on disk: megatron-core's .bin/.idx format, written by appending and checked before it is read.
 
 The format (megatron-core 0.16, datasets/indexed_dataset.py): .bin is the tokens, one document after the other; .idx is
-a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). Writing it here, and not with
-megatron's builder, lets an interrupted preparation go on by truncating the .bin, and spares its seven seconds of
-imports; the tests hold both to the same bytes.
+a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). It is written here rather than
+by megatron's builder so that an interrupted preparation can resume by truncating the .bin, and to avoid seven seconds
+of imports; the tests compare both byte by byte.
 """
 
 import struct
@@ -22,11 +22,11 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_UINT16_VOCAB = 65500
 CHECKED_TOKENS = 1 << 20
 
-MEND = "Run tools/prepare_data.py again to write it anew (--overwrite replaces what is there)."
+FIX = "Prepare it again: tools/prepare_data.py --overwrite."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype that megatron-core too chooses for this vocabulary."""
+    """Return the dtype for this vocabulary, the same as megatron-core chooses."""
     return np.dtype(np.uint16 if vocab_size < LARGEST_UINT16_VOCAB else np.int32)
 
 
@@ -44,7 +44,7 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """A verified pair of files, mapped into memory.
+    """A checked pair of files, mapped into memory.
 
     Shapes: tokens (num_tokens,) uint16 or int32, all documents one after the other; lengths (num_documents,) int32.
     """
@@ -53,18 +53,12 @@ class IndexedTokens:
     tokens: np.ndarray
     lengths: np.ndarray
 
-    def document(self, index: int) -> np.ndarray:
-        """Return the tokens of one document, its end-of-document token included."""
-        start = int(self.lengths[:index].sum(dtype=np.int64))
-        return self.tokens[start : start + int(self.lengths[index])]
-
 
 def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
     """Open PREFIX.idx and PREFIX.bin and check everything that a run relies on.
 
-    Token ids are all checked up to a million tokens, beyond that in that many taken evenly from the whole file.
-
-    Raises: DataError that names the file, what is wrong with it and the mend.
+    Of the token ids, a million are checked, spread evenly over the file; TokenStream.read checks all that it reads.
+    Raises: DataError that names the file, what is wrong with it and how to fix it.
     """
     index_path, tokens_path = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
     lengths, dtype = _read_index(index_path)
@@ -73,11 +67,11 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
     if size != num_tokens * dtype.itemsize:
         kind = "truncated" if size < num_tokens * dtype.itemsize else "longer than its index says"
         raise DataError(
-            f"{tokens_path} is {kind}: {size:,} bytes where {index_path.name} promises {num_tokens:,} tokens of "
-            f"{dtype.itemsize} bytes. {MEND}"
+            f"{tokens_path} is {kind}: {size:,} bytes where {index_path.name} lists {num_tokens:,} tokens of "
+            f"{dtype.itemsize} bytes. {FIX}"
         )
     if num_tokens == 0:
-        raise DataError(f"{tokens_path} is empty: there is nothing to train on. Prepare it from more text. {MEND}")
+        raise DataError(f"{tokens_path} is empty: there is nothing to train on. Add text. {FIX}")
     tokens = np.memmap(tokens_path, dtype, "r").view(np.ndarray)  # slices of a memmap itself are slow to make
     _check_ids(tokens, vocab_size, tokens_path)
     return IndexedTokens(prefix, tokens, lengths)
@@ -87,29 +81,28 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. {MEND}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
-    """Return (lengths, token dtype) of an .idx whose every part was checked against the others."""
+    """Return (lengths, token dtype) of an .idx after checking its parts against each other."""
     size = _size(path)
     try:
         content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. {MEND}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
     if size < HEADER.size:
-        raise DataError(f"{path} is truncated: {size} bytes, and its header alone takes {HEADER.size}. {MEND}")
+        raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
     magic, version, code, num_sequences, num_boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
     if magic != MAGIC or version != VERSION:
-        raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {MEND}")
+        raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {FIX}")
     if code not in DTYPES:
-        raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {MEND}")
+        raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {FIX}")
     expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
     if size != expected:
         raise DataError(
             f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
-            f"{num_boundaries:,} "
-            f"boundaries, needs {expected:,}. {MEND}"
+            f"{num_boundaries:,} boundaries, needs {expected:,}. {FIX}"
         )
     start = HEADER.size
     lengths = np.frombuffer(content, "<i4", num_sequences, start)
@@ -117,15 +110,15 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
     boundaries = np.frombuffer(content, "<i8", num_boundaries, start + 12 * num_sequences)
     dtype = DTYPES[code]
     if num_sequences == 0:
-        raise DataError(f"{path} is empty: it lists no document. Prepare it from more text. {MEND}")
+        raise DataError(f"{path} is empty: it lists no document. Add text. {FIX}")
     if (lengths < 0).any():
-        raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {MEND}")
+        raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {FIX}")
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1]):
-        raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {MEND}")
+        raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {FIX}")
     if num_boundaries == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
         raise DataError(
-            f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {MEND}"
+            f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
         )
     return lengths, dtype
 
@@ -137,6 +130,5 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
         wrong = smallest if smallest < 0 else largest
         raise DataError(
             f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is damaged, or "
-            "was "
-            f"made with another tokenizer. {MEND}"
+            f"was made with another tokenizer. {FIX}"
         )

@@ -1,4 +1,4 @@
-"""The loader: a step's batch is a pure function of (seed, step, data-parallel rank), made ahead of time in threads."""
+"""The loader: a step's batch is a pure function of (seed, step, data-parallel rank), prepared ahead in threads."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,16 +10,13 @@ import numpy as np
 from raptr_ds.config.batch import BatchGeometry
 from raptr_ds.config.load import RunConfig
 from raptr_ds.config.sections import DataSection, ModelSection, ObjectiveSection
-from raptr_ds.data.batch import MicroBatch, StepBatch, collate
-from raptr_ds.data.denoisers import MixtureOfDenoisers, mean_predictions, resolve_denoisers
+from raptr_ds.data.batch import MicroBatch, PackedDocuments, PackedSample, Sample, StepBatch, collate
+from raptr_ds.data.denoisers import MixtureOfDenoisers, denoisers_of, mean_predictions
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER, Manifest
 from raptr_ds.data.masked_lm import MaskedLM
 from raptr_ds.data.masked_lm import mean_predictions as mean_masked
-from raptr_ds.data.mixture import Mixture
-from raptr_ds.data.packing import PackedDocuments
-from raptr_ds.data.sample import PackedSample, Sample
-from raptr_ds.data.token_stream import TokenStream
+from raptr_ds.data.token_stream import Mixture, TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.rng import stream
@@ -29,7 +26,7 @@ VALIDATION_SEED = 20240213
 
 
 class Objective(Protocol):
-    """Makes a sample from a window of text, all chance taken from the generator."""
+    """Makes a sample from a window of text; all randomness comes from the generator."""
 
     window: int
 
@@ -39,7 +36,7 @@ class Objective(Protocol):
 
 
 class Samples:
-    """Sample number s of a split, for s = 0, 1, ... without end: a pure function of (seed, s)."""
+    """Sample number s of a split, for any s >= 0: a pure function of (seed, s)."""
 
     def __init__(
         self, folders: Mapping[str, float], split: str, objective: Objective, tokenizer: Tokenizer, seed: int
@@ -71,7 +68,7 @@ class Samples:
 
 
 class Loader:
-    """Gives the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
+    """Makes the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
 
     Sample g of step n (0 <= g < global_batch) is sample n * global_batch + g of the run. It belongs to micro batch m,
     rank r and row i with g = (m * data_parallel + r) * micro_batch + i: its content does not depend on the layout.
@@ -90,9 +87,9 @@ class Loader:
         prefetch: int,
         micro_batch_at: Callable[[int], int] | None = None,
     ) -> None:
-        """Start `num_workers` threads that keep the next `prefetch` steps ready; none if it is 0.
+        """Start `num_workers` threads that keep the next `prefetch` steps ready; 0: no threads.
 
-        micro_batch_at: the sequences of a micro batch in a training step, where they are not the geometry's.
+        micro_batch_at: sequences per micro batch of a training step; None: the geometry's.
         """
         assert 0 <= dp_rank < geometry.data_parallel, (dp_rank, geometry.data_parallel)
         self._train = train
@@ -107,9 +104,9 @@ class Loader:
         self._ahead: dict[tuple[int, int], Future[StepBatch]] = {}
 
     def at(self, step: int, data_offset: int = 0) -> StepBatch:
-        """Return the micro batches of step `step` (0-based); data_offset: batches that the run has left out before it.
+        """Return the micro batches of step `step` (0-based); data_offset: batches that the run has skipped before it.
 
-        Raises: what making this batch raised, also if it was made ahead in a thread; DataError for damaged tokens.
+        Raises: DataError for damaged tokens, also if the batch was prepared ahead in a thread.
         """
         if self._threads is None:
             return self._training_batch(step, data_offset)
@@ -172,39 +169,24 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
         if manifest.tokenizer_digest != tokenizer.digest:
             raise DataError(
                 f"{folder} was prepared with another tokenizer (vocabulary {manifest.vocab_size}) than "
-                f"{tokenizer.origin} "
-                f"(vocabulary {tokenizer.vocab_size}). Prepare it again: python tools/prepare_data.py --tokenizer "
-                f"{tokenizer.origin} --output {folder} --overwrite --input TEXT"
+                f"{tokenizer.origin} (vocabulary {tokenizer.vocab_size}). Prepare it again: python "
+                f"tools/prepare_data.py --tokenizer {tokenizer.origin} --output {folder} --overwrite --input TEXT"
             )
     return tokenizer
-
-
-def check_vocabulary(vocab_size: int | None, tokenizer: Tokenizer) -> None:
-    """Check that the model's vocabulary is the tokenizer's.
-
-    Raises: DataError if it is another size; None is any.
-    """
-    if vocab_size is not None and vocab_size != tokenizer.vocab_size:
-        raise DataError(
-            f"raptr_ds.model.vocab_size={vocab_size}, but the tokenizer {tokenizer.origin} has {tokenizer.vocab_size} "
-            "ids. "
-            "Leave vocab_size out to take the tokenizer's, or choose data prepared with another tokenizer."
-        )
 
 
 def build_objective(
     objective: ObjectiveSection, model: ModelSection, tokenizer: Tokenizer, packing: bool = False
 ) -> Objective:
-    """Return BERT's or UL2's way of making samples; packing makes one of each document.
+    """Return BERT's or UL2's objective; with packing each document is an example of its own.
 
-    Raises: ConfigError or DataError if seq_length or the sentinels do not suffice.
+    Raises: ConfigError if seq_length is too short, DataError if the tokenizer has too few sentinels.
     """
     maker: MaskedLM | MixtureOfDenoisers
     if model.architecture == "bert":
         maker = MaskedLM(tokenizer, model.seq_length, objective.mask_rate, objective.whole_word)
     else:
-        denoisers = resolve_denoisers(objective.denoisers)
-        maker = MixtureOfDenoisers(tokenizer, model.seq_length, denoisers)
+        maker = MixtureOfDenoisers(tokenizer, model.seq_length, denoisers_of(objective))
     return PackedDocuments(maker, model.seq_length, tokenizer.eos_id) if packing else maker
 
 
@@ -221,10 +203,10 @@ def build_loader(
 ) -> Loader:
     """Open the data of a run for one data-parallel rank; everything is checked here, before the first step.
 
-    Raises: DataError or ConfigError, with the mend, for all that is wrong with folders, tokenizer or objective.
+    model.vocab_size: the tokenizer's, as RunConfig.with_vocab_size ensures.
+    Raises: DataError or ConfigError for everything that is wrong with folders, tokenizer or objective.
     """
     tokenizer = tokenizer or load_tokenizer(data)
-    check_vocabulary(model.vocab_size, tokenizer)
     maker = build_objective(objective, model, tokenizer, data.packing)
     folders = folders_of(data.path)
     return Loader(
@@ -241,7 +223,7 @@ def build_loader(
 
 
 def predictions_per_sequence(config: RunConfig) -> float:
-    """Return the expected number of predicted positions of a full sequence: the objective's, whatever the data."""
+    """Return the expected number of predicted positions of a full sequence, which depends on the objective only."""
     if config.model.architecture == "bert":
         return mean_masked(config.model.seq_length, config.objective.mask_rate)
-    return mean_predictions(config.model.seq_length, resolve_denoisers(config.objective.denoisers))
+    return mean_predictions(config.model.seq_length, denoisers_of(config.objective))

@@ -22,9 +22,10 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What tools/prepare_data.py wrote into a folder; fingerprint digests text and settings.
+    """What tools/prepare_data.py wrote into a folder.
 
-    packages: what was fetched for it (--corpus): name, version, licence and sha256 of each.
+    fingerprint: digest of text and settings. packages: what was fetched for it (--corpus): name, version, licence and
+    sha256 of each.
     """
 
     format: int
@@ -48,27 +49,29 @@ class Manifest:
         Raises: DataError if the folder or the manifest is missing or damaged.
         """
         path = folder / MANIFEST
-        mend = f"Prepare it: python tools/prepare_data.py --input TEXT --output {folder}"
+        fix = f"Prepare it: python tools/prepare_data.py --input TEXT --output {folder}"
         if not folder.is_dir():
-            raise DataError(f"the data folder {folder} does not exist. {mend}")
+            raise DataError(f"the data folder {folder} does not exist. {fix}")
         try:
             content = json.loads(path.read_text())
             content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
-            content.setdefault("packages", [])  # folders made before there were any
+            content.setdefault("packages", [])  # absent in folders made by versions without --corpus
             return cls(**{field.name: content[field.name] for field in fields(cls)})
         except FileNotFoundError as error:
-            raise DataError(f"the folder {folder} has no {MANIFEST}: it is no finished data folder. {mend}") from error
+            raise DataError(
+                f"the folder {folder} has no {MANIFEST}: it is not a finished data folder. {fix}"
+            ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {mend} --overwrite") from error
+            raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {fix} --overwrite") from error
 
     def save(self, folder: Path) -> None:
         """Write the manifest, at once: a folder without one is not finished."""
         write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
 
     def summary(self) -> str:
-        """Return one line for people."""
+        """Return a description in one line."""
         tokens = sum(split.tokens for split in self.splits.values())
         sources = ", ".join(self.sources[:3]) + (", ..." if len(self.sources) > 3 else "")
         return f"{self.documents:,} documents, {tokens:,} tokens, vocabulary {self.vocab_size:,}, from {sources}"

@@ -1,8 +1,8 @@
-"""BERT's objective: hide some tokens of a text and ask for them."""
+"""BERT's objective: hide some tokens of a text and predict them."""
 
 import numpy as np
 
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import Sample
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 
@@ -11,31 +11,27 @@ RANDOM_SHARE = 0.1
 
 
 def mean_predictions(seq_length: int, mask_rate: float) -> float:
-    """Return the number of predicted tokens of a sequence full of text, of which [CLS] and [SEP] are no part."""
+    """Return the number of predicted tokens of a sequence full of text between [CLS] and [SEP]."""
     return float(max(1, round(mask_rate * (seq_length - 2))))
 
 
 class MaskedLM:
     """Makes samples [CLS] text [SEP] of which exactly round(mask_rate * n) of the n text tokens are predicted.
 
-    Of the predicted ones 80% become [MASK], 10% a random text token and 10% stay. Special tokens, the ends of documents
-    among them, are never predicted, and never the random token. whole_word takes whole words, in random order, as long
-    as they fit into the same number, so it may predict a few tokens less; at least one token or word is predicted.
+    Of the predicted ones 80% become [MASK], 10% a random text token and 10% stay. Special tokens, including the ends of
+    documents, are never predicted and never the random token. whole_word takes whole words in random order as long as
+    they fit into the same number, and may so predict a few tokens less; at least one token or word is predicted.
     Source: Devlin et al. 2019, section 3.1 and appendix A.1.
     """
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, mask_rate: float, whole_word: bool) -> None:
         """Keep the tables of the tokenizer; seq_length in tokens, special ones included.
 
-        Raises: ConfigError if seq_length has no room for text or the rate is not a share.
+        Raises: ConfigError if seq_length has no room for text.
         """
         if seq_length < 4:
             raise ConfigError(
                 f"raptr_ds.model.seq_length={seq_length} has no room for [CLS], text and [SEP]. Use 4 or more."
-            )
-        if not 0 < mask_rate < 1:
-            raise ConfigError(
-                f"raptr_ds.objective.mask_rate={mask_rate} must lie between 0 and 1. The usual rate is 0.15."
             )
         self.window = seq_length - 2
         self.smallest_room = 4

@@ -1,16 +1,15 @@
-"""A step of random tokens, for measuring: shaped as the run's own, with as many predictions as text would give."""
+"""A step of random tokens, for measuring: with the shapes of the run, and as many predictions as text would give."""
 
 import numpy as np
 
 from raptr_ds.config.load import RunConfig
-from raptr_ds.data.batch import MicroBatch, StepBatch, collate
+from raptr_ds.data.batch import MicroBatch, Sample, StepBatch, collate
 from raptr_ds.data.loader import predictions_per_sequence
-from raptr_ds.data.sample import Sample
 from raptr_ds.rng import stream
 
 
 def random_step_batch(config: RunConfig, data_rank: int) -> StepBatch:
-    """Return a data-parallel rank's micro batches of full sequences; config: with the vocabulary's size.
+    """Return a data-parallel rank's micro batches of full sequences; config: with vocab_size.
 
     Every sequence has the expected number of predictions, rounded: BERT's anywhere, UL2's at its end.
     """
@@ -27,7 +26,7 @@ def random_micro_batch(config: RunConfig, numbers: range) -> MicroBatch:
 
 def _sample(config: RunConfig, number: int) -> Sample:
     length, vocab_size = config.model.seq_length, config.model.vocab_size
-    assert vocab_size is not None, "the vocabulary's size is not known"
+    assert vocab_size is not None, "model.vocab_size is not known: see RunConfig.with_vocab_size"
     rng = stream(config.train.seed, "random sample", number)
     count = max(1, round(predictions_per_sequence(config)))
     is_ul2 = config.model.architecture == "ul2"

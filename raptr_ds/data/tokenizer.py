@@ -1,7 +1,7 @@
 """The tokenizer: a sentencepiece model with the special tokens that BERT and UL2 need."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,17 +26,17 @@ def sentinel_name(index: int) -> str:
 
 
 class Tokenizer:
-    """Text to token ids and back; special ids are control pieces, which no text can produce.
+    """Text to token ids; special ids are control pieces, which no text can produce.
 
     Lines are encoded one by one and joined by the newline byte, so that a word at the start of a line is the same
-    token as inside it. Nothing is normalized or dropped: decode(encode(text)) == text (U+2581 apart, sentencepiece's
-    own sign for a space).
+    token as inside it. Nothing is normalized or dropped: decoding gives the same text (except that U+2581, by which
+    sentencepiece represents a space, becomes one).
     """
 
     def __init__(self, model: bytes, origin: str = "memory") -> None:
-        """Wrap a serialized sentencepiece model; `origin` names it in errors.
+        """Load a serialized sentencepiece model; `origin` names it in errors.
 
-        Raises: DataError if it is no sentencepiece model or lacks a special token.
+        Raises: DataError if it is not a sentencepiece model or lacks a special token.
         """
         self.model = model
         self.origin = origin
@@ -59,15 +59,14 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a sentencepiece model from a file.
 
-        Raises: DataError if the file is missing, unreadable, no model, or lacks a special token.
+        Raises: DataError if the file is missing, unreadable or not a model, or lacks a special token.
         """
         try:
             model = Path(path).read_bytes()
         except OSError as error:
             raise DataError(
                 f"cannot read the tokenizer {path}: {error.strerror or error}. Name a sentencepiece .model file, or "
-                "leave "
-                "the tokenizer out to use the one in the data folder (tools/prepare_data.py writes it)."
+                "leave the tokenizer out to use the one in the data folder (tools/prepare_data.py writes it)."
             ) from error
         return cls(model, str(path))
 
@@ -99,7 +98,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """Id of the beginning of a text; unused in pretraining, there for downstream use."""
+        """Id of the beginning of a text; unused in pretraining, for downstream use."""
         return self._ids[BOS]
 
     @property
@@ -129,7 +128,7 @@ class Tokenizer:
 
     @cached_property
     def sentinel_ids(self) -> np.ndarray:
-        """Ids (num_sentinels,) int64 of <extra_id_0>, <extra_id_1>, ..., as many as there are without a gap."""
+        """Ids (num_sentinels,) int64 of <extra_id_0>, <extra_id_1>, ..., up to the first that is missing."""
         ids: list[int] = []
         while (token := self._special_id(sentinel_name(len(ids)))) >= 0:
             ids.append(token)
@@ -157,7 +156,7 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """Hexadecimal digest of the model: two tokenizers agree on every id if and only if it is the same."""
+        """Hexadecimal digest of the model: the same for tokenizers with the same ids, and only for these."""
         return hashlib.blake2b(self.model, digest_size=16).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -169,32 +168,17 @@ class Tokenizer:
             ids.append(newline)
         return np.array(ids[:-1], np.int32)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of `tokens`, leaving special tokens out."""
-        newline = self._processor.piece_to_id(NEWLINE)
-        lines: list[list[int]] = [[]]
-        for token in map(int, tokens):
-            if token == newline:
-                lines.append([])
-            else:
-                lines[-1].append(token)
-        return "\n".join(self._processor.decode(line) for line in lines)
-
-    def pieces(self, tokens: Iterable[int]) -> list[str]:
-        """Return the pieces of `tokens`, special ones by name: for people to read."""
-        return [self._processor.id_to_piece(int(token)) for token in tokens]
-
     def require_sentinels(self, needed: int, purpose: str) -> None:
-        """Check the sentinel budget.
+        """Check that there are enough sentinels.
 
-        Raises: DataError naming both numbers if there are fewer than `needed`.
+        Raises: DataError that names both numbers if there are fewer than `needed`.
         """
         have = len(self.sentinel_ids)
         if have < needed:
             raise DataError(
                 f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. "
-                "Prepare "
-                f"the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter seq_length."
+                f"Prepare the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter "
+                "seq_length."
             )
 
 

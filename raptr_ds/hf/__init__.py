@@ -1,1 +1,1 @@
-"""Weights and tokenizers to Hugging Face."""
+"""Weights and tokenizers to and from Hugging Face transformers."""

@@ -1,4 +1,7 @@
-"""Our models in transformers: BERT is MegatronBertForMaskedLM, UL2 is LlamaForCausalLM, on the same weights."""
+"""Our models in transformers and back: BERT is MegatronBertForMaskedLM, UL2 is LlamaForCausalLM, on the same weights.
+
+The transformers model that computes the same as ours is called the twin.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,12 +19,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 _QKV, _EXPAND = "attention.qkv", "mlp.expand"
-_IGNORED_LABEL = -100  # torch's and Hugging Face's sign for a position that is not predicted
+_IGNORED_LABEL = -100  # how torch and Hugging Face mark a position that is not predicted
 
 
 @dataclass(frozen=True)
 class _Twin:
-    """How a Hugging Face class names what we have: a module in a layer of ours is one of theirs, or two, or three."""
+    """How a Hugging Face class names our tensors, and the settings of our model that it has.
+
+    layer: each module of a layer of ours and the one, two or three of theirs that it is cut into. outside: tensors
+    outside the layers, by their names.
+    """
 
     requires: Mapping[str, object]
     layer_prefix: str
@@ -79,16 +86,16 @@ _TWINS = {"bert": _BERT, "ul2": _UL2}
 _CLASSES = {"bert": MegatronBertForMaskedLM, "ul2": LlamaForCausalLM}
 
 _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
-_BERT_BIAS_AGAIN = "cls.predictions.bias"  # a second name of the decoder's bias, or unused where nothing is tied
+_BERT_BIAS_AGAIN = "cls.predictions.bias"  # a second name of the decoder's bias; unused without tied embeddings
 
 
 def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
     """Return the transformers model that computes the same as ours with `weights`, in evaluation mode.
 
-    model: with nothing left to derive, vocab_size included. weights: full tensors by canonical name; their type
-    becomes the model's. Residual scale is a path's, not the model's: the twin is the full path without it.
-    MegatronBert's token types, which we lack, are zero. Llama has no dropout of the stream: hidden_dropout, which
-    evaluation does not see, has no place there.
+    model: with every derived value set, including vocab_size. weights: full tensors by canonical name; their dtype
+    becomes the twin's. The twin is the full path without residual scale, which is a setting of paths. MegatronBert's
+    token types, which ours lacks, are zero. Llama has no dropout of the residual stream, so hidden_dropout is lost; in
+    evaluation it has no effect.
     Raises: ConfigError if transformers has no such model.
     """
     config = hugging_face_config(model)
@@ -114,7 +121,7 @@ def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig
             raise ConfigError(
                 f"{_CLASSES[model.architecture].__name__} of transformers has {key}={_spelled(wanted)} only, but the "
                 f"model is {model.architecture} with raptr_ds.model.{key}={_spelled(value)}. Such a model cannot be "
-                "given to transformers; leave that key at its default to train one that can."
+                "exported; leave that key at its default to train one that can."
             )
     shape: dict[str, Any] = {
         "vocab_size": model.vocab_size,
@@ -155,8 +162,8 @@ def _spelled(value: object) -> str:
 def from_hugging_face(twin: PreTrainedModel) -> tuple[ModelSection, dict[str, torch.Tensor]]:
     """Return our model and its canonical weights for a MegatronBertForMaskedLM or a LlamaForCausalLM.
 
-    MegatronBert's first token type, which every token of ours has, is added to the positions.
-    Raises: ConfigError if ours cannot compute the same (grouped queries, scaled rotary frequencies, ...).
+    MegatronBert's first token type is added to the position embeddings, as every token of ours has that type.
+    Raises: ConfigError if no model of ours computes the same (grouped queries, scaled rotary frequencies, ...).
     """
     model = _section_of(twin)
     state = {name: tensor.detach() for name, tensor in twin.state_dict().items()}
@@ -173,8 +180,8 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
     architecture = next((name for name, known in _CLASSES.items() if isinstance(twin, known)), None)
     if architecture is None:
         raise ConfigError(
-            f"{type(twin).__name__} is none of {', '.join(known.__name__ for known in _CLASSES.values())}: "
-            "only these compute what our models compute."
+            f"a {type(twin).__name__} cannot be imported: only "
+            f"{' and '.join(known.__name__ for known in _CLASSES.values())} compute what our models compute."
         )
     extra: dict[str, Any]
     refused: dict[str, tuple[object, object]]
@@ -202,7 +209,7 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
         }
     for key, (value, wanted) in refused.items():
         if value != wanted:
-            raise ConfigError(f"{type(twin).__name__} with {key}={value} has no twin here: only {key}={wanted} has.")
+            raise ConfigError(f"a {type(twin).__name__} with {key}={value} cannot be imported: {key} must be {wanted}.")
     return ModelSection(
         architecture=architecture,  # type: ignore[arg-type]
         num_layers=config.num_hidden_layers,
@@ -218,15 +225,15 @@ def _section_of(twin: PreTrainedModel) -> ModelSection:
 
 
 def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Return tensors (weights, or gradients) by canonical name as the twin names and cuts them.
+    """Return tensors (weights or gradients), given by canonical name, as the twin names and cuts them.
 
-    Our fused matrices come apart: `attention.qkv` has rows (head, query|key|value, head dim), `mlp.expand` of a gated
+    Our fused matrices are split: `attention.qkv` has rows (head, query|key|value, head dim), `mlp.expand` of a gated
     model has rows (inner feature, gate|value).
     """
     renamed = {}
     for name, tensor in tensors.items():
         names = _names_in_twin(_TWINS[model.architecture], name)
-        for their_name, part in zip(names, _take_apart(tensor, model, name, len(names)), strict=True):
+        for their_name, part in zip(names, _split(tensor, model, name, len(names)), strict=True):
             renamed[their_name] = part
     return renamed
 
@@ -234,19 +241,19 @@ def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, t
 def rename_from_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Return the twin's tensors by canonical name; the inverse of `rename_to_hugging_face`.
 
-    Only what has a name of ours is returned: not token types, nor second names of tied tensors.
+    Tensors that ours lacks (token types, second names of tied tensors) are left out.
     """
     renamed = {}
     twin = _TWINS[model.architecture]
     for name in _canonical_names(twin, model.num_layers):
         names = _names_in_twin(twin, name)
         if all(their_name in tensors for their_name in names):
-            renamed[name] = _put_together([tensors[their_name] for their_name in names], model, name)
+            renamed[name] = _fuse([tensors[their_name] for their_name in names], model, name)
     return renamed
 
 
 def _canonical_names(twin: _Twin, num_layers: int) -> Iterator[str]:
-    """Yield every name that a model of ours can have."""
+    """Yield every tensor name that a model of ours can have."""
     yield from twin.outside
     for layer in range(num_layers):
         for module in twin.layer:
@@ -265,14 +272,14 @@ def _num_row_groups(model: ModelSection, name: str) -> int:
     return model.num_attention_heads if _QKV in name else model.ffn_hidden_size
 
 
-def _take_apart(tensor: torch.Tensor, model: ModelSection, name: str, parts: int) -> list[torch.Tensor]:
+def _split(tensor: torch.Tensor, model: ModelSection, name: str, parts: int) -> list[torch.Tensor]:
     if parts == 1:
         return [tensor]
     grouped = tensor.unflatten(0, (_num_row_groups(model, name), parts, -1))
     return [part.flatten(0, 1) for part in grouped.unbind(1)]
 
 
-def _put_together(parts: list[torch.Tensor], model: ModelSection, name: str) -> torch.Tensor:
+def _fuse(parts: list[torch.Tensor], model: ModelSection, name: str) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
     groups = _num_row_groups(model, name)
@@ -282,8 +289,8 @@ def _put_together(parts: list[torch.Tensor], model: ModelSection, name: str) -> 
 def hugging_face_inputs(model: ModelSection, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """Return the keyword arguments that give the twin this micro batch; its `loss` is the mean over the predictions.
 
-    Llama is told the prefix by a 4-D mask, and the targets by `shift_labels`, as ours need not be the next tokens;
-    packed sequences are told by mask and position ids.
+    Llama gets the prefix as a 4-D mask, and the targets as `shift_labels`, since ours need not be the next tokens. The
+    examples of packed sequences become a mask and position ids.
     """
     batch_size, length = batch.tokens.shape
     labels = torch.full((batch_size * length,), _IGNORED_LABEL, device=batch.tokens.device)

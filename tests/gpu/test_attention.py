@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import collate
-from raptr_ds.data.sample import PackedSample, Sample
+from raptr_ds.data.batch import PackedSample, Sample, collate
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups

@@ -1,30 +1,34 @@
 """Denoisers: the text can be put together again, counts and lengths are exact, sentinels suffice."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
+from raptr_ds.config.sections import Denoiser, ObjectiveSection
+from raptr_ds.data.batch import Sample
 from raptr_ds.data.denoisers import (
     CAUSAL_PREFIX_SPAN,
     UL2,
-    Denoiser,
     MixtureOfDenoisers,
+    count_spans,
+    denoisers_of,
+    longest_text,
+    num_predictions,
+    num_spans,
+    random_segments,
+    random_spans,
     replace_spans,
     required_sentinels,
-    resolve_denoisers,
+    total_length,
 )
-from raptr_ds.data.sample import Sample
-from raptr_ds.data.spans import count_spans, random_segments, random_spans
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
 
 ALL = (
     *UL2,
     *CAUSAL_PREFIX_SPAN,
-    Denoiser("plain", "span", 3, 0.15),
-    Denoiser("lm", "causal"),
-    Denoiser("p", "prefix", rate=0.5),
+    Denoiser(name="plain", kind="span", mean_span=3, rate=0.15),
+    Denoiser(name="lm", kind="causal"),
+    Denoiser(name="p", kind="prefix", rate=0.5),
 )
 
 
@@ -71,8 +75,8 @@ def test_the_text_can_be_put_together_again(tokenizer: Tokenizer, denoiser: Deno
 @pytest.mark.parametrize("denoiser", ALL, ids=lambda denoiser: denoiser.name)
 def test_the_text_is_the_longest_that_fits(denoiser: Denoiser) -> None:
     for seq_length in [*range(8, 200), 511, 512, 1024]:
-        length = denoiser.text_length(seq_length)
-        assert denoiser.total_length(length) <= seq_length < denoiser.total_length(length + 1)
+        length = longest_text(denoiser, seq_length)
+        assert total_length(denoiser, length) <= seq_length < total_length(denoiser, length + 1)
 
 
 def test_a_causal_sample_predicts_all_but_the_first_token(tokenizer: Tokenizer) -> None:
@@ -157,29 +161,28 @@ def test_short_texts_still_work(tokenizer: Tokenizer) -> None:
         for denoiser in UL2:
             text = text_of(tokenizer, length)
             sample = objective.corrupt(denoiser, text, np.random.default_rng(0))
-            assert len(sample.targets) == denoiser.num_predictions(length)
+            assert len(sample.targets) == num_predictions(denoiser, length)
             assert put_together(sample, denoiser, tokenizer) == text.tolist()
 
 
 def test_the_sentinel_budget_follows_from_seq_length(tokenizer: Tokenizer) -> None:
-    assert required_sentinels(512, UL2) == UL2[3].num_spans(UL2[3].text_length(512)) == 64
+    assert required_sentinels(512, UL2) == num_spans(UL2[3], longest_text(UL2[3], 512)) == 64
     assert required_sentinels(512, CAUSAL_PREFIX_SPAN[:2]) == 0
     MixtureOfDenoisers(tokenizer, 512, UL2)
     with pytest.raises(DataError, match=r"has 100 sentinels .*seq_length=1024 needs 128.*--sentinels 128"):
         MixtureOfDenoisers(tokenizer, 1024, UL2)
 
 
-def test_presets_and_lists_of_ones_own() -> None:
-    assert resolve_denoisers("ul2") == UL2
-    assert resolve_denoisers("causal_prefix_span") == CAUSAL_PREFIX_SPAN
-    own = SimpleNamespace(name="mine", kind="span", mean_span=4.0, rate=0.3, mode=None, weight=2.0)
-    assert resolve_denoisers([own]) == (Denoiser("mine", "span", 4.0, 0.3, None, 2.0),)
-    own.rate = None
-    with pytest.raises(ConfigError, match=r"'mine' .* lacks rate"):
-        resolve_denoisers([own])
-    for wrong in ("ul3", []):
-        with pytest.raises(ConfigError, match="denoisers"):
-            resolve_denoisers(wrong)
+def test_presets_and_custom_lists() -> None:
+    assert denoisers_of(ObjectiveSection()) == UL2
+    assert denoisers_of(ObjectiveSection(denoisers="causal_prefix_span")) == CAUSAL_PREFIX_SPAN
+    own = (Denoiser(name="mine", kind="span", mean_span=4.0, rate=0.3, weight=2.0),)
+    assert denoisers_of(ObjectiveSection(denoisers=own)) == own
+
+
+@pytest.mark.parametrize("denoiser", ALL, ids=lambda denoiser: denoiser.name)
+def test_presets_keep_the_rule_for_custom_denoisers(denoiser: Denoiser) -> None:
+    assert denoiser.problem is None
 
 
 def test_no_room_for_a_span(tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from raptr_ds.data.indexed import HEADER, open_indexed, token_dtype, write_index
 from raptr_ds.errors import DataError
+from tests.made_up_text import documents_of
 
 VOCAB_SIZE = 800
 
@@ -35,9 +36,8 @@ def test_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int) -> None:
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
     ours = open_indexed(tmp_path / "theirs", vocab_size)
-    for number, document in enumerate(documents):
-        assert theirs[number].tolist() == document
-        assert ours.document(number).tolist() == document
+    assert [document.tolist() for document in documents_of(ours)] == documents
+    assert [theirs[number].tolist() for number in range(len(documents))] == documents
     assert ours.tokens.tolist() == [token for document in documents for token in document]
 
 

@@ -99,9 +99,6 @@ def test_only_special_tokens_give_nothing_to_predict(tokenizer: Tokenizer) -> No
         assert len(sample.positions) == len(sample.targets) == 0
 
 
-@pytest.mark.parametrize(
-    ("seq_length", "rate", "match"), [(3, 0.15, "no room"), (8, 0.0, "between"), (8, 1.0, "between")]
-)
-def test_impossible_settings(tokenizer: Tokenizer, seq_length: int, rate: float, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        MaskedLM(tokenizer, seq_length, rate, False)
+def test_no_room_for_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="seq_length=3 has no room"):
+        MaskedLM(tokenizer, 3, 0.15, False)

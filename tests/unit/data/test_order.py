@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from raptr_ds.data.indexed import IndexedTokens
-from raptr_ds.data.mixture import Mixture
-from raptr_ds.data.permutation import Permutation
-from raptr_ds.data.token_stream import TokenStream
-from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.data.token_stream import Mixture, Permutation, TokenStream
+from raptr_ds.errors import DataError
 
 
 def corpus(num_tokens: int) -> IndexedTokens:
@@ -98,9 +96,3 @@ def test_a_blend_is_a_function_of_relative_weights() -> None:
     assert [first.locate(s) for s in range(500)] == [second.locate(s) for s in range(500)]
     number, index = first.locate(10**15)
     assert (number, index // 10**13) in {(0, 30), (1, 70), (0, 29), (1, 69)}
-
-
-@pytest.mark.parametrize("weights", [{}, {"a": 0}, {"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}])
-def test_impossible_weights(weights: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.path"):
-        Mixture(weights)

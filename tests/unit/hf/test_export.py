@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.hf.model import hugging_face_inputs
@@ -151,7 +150,7 @@ def test_weights_come_back_bit_by_bit(tmp_path: Path, groups: ProcessGroups, tok
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
-def test_what_cannot_be_exported_is_said(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
+def test_errors_of_the_export(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
     missing = export(tmp_path / "nothing", tmp_path / "out")
     assert missing.returncode == 2
     assert "no such folder" in missing.stderr

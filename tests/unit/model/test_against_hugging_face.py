@@ -10,8 +10,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import (
     from_hugging_face,

@@ -7,8 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import Sample
+from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.model.compiler import let_integers_wrap, missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import LayerDropout, dropout

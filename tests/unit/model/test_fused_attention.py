@@ -6,8 +6,7 @@ from torch._dynamo.utils import counters
 
 import tests.interpreted  # noqa: F401 - before the kernels
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import collate
-from raptr_ds.data.sample import PackedSample, Sample
+from raptr_ds.data.batch import PackedSample, Sample, collate
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import PackedSample, Sample
+from raptr_ds.data.batch import MicroBatch, PackedSample, Sample, collate
 from raptr_ds.model.key_ranges import dense_mask, key_ranges
 
 T = 12

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.data.batch import MicroBatch, collate
-from raptr_ds.data.sample import PackedSample, Sample
+from raptr_ds.data.batch import MicroBatch, PackedSample, Sample, collate
 from raptr_ds.hf.model import hugging_face_inputs, to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups

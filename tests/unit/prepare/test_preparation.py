@@ -23,16 +23,16 @@ from raptr_ds.prepare.encoding import is_validation
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.readers import ReadingCounts
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
-from tests.made_up_text import SETTINGS, TextSource, made_up_text
+from tests.made_up_text import SETTINGS, TextSource, documents_of, made_up_text, text_of
 
 ROOT = Path(__file__).parents[3]
 SMALL = PreparationSettings(TokenizerSettings(num_sentinels=8), validation_fraction=0.1)
 
 
 def texts_of(split: IndexedTokens, tokenizer: Tokenizer) -> list[str]:
-    documents = [split.document(number) for number in range(len(split.lengths))]
+    documents = documents_of(split)
     assert all(document[-1] == tokenizer.eos_id for document in documents)
-    return [tokenizer.decode(document[:-1]) for document in documents]
+    return [text_of(tokenizer, document[:-1]) for document in documents]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
