@@ -66,7 +66,7 @@ class MaskedLM:
 
     def _choose_words(self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the positions of random whole words that fit the budget, or of the shortest one if none does."""
-        # A special token lies between words; candidates that are not neighbours are then never one word.
+        # Candidates that are not neighbours have a special token between them, so they are not one word.
         begins = self._starts_word[tokens[candidates]]
         begins[0] = True
         begins[1:] |= np.diff(candidates) > 1

@@ -35,7 +35,7 @@ class TextPackage:
 
 @dataclass(frozen=True)
 class NamedCorpus:
-    """What a name stands for."""
+    """The packages that a name refers to."""
 
     about: str
     packages: tuple[TextPackage, ...]

@@ -1,7 +1,7 @@
 """Unfinished work on disk: a locked folder, a journal of what is done, and the token files, which only grow.
 
-After an interruption the journal says how long the token files were when it was written. What follows was written
-later: it is cut off and done again, so that the finished files are the same as without the interruption.
+The journal records how long the token files were when it was written. After an interruption they are cut to that length
+and the rest is done again, so that the finished files are the same as without the interruption.
 """
 
 import fcntl
@@ -93,7 +93,7 @@ def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
 
 
 def _continue_or_empty(work: WorkingFolder) -> None:
-    """Take over what the journal says is done if it is from the same preparation; else empty the folder."""
+    """Take over what the journal records as done if it is from the same preparation; else empty the folder."""
     journal = _read_journal(work.path)
     if journal.get("fingerprint") == work.fingerprint:
         work.done = Done(**journal["done"])
@@ -184,8 +184,8 @@ class SplitWriter:
     def _move_tail(self, missing: int) -> None:
         """Move at least `missing` tokens from the end of the training split to the validation split.
 
-        Documents move whole, the last one first, as long as none is longer than twice what is still missing. Of a
-        longer one, or of the only one, the last `missing` tokens move, and what stays of it ends anew, with $:
+        Complete documents move, the last one first, as long as none is longer than twice what is still missing. Of a
+        longer one, or of the only one left, the last `missing` tokens move, and what stays gets a new end, here $:
 
             train  a a $ | b b b b b $ | c c $     missing: 5
             ->     a a $ | b b b $                 validation  c c $ | b $
