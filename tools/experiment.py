@@ -1,11 +1,11 @@
 """Compare ways of training on equal terms: python tools/experiment.py FILE [--set KEY=VALUE ...]
 
-FILE (HJSON) says who is compared with what, on which seeds and budget; docs/experiments.md describes it, experiments/
-holds some. Runs what is not finished, one run after another, and writes report.md and report.html into the
-comparison's folder. Started again, it goes on where it was. --slurm makes a Slurm job array of it instead.
+FILE (HJSON) describes the contestants, their seeds and budget: see docs/experiments.md, and experiments/ for examples.
+Runs what is not finished, one run after another, and writes report.md and report.html into the comparison's folder.
+Start it again to continue where it stopped. --slurm submits the runs as Slurm job arrays instead.
 
-Exit codes: 0 done; 1 a run failed; 2 a mistake in the file or the data, told before anything runs; 75 interrupted: the
-run that was going has a checkpoint, start again to go on.
+Exit codes: 0 done; 1 a run failed; 2 an error in the file or the data, reported before anything runs; 75 interrupted:
+the current run has saved a checkpoint, start again to continue.
 """
 
 import argparse
@@ -16,12 +16,11 @@ from pathlib import Path
 import _command_line
 
 from raptr_ds.errors import DataError, Exit
-from raptr_ds.lab.comparison import load_comparison
+from raptr_ds.lab.comparison import load_comparison, read_record, session_of, write_record
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.lab.plan import Planner
-from raptr_ds.lab.record import read_record, session_of, write_record
 from raptr_ds.lab.report import result_lines, write_report
-from raptr_ds.lab.runner import LocalLaunch, claimed, current_progress, list_runs, refuse_other_runs, run_comparison
+from raptr_ds.lab.runner import LocalLauncher, claimed, current_progress, list_runs, refuse_other_runs, run_comparison
 from raptr_ds.lab.slurm import settings_of, submit, write_jobs
 
 DEFAULT_VOCAB_SIZE = 32_000
@@ -56,7 +55,7 @@ def _parse() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs with their steps and FLOPs, run nothing")
-    what.add_argument("--report", action="store_true", help="write the report of what there is, run nothing")
+    what.add_argument("--report", action="store_true", help="write the report of the runs so far, run nothing")
     what.add_argument("--slurm", action="store_true", help="submit the runs as a Slurm job array")
     what.add_argument("--settings-of", type=int, metavar="N", help=argparse.SUPPRESS)  # the array's jobs ask for theirs
     parser.add_argument("--write-only", action="store_true", help="with --slurm: write the batch files, submit nothing")
@@ -64,7 +63,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _run(planner: Planner, name: str, command: list[str]) -> None:
-    # As Ctrl-C: the run that is going is told to stop, and saves.
+    # As Ctrl-C: the current run is asked to stop, and saves.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     experiment, session = planner.experiment, session_of(command)
     planner.check()
@@ -72,12 +71,12 @@ def _run(planner: Planner, name: str, command: list[str]) -> None:
         with claimed(planner.output, _say) as lock:
             progress = run_comparison(
                 planner,
-                LocalLaunch(experiment.base, experiment.processes, lock),
+                LocalLauncher(experiment.base, experiment.processes, lock),
                 _say,
                 lambda progress: write_record(planner, progress, name, session),
             )
     except KeyboardInterrupt:
-        print(f"interrupted: start again to go on with {planner.output}", file=sys.stderr)
+        print(f"interrupted: start again to continue {planner.output}", file=sys.stderr)
         sys.exit(int(Exit.CONTINUE_LATER))
     if progress.shares:
         _report(planner.output)
@@ -91,13 +90,13 @@ def _say(line: str) -> None:
 
 
 def _refresh_record(planner: Planner, name: str) -> None:
-    """Bring the record up to date with what has run meanwhile (a job array's jobs do not write it)."""
+    """Update the record with what has run meanwhile (a job array's jobs do not write it)."""
     try:
         progress = current_progress(planner, as_it_stands=True)
         refuse_other_runs([*progress.tuning, *progress.comparison])
         write_record(planner, progress, name, None)
     except DataError:
-        if read_record(planner.output) is None:  # else the data are elsewhere: the record as it stands has to do
+        if read_record(planner.output) is None:  # else the data are on another machine: report from the record as it is
             raise
 
 

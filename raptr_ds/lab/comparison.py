@@ -1,19 +1,31 @@
-"""A comparison's folder as values: each run's curves and end, by contestant and seed."""
+"""A comparison's folder: its record, experiment.json, and the record together with the runs' curves as values."""
 
 import json
 import math
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import raptr_ds
 from raptr_ds.errors import DataError
+from raptr_ds.lab.file import Experiment
+from raptr_ds.lab.plan import Planner
+from raptr_ds.lab.runner import REPOSITORY, ComparisonProgress, command_of
+from raptr_ds.lab.status import outcome_of
 from raptr_ds.plots.curves import Curves, curves_of
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
-RECORD, OUTCOME, LOG = "experiment.json", "outcome.json", "log.txt"
-_LOG_LINES = 15
+_RECORD = "experiment.json"
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class RunResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it is at its last step and evaluated there."""
+        """Whether it has reached its last step and was evaluated there."""
         return self.final_loss is not None
 
     @property
@@ -46,31 +58,34 @@ class RunResult:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds spent in steps so far: no start, evaluation or checkpoint."""
+        """Seconds spent in steps so far, without start-up, evaluations and checkpoints."""
         return float(self.curves.seconds[-1]) if self.curves is not None else 0.0
 
     @property
     def state(self) -> str:
-        """How it stands, for people."""
+        """How far it is, in words."""
         if self.is_finished:
             return "finished"
-        at = (
-            f"at step {self.curves.step[-1]} of {self.num_steps}"
-            if self.curves is not None
-            else "before its first step"
-        )
+        at = "before its first step" if self.curves is None else f"at step {self.curves.step[-1]} of {self.num_steps}"
         return f"failed {at}, exit code {self.exit_code}" if self.exit_code else f"unfinished, {at}"
 
-    def last_log_lines(self) -> list[str]:
-        """Return the end of the run's log, empty where a cluster keeps it."""
-        log = self.folder / LOG
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        return [line.rstrip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]
+    def phase_losses(self) -> list[tuple[float, float, float | None]]:
+        """Return (first step, mean path length, full model's last held-out loss) of each phase."""
+        if self.curves is None:
+            return []
+        starts = self.curves.phase_starts()
+        ends = [*(first for first, _ in starts[1:]), math.inf]
+        steps, losses = self.curves.full_model_evaluations()
+        rows = []
+        for (first, length), end in zip(starts, ends, strict=True):
+            inside = losses[(steps >= first) & (steps < end)]
+            rows.append((first, length, float(inside[-1]) if inside.size else None))
+        return rows
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of a comparison. record: experiment.json; runs: those compared; tuning: those that chose learning rates."""
+    """A whole comparison. record: experiment.json; runs: those compared; tuning: those that chose learning rates."""
 
     folder: Path
     record: dict[str, Any]
@@ -83,7 +98,7 @@ class Comparison:
         return [one["name"] for one in self.record["contestants"]]
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return what the record says of a contestant."""
+        """Return a contestant's entry in the record."""
         return next(one for one in self.record["contestants"] if one["name"] == name)
 
     def of(self, name: str) -> list[RunResult]:
@@ -91,27 +106,26 @@ class Comparison:
         return [run for run in self.runs if run.contestant == name]
 
     def final_losses(self, name: str) -> dict[int, float]:
-        """Return the held-out losses of a contestant's finished runs by seed; a loss that is not finite is left out."""
-        runs = self.of(name)
-        return {
-            run.seed: run.final_loss for run in runs if run.final_loss is not None and math.isfinite(run.final_loss)
-        }
+        """Return the finite held-out losses of a contestant's finished runs by seed."""
+        losses = {run.seed: run.final_loss for run in self.of(name)}
+        return {seed: loss for seed, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Read a comparison's folder, finished or not. Raises: DataError if it is none, or a run's metrics are damaged."""
-    file = folder / RECORD
-    if not file.exists():
+    """Read a comparison's folder, finished or not.
+
+    Raises: DataError if it holds no comparison, or a run's metrics are damaged.
+    """
+    record = read_record(folder)
+    if record is None:
         raise DataError(
-            f"{folder} has no {RECORD}: no comparison was run there. python tools/experiment.py FILE runs one."
+            f"{folder} has no {_RECORD}: no comparison has run there. python tools/experiment.py FILE runs one."
         )
-    record = json.loads(file.read_text(encoding="utf-8"))
-    results = [(run["purpose"], _result_of(folder, run)) for run in record["runs"]]
-    compared = sorted(
-        (run for purpose, run in results if purpose == "comparison"),
-        key=lambda run: record["seeds"].index(run.seed),
-    )
-    return Comparison(folder, record, tuple(compared), tuple(run for purpose, run in results if purpose == "tuning"))
+    results = {"tuning": [], "comparison": []}
+    for run in record["runs"]:
+        results[run["purpose"]].append(_result_of(folder, run))
+    compared = sorted(results["comparison"], key=lambda run: record["seeds"].index(run.seed))
+    return Comparison(folder, record, tuple(compared), tuple(results["tuning"]))
 
 
 def mean_curve(runs: list[RunResult], by: str, evaluated: bool) -> tuple[np.ndarray, np.ndarray] | None:
@@ -121,28 +135,11 @@ def mean_curve(runs: list[RunResult], by: str, evaluated: bool) -> tuple[np.ndar
     the seeds at each step that all of them have; None if there is none.
     """
     points = [_points(run.curves, by, evaluated) for run in runs if run.curves is not None]
-    if not points:
-        return None
-    steps = sorted(set.intersection(*(set(one) for one in points)))
+    steps = sorted(set.intersection(*map(set, points))) if points else []
     if not steps:
         return None
-    x = np.array([[one[step][0] for step in steps] for one in points]).mean(axis=0)
-    return x, np.array([[one[step][1] for step in steps] for one in points])
-
-
-def phase_losses(run: RunResult) -> list[tuple[float, float, float | None]]:
-    """Return (first step, mean path length, full model's last held-out loss in it) of each phase of a run."""
-    curves = run.curves
-    if curves is None:
-        return []
-    starts = curves.phase_starts()
-    steps, losses = curves.full_model_evaluations()
-    rows = []
-    for number, (first, length) in enumerate(starts):
-        end = starts[number + 1][0] if number + 1 < len(starts) else math.inf
-        inside = losses[(steps >= first) & (steps < end)]
-        rows.append((first, length, float(inside[-1]) if inside.size else None))
-    return rows
+    table = np.array([[one[step] for step in steps] for one in points])
+    return table[..., 0].mean(axis=0), table[..., 1]
 
 
 def _points(curves: Curves, by: str, evaluated: bool) -> dict[int, tuple[float, float]]:
@@ -155,13 +152,12 @@ def _points(curves: Curves, by: str, evaluated: bool) -> dict[int, tuple[float, 
 
 def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
     place = folder / run["folder"]
-    metrics = read_metrics(place / METRICS)
+    metrics, outcome = read_metrics(place / METRICS), outcome_of(place)
     curves = curves_of(place, metrics) if metrics.training else None
     final_loss = None
     if curves is not None and curves.step[-1] >= run["steps"]:
         steps, losses = curves.full_model_evaluations()
         final_loss = float(losses[-1]) if steps.size and steps[-1] == run["steps"] else None
-    outcome = json.loads((place / OUTCOME).read_text(encoding="utf-8")) if (place / OUTCOME).exists() else {}
     return RunResult(
         contestant=run["contestant"],
         seed=run["seed"],
@@ -171,6 +167,102 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
         command=run["command"],
         curves=curves,
         final_loss=final_loss,
-        exit_code=outcome.get("exit_code"),
-        wall_seconds=outcome.get("wall_seconds"),
+        exit_code=outcome.exit_code,
+        wall_seconds=outcome.wall_seconds,
     )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a comparison's folder, None if there is none."""
+    file = folder / _RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def write_record(planner: Planner, progress: ComparisonProgress, name: str, session: dict[str, Any] | None) -> None:
+    """Write the record: what the report needs beside the runs' metrics.
+
+    session: the current start (session_of), added to the earlier ones unless only its time is new; None adds nothing.
+    """
+    experiment, folder = planner.experiment, planner.output
+    sessions = (read_record(folder) or {}).get("sessions", [])
+    if session is not None and not any({**session, "started": one["started"]} == one for one in sessions):
+        sessions = [*sessions, session]
+    record = {
+        "name": name,
+        "base": experiment.base,
+        "settings": list(experiment.set),
+        "processes": experiment.processes,
+        "seeds": list(experiment.seeds),
+        "budget": _describe_budget(experiment),
+        "sweep": None if experiment.sweep is None else experiment.sweep.model_dump(mode="json"),
+        "contestants": [
+            {
+                "name": share.contestant.name,
+                "settings": list(share.contestant.settings),
+                "path": share.path,
+                "num_layers": share.num_layers,
+                "steps": share.steps,
+                "flops": share.flops,
+                "seconds": share.seconds,
+                "learning_rate": progress.rates.get(share.contestant.name),
+            }
+            for share in progress.shares
+        ],
+        "runs": [
+            {
+                "purpose": run.purpose,
+                "contestant": run.contestant,
+                "seed": run.seed,
+                "learning_rate": run.learning_rate,
+                "steps": run.steps,
+                "folder": str(run.folder.relative_to(folder)),
+                "command": shlex.join(command_of(run, experiment.base, experiment.processes)),
+            }
+            for run in (*progress.tuning, *progress.comparison)
+        ],
+        "sessions": sessions,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{_RECORD}.new"
+    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    aside.replace(folder / _RECORD)
+
+
+def session_of(command: Sequence[str]) -> dict[str, Any]:
+    """Return when, by which command, with which versions and on which machine a comparison is run."""
+    return {
+        "command": shlex.join(command),
+        "started": time.strftime("%F %T %z"),
+        "versions": {
+            "raptr_ds": f"{raptr_ds.__version__}{_commit()}",
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} CPU threads",
+    }
+
+
+def _describe_budget(experiment: Experiment) -> str:
+    budget = experiment.budget
+    if budget.equal == "steps":
+        return "equal steps"
+    what = {"flops": "equal executed FLOPs", "time": f"equal time in steps ({budget.step_time})"}[budget.equal]
+    if budget.flops or budget.seconds:
+        return f"{what}: {budget.flops:.4g}" if budget.flops else f"{what}: {budget.seconds:g} s"
+    return f"{what}: those of {experiment.reference}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # without git the version alone has to do
+        return ""
+    return f" ({described.stdout.strip()})" if described.returncode == 0 else ""

@@ -1,7 +1,8 @@
-"""The comparison file: what tools/experiment.py compares, on which seeds and budget, read as run files are."""
+"""The comparison file: what tools/experiment.py compares, on which seeds and budget; HJSON as run files."""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +15,11 @@ from raptr_ds.config.overrides import apply_overrides, is_touched
 from raptr_ds.config.sections import Count, CountOrZero, Positive, Section, Text
 from raptr_ds.errors import ConfigError, nearest
 
-_LEVELS = 3  # of a run file's keys: raptr_ds.path.schedule, optimizer.params.lr; what lies below is a value
+_LEVELS = 3  # of a run file's keys: raptr_ds.path.schedule, optimizer.params.lr; anything below is a value
 
 
 def _as_settings(value: Any) -> Any:
-    """Let an object stand for its dotted keys: {raptr_ds: {path: {method: pld}}} for raptr_ds.path.method=pld."""
+    """Turn an object into settings: {raptr_ds: {path: {method: pld}}} becomes raptr_ds.path.method=pld."""
     return tuple(_flatten(value, "")) if isinstance(value, dict) else value
 
 
@@ -37,14 +38,14 @@ Settings = Annotated[tuple[Text, ...], BeforeValidator(_as_settings), Field(stri
 
 
 class Contestant(Section):
-    """One of those that are compared: the base run with another method, or with anything else that --set can say."""
+    """One of those compared: the base run with another method, or any other settings."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-    """Shown in the report, and a folder's name: letters, digits and . _ + - alone."""
+    """Shown in the report, and a folder's name: letters, digits and . _ + - only."""
     method: Text | None = None
-    """raptr_ds.path.method, where standard is another word for full. Left out: the base run's."""
+    """raptr_ds.path.method, or `standard` for full. Default: the base run's."""
     set: Settings = ()
-    """What differs from the base run: a list of KEY=VALUE as for --set, or an object."""
+    """Changes of the base run: a list of KEY=VALUE as for --set, or an object."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -55,15 +56,15 @@ class Contestant(Section):
 
 
 class Budget(Section):
-    """`budget`: what all contestants get alike."""
+    """`budget`: what all contestants get equally much of."""
 
     equal: Literal["steps", "flops", "time"] = "steps"
-    """steps: as many optimizer steps. flops: as many executed FLOPs, head and embedding included. time: as many seconds
-    in steps. For the last two the steps of each contestant follow."""
+    """steps: optimizer steps. flops: executed FLOPs, head and embedding included. time: seconds in steps. The last two
+    determine the steps of each contestant."""
     steps: Count | None = None
-    """Steps of `of`; with equal steps of everyone. Left out: the base run's."""
+    """Steps of `of`, or of all contestants with equal steps. Default: the base run's."""
     of: Text | None = None
-    """flops, time: the contestant whose run of `steps` steps is the budget. Left out: the first."""
+    """flops, time: the contestant whose run of `steps` steps is the budget. Default: the first."""
     flops: Positive | None = None
     """flops: the budget itself, instead of steps."""
     seconds: Positive | None = None
@@ -71,52 +72,52 @@ class Budget(Section):
     step_time: Literal["measured", "planned"] = "measured"
     """time: from a short run of each contestant on this machine, or from the cost model of tools/plan.py."""
     probe_steps: Annotated[Count, Field(ge=10)] = 40
-    """time, measured: steps of that short run."""
+    """time, measured: steps of the short run."""
     tflops: Positive = 400.0
-    """time, planned: what a device reaches, in TFLOP/s."""
+    """time, planned: the TFLOP/s that a device reaches."""
 
 
 class Sweep(Section):
-    """`sweep`: the learning rates that every contestant is tuned on, alike."""
+    """`sweep`: the learning rates that every contestant tries."""
 
     learning_rates: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
     """Peak rates to try, each in a run of full length."""
     seed: CountOrZero
-    """The seed of the runs that choose. One that is not among `seeds` keeps the choice apart from the comparison."""
+    """The seed of these runs. One that is not among `seeds` keeps the choice independent of the comparison."""
 
 
 class SlurmJob(Section):
-    """`slurm`: how --slurm asks for the array's jobs."""
+    """`slurm`: the jobs that --slurm submits."""
 
     nodes: Count = 1
     """Nodes of one run; `processes` is a multiple of it."""
     at_once: Count | None = None
-    """Runs that may go at the same time. Left out: as many as the cluster lets."""
+    """Runs at the same time, at most. Default: as many as the cluster allows."""
     options: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """More options of sbatch: "--time=4:00:00", "--gpus-per-node=8", "--partition=NAME"."""
+    """Other options of sbatch: "--time=4:00:00", "--gpus-per-node=8", "--partition=NAME"."""
 
 
 class Experiment(Section):
-    """A comparison. `source` is the file; everything else stands in it."""
+    """A comparison, as its file describes it."""
 
     base: Text
-    """Run file that all contestants start from, found from where the command runs or beside this file."""
+    """Run file that all contestants start from; relative to the current folder or to this file."""
     set: Settings = ()
-    """What differs from the base run for all contestants: a list of KEY=VALUE as for --set, or an object."""
+    """Changes of the base run for all contestants: a list of KEY=VALUE as for --set, or an object."""
     contestants: Annotated[tuple[Contestant, ...], Field(strict=False, min_length=1)]
-    """Who is compared; the first is what the others are compared with."""
+    """What is compared; the first is the one that the others are compared with."""
     seeds: Annotated[tuple[CountOrZero, ...], Field(strict=False, min_length=1)]
-    """One run of each contestant for each; seed n of one is paired with seed n of the others."""
+    """Each contestant has a run for each; runs of the same seed are paired."""
     budget: Budget = Budget()
-    """What all contestants get alike."""
+    """What all contestants get equally much of."""
     sweep: Sweep | None = None
-    """Learning rates to tune on. Left out: the base run's rate for all."""
+    """Learning rates to try. Default: the base run's rate for all."""
     processes: Count = 1
     """Processes of each run."""
     output: Text | None = None
-    """Folder of the runs and the report. Derived: runs/ and this file's name."""
+    """Folder of the runs and the report. Default: runs/ and this file's name."""
     slurm: SlurmJob = SlurmJob()
-    """How --slurm asks for the array's jobs."""
+    """The jobs that --slurm submits."""
 
     def contestant(self, name: str) -> Contestant:
         """Return the contestant of a name that exists."""
@@ -133,17 +134,16 @@ _CONTROLLED = {
     "raptr_ds.train.seed": "seeds",
     "raptr_ds.train.save": "output",
 }
+_SWEPT = dict.fromkeys(("optimizer.params.lr", "scheduler.params.warmup_max_lr"), "sweep.learning_rates")
 
 
 def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a comparison file, with `--set` overrides of its keys; base and output are made paths that can be used.
+    """Read a comparison file, with `--set` overrides of its keys; `base` and `output` become usable paths.
 
     Raises: ConfigError that lists every problem found.
     """
     if not file.is_file():
-        raise ConfigError(
-            f"comparison file {file} does not exist or is not a file. experiments/ holds some to start from."
-        )
+        raise ConfigError(f"comparison file {file} does not exist or is not a file. See experiments/ for examples.")
     tree, text = read_hjson(file)
     tree, touched = apply_overrides(tree, overrides)
 
@@ -161,34 +161,28 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     if not base.is_absolute() and not base.is_file() and (file.parent / base).is_file():
         base = file.parent / base
     if not base.is_file():
-        raise _refusal(
-            file, [f"base={experiment.base!r} does not exist here or beside the comparison file. Name a run file."]
-        )
+        problem = f"base={experiment.base!r} does not exist here or beside the comparison file. Name a run file."
+        raise _refusal(file, [problem])
     if problems := _problems(experiment):
         raise _refusal(file, problems)
-    return experiment.model_copy(
-        update={"base": str(base), "output": experiment.output or f"runs/{file.stem}"},
-    )
+    return experiment.model_copy(update={"base": str(base), "output": experiment.output or f"runs/{file.stem}"})
 
 
 def _problems(experiment: Experiment) -> list[str]:
     budget, errors = experiment.budget, []
     names = [one.name for one in experiment.contestants]
-    for what, values in (
-        ("contestants", names),
-        ("seeds", experiment.seeds),
-        ("sweep.learning_rates", _rates(experiment)),
-    ):
-        twice = sorted({str(value) for value in values if list(values).count(value) > 1})
-        if twice:
-            errors.append(f"{what} has {', '.join(twice)} more than once. Keep one of them, or name them apart.")
+    rates = () if experiment.sweep is None else experiment.sweep.learning_rates
+    for what, values in {"contestants": names, "seeds": experiment.seeds, "sweep.learning_rates": rates}.items():
+        repeated = sorted(str(value) for value, count in Counter(values).items() if count > 1)
+        if repeated:
+            errors.append(f"{what} has {', '.join(repeated)} more than once. Keep one of them, or rename the others.")
     if budget.of is not None and budget.of not in names:
         errors.append(f"budget.of={budget.of!r} is no contestant{nearest(budget.of, names) or '.'}")
     uses = {"of": ("flops", "time"), "flops": ("flops",), "seconds": ("time",), "step_time": ("time",)}
     uses |= {"probe_steps": ("time",), "tflops": ("time",)}
     for key, kinds in uses.items():
         if key in budget.model_fields_set and budget.equal not in kinds:
-            errors.append(f"budget.{key} has no use with budget.equal={budget.equal}. Remove it.")
+            errors.append(f"budget.{key} is not used with budget.equal={budget.equal}. Remove it.")
     for key in ("flops", "seconds"):
         if getattr(budget, key) is not None and (budget.steps is not None or budget.of is not None):
             errors.append(f"budget.{key} is the budget itself: remove budget.steps and budget.of, or budget.{key}.")
@@ -196,31 +190,15 @@ def _problems(experiment: Experiment) -> list[str]:
         errors.append(
             f"processes={experiment.processes} is not a multiple of slurm.nodes={experiment.slurm.nodes}. Change one."
         )
-    for where, settings in (
-        ("set", experiment.set),
-        *((f"contestant {one.name}", one.settings) for one in experiment.contestants),
-    ):
-        errors += _controlled(where, settings, experiment.sweep is not None)
-    return errors
-
-
-def _rates(experiment: Experiment) -> tuple[float, ...]:
-    return () if experiment.sweep is None else experiment.sweep.learning_rates
-
-
-def _controlled(where: str, settings: Sequence[str], is_swept: bool) -> list[str]:
-    controlled = dict(_CONTROLLED)
-    if is_swept:
-        controlled |= dict.fromkeys(("optimizer.params.lr", "scheduler.params.warmup_max_lr"), "sweep.learning_rates")
-    errors = []
-    for setting in settings:
+    controlled = _CONTROLLED | (_SWEPT if rates else {})
+    settings = {"set": experiment.set} | {f"contestant {one.name}": one.settings for one in experiment.contestants}
+    for where, setting in ((where, setting) for where, several in settings.items() for setting in several):
         key, equals, _ = setting.partition("=")
-        if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key.strip()):
+        key = key.strip()
+        if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
             errors.append(f"{where}: {setting!r} is not KEY=VALUE with a dotted key of the run file.")
-        elif key.strip() in controlled:
-            errors.append(
-                f"{where}: {key.strip()} is the comparison's to set, by {controlled[key.strip()]}. Remove it."
-            )
+        elif key in controlled:
+            errors.append(f"{where}: {key} is set by the comparison's {controlled[key]}. Remove it.")
     return errors
 
 
@@ -239,12 +217,7 @@ def _message(detail: ErrorDetails, place: Any) -> str:
 
 
 def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
-    models: dict[str, type[BaseModel]] = {
-        "contestants": Contestant,
-        "budget": Budget,
-        "sweep": Sweep,
-        "slurm": SlurmJob,
-    }
+    models = {"contestants": Contestant, "budget": Budget, "sweep": Sweep, "slurm": SlurmJob}
     return models.get(str(location[0]), Experiment) if location else Experiment
 
 

@@ -1,9 +1,9 @@
-"""Pages: blocks of text, tables and pictures as Markdown, and as one HTML page that needs nothing else."""
+"""Pages: sections of text, tables and pictures, as Markdown and as one self-contained HTML page."""
 
 import base64
-import html
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 
 @dataclass(frozen=True)
@@ -12,14 +12,56 @@ class Text:
 
     text: str
 
+    def markdown(self) -> list[str]:
+        """Return its one line."""
+        return [self.text]
+
+    def html(self) -> str:
+        """Return a paragraph."""
+        return f"<p>{escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines in a fixed-width font."""
+
+    lines: Sequence[str]
+
+    def markdown(self) -> list[str]:
+        """Return a fenced block."""
+        return ["```", *self.lines, "```"]
+
+    def html(self) -> str:
+        """Return a preformatted block."""
+        return f"<pre>{escape(chr(10).join(self.lines))}</pre>"
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells are plain text. The first column is aligned left, the others right if `numbers`."""
+    """A table of plain text, the first column aligned left, the others right.
 
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numbers: bool = True
+    rows: at least one, cells by column; a missing one is shown as -. columns: by default those of the first row.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+    columns: Sequence[str] = ()
+
+    @property
+    def _lines(self) -> list[list[str]]:
+        columns = list(self.columns or self.rows[0])
+        return [columns, *([row.get(column, "-") for column in columns] for row in self.rows)]
+
+    def markdown(self) -> list[str]:
+        """Return a Markdown table."""
+        head, *rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in self._lines]
+        return [head, "|---|" + "---:|" * (len(self._lines[0]) - 1), *rows]
+
+    def html(self) -> str:
+        """Return a table that scrolls sideways where it is too wide."""
+        head, *rows = self._lines
+        columns = "".join(f"<th>{escape(column)}</th>" for column in head)
+        body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f'<div class="wide"><table>\n<thead><tr>{columns}</tr></thead>\n<tbody>{body}</tbody>\n</table></div>'
 
 
 @dataclass(frozen=True)
@@ -30,77 +72,46 @@ class Picture:
     png: bytes
     caption: str
 
+    def markdown(self) -> list[str]:
+        """Return a reference to the file report/NAME.png, and the caption."""
+        return [f"![{self.caption}](report/{self.name}.png)", "", self.caption]
+
+    def html(self) -> str:
+        """Return a figure that contains the picture."""
+        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        caption = escape(self.caption)
+        return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+
+Block = Text | Code | Table | Picture
+
 
 @dataclass(frozen=True)
-class Code:
-    """Lines as they are."""
-
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section of the report."""
+class Section:
+    """A section of a page."""
 
     title: str
-    blocks: tuple[Text | Table | Picture | Code, ...]
+    blocks: Sequence[Block]
 
 
-def to_markdown(title: str, parts: Sequence[Part]) -> str:
-    """Return the report as Markdown; pictures are files in report/ beside it."""
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """Return a page as Markdown; its pictures are files in report/ beside it."""
     lines = [f"# {title}", ""]
-    for part in parts:
-        lines += [f"## {part.title}", ""]
-        for block in part.blocks:
-            lines += [*_MARKDOWN[type(block)](block), ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += [*block.markdown(), ""]
     return "\n".join(lines)
 
 
-def to_html(title: str, parts: Sequence[Part]) -> str:
-    """Return the report as one page that needs nothing else: styles and pictures are in it, and it runs no script."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for part in parts:
-        body.append(f"<h2>{html.escape(part.title)}</h2>")
-        body += [_HTML[type(block)](block) for block in part.blocks]
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    """Return a self-contained page: styles and pictures are inside it, and it runs no script."""
+    body = [f"<h1>{escape(title)}</h1>"]
+    for section in sections:
+        body += [f"<h2>{escape(section.title)}</h2>", *(block.html() for block in section.blocks)]
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
 
 
-def _markdown_table(table: Table) -> list[str]:
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "|".join(["---"] + ["---:" if table.numbers else "---"] * (len(table.head) - 1)) + "|"
-    return [line(table.head), rule, *map(line, table.rows)]
-
-
-def _html_table(table: Table) -> str:
-    def line(tag: str, cells: tuple[str, ...]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    rows = "\n".join(line("td", row) for row in table.rows)
-    return f'<div class="wide"><table>\n<thead>{line("th", table.head)}</thead>\n<tbody>{rows}</tbody>\n</table></div>'
-
-
-def _html_picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    caption = html.escape(picture.caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-_MARKDOWN: dict[type, Callable[..., list[str]]] = {
-    Text: lambda block: [block.text],
-    Table: _markdown_table,
-    Picture: lambda block: [f"![{block.caption}](report/{block.name}.png)", "", block.caption],
-    Code: lambda block: ["```", *block.lines, "```"],
-}
-_HTML: dict[type, Callable[..., str]] = {
-    Text: lambda block: f"<p>{html.escape(block.text)}</p>",
-    Table: _html_table,
-    Picture: _html_picture,
-    Code: lambda block: f"<pre>{html.escape(chr(10).join(block.lines))}</pre>",
-}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }

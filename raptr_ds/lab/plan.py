@@ -1,4 +1,4 @@
-"""From a comparison file to its runs: how many steps each contestant gets, at which rates and seeds, and where."""
+"""From a comparison file to its runs: the steps of each contestant, their learning rates, seeds and folders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +17,21 @@ from raptr_ds.config.path_sections import (
 from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_sequence
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import Contestant, Experiment
-from raptr_ds.lab.state import StepTime, measured_step_time, state_of
+from raptr_ds.lab.status import StepTime, measured_step_time, status_of
 from raptr_ds.planner.plan import plan_run
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of, step_cost_of
 
 _STEPS = "raptr_ds.train.steps"
-_NEIGHBOURS = 3  # steps around the solution that are looked at, as a schedule's rounding makes cost uneven
+_NEIGHBOURS = 3  # steps tried around the solution, as a schedule's rounding makes cost uneven
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     """One run. settings: all that differs from the base run file; resolved: its whole configuration.
 
-    purpose: probe (step time), tuning (learning rate) or comparison. learning_rate: None where the base's counts.
+    purpose: probe (step time), tuning (learning rate) or comparison. learning_rate: None for the base run's.
     """
 
     purpose: str
@@ -52,7 +52,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Share:
-    """What a contestant gets: steps, and what they are expected to execute and, for a budget of time, to take."""
+    """What a contestant gets: steps, their expected FLOPs and, for a budget of time, seconds. path: in words."""
 
     contestant: Contestant
     steps: int
@@ -64,7 +64,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Planner:
-    """Makes the runs of a comparison. vocab_size: assumed where data are not prepared; None: then they must be."""
+    """Makes the runs of a comparison. vocab_size: assumed where data are not prepared; None: they must be."""
 
     experiment: Experiment
     vocab_size: int | None = None
@@ -77,12 +77,12 @@ class Planner:
         return Path(self.experiment.output)
 
     def check(self) -> None:
-        """Check what can be before anything runs. Raises: ConfigError, DataError."""
+        """Check what can be checked before anything runs. Raises: ConfigError, DataError."""
         for one in self.experiment.contestants:
             if not self._config(one).eval.batches:
                 raise ConfigError(
-                    f"contestant {one.name}: raptr_ds.eval.batches=0, but held-out loss is what is compared. Set it to "
-                    "1 or more."
+                    f"contestant {one.name}: raptr_ds.eval.batches=0, but the comparison needs held-out "
+                    "losses. Set it to 1 or more."
                 )
 
     def probes(self) -> list[PlannedRun]:
@@ -98,9 +98,9 @@ class Planner:
         ]
 
     def shares(self) -> list[Share]:
-        """Return what each contestant gets. Raises: ConfigError if step times are to be measured and are not yet."""
+        """Return what each contestant gets. Raises: ConfigError if step times are yet to be measured."""
         measured = {run.contestant: run for run in self.probes()}
-        unmeasured = [name for name, run in measured.items() if not state_of(run.folder, run.resolved).is_finished]
+        unmeasured = [name for name, run in measured.items() if not status_of(run.folder, run.resolved).is_finished]
         if unmeasured:
             raise ConfigError(f"the step times of {', '.join(unmeasured)} are not measured yet: run the comparison.")
         times = {name: measured_step_time(run.folder) for name, run in measured.items()}
@@ -112,11 +112,10 @@ class Planner:
         for one in self.experiment.contestants:
             is_free = budget.equal != "steps" and (one.name != reference or bool(budget.flops or budget.seconds))
             number = equal_cost_steps(costs[one.name], total) if is_free else steps
-            config = self._config(one, [f"{_STEPS}={number}"])
             seconds = costs[one.name](number) if budget.equal == "time" else None
-            described = _describe_path(config)
-            flops = expected_flops(config)
-            shares.append(Share(one, number, flops, seconds, described, config.model.num_layers))
+            config = self._config(one, [f"{_STEPS}={number}"])
+            flops, path = expected_flops(config), _describe_path(config)
+            shares.append(Share(one, number, flops, seconds, path, config.model.num_layers))
         return shares
 
     def tuning_runs(self, shares: Sequence[Share]) -> list[PlannedRun]:
@@ -127,7 +126,7 @@ class Planner:
         return [self._full_run("tuning", share, sweep.seed, rate) for share in shares for rate in sweep.learning_rates]
 
     def comparison_run(self, share: Share, seed: int, rate: float | None) -> PlannedRun:
-        """Return a run that is compared; one with a tuning run's seed and rate is that very run."""
+        """Return a run that is compared; with a tuning run's seed and rate it is that run, in the same folder."""
         return self._full_run("comparison", share, seed, rate)
 
     def _full_run(self, purpose: str, share: Share, seed: int, rate: float | None) -> PlannedRun:
@@ -170,7 +169,7 @@ class Planner:
         return self._vocab_sizes[key]
 
     def _cost_of(self, contestant: Contestant, time: StepTime | None) -> Callable[[int], float]:
-        """Return what a contestant's run of so many steps costs, in the budget's unit."""
+        """Return the function from steps to the cost of a contestant's run, in the budget's unit."""
         budget = self.experiment.budget
 
         def cost(steps: int) -> float:
@@ -194,7 +193,7 @@ def expected_flops(config: RunConfig) -> float:
 
 
 def equal_cost_steps(cost: Callable[[int], float], budget: float) -> int:
-    """Return the number of steps, at least 1, whose cost is nearest to a budget; cost grows with steps."""
+    """Return the number of steps, at least 1, whose cost is nearest to a budget; `cost` grows with steps."""
     high = 1
     while cost(high) < budget:
         high *= 2

@@ -15,13 +15,13 @@ _TEXT_POINTS = 11
 _DPI = 110
 _AXES = (("step", "step"), ("flops", "executed FLOPs"), ("seconds", "seconds in steps"))
 _MOST_MARKED = 30  # points of a curve that are marked one by one
-_UNSETTLED = 0.3  # of the points: the first steep fall would flatten what tells contestants apart
+_UNSETTLED = 0.3  # of the points: showing the first steep fall would hide the differences between contestants
 
 
 def loss_picture(comparison: Comparison) -> bytes | None:
-    """Draw losses against steps, executed FLOPs and time: means over the seeds, shaded from the least to the most.
+    """Draw losses by steps, executed FLOPs and time: means over the seeds, shaded from the lowest to the highest.
 
-    Held-out losses of the full model above, training losses, each along its step's path, below. None without runs.
+    Top: held-out losses of the full model. Bottom: training losses, along each step's path. None without runs.
     """
     if not any(run.curves is not None for run in comparison.runs):
         return None
@@ -44,7 +44,7 @@ def loss_picture(comparison: Comparison) -> bytes | None:
 def phases_picture(comparison: Comparison) -> bytes | None:
     """Draw the full model's held-out loss through the phases of each contestant, over its paths' training loss.
 
-    One panel each, all seeds; dotted lines are where phases begin, with their mean path length. None without runs.
+    One panel each, all seeds; dotted lines show where phases begin, with their mean path length. None without runs.
     """
     shown = [(name, [run for run in comparison.of(name) if run.curves is not None]) for name in comparison.contestants]
     shown = [(name, runs) for name, runs in shown if runs]
@@ -60,7 +60,7 @@ def phases_picture(comparison: Comparison) -> bytes | None:
         for run in runs:
             assert run.curves is not None
             settled += _draw_through_phases(axes, run.curves, colours[name], labelled=run is runs[0])
-        axes.set_title(f"{name}", fontsize=_TEXT_POINTS + 1, loc="left")
+        axes.set_title(name, fontsize=_TEXT_POINTS + 1, loc="left")
         _finish(axes, "step")
     _focus(panels[0], settled)
     for axes in panels[::columns]:
@@ -92,7 +92,7 @@ def paths_picture(comparison: Comparison) -> bytes | None:
 
 
 def rates_picture(comparison: Comparison) -> bytes | None:
-    """Draw the held-out loss of each learning rate that was tried; the chosen ones are ringed. None without a sweep."""
+    """Draw the held-out loss at each learning rate; the chosen ones are ringed. None without a sweep."""
     if not any(run.is_finished for run in comparison.tuning):
         return None
     figure = Figure(figsize=(7.5, 4.4), dpi=_DPI, layout="constrained")
@@ -158,7 +158,7 @@ def _settled(losses: np.ndarray) -> np.ndarray:
 
 
 def _focus(axes: Axes, settled: Sequence[np.ndarray]) -> None:
-    """Let the y axis, which all panels beside these axes share, show what comes after the first steep fall."""
+    """Make the y axis, which all panels beside these axes share, show what comes after the first steep fall."""
     values = np.concatenate([np.zeros(0), *settled])
     if values.size and np.ptp(values) > 0:
         axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))

@@ -1,8 +1,8 @@
-"""A comparison as Slurm job arrays: one job a run, tuning first, then what is compared, then the report.
+"""A comparison as Slurm job arrays: one job a run, first tuning, then the compared runs, then the report.
 
-Each batch file is what slurm/bert_raptr.sbatch is, but for where a job's settings come from: it asks
-tools/experiment.py for those of its number in the array, when it starts, since only then the tuned rates are known.
-slurm/training_job.sh does the rest: srun, stops, requeueing.
+The batch files are like slurm/bert_raptr.sbatch, except that a job asks tools/experiment.py for the settings of its
+number in the array when it starts, since only then the tuned rates are known. slurm/training_job.sh does the rest:
+srun, stops, requeueing.
 """
 
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.plan import PlannedRun, Planner
-from raptr_ds.lab.runner import REPOSITORY, Progress, choose_rates, refuse_other_runs
-from raptr_ds.lab.state import state_of
+from raptr_ds.lab.runner import REPOSITORY, ComparisonProgress, current_progress, refuse_other_runs
+from raptr_ds.lab.status import status_of
 
 _FOLDER = "slurm"
 
@@ -52,92 +52,77 @@ cd {home} && {ask} --report
 
 @dataclass(frozen=True)
 class Jobs:
-    """The batch files that are to be submitted, in this order, each after the one before has ended."""
+    """The batch files to submit, in this order, each to start after the one before has ended."""
 
-    progress: Progress
+    progress: ComparisonProgress
     files: list[Path] = field(default_factory=list)
 
 
 def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> Jobs:
-    """Write batch files for the runs that are not finished into the comparison's folder.
+    """Write batch files for the unfinished runs into the comparison's folder.
 
-    Where step times are still to be measured, those runs are all that is written: afterwards call this again.
-    Raises: ConfigError if it is not called from the repository, from where the jobs' relative paths count, or if other
-    runs are in the folders.
+    While step times are still to be measured, only those runs are written: call this again afterwards.
+    Raises: ConfigError outside the repository, which the jobs' paths are relative to, or if other runs are in the
+    folders.
     """
     if Path.cwd().resolve() != REPOSITORY:
-        raise ConfigError(f"--slurm works from the repository, where its jobs' relative paths count: cd {REPOSITORY}")
+        raise ConfigError(f"--slurm works from the repository, which its jobs' paths are relative to: cd {REPOSITORY}")
     planner.check()
     runs = array_runs(planner)
-    known = [run for run in runs if run is not None]
-    refuse_other_runs(known)
-    wanted = {
-        purpose: [
-            number
-            for number, run in enumerate(runs)
-            if (run.purpose if run else "comparison") == purpose and not (run and _is_finished(run))
-        ]
-        for purpose in ("probe", "tuning", "comparison")
-    }
-    progress = Progress()
-    if not wanted["probe"]:
-        progress.shares = planner.shares()
-        progress.tuning = planner.tuning_runs(progress.shares)
-        progress.rates = choose_rates(progress.shares, progress.tuning)
-        progress.comparison = [run for run in known if run.purpose == "comparison"]
-    jobs = Jobs(progress)
+    refuse_other_runs([run for run in runs if run is not None])
+    wanted: dict[str, list[int]] = {"probe": [], "tuning": [], "comparison": []}
+    for number, run in enumerate(runs):
+        if run is None or not _is_finished(run):
+            wanted["comparison" if run is None else run.purpose].append(number)
+    is_measured = not wanted["probe"]
+    jobs = Jobs(current_progress(planner) if is_measured else ComparisonProgress())
     folder = planner.output.resolve() / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "tools/experiment.py", str(file.resolve()), *(["--set", *overrides] if overrides else [])]
-    ask = " ".join(shlex.quote(word) for word in words)
-    for purpose, numbers in wanted.items():
-        if numbers:
-            target = folder / f"{purpose}.sbatch"
-            target.write_text(_training_file(planner, purpose, numbers, folder, ask), encoding="utf-8")
-            jobs.files.append(target)
-    if not wanted["probe"]:
-        report = folder / "report.sbatch"
-        name = f"{file.stem}-report"
+    ask = shlex.join(words)
+    texts = {what: _training_file(planner, what, numbers, folder, ask) for what, numbers in wanted.items() if numbers}
+    if is_measured:
         home = shlex.quote(str(REPOSITORY))
-        report.write_text(_REPORT.format(name=name, output=folder, home=home, ask=ask), encoding="utf-8")
-        jobs.files.append(report)
+        texts["report"] = _REPORT.format(name=f"{file.stem}-report", output=folder, home=home, ask=ask)
+    for name, text in texts.items():
+        jobs.files.append(folder / f"{name}.sbatch")
+        jobs.files[-1].write_text(text, encoding="utf-8")
     return jobs
 
 
 def array_runs(planner: Planner, *, as_it_stands: bool = False) -> list[PlannedRun | None]:
-    """Return all runs by their number in the arrays, which never changes; None where a rate is yet to be chosen.
+    """Return all runs by their number in the arrays, which never changes; None where the rate is not chosen yet.
 
-    as_it_stands: choose it from the tuning runs that are finished, whatever became of the others.
+    as_it_stands: choose it from the finished tuning runs, ignoring the others.
     """
-    probes: list[PlannedRun | None] = [*planner.probes()]
-    if any(run is not None and not _is_finished(run) for run in probes):
-        return probes
-    shares = planner.shares()
-    tuning = planner.tuning_runs(shares)
-    rates = choose_rates(shares, tuning, as_it_stands=as_it_stands)
+    probes = planner.probes()
+    if not all(map(_is_finished, probes)):
+        return [*probes]
+    progress = current_progress(planner, as_it_stands=as_it_stands)
+    rates = progress.rates
     compared = [
         planner.comparison_run(share, seed, rates[share.contestant.name]) if share.contestant.name in rates else None
         for seed in planner.experiment.seeds
-        for share in shares
+        for share in progress.shares
     ]
-    return [*probes, *tuning, *compared]
+    return [*probes, *progress.tuning, *compared]
 
 
 def settings_of(planner: Planner, number: int) -> list[str]:
     """Return the settings of a run by its number in the array. Raises: ConfigError if its rate cannot be chosen."""
-    # A job that is compared starts after all that tune have ended, so those that are not finished have failed.
+    # A compared run's job starts after all tuning jobs have ended, so unfinished tuning runs have failed.
     runs = array_runs(planner, as_it_stands=True)
     run = runs[number] if number < len(runs) else None
     if run is None:
         raise ConfigError(
-            f"run {number} has no learning rate, as no tuning run of its contestant is finished. Their output is in "
-            f"{planner.output / _FOLDER}."
+            f"run {number} has no learning rate: no tuning run of its contestant is finished. See their output in "
+            f"{planner.output / _FOLDER} and submit them again."
         )
     return list(run.settings)
 
 
 def submit(jobs: Jobs, only_write: bool = False) -> list[str]:
-    """Hand the batch files to sbatch, each to start after the one before; return what was done, for people.
+    """Submit the batch files by sbatch, each to start after the one before; return what was done, in words.
 
     Raises: ConfigError if sbatch refuses.
     """
@@ -149,7 +134,9 @@ def submit(jobs: Jobs, only_write: bool = False) -> list[str]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
-            raise ConfigError("there is no sbatch here. --write-only writes the batch files alone.") from error
+            raise ConfigError(
+                "there is no sbatch here. --write-only writes the batch files without submitting them."
+            ) from error
         if done.returncode:
             raise ConfigError(f"{' '.join(command)} failed: {done.stderr.strip()}")
         before = done.stdout.strip().split(";")[0]
@@ -177,4 +164,4 @@ def _training_file(planner: Planner, purpose: str, numbers: Sequence[int], folde
 
 
 def _is_finished(run: PlannedRun) -> bool:
-    return state_of(run.folder, run.resolved).is_finished
+    return status_of(run.folder, run.resolved).is_finished

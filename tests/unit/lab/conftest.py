@@ -8,10 +8,10 @@ import pytest
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.data.loader import predictions_per_sequence
+from raptr_ds.lab.comparison import session_of, write_record
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.lab.plan import PlannedRun, Planner
-from raptr_ds.lab.record import session_of, write_record
-from raptr_ds.lab.runner import Progress, run_comparison
+from raptr_ds.lab.runner import ComparisonProgress, run_comparison
 from raptr_ds.paths.cost import step_flops
 from raptr_ds.runtime.method import path_method_of
 
@@ -100,7 +100,7 @@ class Lab:
         self.file.write_text(json.dumps({**COMPARISON, "output": str(self.folder / "out"), **changes}))
         return Planner(load_experiment(self.file), VOCAB_SIZE)
 
-    def run(self, planner: Planner) -> Progress:
+    def run(self, planner: Planner) -> ComparisonProgress:
         """Run the comparison; what was started is in stand_in.started."""
         self.stand_in.started.clear()
         session = session_of(["python", "tools/experiment.py", "mine.json"])

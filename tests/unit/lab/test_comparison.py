@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from raptr_ds.errors import DataError
-from raptr_ds.lab.comparison import load_comparison, mean_curve, phase_losses
+from raptr_ds.lab.comparison import load_comparison, mean_curve
 from raptr_ds.lab.report import write_report
 
 # Final held-out losses by contestant and seed; standard <script> is a name only in so far as pages must escape it.
@@ -85,7 +85,7 @@ def rows_of(folder, title):
 @pytest.mark.usefixtures("tables_alone")
 def test_the_table_holds_means_spread_and_paired_differences(folder):
     write_report(load_comparison(folder))
-    standard, raptr = rows_of(folder, "Result")
+    standard, raptr = rows_of(folder, "Results")
     assert standard[4:] == ["3", "3.2000", "0.2000", "3.0000 to 3.4000", "-", "-"]
     # Differences -0.1, -0.2, -0.3: mean -0.2, deviation 0.1, t(0.975, 2) = 4.3027.
     half = 4.302653 * 0.1 / np.sqrt(3)
@@ -96,7 +96,7 @@ def test_the_table_holds_means_spread_and_paired_differences(folder):
 @pytest.mark.usefixtures("tables_alone")
 def test_cost_is_of_what_ran(folder):
     write_report(load_comparison(folder))
-    standard, raptr = rows_of(folder, "What it cost")
+    standard, raptr = rows_of(folder, "Cost")
     assert standard[1:] == ["4", "1600", "1600", "1.000", "2", "8.0", "1.000", "10.0"]
     assert raptr[1:] == ["4", "1600", "1600", "1.000", "1.5", "6.0", "0.750", "10.0"]
 
@@ -109,7 +109,7 @@ def test_unfinished_and_failed_runs_are_told_and_left_out(folder):
     (folder / "raptr" / "3" / "metrics.jsonl").write_text(json.dumps(training_line(1, 2, 3)) + "\n")
     comparison = load_comparison(folder)
     write_report(comparison)
-    raptr = rows_of(folder, "Result")[1]
+    raptr = rows_of(folder, "Results")[1]
     assert raptr[4:] == ["1", "2.9000", "-", "2.9000 to 2.9000", "-0.1000 (n=1)", "1 of 1"]
     text = (folder / "report.md").read_text()
     assert "4 of 6 runs are finished" in text
@@ -138,9 +138,9 @@ def test_mean_curves_against_steps_flops_and_seconds(folder):
 @pytest.mark.usefixtures("tables_alone")
 def test_the_full_model_through_the_phases(folder):
     comparison = load_comparison(folder)
-    assert phase_losses(comparison.of("raptr")[0]) == [(1.0, 2.0, pytest.approx(3.9)), (3.0, 4.0, pytest.approx(2.9))]
+    assert comparison.of("raptr")[0].phase_losses() == [(1.0, 2.0, pytest.approx(3.9)), (3.0, 4.0, pytest.approx(2.9))]
     write_report(comparison)
-    assert rows_of(folder, "The full model through the phases") == [
+    assert rows_of(folder, "The full model's loss by phase") == [
         ["raptr", "0", "1", "2", "4.0000", "3"],
         ["raptr", "1", "3", "4", "3.0000", "3"],
     ]
@@ -156,7 +156,7 @@ def test_rates_tried_are_told_and_an_edge_is_noted(folder):
     contestants = [{**one, "learning_rate": 4e-3} for one in contestants]
     change(folder, runs=runs, contestants=contestants, sweep={"learning_rates": [1e-3, 2e-3, 4e-3], "seed": 9})
     write_report(load_comparison(folder))
-    assert rows_of(folder, "Learning rates tried")[0] == ["standard", "3.0000", "2.9000", "2.8000", "0.004"]
+    assert rows_of(folder, "Learning rates")[0] == ["standard", "3.0000", "2.9000", "2.8000", "0.004"]
     assert "raptr did best at the highest learning rate tried" in (folder / "report.md").read_text()
     assert (folder / "report" / "rates.png").exists()
 

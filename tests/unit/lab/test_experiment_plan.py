@@ -11,7 +11,7 @@ from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.lab.plan import Planner, choose_rate, equal_cost_steps, expected_flops
-from raptr_ds.lab.state import measured_step_time
+from raptr_ds.lab.status import measured_step_time
 from raptr_ds.paths.cost import step_flops
 from raptr_ds.runtime.method import path_method_of
 from tests.unit.lab.conftest import VOCAB_SIZE

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.lab.comparison import read_record
 from raptr_ds.lab.plan import PlannedRun
-from raptr_ds.lab.record import read_record
-from raptr_ds.lab.runner import REPOSITORY, LocalLaunch, claimed, command_of, current_progress, list_runs
-from raptr_ds.lab.state import state_of
+from raptr_ds.lab.runner import REPOSITORY, LocalLauncher, claimed, command_of, current_progress, list_runs
+from raptr_ds.lab.status import status_of
 
 SWEEP = {"learning_rates": [1e-3, 3e-3], "seed": 9}
 
@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_and_others_are_not_touched(lab):
     assert "step 20 of 40, stopped by a signal" in progress.failed[0]
     (lab.folder / "out" / "runs" / "raptr" / "seed-1" / "checkpoints" / "step-00000020").mkdir(parents=True)
     listed = "\n".join(list_runs(planner))
-    assert "stopped at 20, goes on after 20" in listed
+    assert "stopped at 20, continues after 20" in listed
     lab.stand_in.stopping.clear()
     assert lab.run(planner).failed == []
     assert lab.stand_in.started == ["raptr, seed 1"]
@@ -65,11 +65,11 @@ def test_a_key_that_an_older_version_did_not_know_had_its_default(lab):
     values = json.loads(config.read_text())
     assert values["raptr_ds"]["path"].pop("paths_per_step") == 1
     config.write_text(json.dumps(values))
-    assert state_of(run.folder, run.resolved).is_finished
-    assert not state_of(run.folder, run.resolved).differing
+    assert status_of(run.folder, run.resolved).is_finished
+    assert not status_of(run.folder, run.resolved).differences
     changed = json.loads(json.dumps(run.resolved))
     changed["raptr_ds"]["path"]["paths_per_step"] = 2
-    assert state_of(run.folder, changed).differing == ("raptr_ds.path.paths_per_step=1, now 2",)
+    assert status_of(run.folder, changed).differences == ("raptr_ds.path.paths_per_step=1, now 2",)
 
 
 def test_a_run_without_its_last_evaluation_is_not_finished(lab):
@@ -79,10 +79,10 @@ def test_a_run_without_its_last_evaluation_is_not_finished(lab):
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert "eval_loss" in lines[-1]
     (run.folder / "metrics.jsonl").write_text("".join(lines[:-1]))
-    assert not state_of(run.folder, run.resolved).is_finished
+    assert not status_of(run.folder, run.resolved).is_finished
     # A line that a crash has torn is no line.
     (run.folder / "metrics.jsonl").write_text("".join(lines)[:-3])
-    assert not state_of(run.folder, run.resolved).is_finished
+    assert not status_of(run.folder, run.resolved).is_finished
 
 
 def test_a_failed_run_is_told_with_its_log_and_the_others_go_on(lab):
@@ -159,7 +159,7 @@ child = "import os, time; print('child', os.getpid(), flush=True); time.sleep(60
 runner.command_of = lambda run, base, processes, port: [sys.executable, "-c", child]
 run = runner.PlannedRun("comparison", "a", 1, None, 1, Path(sys.argv[1]), (), {})
 with runner.claimed(run.folder, print) as lock:
-    runner.LocalLaunch("base.json", 1, lock)(run)
+    runner.LocalLauncher("base.json", 1, lock)(run)
 """
 
 
@@ -195,7 +195,7 @@ def test_a_local_launch_logs_and_returns_the_exit_code(tmp_path, monkeypatch):
 
     monkeypatch.setattr("raptr_ds.lab.runner.command_of", command)
     run = PlannedRun("comparison", "a", 1, None, 1, tmp_path, (), {})
-    assert LocalLaunch("base.json", 1)(run) == 5
+    assert LocalLauncher("base.json", 1)(run) == 5
     log = (tmp_path / "log.txt").read_text()
     assert "hello\n" in log
     assert "there\n" in log

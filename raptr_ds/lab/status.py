@@ -1,8 +1,8 @@
-"""What a run of a comparison has left in its folder: nothing yet, a part, all of it, or another run."""
+"""What a run of a comparison has left in its folder: how far it is, how its process ended, how long its steps take."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,9 @@ from raptr_ds.config.deepspeed_part import BLOCK
 from raptr_ds.config.sections import SECTIONS, keys_of
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
+LOG = "log.txt"
+_OUTCOME = "outcome.json"
+_LOG_LINES = 15
 _IRRELEVANT = (
     "raptr_ds.train.save",
     "raptr_ds.log.",
@@ -21,15 +24,15 @@ _IRRELEVANT = (
     "raptr_ds.data.num_workers",
     "raptr_ds.data.prefetch",
 )
-"""Keys of a run file that change nothing of what a run measures."""
+"""Keys of a run file that do not change what a run measures."""
 
 
 @dataclass(frozen=True)
-class RunState:
+class RunStatus:
     """How far a run is.
 
-    last_step: of its training lines; checkpoint_step: where it would go on, 0 for the start; eval_loss: of the full
-    model after the last step, None without one; differing: keys in which the folder's run is another one than planned.
+    last_step: of its training lines; checkpoint_step: where it would continue, 0 for the start; eval_loss: of the full
+    model after the last step, None without one; differences: keys that differ between the folder's run and the plan.
     """
 
     num_steps: int
@@ -37,26 +40,29 @@ class RunState:
     checkpoint_step: int = 0
     eval_loss: float | None = None
     is_evaluated: bool = False
-    differing: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to run. Checkpoints do not count: deleted, they take nothing from a comparison."""
+        """Whether nothing is left to run. Checkpoints do not count: a comparison does not need them."""
         return self.last_step >= self.num_steps and self.is_evaluated
 
     @property
-    def word(self) -> str:
-        """The state in a word or two."""
+    def summary(self) -> str:
+        """The status in a few words."""
         if self.is_finished:
             return "finished"
         if not self.last_step:
             return "new"
-        where = f"goes on after {self.checkpoint_step}" if self.checkpoint_step else "starts again"
+        where = f"continues after {self.checkpoint_step}" if self.checkpoint_step else "starts again"
         return f"stopped at {self.last_step}, {where}"
 
 
-def state_of(folder: Path, planned: Mapping[str, Any]) -> RunState:
-    """Return how far the run in a folder is; `planned` is its configuration, resolved (RunConfig.resolved)."""
+def status_of(folder: Path, planned: Mapping[str, Any]) -> RunStatus:
+    """Return how far the run in a folder is; `planned` is its resolved configuration (RunConfig.resolved).
+
+    Raises: DataError if its metrics are damaged.
+    """
     block = planned["raptr_ds"]
     num_steps, num_layers = block["train"]["steps"], block["model"]["num_layers"]
     metrics, last = read_metrics(folder / METRICS), (num_steps, num_layers)
@@ -64,13 +70,42 @@ def state_of(folder: Path, planned: Mapping[str, Any]) -> RunState:
     is_evaluated = last in metrics.evaluations or not block["eval"]["batches"]
     found = checkpoints_in(folder / CHECKPOINTS)
     checkpoint_step = (step_of(found[0]) or 0) if found else 0
-    differing = _differing(folder / "config.json", planned) if last_step or checkpoint_step else ()
-    return RunState(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, differing)
+    differences = _differences(folder / "config.json", planned) if last_step or checkpoint_step else ()
+    return RunStatus(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, differences)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended: the exit code of its last start, and the seconds and number of all its starts."""
+
+    exit_code: int | None = None
+    wall_seconds: float | None = None
+    starts: int = 0
+
+
+def outcome_of(folder: Path) -> Outcome:
+    """Return how the run in a folder ended; empty where it never ended, or a cluster ran it."""
+    file = folder / _OUTCOME
+    return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else Outcome()
+
+
+def add_start(folder: Path, exit_code: int, seconds: float) -> None:
+    """Record the end of one more start of a run in its outcome.json."""
+    before = outcome_of(folder)
+    after = Outcome(exit_code, (before.wall_seconds or 0.0) + seconds, before.starts + 1)
+    (folder / _OUTCOME).write_text(json.dumps(asdict(after)) + "\n", encoding="utf-8")
+
+
+def last_log_lines(folder: Path) -> list[str]:
+    """Return the end of a run's log without empty lines; none where a cluster keeps the log."""
+    log = folder / LOG
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-_LOG_LINES:]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, as a straight line over the path's length."""
+    """Seconds of a step as a linear function of the path's length."""
 
     seconds: float
     seconds_per_layer: float
@@ -83,8 +118,8 @@ class StepTime:
 def measured_step_time(folder: Path) -> StepTime:
     """Fit the step time of a short run: medians by path length, weighted by their number of steps.
 
-    The first fifth of the steps warms caches up and is left out. One length alone, or noise that makes longer paths
-    faster, gives one time for all.
+    The first fifth of the steps is warm-up and left out. If there is one length only, or noise makes longer paths
+    faster, the time does not depend on the length.
     """
     lines = list(read_metrics(folder / METRICS).training.values())
     lines = lines[len(lines) // 5 :]
@@ -103,19 +138,19 @@ def measured_step_time(folder: Path) -> StepTime:
     return StepTime(float(mean - slope * center), slope)
 
 
-def _differing(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
+def _differences(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
     if not config.exists():
         return ()
     there = _leaves(json.loads(config.read_text(encoding="utf-8")))
     wanted = _leaves(json.loads(json.dumps(planned)))
-    there = {key: _default_of(key) for key in wanted} | there  # an older version did not know all keys
+    there = {key: _default_of(key) for key in wanted} | there  # an older version did not have all keys
     keys = sorted(there.keys() | wanted.keys())
     different = [key for key in keys if there[key] != wanted.get(key) and not key.startswith(_IRRELEVANT)]
     return tuple(f"{key}={there[key]!r}, now {wanted.get(key)!r}" for key in different)
 
 
 def _default_of(key: str) -> Any:
-    """Return what a dotted key of raptr_ds is where a run file leaves it out; None where it has no default."""
+    """Return the default of a dotted key of raptr_ds; None where it has none."""
     block, _, rest = key.partition(".")
     section, _, name = rest.partition(".")
     field = keys_of(section).get(name) if block == BLOCK and section in SECTIONS else None
