@@ -1,13 +1,12 @@
 """Measure a training step: python tools/bench.py [--config RUN_FILE] [--set KEY=VALUE ...] [--repetitions N].
 
-Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it against what executed FLOPs promise; the same
-model in Hugging Face transformers and with megatron-core's layers, both under plain DeepSpeed, on the same weights and
-batch; the time that path agreement and loader cost; memory. Everything takes turns, so that a busy machine disturbs all
-rows in the same way; where a GPU cannot hold three models they are measured one after another, and one that does not
-fit even so has a row that says so. --layouts measures our paths in several processes too, --text tokenizing and
-indexing against megatron's recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A
-launcher can also start it: torchrun --nproc_per_node 2 tools/bench.py --set
-raptr_ds.parallel.tensor_model_parallel_size=2.
+Prints a Markdown table: step time at the full path, 3/4 and 1/2 of it, beside the speed-up that executed FLOPs promise;
+the same model in Hugging Face transformers and with megatron-core's layers, both under plain DeepSpeed, with the same
+weights and batch; waits for path agreement and loader; memory. All rows take turns, so that a busy machine disturbs
+them equally; if a GPU cannot hold three models they are measured one after another, and the row of one that still does
+not fit shows that. --layouts also measures our paths in several processes, --text tokenizing and indexing against
+megatron's recipe. With raptr_ds.path.method=width the paths are shares of every layer's width. A launcher can start it
+too: torchrun --nproc_per_node 2 tools/bench.py --set raptr_ds.parallel.tensor_model_parallel_size=2.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 
-if TYPE_CHECKING:  # torch and the other stacks take 7 s to import: a wrong command line is told before
+if TYPE_CHECKING:  # torch and the other stacks take 7 s to import: check the command line before
     from raptr_ds.data.batch import StepBatch
     from raptr_ds.data.loader import Loader
 
@@ -61,7 +60,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         import torch
 
         prepare_imports(torch.cuda.is_available())
-        import raptr_ds.bench.compiled_fusions  # noqa: F401 - first, or they stay uncompiled
+        import raptr_ds.bench.megatron_stack  # noqa: F401 - first, or its fused functions stay uncompiled
         from raptr_ds.bench.plot import plot_benchmark
         from raptr_ds.bench.preparation import measure_preparation
         from raptr_ds.bench.report import conclusions, describe, preparation_lines, rows_of, table
@@ -77,7 +76,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         sequence_parallel=parallel.sequence_parallel,
     )
     if groups.device.type == "cpu":
-        keep_freed_memory()  # as in training, and the other stacks get it too
+        keep_freed_memory()  # as in training; the other stacks benefit too
     with contextlib.ExitStack() as stack:
         config, batch, loader, origin = _batch(config, options.random_tokens, groups.data_rank)
         if loader is not None:
@@ -118,16 +117,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--one-at-a-time",
         action="store_true",
-        help="build, measure and free each stack before the next (default: if they do not fit into the GPU together)",
+        help="build, measure and free each stack before the next (default: if the GPU cannot hold all)",
     )
-    parser.add_argument("--compile-others", action="store_true", help="Hugging Face's model by torch.compile too")
-    parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="do without prepared data")
-    parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="TP2, PP2, TP2PP2: started here")
+    parser.add_argument("--compile-others", action="store_true", help="compile Hugging Face's model too")
+    parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="instead of prepared data")
+    parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="also measured: TP2, PP2, TP2PP2")
     parser.add_argument("--text", type=Path, help="a JSONL file to tokenize and index, against megatron's recipe")
     parser.add_argument("--tokenizer", type=Path, help="for --text (default: that of the run's data)")
-    parser.add_argument("--output", type=Path, help="write the report there too")
-    parser.add_argument("--plot", type=Path, help="draw the rows as a PNG there")
-    parser.add_argument("--json", type=Path, help="write the rows there, with every sample")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
+    parser.add_argument("--plot", type=Path, help="draw the rows as a PNG")
+    parser.add_argument("--json", type=Path, help="write the rows, with every sample")
     options = parser.parse_args()
     if options.repetitions < 1:
         raise ConfigError(f"--repetitions {options.repetitions}: at least one round must count.")
@@ -137,7 +136,7 @@ def parse() -> argparse.Namespace:
 
 
 def _sizes_of(layout: str) -> dict[str, int]:
-    """Return the sizes that a layout names. Raises: ConfigError if it is not written as TP2, PP2 or TP2PP2."""
+    """Return the sizes in a layout. Raises: ConfigError if it is not written as TP2, PP2 or TP2PP2."""
     parts = re.findall(r"(TP|PP)(\d+)", layout.upper())
     if not parts or "".join(name + size for name, size in parts) != layout.upper():
         raise ConfigError(f"--layouts {layout}: a layout is written as TP2, PP4 or TP2PP2.")
@@ -145,9 +144,9 @@ def _sizes_of(layout: str) -> dict[str, int]:
 
 
 def _rows_of_layout(layout: str, full: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run this command in the processes of a layout and return its rows; --layouts and what reports are left out.
+    """Run this command in the processes of a layout, without --layouts and the options for reports; return its rows.
 
-    full: our full path's row, in whose place comes one that says so if the processes run out of memory.
+    full: our full path's row, from which a row is made if the processes run out of memory.
     """
     from raptr_ds.bench.report import row_without_memory
 
@@ -170,11 +169,11 @@ def _rows_of_layout(layout: str, full: dict[str, Any]) -> list[dict[str, Any]]:
 def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
     """Return command line arguments without some options and their values."""
     kept: list[str] = []
-    leaving = False
+    is_removed = False
     for argument in arguments:
         if argument.startswith("--"):
-            leaving = argument.split("=")[0] in options
-        if not leaving:
+            is_removed = argument.split("=")[0] in options
+        if not is_removed:
             kept.append(argument)
     return kept
 
@@ -188,7 +187,7 @@ def _precision_overrides(precision: str | None) -> list[str]:
 def _batch(
     config: RunConfig, random_vocab_size: int | None, data_rank: int
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
-    """Return the run with its vocabulary, a step's batch, the loader and where they are from; real data if prepared."""
+    """Return the run with its vocabulary, a step's batch, the loader and their origin; prepared data if possible."""
     from raptr_ds.data.loader import build_loader, folders_of, load_tokenizer
     from raptr_ds.data.random_batch import random_step_batch
 

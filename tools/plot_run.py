@@ -1,7 +1,7 @@
-"""Draw a run, or compare several: python tools/plot_run.py RUN_FOLDER [RUN_FOLDER ...] [--output FILE.png].
+"""Plot one run or several: python tools/plot_run.py RUN_FOLDER [RUN_FOLDER ...] [--output FILE.png].
 
-Reads each folder's metrics.jsonl and writes loss by step and by executed FLOPs, and the paths, as one PNG. Works on a
-run that is still going.
+Reads each folder's metrics.jsonl and plots the loss by step and by executed FLOPs, and the paths, as one PNG. Works
+during a run too.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Experiments on the theory of random paths: python tools/theory.py polynomials|stability|transitions [--plot FILE].
 
-polynomials: what growing, constant and shrinking paths learn of each degree of a target (method: as RaPTr, skipped
-layers frozen). stability: how much the loss changes when a random layer is left out, by depth, with and without
-residual connections and layer norm, at initialization and through training. transitions RUN: how the loss of a run's
-paths changes where they grow, from its checkpoints. Each prints a Markdown table and draws a plot; one CPU is enough.
+polynomials: how well growing, constant and shrinking paths learn each degree of a polynomial (skipped layers frozen, as
+in RaPTr). stability: how much the loss changes without a random layer, by depth, with and without residual connections
+and layer norm, at initialization and through training. transitions RUN: how the loss of a run's paths changes where
+their length does, from its checkpoints. Each prints a Markdown table and draws a plot; one CPU is enough.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from raptr_ds.theory.stability import (
 
 
 def polynomials(arguments: argparse.Namespace) -> None:
-    """Learn the polynomial by each kind of path; print and plot."""
+    """Learn the polynomial with each kind of path; print and plot."""
     settings = PolynomialSettings()
     settings = replace(settings, steps=arguments.steps or settings.steps, schedule=arguments.schedule)
     curves: dict[str, list[PolynomialCurve]] = {}
@@ -62,18 +62,17 @@ def stability(arguments: argparse.Namespace) -> None:
 
 
 def transitions(arguments: argparse.Namespace) -> None:
-    """Measure the loss before and after each growth of the paths of a run that kept its checkpoints; print and plot."""
+    """Measure the loss before and after each phase transition of a run; print and plot."""
     prepare_imports(has_gpu=False)
     from raptr_ds.theory.transitions import transition_table, transitions_of
 
     found = transitions_of(arguments.run, arguments.paths, arguments.batches)
     print("\n".join(transition_table(found)))
-    rows = [(one.step, one.before, one.after, one.before_losses, one.after_losses, one.full_loss) for one in found]
-    plot_transitions(rows, arguments.plot)
+    plot_transitions(found, arguments.plot)
 
 
 def main() -> None:
-    """Run the experiment that is named, and say where its plot is."""
+    """Run the experiment and print where its plot is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for function in (polynomials, stability, transitions):
@@ -82,7 +81,9 @@ def main() -> None:
         command.set_defaults(function=function)
         command.add_argument("--plot", type=Path, default=Path("runs", "theory", f"{name}.png"), help="PNG to write")
         if function is transitions:
-            command.add_argument("run", type=Path, metavar="RUN", help="a run that kept its checkpoints")
+            command.add_argument(
+                "run", type=Path, metavar="RUN", help="folder of a run with checkpoints at its transitions"
+            )
             command.add_argument("--paths", type=int, default=16, help="paths of each phase (default: %(default)s)")
             command.add_argument("--batches", type=int, default=4, help="held-out batches (default: %(default)s)")
             continue

@@ -1,7 +1,8 @@
 """Megatron-core's own transformer layers, for the benchmark: its GPT layer specification with torch's attention.
 
 Its local attention forks a CUDA generator and its fused one needs Transformer Engine; the layer around it runs
-anywhere.
+anywhere. Import this module before those of raptr_ds that import megatron-core (parallel/megatron_core.py) to have its
+fused functions compiled, as its users do.
 """
 
 import re
@@ -22,7 +23,7 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 
 
 class _TorchAttention(nn.Module):
-    """What megatron-core calls core attention; shapes (T, b, heads, head dim) in, (T, b, heads * head dim) out."""
+    """Megatron-core's core attention; shapes (T, b, heads, head dim) in, (T, b, heads * head dim) out."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class _TorchAttention(nn.Module):
 
 
 class MegatronStack(nn.Module):
-    """Layers of megatron-core in the place of ours: the same arguments, every layer, no dropout, one tensor rank."""
+    """Layers of megatron-core in place of ours: the same arguments, every layer, no dropout, one tensor rank."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class MegatronStack(nn.Module):
     def forward(
         self, x: torch.Tensor, path: object, mask: torch.Tensor | None, rotary: torch.Tensor | None, streams: object
     ) -> torch.Tensor:
-        """Run every layer on x (b, T, H); rotary as model/rotary.py has it, megatron-core wants angles."""
+        """Run every layer on x (b, T, H). rotary: cosines and sines; megatron-core takes angles."""
         stream = x.transpose(0, 1).contiguous()
         angles = None
         if rotary is not None:
@@ -105,7 +106,7 @@ _NAMES = {
 
 
 def rename_to_megatron(weights: Mapping[str, torch.Tensor], is_gated: bool) -> dict[str, torch.Tensor]:
-    """Return a whole model's tensors by the names that they have with a MegatronStack as its `layers`.
+    """Return a whole model's tensors by their names with a MegatronStack as its `layers`.
 
     Our gated MLP has rows (inner feature, gate|value), megatron-core's all gates before all values.
     """

@@ -1,4 +1,4 @@
-"""The benchmark as a plot: seconds of a step beside each other, and how much of the saving in FLOPs is one in time."""
+"""The benchmark as a plot: seconds of each step, and speed-ups beside those by executed FLOPs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ _OURS = "raptr_ds"
 
 
 def plot_benchmark(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write a PNG of the benchmark's rows (bench/report.py, rows_of), of one layout or several.
+    """Write a PNG of the benchmark's rows (report.rows_of), of one layout or several.
 
-    Rows that ran out of memory, or have no full path to be compared with, are left out; if none is left, nothing is
-    written.
+    Rows that ran out of memory, or have no full path to be compared with, are omitted; without any row there is no
+    file.
     """
     rows = [row for row in rows if row["reached"] is not None]
     if not rows:
@@ -35,13 +35,13 @@ def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_xlabel("seconds of a step (median)")
+    axes.set_xlabel("seconds per step (median)")
     axes.set_title(rows[0]["layout"])
 
 
 def _draw_saving(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     most = max(row["by_flops"] for row in rows)
-    axes.plot([1, most], [1, most], color="#999999", linewidth=1, label="all of the saving")
+    axes.plot([1, most], [1, most], color="#999999", linewidth=1, label="by executed FLOPs")
     for number, layout in enumerate(dict.fromkeys(row["layout"] for row in rows)):
         of_layout = [row for row in rows if row["layout"] == layout]
         by_flops = np.array([row["by_flops"] for row in of_layout])

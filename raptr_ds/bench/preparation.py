@@ -1,4 +1,4 @@
-"""Tokenizing and indexing: our preparation of a text beside Megatron's recipe, with the same tokenizer on one core."""
+"""Tokenizing and indexing a text: our preparation and Megatron's recipe, with the same tokenizer on one core."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass
 class PreparationTimes:
-    """Seconds of each repetition, in turns; tokens that each made of text_bytes."""
+    """Seconds of each repetition, in turns, and the tokens that each makes of text_bytes."""
 
     text_bytes: int
     ours: list[float] = field(default_factory=list)
@@ -33,7 +33,7 @@ class PreparationTimes:
 
 
 def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, clock: str) -> PreparationTimes:
-    """Prepare the JSONL file `text` both ways, `repetitions` times. Ours also splits validation off and verifies."""
+    """Prepare the JSONL file `text` both ways, `repetitions` times. Ours also splits off validation and verifies."""
     tokenizer = Tokenizer.load(tokenizer_path)
     times = PreparationTimes(text.stat().st_size)
     with tempfile.TemporaryDirectory() as name:
@@ -70,8 +70,8 @@ def _head(text: Path, output: Path) -> Path:
 def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:
     """Write PREFIX.bin and .idx of the JSONL file `text` and return the number of tokens.
 
-    Each line is parsed, its text encoded by sentencepiece as it stands, the end of the document appended, and the
-    result given to megatron-core's builder (Megatron-LM, tools/preprocess_data.py, in one process).
+    As Megatron-LM's tools/preprocess_data.py in one process: each line's text is encoded by sentencepiece, followed by
+    the end of the document, and given to megatron-core's builder.
     """
     # Seven seconds of imports that a training run does not need.
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -1,4 +1,4 @@
-"""The benchmark's report: one Markdown table of all rows, what was measured, and which aims hold."""
+"""The benchmark's report: what was measured, a Markdown table of all rows, and which aims are reached."""
 
 import os
 import platform
@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from raptr_ds.bench.medians import MedianRatio
 from raptr_ds.bench.preparation import PreparationTimes
-from raptr_ds.bench.samples import Measured
+from raptr_ds.bench.samples import Measured, MedianRatio
 from raptr_ds.bench.steps import StepBenchmark
 from raptr_ds.config.load import RunConfig
 
 _MIB = 1 << 20
-# The aims: full path against Hugging Face, share of the speed-up that FLOPs promise, shares of a full step.
+# The aims: speed relative to Hugging Face, share of the speed-up by executed FLOPs, shares of a full step.
 FASTER_THAN_HUGGING_FACE, FASTER_THAN_COMPILED, REACHED_ALONE, REACHED_TOGETHER = 1.2, 1.3, 0.97, 0.95
 MOST_AGREEMENT, MOST_LOADER_STALL = 0.001, 0.01
 
@@ -47,7 +46,7 @@ def _taking_turns(result: StepBenchmark) -> str:
     if result.why_apart is None:
         return "in turns: one step of each row in every round; medians, ratios within a round"
     return (
-        f"one stack after another ({result.why_apart}), our paths in turns; medians, ratios of them, and of our paths "
+        f"one stack after another ({result.why_apart}), our paths in turns; medians and their ratios, of our paths "
         "within a round"
     )
 
@@ -68,14 +67,14 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
 
 
 def row_without_memory(full: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """Return the row of a layout whose processes ran out of memory. full: our full path's row, of any layout."""
+    """Return the row of a layout whose processes ran out of memory. full: our full path's row in any layout."""
     empty = {"seconds": [], "agreement_seconds": [], "loader_seconds": [], "memory_bytes": [], "peak_bytes": []}
     unknown = dict.fromkeys(("loss", "predicted_seconds", "median_seconds", "speed_up", "reached"))
     return {**full, **empty, **unknown, "layout": layout, "out_of_memory": "out of memory"}
 
 
 def _ratio(result: StepBenchmark, slower: Measured, faster: Measured, unit: float = 1.0) -> MedianRatio:
-    """Return how many times as fast a row is as another, within rounds where they shared them."""
+    """Return how many times as fast a row is as another, within rounds if they share them."""
     is_ours = slower.name == faster.name
     of = MedianRatio.of if is_ours or result.why_apart is None else MedianRatio.of_separate
     return of(slower.seconds, faster.seconds, unit)
@@ -110,7 +109,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return which aims hold, each with its number. rows: those of all layouts."""
+    """Return which aims are reached, each with its number. rows: those of all layouts."""
     full = result.paths[0]
     lines = _waits(result) + _against_others(result) if full.seconds else []
     lines += [f"- no row for {name}: {reason}" for name, reason in result.absent.items()]
@@ -132,19 +131,19 @@ def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _waits(result: StepBenchmark) -> list[str]:
-    """Return what agreement and loader cost our full path."""
+    """Return how long our full path waits for agreement and loader."""
     full = result.paths[0]
     agreement = _share(full.agreement_seconds, full)
     waits = [wait for measured in result.paths for wait in measured.agreement_seconds]
     lines = [
-        f"- path agreement keeps a step waiting {median(waits) * 1e6:.0f} us (median; largest {max(waits) * 1e6:.0f}): "
-        f"{agreement:.4%} of a full step; aim {MOST_AGREEMENT:.1%}: {_held(agreement <= MOST_AGREEMENT)}",
+        f"- a step waits for path agreement {median(waits) * 1e6:.0f} us (median; largest {max(waits) * 1e6:.0f}): "
+        f"{agreement:.4%} of a full step; aim {MOST_AGREEMENT:.1%}: {_verdict(agreement <= MOST_AGREEMENT)}",
     ]
     if result.has_loader:
         stall = _share(full.loader_seconds, full)
         lines.append(
-            f"- the loader keeps a step waiting {stall:.4%} of its time; aim {MOST_LOADER_STALL:.0%}: "
-            f"{_held(stall <= MOST_LOADER_STALL)}"
+            f"- a step waits for the loader {stall:.4%} of its time; aim {MOST_LOADER_STALL:.0%}: "
+            f"{_verdict(stall <= MOST_LOADER_STALL)}"
         )
     return lines
 
@@ -159,20 +158,20 @@ def _against_others(result: StepBenchmark) -> list[str]:
             aim = FASTER_THAN_COMPILED if result.options.compile_others else FASTER_THAN_HUGGING_FACE
             verdict = f"; aim {aim}: {ratio.against(aim)}"
         lines.append(
-            f"- full path against {other.name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) x as fast"
+            f"- our full path against {other.name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) x as fast"
             f"{verdict}"
         )
     if result.planned_bytes is not None:
         peak = max(full.peak_bytes)
         lines.append(
-            f"- full path's peak in torch's allocator: {peak / _MIB:,.0f} MiB; the memory plan has "
+            f"- our full path's peak in torch's allocator: {peak / _MIB:,.0f} MiB; by the memory plan "
             f"{result.planned_bytes / _MIB:,.0f} MiB, {result.planned_bytes / peak - 1:+.1%}"
         )
     return lines
 
 
 def preparation_lines(times: PreparationTimes) -> list[str]:
-    """Return how tokenizing and indexing compares."""
+    """Return the speeds of tokenizing and indexing."""
     speeds = {
         "raptr_ds": (times.our_tokens, times.ours),
         "megatron's recipe": (times.megatron_tokens, times.megatron),
@@ -194,8 +193,8 @@ def _share(waits: Sequence[float], measured: Measured) -> float:
     return median(wait / seconds for wait, seconds in zip(waits, measured.seconds, strict=True))
 
 
-def _held(holds: bool) -> str:
-    return "holds" if holds else "missed"
+def _verdict(is_reached: bool) -> str:
+    return "reached" if is_reached else "missed"
 
 
 def _machine(device: torch.device) -> str:

@@ -1,11 +1,15 @@
 """Step times: a model at several path lengths beside the same model in other stacks, in turns where memory allows."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from raptr_ds.bench.contestants import HuggingFaceStep
-from raptr_ds.bench.entrants import Entrant, OurEntrant, entrants_of, free_memory
-from raptr_ds.bench.samples import Measured, Step, measure_memory, time_step
+import torch
+
+from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherEntrant, OtherStack
+from raptr_ds.bench.ours import OurEntrant
+from raptr_ds.bench.samples import Measured, Step, Turn, measure_memory, time_step
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
@@ -23,9 +27,11 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. clock: `wall`, or `cpu`, the process's own time on the processors, which a busy machine disturbs
-    less; it leaves out what a rank waits for others. one_at_a_time: build, measure and free each entrant before the
-    next, whatever fits. compile_others: Hugging Face's model by torch.compile.
+    """How to measure.
+
+    clock: `wall`, or `cpu`, the process's own CPU time, which a busy machine disturbs less, and which excludes waiting
+    for other ranks. one_at_a_time: build, measure and free each entrant before the next, even if all fit in memory.
+    compile_others: Hugging Face's model by torch.compile.
     """
 
     repetitions: int
@@ -36,11 +42,11 @@ class Options:
 
 @dataclass(frozen=True)
 class StepBenchmark:
-    """What was measured. paths: ours, the full path first. others: the same model elsewhere; absent: why some are not.
+    """What was measured. paths: our rows, the full path first; others: other stacks' rows; absent: why some have none.
 
-    why_apart: why each entrant was measured before the next was built; None where all took turns. planned_bytes: the
-    peak of our full path by the memory plan, where a GPU's was measured and nothing else was in its memory.
-    has_loader: whether the batches came from prepared data, so that waiting for them was measured.
+    has_loader: whether the batches came from prepared data, so that waiting for them was measured. why_apart: why the
+    entrants were measured one after another; None where all took turns. planned_bytes: the peak of our full path by the
+    memory plan, if a GPU's was measured with nothing else in its memory.
     """
 
     num_parameters: int
@@ -54,19 +60,46 @@ class StepBenchmark:
     planned_bytes: float | None = None
 
 
+class Entrant(Protocol):
+    """A participant in the benchmark, with the rows that its steps fill."""
+
+    name: str
+    rows: list[Measured]
+
+    def build(self) -> None:
+        """Allocate memory and evaluate the batch. Raises: ConfigError for what the entrant does not support."""
+        ...
+
+    def begin_round(self, is_first_to_count: bool) -> None:
+        """Do what belongs to a round but not to a step."""
+        ...
+
+    def turns(self) -> list[Turn]:
+        """Return the steps of a round, as many as there are rows; they may be taken in any order."""
+        ...
+
+    def end_of_timing(self) -> None:
+        """Do what follows the last timed step."""
+        ...
+
+    def close(self) -> None:
+        """Free all memory; repeated calls do nothing."""
+        ...
+
+
 def measure_steps(
     config: RunConfig, groups: ProcessGroups, batch: StepBatch, options: Options, loader: Loader | None = None
 ) -> StepBenchmark:
-    """Measure the full path, 3/4 and 1/2 of it, and in one process the others: one step of each in every round.
+    """Measure the full path, 3/4 and 1/2 of it, and in one process other stacks: one step of each in every round.
 
-    In random order, so that what else the machine does, and what a row leaves behind in caches, meets all alike. The
-    first rounds are not counted. Memory has rounds of its own at the end: measured from a known start, a step takes
-    every page from the system anew, which a training step does not, and which costs up to a tenth of it on a CPU. All
-    ranks call it. Where three models do not fit into the device (by the plan, or as it turns out), each is
-    measured by itself; one that does not fit even so has a row that says so. config: with the vocabulary's size.
-    loader: asked for each step's batch, as in training.
+    The order is random, so that other load on the machine, and what a row leaves behind in caches, affects all equally.
+    The first rounds are not counted. Memory is measured in separate rounds at the end, as measuring it slows a step
+    down: from a known start, it requests every page from the system again (up to a tenth of its time on a CPU). If
+    three models do not fit in the device's memory, by the plan or when tried, they are measured one after another; the
+    rows of one that does not fit even then have a message instead of samples.
+    All ranks call it. config: with the vocabulary's size. loader: asked for each step's batch, as in training.
     """
-    entrants = entrants_of(config, groups, layout_name(groups), batch, loader, options.compile_others)
+    entrants = _entrants(config, groups, batch, loader, options.compile_others)
     device, absent = DeviceMemory.of(groups.device), {}
     is_alone = len(entrants) == 1
     why_apart = "as asked for" if options.one_at_a_time else _do_not_fit(config, device, is_alone)
@@ -94,10 +127,25 @@ def measure_steps(
     )
 
 
+def _entrants(
+    config: RunConfig, groups: ProcessGroups, batch: StepBatch, loader: Loader | None, compile_others: bool
+) -> list[Entrant]:
+    """Return ours first, and in one process the others with the same weights; nothing is built yet."""
+    ours = OurEntrant(config, groups, _layout_name(groups), batch, loader)
+    if groups.topology.world_size > 1:
+        return [ours]
+    hugging_face = HuggingFaceStack.name + (", compiled" if compile_others else "")
+    makers: dict[str, Callable[[], OtherStack]] = {
+        hugging_face: lambda: HuggingFaceStack(config, ours.initial_weights(), compile_others),
+        MegatronLayersStack.name: lambda: MegatronLayersStack(config, ours.initial_weights(), groups),
+    }
+    return [ours, *(OtherEntrant(name, make, config, batch) for name, make in makers.items())]
+
+
 def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, absent: dict[str, str]) -> bool:
     """Build the entrants, measure them in turns and free them; return whether the memory was enough.
 
-    Who cannot take part is added to `absent`. Of several processes one alone cannot go on without memory: it raises.
+    Entrants that cannot be built are added to `absent`. Of several processes, one that runs out of memory raises.
     """
     fits = False
     try:
@@ -108,10 +156,13 @@ def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, 
             raise
         for row in (row for entrant in entrants for row in entrant.rows):
             row.forget()
-    # Past the error, whose frames refer to what is to be freed.
+    # After the except block: the error's frames refer to what is to be freed.
     for entrant in entrants:
         entrant.close()
-    free_memory(groups.device)
+    torch._dynamo.reset()  # compiled code refers to what it was compiled for
+    gc.collect()
+    if groups.device.type == "cuda":
+        torch.cuda.empty_cache()
     return fits
 
 
@@ -146,7 +197,7 @@ def _round(number: int, entrants: list[Entrant]) -> Iterator[tuple[Measured, Ste
         yield turns[chosen]()
 
 
-def layout_name(groups: ProcessGroups) -> str:
+def _layout_name(groups: ProcessGroups) -> str:
     """Return a layout in short: TP2, PP2, TP2 PP2, one process."""
     topology = groups.topology
     parts = {"TP": topology.tensor, "PP": topology.pipeline, "DP": topology.data}
@@ -154,22 +205,22 @@ def layout_name(groups: ProcessGroups) -> str:
 
 
 def _do_not_fit(config: RunConfig, device: DeviceMemory | None, is_alone: bool) -> str | None:
-    """Return why three models cannot be side by side in a device's memory by the plan; None where they can.
+    """Return why three models do not fit in a device's memory together by the plan; None where they do.
 
-    Three times what stays between steps, and once what a step needs, of the one that needs most.
+    They need three times what stays between steps, and once what a step needs, of the one that needs most.
     """
     if device is None or is_alone:
         return None
     memory = MemoryNeed.of(config, 0, True, config.model.num_layers).memory
     stays = memory.weights + memory.gradients + memory.optimizer
-    needed = 2 * stays + _needed_bytes(config, HuggingFaceStep.name, on_gpu=True)
+    needed = 2 * stays + _needed_bytes(config, HuggingFaceStack.name, on_gpu=True)
     if needed <= device.total:
         return None
     return f"side by side they need about {needed / _GIB:.0f} GiB of {device.total / _GIB:.0f}"
 
 
 def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
-    """Return about what an entrant needs: ours by the plan, another by the same without compiled layers.
+    """Return about what an entrant needs: ours by the plan, another by the plan without compiled layers.
 
     Hugging Face computes the logits of all positions, and from them in fp32 the loss and its gradient.
     """
@@ -178,7 +229,7 @@ def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
         return need.memory.total
     plain = replace(need.setting, state=replace(need.setting.state, compiled=False))
     total = replace(need, setting=plain).memory.total
-    if not name.startswith(HuggingFaceStep.name):
+    if not name.startswith(HuggingFaceStack.name):
         return total
     shape, layout = plain.shape, plain.layout
     return total + layout.micro_batch * shape.seq_length * shape.vocab_size * (layout.bytes_per_value + 2 * 4)

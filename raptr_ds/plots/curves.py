@@ -14,10 +14,9 @@ from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run has measured; each training array has one entry per training line, in order of steps.
+    """A run's measurements; each training array has one entry per training line, in order of steps.
 
-    Values that a line lacks or holds as null are NaN. paths holds the active layers, 0-based, of
-    each of a step's paths; there is one, unless path.paths_per_step says otherwise.
+    Missing and null values are NaN. paths: the active layers, 0-based, of each path of a step (path.paths_per_step).
     """
 
     name: str
@@ -30,7 +29,7 @@ class Curves:
     path_length: np.ndarray
     tokens_per_second: np.ndarray
     seconds: np.ndarray
-    """Spent in steps since the start; a step without a line counts as the next one that has one."""
+    """Spent in steps since the start; a step without a line takes as long as the next one with a line."""
     paths: tuple[tuple[tuple[int, ...], ...], ...]
     eval_step: np.ndarray
     eval_loss: np.ndarray
@@ -59,9 +58,8 @@ class Curves:
     def activity(self, max_columns: int = 1000) -> tuple[np.ndarray, np.ndarray]:
         """Return how often each layer was active: (num_layers, columns) fractions, and the columns' edges in steps.
 
-        One column a line where there are at most max_columns lines; then fractions are 0 or 1, of several paths in a
-        step the share that has the layer. Otherwise lines are gathered into columns of equal numbers of lines, to
-        within one.
+        With up to max_columns lines each is a column, and a fraction is the share of the step's paths that have the
+        layer. With more, a column is the mean of several lines, equally many to within one.
         """
         active = np.zeros((len(self.paths), self.num_layers))
         for row, paths in enumerate(self.paths):

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from raptr_ds.plots.curves import Curves, smooth
 
-# Okabe and Ito's palette, told apart by colour-blind readers too, without its yellow; then, where there are more than
-# seven, five that differ from it in lightness.
+# Okabe and Ito's palette for colour-blind readers, without its yellow; after these seven, five of another lightness.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
     *("#7F3B08", "#542788", "#8C8C8C", "#B2182B", "#4D9221"),
@@ -23,8 +22,8 @@ _GREY = "#555555"
 def plot_runs(runs: Sequence[Curves], file: Path) -> None:
     """Write a PNG: both loss plots on top, one path heat map for each run below.
 
-    Full-model evaluations are drawn as points, training losses as lines (pale, with their moving mean, when they are
-    many). Vertical lines mark where phases begin, with their path length where one run is shown.
+    Full-model evaluations are drawn as points, training losses as lines (if they are many: pale, with their moving
+    mean). Vertical lines mark where phases begin, with their path length if there is one run.
     """
     figure = Figure(figsize=(14, 5.6 + 3.0 * len(runs)), dpi=120, layout="constrained")
     grid = figure.add_gridspec(1 + len(runs), 2, height_ratios=[5.0, *[2.4] * len(runs)])
@@ -46,7 +45,7 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
 
 
 def draw_loss(axes: Axes, run: Curves, by: np.ndarray, colour: str) -> None:
-    """Draw a run's training loss and full-model evaluations; `by` is each training line's place on the x axis."""
+    """Draw a run's training loss and full-model evaluations. by: x of each training line, (n,)."""
     if run.step.size > 100:
         axes.plot(by, run.loss, color=colour, alpha=0.22, linewidth=0.8)
         axes.plot(by, smooth(run.loss, run.step.size // 50), color=colour, linewidth=1.8, label=f"{run.name}, training")

@@ -1,16 +1,20 @@
-"""Plots of the experiments on the theory: degrees learned by kind of path, loss gaps by depth."""
+"""Plots of the experiments on the theory: degrees learned by kind of path, loss gaps by depth and at transitions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # it imports the trainer
+    from raptr_ds.theory.transitions import Transition
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
 
 def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], file: Path) -> None:
-    """Write a PNG, a panel for each way to train. curves: name -> (steps, errors of (steps, degrees))."""
+    """Write a PNG with a panel for each training method. curves: name -> (steps, errors of shape (steps, degrees))."""
     figure = Figure(figsize=(3.2 * len(curves), 3.6), dpi=90, layout="constrained")
     for index, (name, (steps, errors)) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
@@ -22,10 +26,9 @@ def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], fil
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         if index == 0:
-            axes.set_ylabel("share that the full model lacks")
+            axes.set_ylabel("error of the full model")
             axes.legend(fontsize=8, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    _save(figure, file)
 
 
 def plot_stability(
@@ -34,7 +37,7 @@ def plot_stability(
     training: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     file: Path,
 ) -> None:
-    """Write a PNG. initial: variant -> gap at each depth; training: curve -> (steps, how much the loss rises)."""
+    """Write a PNG. initial: variant -> gap at each depth; training: curve -> (steps, increase of the loss)."""
     figure = Figure(figsize=(11.5, 4.0), dpi=90, layout="constrained")
     axes = figure.add_subplot(1, 2, 1)
     for colour, (name, gaps) in zip(_COLOURS, initial.items(), strict=False):
@@ -57,37 +60,33 @@ def plot_stability(
         width = 0.7 + 0.8 * same.index(name)
         axes.plot(steps, gaps, color=_COLOURS[variant], linewidth=width, label=name)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss of paths less the full model's")
+    axes.set_ylabel("loss of paths minus the full model's")
     axes.set_title("through training of the full model", fontsize=11)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    _save(figure, file)
 
 
-def plot_transitions(
-    transitions: Sequence[tuple[int, int, int, Sequence[float], Sequence[float], float]], file: Path
-) -> None:
-    """Write a PNG: the held-out loss of every sampled path before and after each growth, and the full model's.
-
-    transitions: (step, path length before, after, losses of paths before, after, the full model's loss).
-    """
+def plot_transitions(transitions: Sequence["Transition"], file: Path) -> None:
+    """Write a PNG: the held-out loss of every sampled path before and after each transition, and the full model's."""
     figure = Figure(figsize=(1.8 + 1.9 * len(transitions), 3.8), dpi=90, layout="constrained")
     axes = figure.add_subplot()
-    ticks = []
-    for index, (step, before, after, before_losses, after_losses, full) in enumerate(transitions):
-        for side, length, losses in ((-0.2, before, before_losses), (0.2, after, after_losses)):
+    for index, one in enumerate(transitions):
+        for side, length, losses in ((-0.2, one.before, one.before_losses), (0.2, one.after, one.after_losses)):
             place = index + side
             axes.plot([place] * len(losses), losses, "o", color=_COLOURS[0], markersize=3, alpha=0.5)
             axes.plot([place - 0.1, place + 0.1], [np.mean(losses)] * 2, color=_COLOURS[0], linewidth=2)
             axes.annotate(f"{length}", (place, min(losses)), xytext=(0, -13), textcoords="offset points", ha="center")
         label = "full model" if index == 0 else None
-        axes.plot([index - 0.35, index + 0.35], [full, full], color=_COLOURS[1], linestyle="--", label=label)
-        ticks.append(f"step {step}")
+        axes.plot([index - 0.35, index + 0.35], [one.full_loss] * 2, color=_COLOURS[1], linestyle="--", label=label)
     axes.margins(y=0.15)
-    axes.set_xticks(range(len(transitions)), ticks)
+    axes.set_xticks(range(len(transitions)), [f"step {one.step}" for one in transitions])
     axes.set_ylabel("held-out loss of paths, and their mean")
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

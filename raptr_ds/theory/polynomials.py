@@ -1,9 +1,9 @@
 """Which degrees of a polynomial a network learns by growing, constant and shrinking random paths.
 
-The target is a sum of products of inputs +1 and -1, equally strong in each degree; each product of degree k + 1
-extends one of degree k by an input, so that what is learned of one degree helps with the next.
+The target is a sum of products of inputs +1 and -1, of equal weight in each degree; each product of degree k + 1
+extends one of degree k by an input, so that learning one degree helps with the next.
 Source of the claim: Panigrahi et al., arXiv 2402.05913 (RaPTr learns low degrees first and high ones at full depth;
-dropping more and more layers loses the high ones). Sizes and target are ours.
+dropping more and more layers forgets the high ones). Sizes and target are ours.
 """
 
 from collections.abc import Mapping
@@ -59,10 +59,10 @@ class Target:
 
 @dataclass(frozen=True)
 class PolynomialCurve:
-    """One run: the share of each degree that the full model lacks, (evaluations, max_degree), at these steps.
+    """One run: the full model's error in each degree, (evaluations, max_degree), at these steps.
 
-    1 is a degree of which nothing is learned. path_errors: the same at the end, the mean over paths as they were drawn
-    in the last steps, (max_degree,). layer_steps: layers run in training, over all steps.
+    An error of 1 means that nothing of the degree is learned. path_errors: the final error, the mean over the paths
+    drawn in the last steps, (max_degree,). layer_steps: layers run in training, over all steps.
     """
 
     steps: tuple[int, ...]
@@ -72,7 +72,7 @@ class PolynomialCurve:
 
 
 def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMethod]:
-    """Return the ways to train: `shrinking` runs the growing schedule backwards, `constant` has its mean length.
+    """Return the training methods: `shrinking` runs the growing schedule backwards, `constant` has its mean length.
 
     Raises: ConfigError for a schedule that does not fit the model.
     """
@@ -81,7 +81,7 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
     lengths = growing.phase_lengths
     backwards = split_phases(lengths[::-1], settings.num_layers, settings.steps)
     mean = round(sum(lengths) / len(lengths))
-    # Half-way theta has come within a twentieth (exp(-3)) of its way to its limit.
+    # At half of the steps theta has covered all but a twentieth (exp(-3)) of the way to its limit.
     gamma = 6.0 / settings.steps
     return {
         "full": build_path_method(FullSection(), sizes, seed),
@@ -93,7 +93,7 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
 
 
 def degree_errors(network: ResidualNetwork, target: Target, x: torch.Tensor, path: LayerPath) -> np.ndarray:
-    """Return, for each degree, the squared distance of a path's coefficients from the target's, which has 1 of each.
+    """Return the squared distance of a path's coefficients from the target's in each degree; without learning it is 1.
 
     A coefficient of the difference is its mean product with a monomial: monomials are orthonormal under uniform x.
     """
@@ -105,7 +105,7 @@ def degree_errors(network: ResidualNetwork, target: Target, x: torch.Tensor, pat
 
 
 def learn(settings: PolynomialSettings, method: PathMethod, seed: int) -> PolynomialCurve:
-    """Train one network on fresh examples by Adam (skipped layers frozen), linear decay of the rate to a tenth."""
+    """Train one network on fresh examples by Adam (skipped layers frozen); the rate decays linearly to a tenth."""
     shape = NetworkShape(settings.num_layers, settings.width, settings.num_inputs, 1)
     network = ResidualNetwork(shape, seed)
     target = Target(settings, seed)
@@ -133,9 +133,9 @@ def learn(settings: PolynomialSettings, method: PathMethod, seed: int) -> Polyno
 
 
 def polynomial_table(curves: Mapping[str, list[PolynomialCurve]]) -> list[str]:
-    """Return a Markdown table: the share of each degree that is lacking at the end, mean over seeds.
+    """Return a Markdown table of the final error in each degree, the mean over seeds.
 
-    Rows: the full model, and where training ended with shorter paths also these. `all`: mean over the degrees.
+    Rows: the full model, and the last paths where training ended with shorter ones. `all`: the mean over the degrees.
     """
     first = next(iter(curves.values()))[0]
     degrees = range(1, first.errors.shape[1] + 1)

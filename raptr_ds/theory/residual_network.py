@@ -1,4 +1,4 @@
-"""A small network for experiments on the theory of paths: layers with or without residual connection and layer norm."""
+"""A small network for experiments on the theory of paths, with or without residual connections and layer norm."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from raptr_ds.rng import stream_key
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """What a network is made of.
+    """The network's sizes and parts.
 
-    branch: what a layer computes: one matrix, or two with a ReLU between them, the inner one twice as wide. residual:
-    whether a layer adds its branch to its input or replaces it. norm: whether a branch sees its input normalized; what
-    the head sees is normalized always, so that all variants answer on one scale.
+    branch: a layer is one matrix, or two with a ReLU between them and twice the width inside. residual: whether a layer
+    adds its branch to its input or replaces it. norm: whether a branch's input is normalized; the head's input always
+    is, so that all variants have outputs of the same scale.
     """
 
     num_layers: int

@@ -1,7 +1,7 @@
-"""How far the loss of a path without one layer lies from the full model's, by depth, and with which parts of a layer.
+"""The gap between the loss of a path without one layer and the full model's, by depth and by parts of a layer.
 
 Source of the claim: Panigrahi et al., arXiv 2402.05913: for a linear residual network with layer norm at initialization
-the gap is O(1/sqrt(L)); without the residual connection or without the norm it is not less than a constant.
+the gap is O(1/sqrt(L)); without residual connection or norm it does not fall below a constant.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class StabilitySettings:
-    """The experiment: gaps at initialization for depths, and through training for fewer, shallower ones."""
+    """The experiment: gaps at initialization at `depths`, and through training at fewer, smaller ones."""
 
     depths: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     trained_depths: tuple[int, ...] = (4, 8, 16)
@@ -44,10 +44,10 @@ class StabilitySettings:
 
 @dataclass(frozen=True)
 class Gap:
-    """A full model against its random paths of L - 1 layers.
+    """The difference between random paths of L - 1 layers and the full model.
 
-    absolute: mean over paths and examples of the distance between the two losses of an example. signed: how much higher
-    the paths' mean loss is. full_loss: the full model's.
+    absolute: the mean over paths and examples of the absolute difference of an example's losses. signed: the paths'
+    mean loss minus the full model's. full_loss: the full model's mean loss.
     """
 
     absolute: float
@@ -85,9 +85,9 @@ def initial_gaps(settings: StabilitySettings, variant: str) -> list[Gap]:
 
 
 def gaps_in_training(settings: StabilitySettings, variant: str, depth: int, seed: int = 0) -> Iterator[tuple[int, Gap]]:
-    """Train the full model on a teacher's labels by Adam, and yield (step, gap) ten times, and before the first step.
+    """Train the full model on a teacher's labels by Adam; yield (step, gap) before the first step and ten times more.
 
-    The gap is measured on examples that training does not see, with other paths each time.
+    The gap is measured on held-out examples, with new paths each time.
     """
     network = _network(settings, variant, depth, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, fused=True)
@@ -105,7 +105,7 @@ def gaps_in_training(settings: StabilitySettings, variant: str, depth: int, seed
 
 
 def initial_table(settings: StabilitySettings, gaps: Mapping[str, Sequence[Gap]]) -> list[str]:
-    """Return a Markdown table of absolute gaps at initialization: a row a variant, a column a depth, and the slope."""
+    """Return a Markdown table of absolute gaps at initialization, by variant and depth, and their slopes."""
     lines = [
         f"| layers | {' | '.join(f'L = {depth}' for depth in settings.depths)} | slope |",
         f"|---|{'---|' * len(settings.depths)}---|",
@@ -118,7 +118,7 @@ def initial_table(settings: StabilitySettings, gaps: Mapping[str, Sequence[Gap]]
 
 
 def training_table(gaps: Mapping[str, Mapping[int, Sequence[tuple[int, Gap]]]]) -> list[str]:
-    """Return a Markdown table of the gaps after training: how much higher the paths' loss is, and the full model's."""
+    """Return a Markdown table of the losses and gaps after training."""
     lines = [
         "| layers | L | steps | full model's loss | loss without one layer | gap of an example, before | after |",
         "|---|---|---|---|---|---|---|",
@@ -143,12 +143,12 @@ def _network(settings: StabilitySettings, variant: str, depth: int, seed: int) -
     shape = NetworkShape(
         depth, settings.width, settings.num_inputs, settings.num_classes, settings.branch, residual, norm
     )
-    # Without norm the residual stream doubles its power with each layer: fp32 would overflow at a hundred of them.
+    # Without norm the residual stream doubles its power in each layer: fp32 would overflow after a hundred layers.
     return ResidualNetwork(shape, seed).double()
 
 
 def _examples(settings: StabilitySettings, seed: int, batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and the classes that a fixed random two-layer teacher gives them; another batch, other inputs."""
+    """Return a batch of inputs and their classes by a fixed random two-layer teacher."""
     teacher = torch.Generator().manual_seed(stream_key(seed, "teacher"))
     first = torch.randn(settings.width, settings.num_inputs, generator=teacher) / settings.num_inputs**0.5
     second = torch.randn(settings.num_classes, settings.width, generator=teacher)

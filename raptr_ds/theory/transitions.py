@@ -1,4 +1,4 @@
-"""The loss gap at a run's phase transitions: what the longer paths of the next phase change before they are trained."""
+"""The change of the loss at a run's phase transitions: longer paths, before any step has trained them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ _ONE_PROCESS = (
 
 @dataclass(frozen=True)
 class Transition:
-    """Held-out losses of one set of weights, after `step` steps, where paths of length `before` give way to `after`.
+    """Held-out losses with the weights after `step` steps, where the path length changes from `before` to `after`.
 
-    before_losses, after_losses: of sampled paths of the run itself, from the phase that ends and the one that begins.
+    before_losses, after_losses: of paths sampled from the run's phases before and after the transition.
     """
 
     step: int
@@ -45,22 +45,22 @@ class Transition:
 
     @property
     def gap(self) -> float:
-        """How much the mean loss of a path rises at the transition; negative where it falls."""
+        """The increase of the paths' mean loss at the transition."""
         return float(np.mean(self.after_losses) - np.mean(self.before_losses))
 
 
 def transitions_of(run: Path, num_paths: int, num_batches: int) -> list[Transition]:
-    """Measure every phase transition that a run has kept a checkpoint of, in one process.
+    """Measure every phase transition of a run that has a checkpoint there, in one process.
 
-    Raises: ConfigError if `run` is no run, or has no checkpoint of a step between two phases.
+    Raises: ConfigError if `run` is not a run's folder, or has no checkpoint between two phases.
     """
     if not (run / "config.json").is_file():
-        raise ConfigError(f"{run} is no run's folder: it has no config.json. Name raptr_ds.train.save of a run.")
+        raise ConfigError(f"{run} is not a run's folder: it has no config.json. Give raptr_ds.train.save of a run.")
     config = load_run_config(run / "config.json", _ONE_PROCESS, 1)
     config = config.with_vocab_size(load_tokenizer(config.data).vocab_size)
     method = path_method_of(config)
     if config.path.method == "stacking":
-        raise ConfigError(f"{run} is a stacked run: its new layers do not exist before a transition. Name another.")
+        raise ConfigError(f"{run} is a stacked run: its new layers do not exist before a transition. Give another run.")
     phases = [phase for phase in method.phases.phases if phase.num_steps]
     pairs = [
         (before, after)

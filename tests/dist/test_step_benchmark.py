@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from raptr_ds.bench import entrants
 from raptr_ds.bench import steps as step_benchmark
-from raptr_ds.bench.contestants import HuggingFaceStep, MegatronStep
+from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherEntrant
+from raptr_ds.bench.ours import OurEntrant
 from raptr_ds.bench.report import conclusions, describe, rows_of, table
 from raptr_ds.bench.steps import Options, measure_steps
 from raptr_ds.config.load import load_run_config
@@ -30,7 +30,7 @@ TINY = [
     "raptr_ds.model.seq_length=16",
     "raptr_ds.model.vocab_size=90",
 ]
-OURS, HUGGING_FACE, MEGATRON = "raptr_ds", HuggingFaceStep.name, MegatronStep.name
+OURS, HUGGING_FACE, MEGATRON = "raptr_ds", HuggingFaceStack.name, MegatronLayersStack.name
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def measure(launch: Launch, options: Options, failing: Failing) -> Seen:
             if failing == Failing(entrant.name, "build"):
                 fail()
             build(entrant)
-            engine = entrant._ours._engine if kind is entrants.OurEntrant else entrant._contestant.model
+            engine = entrant._engine if kind is OurEntrant else entrant._stack.model
             alive[entrant.name] = weakref.ref(engine)
             seen.most_at_once = max(seen.most_at_once, len(living()))
             if failing.when == "beside others" and len(living()) > 1:
@@ -88,8 +88,8 @@ def measure(launch: Launch, options: Options, failing: Failing) -> Seen:
 
         kind.build, kind.turns = followed_build, followed_turns
 
-    follow(entrants.OurEntrant)
-    follow(entrants.OtherEntrant)
+    follow(OurEntrant)
+    follow(OtherEntrant)
     config = load_run_config(RUN_FILE, TINY, 1)
     groups = initialize_process_groups(launch, 1, 1)
     batch, before = random_step_batch(config, 0), live_bytes()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raptr_ds.bench.medians import MedianRatio
+from raptr_ds.bench.samples import MedianRatio
 from raptr_ds.config.load import RunConfig
 from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.errors import ConfigError
@@ -104,7 +104,7 @@ class TrainedModel:
 
     def step(self, config: RunConfig, batch: Any, share: float) -> tuple[float, float]:
         """Train one step along a random path of this share of the layers; return seconds and loss."""
-        from raptr_ds.bench.contestants import measured_path
+        from raptr_ds.bench.ours import measured_path
 
         length = round(share * config.model.num_layers)
         path = measured_path(config, length, stream(0, "measured path", self._number))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.bench.contestants import measured_path
+from raptr_ds.bench.ours import measured_path
 from raptr_ds.bench.report import table
 from raptr_ds.bench.samples import Measured
 from raptr_ds.config.load import RunConfig, load_run_config

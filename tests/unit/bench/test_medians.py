@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raptr_ds.bench.medians import MedianRatio
+from raptr_ds.bench.samples import MedianRatio
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(5, 1, 5), (6, 1, 6), (9, 2, 8), (15, 4, 12), (20, 6, 15)])
@@ -33,8 +33,8 @@ def test_what_slows_a_whole_round_down_cancels() -> None:
 @pytest.mark.parametrize(
     ("aim", "says"),
     [
-        (0.90, "holds"),
-        (0.93, "holds, within the noise"),
+        (0.90, "reached"),
+        (0.93, "reached, within the noise"),
         (0.96, "missed, within the noise"),
         (0.99, "missed"),
     ],
