@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import raptr_ds
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.lab.file import Experiment
 from raptr_ds.lab.plan import Planner
@@ -223,9 +224,7 @@ def write_record(planner: Planner, progress: ComparisonProgress, name: str, sess
         "sessions": sessions,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{_RECORD}.new"
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / _RECORD)
+    write_atomically(folder / _RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def session_of(command: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from raptr_ds.errors import DataError
 from raptr_ds.lab.comparison import load_comparison, mean_curve
 from raptr_ds.lab.report import write_report
 
-# Final held-out losses by contestant and seed; standard <script> is a name only in so far as pages must escape it.
+# Final held-out losses by contestant and seed; of the full model.
 LOSSES = {"standard": {1: 3.0, 2: 3.2, 3: 3.4}, "raptr": {1: 2.9, 2: 3.0, 3: 3.1}}
 PHASED = {"standard": [4, 4, 4, 4], "raptr": [2, 2, 4, 4]}
 
@@ -102,7 +102,7 @@ def test_cost_is_of_what_ran(folder):
 
 
 @pytest.mark.usefixtures("tables_alone")
-def test_unfinished_and_failed_runs_are_told_and_left_out(folder):
+def test_unfinished_and_failed_runs_are_reported_and_left_out(folder):
     (folder / "raptr" / "2" / "metrics.jsonl").unlink()
     (folder / "raptr" / "2" / "outcome.json").write_text(json.dumps({"exit_code": 9, "wall_seconds": 1.0}))
     (folder / "raptr" / "2" / "log.txt").write_text("first\nMemoryError: no room\n")
@@ -146,7 +146,7 @@ def test_the_full_model_through_the_phases(folder):
     ]
 
 
-def test_rates_tried_are_told_and_an_edge_is_noted(folder):
+def test_rates_are_reported_and_an_edge_is_noted(folder):
     runs = json.loads((folder / "experiment.json").read_text())["runs"]
     for number, rate in enumerate((1e-3, 2e-3, 4e-3)):
         for name in LOSSES:
@@ -201,6 +201,6 @@ def test_a_comparison_before_its_first_step_has_a_report_too(folder):
     assert "0 of 6 runs are finished" in markdown.read_text()
 
 
-def test_a_folder_without_a_comparison_is_the_users_mistake(tmp_path):
+def test_a_folder_without_a_comparison_is_a_users_error(tmp_path):
     with pytest.raises(DataError, match=r"experiment\.json"):
         load_comparison(tmp_path)

@@ -1,4 +1,4 @@
-"""The comparison file: what it may say, and how a mistake is told."""
+"""The comparison file: what it may say, and how an error is reported."""
 
 import json
 
@@ -77,13 +77,13 @@ def test_keys_of_the_file_can_be_set_on_the_command_line(tmp_path):
         ({"processes": 3, "slurm": {"nodes": 2}}, "not a multiple of slurm.nodes=2"),
     ],
 )
-def test_a_mistake_is_told_with_its_mend(tmp_path, changes, message):
-    with pytest.raises(ConfigError) as told:
+def test_an_error_comes_with_its_fix(tmp_path, changes, message):
+    with pytest.raises(ConfigError) as raised:
         load(tmp_path, **changes)
-    assert message in str(told.value)
+    assert message in str(raised.value)
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_errors_are_reported_at_once(tmp_path):
     with pytest.raises(ConfigError, match="2 problems"):
         load(tmp_path, seeds=[1, 1], budget={"seconds": 3.0})
     with pytest.raises(ConfigError, match="does not exist"):

@@ -117,7 +117,7 @@ def test_the_lowest_finite_loss_chooses_the_rate():
     assert choose_rate({1e-3: None}) is None
 
 
-def test_a_contestants_mistake_names_it(lab):
+def test_a_contestants_error_names_it(lab):
     with pytest.raises(ConfigError, match=r"contestant b: .*did you mean 'constant'"):
         lab.planner(contestants=[{"name": "a"}, {"name": "b", "method": "constnt"}]).check()
     with pytest.raises(ConfigError, match=r"eval\.batches=0"):

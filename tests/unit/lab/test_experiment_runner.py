@@ -40,7 +40,7 @@ def test_a_lost_run_is_run_again_and_a_new_contestant_alone(lab):
     assert lab.stand_in.started == ["pld, seed 1", "raptr, seed 2", "pld, seed 2"]
 
 
-def test_a_stopped_run_goes_on_and_others_are_not_touched(lab):
+def test_a_stopped_run_continues_and_others_are_not_touched(lab):
     planner = lab.planner()
     lab.stand_in.stopping = {"raptr, seed 1"}
     progress = lab.run(planner)
@@ -85,7 +85,7 @@ def test_a_run_without_its_last_evaluation_is_not_finished(lab):
     assert not status_of(run.folder, run.resolved).is_finished
 
 
-def test_a_failed_run_is_told_with_its_log_and_the_others_go_on(lab):
+def test_a_failed_run_is_reported_with_its_log_and_the_others_continue(lab):
     lab.stand_in.failing = {"standard, seed 1": 3}
     progress = lab.run(lab.planner())
     assert len(lab.stand_in.started) == 6
@@ -110,7 +110,7 @@ def test_a_compared_run_that_tuning_has_made_is_not_made_again(lab):
     assert len(lab.stand_in.started) == 4 + 2 * 3 - 2
 
 
-def test_a_rate_whose_run_fails_is_passed_over_and_no_rate_at_all_is_told(lab):
+def test_a_rate_whose_run_fails_is_ignored_and_no_rate_at_all_is_reported(lab):
     lab.stand_in.failing = {"standard, seed 9, learning rate 0.001": 1}
     lab.stand_in.failing |= {f"raptr, seed 9, learning rate {rate}": 1 for rate in ("0.001", "0.003")}
     progress = lab.run(lab.planner(sweep=SWEEP, seeds=[1]))
@@ -129,7 +129,7 @@ def test_runs_of_another_description_are_refused_before_anything_starts(lab):
     assert lab.stand_in.started == []
 
 
-def test_the_list_says_steps_flops_and_states(lab):
+def test_the_list_has_steps_flops_and_states(lab):
     listed = "\n".join(list_runs(lab.planner(budget={"equal": "flops"}, sweep=SWEEP)))
     assert "| standard | full | 40 |" in listed
     assert "| raptr | raptr 3-4-5-6 freeze | 53 |" in listed
