@@ -53,6 +53,11 @@ class IndexedTokens:
     tokens: np.ndarray
     lengths: np.ndarray
 
+    def document(self, index: int) -> np.ndarray:
+        """Return the tokens of one document, its end-of-document token included."""
+        start = int(self.lengths[:index].sum(dtype=np.int64))
+        return self.tokens[start : start + int(self.lengths[index])]
+
 
 def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
     """Open PREFIX.idx and PREFIX.bin and check everything that a run relies on.

@@ -1,7 +1,7 @@
 """The tokenizer: a sentencepiece model with the special tokens that BERT and UL2 need."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -167,6 +167,21 @@ class Tokenizer:
             ids.extend(line)
             ids.append(newline)
         return np.array(ids[:-1], np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of `tokens`, without special tokens."""
+        newline = self._processor.piece_to_id(NEWLINE)
+        lines: list[list[int]] = [[]]
+        for token in map(int, tokens):
+            if token == newline:
+                lines.append([])
+            else:
+                lines[-1].append(token)
+        return "\n".join(self._processor.decode(line) for line in lines)
+
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """Return the pieces of `tokens`, special ones by name."""
+        return [self._processor.id_to_piece(int(token)) for token in tokens]
 
     def require_sentinels(self, needed: int, purpose: str) -> None:
         """Check that there are enough sentinels.

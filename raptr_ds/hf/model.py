@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MegatronBertConfig, Mega
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -89,16 +90,17 @@ _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _BERT_BIAS_AGAIN = "cls.predictions.bias"  # a second name of the decoder's bias; unused without tied embeddings
 
 
-def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
+def to_hugging_face(model: ModelSection, weights: Tensors, tokenizer: Tokenizer | None = None) -> PreTrainedModel:
     """Return the transformers model that computes the same as ours with `weights`, in evaluation mode.
 
-    model: with every derived value set, including vocab_size. weights: full tensors by canonical name; their dtype
-    becomes the twin's. The twin is the full path without residual scale, which is a setting of paths. MegatronBert's
-    token types, which ours lacks, are zero. Llama has no dropout of the residual stream, so hidden_dropout is lost; in
-    evaluation it has no effect.
+    model: with nothing left to derive, vocab_size included. weights: full tensors by canonical name; their type
+    becomes the model's. tokenizer: gives the ids that pad, begin and end a text, at the last of which generation stops;
+    without it these are None. Residual scale is a path's, not the model's: the twin is the full path without it.
+    MegatronBert's token types, which we lack, are zero. Llama has no dropout of the stream: hidden_dropout, which
+    evaluation does not see, has no place there.
     Raises: ConfigError if transformers has no such model.
     """
-    config = hugging_face_config(model)
+    config = hugging_face_config(model, tokenizer)
     state = rename_to_hugging_face(model, weights)
     outside = _TWINS[model.architecture].outside
     word = state[outside["embedding.word.weight"]]
@@ -113,8 +115,11 @@ def to_hugging_face(model: ModelSection, weights: Tensors) -> PreTrainedModel:
     return twin.eval()
 
 
-def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig:
-    """Return the twin's configuration. Raises: ConfigError if transformers has no such model."""
+def hugging_face_config(model: ModelSection, tokenizer: Tokenizer | None = None) -> MegatronBertConfig | LlamaConfig:
+    """Return the twin's configuration, with the tokenizer's special ids.
+
+    Raises: ConfigError if transformers has no such model.
+    """
     for key, wanted in _TWINS[model.architecture].requires.items():
         value = getattr(model, key)
         if value != wanted:
@@ -132,9 +137,9 @@ def hugging_face_config(model: ModelSection) -> MegatronBertConfig | LlamaConfig
         "max_position_embeddings": model.seq_length,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": model.tie_word_embeddings,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "pad_token_id": tokenizer and tokenizer.pad_id,
+        "bos_token_id": tokenizer and tokenizer.bos_id,
+        "eos_token_id": tokenizer and tokenizer.eos_id,
     }
     if model.architecture == "bert":
         bert = {

@@ -1,61 +1,90 @@
-"""Our sentencepiece tokenizer as a transformers tokenizer with the same ids."""
+"""Our sentencepiece tokenizer as a transformers one that gives the same ids."""
+
+import math
+import re
+from collections.abc import Iterable
 
 import numpy as np
-import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from raptr_ds.data.tokenizer import BOS, CLS, EOS, MASK, PAD, SEP, UNK, WORD_BOUNDARY, Tokenizer
+from raptr_ds.errors import DataError
+from raptr_ds.hf.sentencepiece_model import Piece, SentencepieceModel, read_sentencepiece_model
 
 _NEVER = -1e4  # a log-probability
+_ROUNDING = 1e-5  # relative, of a sum of float32 scores
+
+# Texts on which tokenizers tend to differ.
+SAMPLE_TEXTS = (
+    "",
+    " ",
+    "\n",
+    "\n\n \n",
+    "A sentence, with punctuation; it's 12,345.67 long!",
+    " one space before, two  between and one after ",
+    "first line\nsecond line\n\n  indented\n\ttab\r\nWindows line\n",
+    "def f(x):\n    if x  ==  1:\n        return [x, {'a': x}]  # comment",
+    "<0x41> <0x0A> <s> </s> <unk> <pad> ## @@ \u0120",
+    "na\u00efve caf\u00e9 cafe\u0301 \ufb01ne \uff21\uff22 \u00bd \u2126 \u212b \u00df \u0130",
+    "\u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U00010348 \ue000",
+    "no\u00a0break \u3000wide\u2003em \u200bzero \u00adsoft \ufeffmark \u2028line",
+    "control \x01\x07\x1b\x7f\x85 characters",
+    "https://example.org/a?b=c&d=%20#e user@example.org C:\\path\\file.txt",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ================ --------",
+)
 
 
 def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_length: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer for transformers; for bert it puts [CLS] and [SEP] around a text, as in pretraining.
+    """Return the tokenizer for transformers.
 
-    Where two segmentations of a unigram model are equally likely up to rounding, the two libraries may choose
-    differently. Unlike ours, it reads the name of a special token in a text as that token: "[MASK]" becomes a mask.
+    For bert it makes [CLS] text [SEP], as pretraining did, and of a pair [CLS] text [SEP] other text [SEP] with token
+    types 0 and 1. For ul2 it adds nothing, and pads on the left, as generation needs.
+    Unlike ours it takes the name of a special token in a text for that token: "[MASK]" is how one writes a mask. Like
+    the piece that it stands for in pretraining it includes the word boundary before it: "a [MASK] b" is a, [MASK] and
+    b, and in "a [MASK]b" the b continues the masked word.
+    Where two segmentations of a unigram model are equally likely the two libraries may choose differently.
+    Raises: DataError if the sentencepiece model has options that have no counterpart here.
     """
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.load_from_serialized_proto(tokenizer.model)
-    pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]
-    is_text = [not tokenizer.is_special[i] and not processor.is_byte(i) for i in range(tokenizer.vocab_size)]
-    if _is_bpe(scores, is_text):
-        ranked = {piece: -scores[i] for i, piece in enumerate(pieces) if is_text[i]}
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        model = BPE(vocabulary, _merges(ranked), unk_token=UNK, byte_fallback=True, fuse_unk=True)
-    else:
-        # A text that contains the name of a byte piece must not become that byte.
-        unlikely = [_NEVER if processor.is_byte(i) else score for i, score in enumerate(scores)]
-        model = Unigram(list(zip(pieces, unlikely, strict=True)), tokenizer.unk_id, byte_fallback=True)
-    rust = RustTokenizer(model)
+    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
+    specials = tokenizer.pieces(np.flatnonzero(tokenizer.is_special))
+    special = _any_of(specials)
+    rust = RustTokenizer(_rust_model(model, tokenizer.unk_id))
     rust.normalizer = normalizers.Sequence(  # type: ignore[assignment]
         [
             normalizers.Replace(" ", WORD_BOUNDARY),
-            # Our tokenizer encodes line by line; sentencepiece begins each that is not empty with a word boundary.
+            # We encode line by line, and each line that is not empty begins with a word boundary.
             normalizers.Replace(Regex(r"(?<![^\n])(?=[^\n])"), WORD_BOUNDARY),
+            normalizers.Replace(Regex(f"{WORD_BOUNDARY}(?={special})"), ""),
         ]
     )
     rust.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")  # type: ignore[assignment]
     rust.decoder = decoders.Sequence(  # type: ignore[assignment]
         [
+            decoders.Replace(Regex(rf"\A(?={special}\z)"), WORD_BOUNDARY),
             decoders.Replace(WORD_BOUNDARY, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Replace(Regex(r"(?<![^\n]) "), ""),
         ]
     )
-    specials = [pieces[i] for i in np.flatnonzero(tokenizer.is_special)]
-    rust.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in specials])
-    if architecture == "bert":
-        ends = [(CLS, tokenizer.cls_id), (SEP, tokenizer.sep_id)]
-        rust.post_processor = processors.TemplateProcessing(f"{CLS} $A {SEP}", None, ends)  # type: ignore[assignment]
+    # normalized: found after the word boundaries are set, so that the text behind one does not begin a line.
+    rust.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in specials])
+    is_bert = architecture == "bert"
+    if is_bert:
+        rust.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=f"{CLS}:0 $A:0 {SEP}:0",
+            pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
+            special_tokens=[(CLS, tokenizer.cls_id), (SEP, tokenizer.sep_id)],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=rust,
         model_max_length=max_length,
+        model_input_names=["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"],
+        padding_side="right" if is_bert else "left",
         clean_up_tokenization_spaces=False,
         pad_token=PAD,
         unk_token=UNK,
@@ -67,16 +96,56 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
     )
 
 
-def _is_bpe(scores: list[float], is_text: list[bool]) -> bool:
-    """Return whether the scores are a byte-pair model's (0, -1, -2, ...), not a unigram's log-probabilities."""
-    counted = [score for score, text in zip(scores, is_text, strict=True) if text]
-    return all(score == -rank for rank, score in enumerate(counted))
+def check_same_ids(tokenizer: Tokenizer, exported: PreTrainedTokenizerFast, texts: Iterable[str]) -> None:
+    """Compare the ids of `texts`, and of every special token between two words.
+
+    Texts that spell a special token are left out: there the two differ by design.
+    Raises: DataError that shows the first text whose ids differ.
+    """
+    specials = {name: token for token in np.flatnonzero(tokenizer.is_special) for name in tokenizer.pieces([token])}
+    spells_special = re.compile(_any_of(specials))
+    cases = [(text, tokenizer.encode(text).tolist()) for text in texts if not spells_special.search(text)]
+    left, right = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
+    cases += [(f"a {name} b", [*left, token, *right]) for name, token in specials.items()]
+    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
+    for text, ours in cases:
+        theirs = exported(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if theirs == ours or (model.model_type == "unigram" and _equally_likely(model.pieces, ours, theirs)):
+            continue
+        place = next((i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), 0)
+        shown = slice(max(place - 3, 0), place + 5)
+        raise DataError(
+            f"the tokenizer {tokenizer.origin} cannot be given to transformers: there it would encode differently. "
+            f"{text[:80]!r} has {len(ours)} tokens here and {len(theirs)} there; from token {shown.start} on, here "
+            f"{tokenizer.pieces(ours[shown])}, there {tokenizer.pieces(theirs[shown])}. Export without it "
+            "(--tokenizer none), or train the model with a tokenizer of tools/prepare_data.py."
+        )
 
 
-def _merges(ranked: dict[str, float]) -> list[tuple[str, str]]:
-    """Return every pair of pieces that joins to another, in the order in which sentencepiece prefers the results."""
+def _any_of(names: Iterable[str]) -> str:
+    """Return a regular expression, for Python and for tokenizers, of any of the names."""
+    return f"(?:{'|'.join(map(re.escape, names))})"
+
+
+def _equally_likely(pieces: tuple[Piece, ...], ids: list[int], other: list[int]) -> bool:
+    one, another = (sum(pieces[i].score for i in tokens) for tokens in (ids, other))
+    return math.isclose(one, another, rel_tol=_ROUNDING)
+
+
+def _rust_model(model: SentencepieceModel, unk_id: int) -> BPE | Unigram:
+    if model.model_type == "bpe":
+        vocabulary = {piece.text: i for i, piece in enumerate(model.pieces)}
+        return BPE(vocabulary, _merges(model.pieces), unk_token=UNK, byte_fallback=True, fuse_unk=True)
+    # A text that spells the name of a byte piece must not become that byte.
+    scored = [(piece.text, _NEVER if piece.is_byte else piece.score) for piece in model.pieces]
+    return Unigram(scored, unk_id, byte_fallback=True)
+
+
+def _merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
+    """Return every way to put a piece together of two, in the order in which sentencepiece prefers the results."""
+    ranked = {piece.text: -piece.score for piece in pieces if piece.is_text}
     merges = []
-    for piece in sorted(ranked, key=ranked.__getitem__):
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    for text in sorted(ranked, key=ranked.__getitem__):
+        splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         merges += [pair for pair in splits if pair[0] in ranked and pair[1] in ranked]
     return merges

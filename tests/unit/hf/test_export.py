@@ -2,68 +2,32 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
+from raptr_ds.data.indexed import write_index
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.hf.model import hugging_face_inputs
-from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
-from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
-from raptr_ds.parallel.topology import Topology
+from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
-from raptr_ds.prepare.corpus import FileSource
-from raptr_ds.prepare.readers import ReadingOptions
-from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
 
 ROOT = Path(__file__).parents[3]
-TEXTS = [
-    "the cat sat on the mat",
-    "  two spaces before,  two between and two after  ",
-    "first line\nsecond line\n\nafter an empty one\n",
-    "\n\nempty lines first",
-    "\tindented\n    four spaces\n",
-    "unseen: \u4f60\u597d \U0001f600 \u00e9\u00e8",
-    "digits 1234567890 and (punctuation) [brackets] <angles>",
-    "",
-]
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroups]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield make_process_groups(Topology(1, 1, 1), 0, torch.device("cpu"))
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
-def help_topics() -> list[str]:
-    """Return English prose that every Python has: the same for one version of Python."""
-    return [topics[name] for name in sorted(topics)]
-
-
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of the text of Python's help topics."""
-    corpus = tmp_path_factory.mktemp("text") / "text.txt"
-    corpus.write_text("\n".join(help_topics()[:30]))
-    settings = TokenizerSettings(vocab_size=700, num_sentinels=8, model_type=request.param)
-    return train_tokenizer([FileSource(corpus, ReadingOptions())], settings)
+ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
 
 
 def model_of(architecture: str, vocab_size: int) -> ModelSection:
@@ -86,10 +50,33 @@ def run_folder(folder: Path, groups: ProcessGroups, model: ModelSection, tokeniz
     return stage
 
 
-def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "export_hf.py"), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+@dataclass(frozen=True)
+class Done:
+    """How a call of the tool ended."""
+
+    code: object
+    printed: str
+    error: str
+
+
+Export = Callable[..., Done]
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Export:
+    """Runs the tool in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / "export_hf.py"), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 def a_batch(model: ModelSection) -> MicroBatch:
@@ -107,16 +94,16 @@ def a_batch(model: ModelSection) -> MicroBatch:
     return collate(samples, [0, 1], model.seq_length, pad_id=0)
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
+@ONLY_BPE
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_the_exported_folder_is_the_trained_model(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, architecture: str
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, architecture: str, export: Export
 ) -> None:
     model = model_of(architecture, tokenizer.vocab_size)
     stage = run_folder(tmp_path / "run", groups, model, tokenizer)
     done = export(tmp_path / "run", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "step 3" in done.stdout
+    assert done.code == 0, done.error
+    assert "step 3" in done.printed
     loader = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
     theirs = loader.from_pretrained(tmp_path / "out").eval()
     batch = a_batch(model)
@@ -124,7 +111,11 @@ def test_the_exported_folder_is_the_trained_model(
         their_loss = theirs(**hugging_face_inputs(model, batch)).loss
         our_loss = stage(batch.tokens, batch, LayerPath.full(2), None).mean()
     assert abs(their_loss - our_loss) < 1e-5  # fp32, another order of sums
-    assert (theirs.config.pad_token_id, theirs.config.eos_token_id) == (tokenizer.pad_id, tokenizer.eos_id)
+    special_ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    files = ["config.json"] if architecture == "bert" else ["config.json", "generation_config.json"]
+    for file in files:
+        written = json.loads((tmp_path / "out" / file).read_text())
+        assert {key: written.get(key) for key in special_ids} == special_ids
 
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     ends = [tokenizer.cls_id], [tokenizer.sep_id]
@@ -134,11 +125,11 @@ def test_the_exported_folder_is_the_trained_model(
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.model
 
     again = export(tmp_path / "run", tmp_path / "out")
-    assert again.returncode == 2
-    assert "already" in again.stderr
+    assert again.code == 2
+    assert "already" in again.error
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
+@ONLY_BPE
 def test_weights_come_back_bit_by_bit(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
     model = model_of("ul2", tokenizer.vocab_size)
     stage = run_folder(tmp_path / "run", groups, model, tokenizer)
@@ -149,33 +140,229 @@ def test_weights_come_back_bit_by_bit(tmp_path: Path, groups: ProcessGroups, tok
     assert all(torch.equal(trained.weights[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
-def test_errors_of_the_export(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
-    missing = export(tmp_path / "nothing", tmp_path / "out")
-    assert missing.returncode == 2
-    assert "no such folder" in missing.stderr
+CLEAN = """
+import sys
+sys.modules["raptr_ds"] = None  # as where it is not installed
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+tokenizer, model = (loader.from_pretrained(sys.argv[1]) for loader in (AutoTokenizer, AutoModelForMaskedLM))
+tokens = tokenizer("the [MASK] of", "a class", return_tensors="pt")
+print(tokens["input_ids"].tolist(), model(**tokens).logits.argmax(-1).tolist())
+"""
+
+
+@ONLY_BPE
+def test_transformers_alone_reads_the_folder(
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+) -> None:
+    run_folder(tmp_path / "run", groups, model_of("bert", tokenizer.vocab_size), tokenizer)
+    assert export(tmp_path / "run", tmp_path / "out").code == 0
+    command = [sys.executable, "-c", CLEAN, str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    clean = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=True, env=environment, cwd=tmp_path
+    )
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert clean.stdout.startswith(str([reloaded("the [MASK] of", "a class")["input_ids"]]))
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "unigram"], indirect=True)
+def test_fill_mask_predicts_what_our_model_does(
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+) -> None:
+    model = model_of("bert", tokenizer.vocab_size)
+    stage = run_folder(tmp_path / "run", groups, model, tokenizer)
+    assert export(tmp_path / "run", tmp_path / "out").code == 0
+    answers = pipeline("fill-mask", model=str(tmp_path / "out"))("The value [MASK] a name.", top_k=10)
+
+    before, after = tokenizer.encode("The value"), tokenizer.encode("a name.")
+    tokens = np.array([tokenizer.cls_id, *before, tokenizer.mask_id, *after, tokenizer.sep_id])
+    every_token = np.arange(tokenizer.vocab_size)
+    masked = np.full(tokenizer.vocab_size, 1 + len(before))
+    batch = collate([Sample(tokens, masked, every_token, len(tokens))], [0], model.seq_length, tokenizer.pad_id)
+    with torch.no_grad():
+        probabilities = torch.exp(-stage(batch.tokens, batch, LayerPath.full(2), None))
+    assert abs(probabilities.sum() - 1) < 1e-4
+    assert [answer["token"] for answer in answers] == probabilities.argsort(descending=True)[:10].tolist()
+    for answer in answers:
+        assert abs(answer["score"] - probabilities[answer["token"]]) < 1e-6  # fp32, another order of sums
+        word = tokenizer.decode([*before, answer["token"], *after])
+        assert answer["sequence"] == word
+
+
+class AlwaysEnds(torch.nn.Module):
+    """A head that predicts one token."""
+
+    def __init__(self, vocab_size: int, token: int) -> None:
+        super().__init__()
+        self.logits = torch.nn.functional.one_hot(torch.tensor(token), vocab_size).float()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*hidden.shape[:-1], -1)
+
+
+@ONLY_BPE
+def test_generation_stops_at_the_end_of_a_text(
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+) -> None:
+    run_folder(tmp_path / "run", groups, model_of("ul2", tokenizer.vocab_size), tokenizer)
+    assert export(tmp_path / "run", tmp_path / "out").code == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompts = ["[S2S] the name of", "a"]
+    batch = theirs.generate(**reloaded(prompts, padding=True, return_tensors="pt"), max_new_tokens=6)
+    for prompt, row in zip(prompts, batch.tolist(), strict=True):
+        one = theirs.generate(**reloaded(prompt, return_tensors="pt"), max_new_tokens=6)[0].tolist()
+        padding = len(row) - len(one)
+        assert row == [tokenizer.pad_id] * padding + one
+    theirs.lm_head = AlwaysEnds(tokenizer.vocab_size, tokenizer.eos_id)
+    prompt = reloaded("the name", return_tensors="pt")
+    generated = theirs.generate(**prompt, max_new_tokens=20)[0].tolist()
+    assert generated == [*prompt["input_ids"][0].tolist(), tokenizer.eos_id]
+
+
+@pytest.fixture
+def run(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> Path:
+    folder = tmp_path / "run"
+    run_folder(folder, groups, model_of("bert", tokenizer.vocab_size), tokenizer)
+    return folder
+
+
+def is_refused(done: Done, *words: object) -> bool:
+    """Whether the tool ended by one message of ours that has all of the words."""
+    return done.code == 2 and done.error.startswith("error: ") and all(str(word) in done.error for word in words)
+
+
+@ONLY_BPE
+def test_another_size_of_vocabulary_is_refused(
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+) -> None:
     run_folder(tmp_path / "run", groups, model_of("bert", 650), tokenizer)
-    other = export(tmp_path / "run", tmp_path / "out")
-    assert other.returncode == 2
-    assert "700 entries, the model 650" in other.stderr
+    assert is_refused(export(tmp_path / "run", tmp_path / "out"), "700 entries, the model 650")
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_transformers_gives_the_same_ids_and_text(tokenizer: Tokenizer, text: str) -> None:
-    theirs = tokenizer_to_hugging_face(tokenizer, "ul2", 24)
-    ids = theirs(text)["input_ids"]
-    assert ids == tokenizer.encode(text).tolist()
-    assert theirs.decode(ids) == text
+@ONLY_BPE
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"raptr_ds": {"data": {"pa',
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"raptr_ds": null}',
+        b'{"raptr_ds": {"data": {}}}',
+        b'{"raptr_ds": {"data": []}}',
+        b'{"raptr_ds": {"data": {"path": null}}}',
+        b'{"raptr_ds": {"data": {"path": {}}}}',
+        b'{"raptr_ds": {"data": {"path": ["a", "b"]}}}',
+        b'{"raptr_ds": {"data": {"path": "a", "tokenizer": 5}}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+    ids=range(14),
+)
+def test_a_damaged_configuration_is_refused(run: Path, export: Export, content: bytes) -> None:
+    (run / "config.json").write_bytes(content)
+    assert is_refused(export(run, run.parent / "out"), run / "config.json", "damaged", "--tokenizer FILE")
+    assert not (run.parent / "out").exists()
 
 
-def test_transformers_gives_the_same_ids_for_much_text(tokenizer: Tokenizer) -> None:
-    """Line by line; a unigram model may have two segmentations of the same score, of which each library takes one."""
-    theirs = tokenizer_to_hugging_face(tokenizer, "ul2", 24)
-    lines = [line for topic in help_topics()[30:60] for line in topic.splitlines() if line.strip()]
-    assert len(lines) > 500
-    differing = 0
-    for line in lines:
-        ids = theirs(line)["input_ids"]
-        assert theirs.decode(ids) == line
-        differing += ids != tokenizer.encode(line).tolist()
-    assert differing <= 0.01 * len(lines)
+@ONLY_BPE
+def test_a_run_without_its_configuration_needs_the_tokenizer_named(run: Path, export: Export) -> None:
+    (run / "config.json").unlink()
+    assert export(run, run.parent / "out", "--tokenizer", run.parent / "data" / "tokenizer.model").code == 0
+    assert (run.parent / "out" / "tokenizer.json").exists()
+
+
+@ONLY_BPE
+def test_incomplete_runs_are_refused(run: Path, export: Export) -> None:
+    out = run.parent / "out"
+    step = run / "checkpoints" / "step-00000003"
+    assert is_refused(export(run.parent / "nothing", out), "no such folder")
+    assert is_refused(export(run.parent / "data", out), "no checkpoint in it")
+
+    tokenizer = run.parent / "data" / "tokenizer.model"
+    tokenizer.rename(tokenizer.with_name("elsewhere"))
+    assert is_refused(export(run, out), tokenizer, run / "config.json", "--tokenizer FILE", "--tokenizer none")
+    tokenizer.write_bytes(b"no model")
+    assert is_refused(export(run, out), tokenizer, "not a sentencepiece model")
+
+    tensors = step / "rank-00000.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    assert is_refused(export(run, out), step, "rank-00000.safetensors has")
+    tensors.unlink()
+    assert is_refused(export(run, out), step, "rank-00000.safetensors: No such file")
+    tensors.write_bytes(whole)
+    manifest = step / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:40])
+    assert is_refused(export(run, out), step, "manifest.json is no manifest")
+    manifest.unlink()
+    assert is_refused(export(step, out), step, "cannot read manifest.json")
+    assert not out.exists()
+
+
+@ONLY_BPE
+def test_what_may_not_be_read_is_refused(run: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's refusal is made here: tests may run as root, who may read everything."""
+    out = run.parent / "out"
+
+    def refuse(method: str, refused: Path) -> None:
+        allowed = getattr(Path, method)
+
+        def read(path: Path, *arguments: object, **options: object) -> object:
+            if path == refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return allowed(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, method, read)
+
+    refuse("read_bytes", run.parent / "data" / "tokenizer.model")
+    assert is_refused(export(run, out), "tokenizer.model: Permission denied")
+    refuse("read_text", run / "config.json")
+    assert is_refused(export(run, out), f"cannot read {run / 'config.json'}: Permission denied")
+    refuse("iterdir", run / "checkpoints")
+    assert is_refused(export(run, out), f"cannot read the checkpoints in {run}: Permission denied")
+    monkeypatch.undo()
+
+
+@ONLY_BPE
+def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Export) -> None:
+    (run.parent / "file").write_text("")
+    assert is_refused(export(run, run.parent / "file"), "cannot write")
+    assert is_refused(export(run, run.parent / "file" / "out"), "cannot write")
+
+
+@ONLY_BPE
+def test_weights_without_a_tokenizer(run: Path, export: Export) -> None:
+    """Asked for, or where a checkpoint lies outside of its run."""
+    asked = export(run, run.parent / "out", "--tokenizer", "none")
+    assert asked.code == 0
+    copied = (run / "checkpoints" / "step-00000003").rename(run.parent / "step-00000003")
+    alone = export(copied, run.parent / "out2")
+    assert alone.code == 0
+    for done, name in ((asked, "out"), (alone, "out2")):
+        assert "without a tokenizer" in done.printed
+        assert not (run.parent / name / "tokenizer.json").exists()
+        assert AutoModelForMaskedLM.from_pretrained(run.parent / name).config.eos_token_id is None
+
+
+@ONLY_BPE
+def test_validation_documents_are_compared(
+    run: Path, export: Export, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [np.append(tokenizer.encode(text), tokenizer.eos_id) for text in ("one document", "two\nlines")]
+    data = run.parent / "data"
+    write_index(data / "validation.idx", np.array([len(document) for document in documents]), np.dtype(np.uint16))
+    (data / "validation.bin").write_bytes(np.concatenate(documents).astype(np.uint16).tobytes())
+    encoded = []
+
+    def encode(self: Tokenizer, text: str) -> np.ndarray:
+        encoded.append(text)
+        return original(self, text)[: None if text != "two\nlines" else -1]
+
+    original = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    assert is_refused(export(run, run.parent / "out"), "'two\\nlines' has", "encode differently")
+    assert "one document" in encoded
+    assert not (run.parent / "out").exists()
