@@ -38,9 +38,8 @@ COMPARED_TOKENS = 1000
 
 @dataclass(frozen=True)
 class RunData:
-    """The files that a run's config.json names. folders: the prepared ones."""
+    """What a run's config.json names. folders: the prepared ones; tokenizer: its file."""
 
-    config: Path
     folders: tuple[Path, ...]
     tokenizer: Path
 
@@ -55,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the weights (default fp32)")
     arguments = parser.parse_args()
-    if os.path.exists(arguments.output / "config.json"):  # noqa: PTH110 - unlike Path's, false where not permitted
+    if os.access(arguments.output / "config.json", os.F_OK):
         raise ConfigError(f"{arguments.output} holds a model or a run already. Name another folder, or remove it.")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     trained = load_model(arguments.source)
@@ -99,14 +98,14 @@ def read_run_data(checkpoint: Path) -> RunData | None:
 
     Raises: ConfigError if config.json cannot be read or does not name the data.
     """
-    run = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
-    config = run / "config.json"
-    if not config.exists():
-        return None
+    folder = checkpoint.absolute().parent
+    config = (folder.parent if folder.name == CHECKPOINTS else folder) / "config.json"
     try:
         content = json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["data"]
         folders = tuple(map(Path, folders_of(content["path"])))
-        return RunData(config, folders, Path(content.get("tokenizer") or folders[0] / TOKENIZER))
+        return RunData(folders, Path(content.get("tokenizer") or folders[0] / TOKENIZER))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise ConfigError(f"cannot read {config}: {error.strerror or error}. Check its permissions.") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -122,19 +121,14 @@ def load_tokenizer(named: str | None, data: RunData | None, trained: TrainedMode
 
     Raises: DataError if it cannot be read, or has another size than the model's vocabulary.
     """
-    if named == "none":
+    path = Path(named) if named else data and data.tokenizer
+    if named == "none" or path is None:
         return None
-    if named is not None:
-        path = named
-    elif data is None:
-        return None
-    else:
-        path = data.tokenizer
-        if not path.exists():
-            raise DataError(
-                f"the tokenizer {path}, to which {data.config} leads, does not exist. Name it with --tokenizer FILE, or "
-                "export the weights without it with --tokenizer none."
-            )
+    if not named and not os.access(path, os.R_OK):
+        raise DataError(
+            f"the tokenizer {path}, which the run's config.json leads to, is not there or cannot be read. Name it with "
+            "--tokenizer FILE, or export the weights without it by --tokenizer none."
+        )
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != trained.model.vocab_size:
         raise DataError(
@@ -149,7 +143,7 @@ def validation_texts(data: RunData | None, tokenizer: Tokenizer) -> Iterator[str
     for folder in data.folders if data else ():
         try:
             documents = open_indexed(folder / "validation", tokenizer.vocab_size)
-        except DataError:  # moved or deleted since training, or of another tokenizer: no reason not to export
+        except (DataError, OSError):  # moved or deleted since training, or prepared anew: no reason not to export
             continue
         for index in range(min(COMPARED_DOCUMENTS, len(documents.lengths))):
             yield tokenizer.decode(documents.document(index)[:COMPARED_TOKENS])

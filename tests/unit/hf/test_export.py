@@ -283,7 +283,7 @@ def test_incomplete_runs_are_refused(run: Path, export: Export) -> None:
 
     tokenizer = run.parent / "data" / "tokenizer.model"
     tokenizer.rename(tokenizer.with_name("elsewhere"))
-    assert is_refused(export(run, out), tokenizer, run / "config.json", "--tokenizer FILE", "--tokenizer none")
+    assert is_refused(export(run, out), tokenizer, "config.json", "--tokenizer FILE", "--tokenizer none")
     tokenizer.write_bytes(b"no model")
     assert is_refused(export(run, out), tokenizer, "not a sentencepiece model")
 
