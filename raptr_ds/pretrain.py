@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run fil
 
 
 def main(arguments: Sequence[str] | None = None) -> Exit:
-    """Run the command line and return the exit code; a user's mistake is printed once, by one rank."""
+    """Run the command line and return the exit code; one rank prints a user's mistake."""
     options = parse(arguments)
     launch = None
     try:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
 
 
 def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
-    """Set the run up, train it, and leave with everything on disk."""
+    """Set the run up, train it, and return with everything on disk."""
     with uncollected_imports():
         import torch
 
@@ -61,11 +61,11 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
 
 
 def train(session: Session) -> Exit:
-    """Train from where the session stands to the end, or to a stop that all ranks agreed on.
+    """Train from the session's state to the end, or to a stop that all ranks agreed on.
 
-    Raises: NonFiniteError, on every rank, where too many steps in a row were skipped and the run must end.
+    Raises: NonFiniteError, on all ranks, if too many steps in a row were skipped and the run may not go on.
     """
-    from raptr_ds.runtime.recovery import recover
+    from raptr_ds.runtime.non_finite import recover
     from raptr_ds.runtime.session import evaluate
 
     config, state = session.config, session.state

@@ -1,4 +1,4 @@
-"""How this process was started: its rank as deepspeed, torchrun, srun or mpirun say. The one reader of os.environ."""
+"""How this process was started: its rank from deepspeed, torchrun, srun or mpirun. The one reader of os.environ."""
 
 import os
 import socket
@@ -59,7 +59,7 @@ def detect_launch() -> Launch:
 
 
 def prepare_imports(has_gpu: bool) -> None:
-    """Settle what DeepSpeed and megatron-core would find out and print, on every rank, when they are imported."""
+    """Decide what DeepSpeed and megatron-core would find out and print on every rank when they are imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
     if has_gpu and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         # Paths change in length, and blocks cut for one do not fit the next. torch reads this when it first allocates
@@ -78,7 +78,7 @@ def _store_attempt() -> int | None:
 
 
 def has_own_malloc_settings() -> bool:
-    """Whether the user's environment configures glibc's memory management."""
+    """Return whether the user's environment has settings for glibc's memory."""
     names = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in names)
 
@@ -125,7 +125,7 @@ def _mpirun_launch() -> Launch:
     port = os.environ.get("MASTER_PORT") or (free_port() if world.rank == 0 else None)
     address, port = world.bcast((address, port), root=0)
     found = Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
-    # MPI has served: the rest goes through torch.distributed. A process that ends without this is a failure to mpirun.
+    # The rest goes through torch.distributed. mpirun reports a failure for a process that ends without this.
     MPI.Finalize()
     return found
 

@@ -22,7 +22,7 @@ class _PostponedPackage(ModuleType):
         module = f"{self.__name__}.{name}"
         if not name.startswith("__") and find_spec(module) is not None:
             return import_module(module)
-        self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]
         assert self.__spec__ is not None
         assert self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)

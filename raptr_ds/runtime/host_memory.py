@@ -1,4 +1,4 @@
-"""The host's memory: what a step frees stays with the process for the next one, and libraries are no garbage."""
+"""The host's memory: freed memory stays with the process, and imported modules are excluded from garbage collection."""
 
 import ctypes
 import gc
@@ -13,11 +13,11 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, where the user's environment does not tell it what to do.
+    """Let glibc keep freed memory, unless the user's environment has settings of its own.
 
-    Each step frees its activations and gradients and takes as much again. glibc gives large pieces back to the system,
+    Each step frees its activations and gradients and allocates as much again. glibc returns large pieces to the system,
     which then clears and maps every page anew: up to a tenth of a step (docs/performance.md). The peak stays the same.
-    Other C libraries are left alone.
+    Other C libraries stay as they are.
     """
     if sys.platform != "linux" or has_own_malloc_settings():
         return
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def uncollected_imports() -> Iterator[None]:
-    """Import without collecting garbage, and leave what was imported out of all later collections.
+    """Import without garbage collection in this block, and exclude what was imported from all later collections.
 
     torch, DeepSpeed and megatron-core are a third of a million objects that stay. Looking through them again and again
     is a quarter of the time that importing them takes, and a tenth of a second in a collection during training.

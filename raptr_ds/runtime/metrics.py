@@ -1,22 +1,23 @@
-"""Metrics: the one place that records what training measures, and hands it to every sink.
+"""Metrics: the one place that records what training measures, and passes it to every sink.
 
 Lines of metrics.jsonl (docs and outside checks rely on the keys):
 training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, skipped_steps, step_seconds,
 tokens_per_second, mfu; evaluation: step, eval_loss, path_length.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
-Where layers run in parts (path.method width), "width" is the number of heads of each layer that run; where a step takes
+Where parts of layers run (path.method width), "width" is the number of heads of each layer that run; where a step takes
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raptr_ds import paths
 from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
-from raptr_ds.runtime.progress import NoProgress, Progress, ProgressState
+from raptr_ds.runtime.progress import Progress, ProgressState
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 
@@ -27,7 +28,7 @@ class TrainingStep:
 
     step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
     clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
-    skipped: the step moved no weight, as a number was not finite; skipped_steps: how many such steps there were so far.
+    skipped: the step moved no weight, as a number was not finite; skipped_steps: the number of such steps so far.
     """
 
     step: int
@@ -46,7 +47,7 @@ class TrainingStep:
     skipped_steps: int = 0
 
 
-class Metrics:
+class Metrics(AbstractContextManager["Metrics"]):
     """Records training steps and evaluations of a run; on ranks other than 0 (`folder` None) it does nothing.
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
@@ -69,7 +70,7 @@ class Metrics:
     ) -> None:
         self._num_steps = num_steps
         self._interval = interval
-        self._progress = progress if progress is not None and folder is not None else NoProgress()
+        self._progress = progress if progress is not None and folder is not None else Progress()
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
         self._folder = folder
@@ -101,7 +102,7 @@ class Metrics:
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
 
     def rewind(self, step: int) -> None:
-        """Take back all that was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
+        """Remove what was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
         if self._file is not None:
             self._file.rewind(step)
         if self._tensorboard is not None and self._folder is not None:
@@ -109,28 +110,24 @@ class Metrics:
             self._tensorboard = TensorBoardSink(self._folder / "tensorboard", step)
 
     def say(self, message: str) -> None:
-        """Show a message to whoever watches, without tearing the live line; on rank 0 only."""
+        """Print a message above the live line; on rank 0 only."""
         self._progress.say(message)
 
     def sync(self) -> None:
-        """Put all that was recorded on the disk; called before a checkpoint is."""
+        """Write all that was recorded to disk; called before a checkpoint is written."""
         if self._file is not None:
             self._file.sync()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Finish all sinks."""
+        """Close all sinks."""
         self._progress.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._file is not None:
             self._file.close()
         self._file = self._tensorboard = None
-
-    def __enter__(self) -> "Metrics":
-        """Return the metrics, to be closed at the end of the block."""
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Close, whatever happened."""

@@ -1,17 +1,27 @@
-"""When numbers are not finite: what a run does once enough steps in a row had to be skipped. Pure, no torch.
+"""When numbers are not finite: what a run does once too many steps in a row had to be skipped.
 
-The engine has skipped each of these steps on all ranks alike, so no weight has moved since before the first. All ranks
-decide by the same numbers and come to the same end without asking each other.
+The engine has skipped each of these steps on all ranks, so no weight has moved since before the first. All ranks decide
+by the same numbers and come to the same end without asking each other.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.errors import CheckpointError, NonFiniteError
+from raptr_ds.runtime.metrics_file import ROLLED_BACK
 from raptr_ds.runtime.state import RunState
+
+if TYPE_CHECKING:
+    from raptr_ds.checkpoint.manager import RestoredState
+    from raptr_ds.runtime.session import Session
 
 MAX_ROLLBACKS_TO_ONE_STEP = 3
 """A fourth time it is not the data."""
 
-MENDS = (
+_FIX = (
     "Lower optimizer.params.lr or gradient_clipping, or lengthen the warm-up; with fp16, train in bf16. "
     "raptr_ds.train.on_non_finite=rollback (with raptr_ds.checkpoint.interval) goes back and leaves the data out; "
     "raptr_ds.train.max_non_finite_steps=0 goes on whatever happens."
@@ -20,17 +30,17 @@ MENDS = (
 
 @dataclass(frozen=True)
 class NonFinitePolicy:
-    """How many skipped steps in a row a run bears (0: any number), and whether it then rolls back or stops."""
+    """How many skipped steps in a row a run accepts (0: any number), and whether it then rolls back or stops."""
 
     max_steps: int
     rolls_back: bool
 
     def is_exhausted(self, state: RunState) -> bool:
-        """Tell whether the run must not go on from `state` as if nothing had happened."""
+        """Return whether the run must roll back or stop after `state`."""
         return 0 < self.max_steps <= state.skipped_in_row
 
     def may_roll_back(self, state: RunState, to_step: int) -> bool:
-        """Tell whether one more rollback to the checkpoint of `to_step` may help."""
+        """Return whether one more rollback to the checkpoint of `to_step` may help."""
         return state.rolled_back_to != to_step or state.rollbacks_there < MAX_ROLLBACKS_TO_ONE_STEP
 
 
@@ -44,3 +54,46 @@ def what_happened(state: RunState, loss: float, grad_norm: float) -> str:
         f"{steps} had a loss or a gradient that is not finite (last: loss {loss:g}, gradient norm {grad_norm:g}) and "
         f"moved no weight; the weights are those after step {state.last_finite_step}"
     )
+
+
+def recover(session: Session, state: RunState, result: StepResult) -> RunState:
+    """Roll the engine and the metrics back and return the state to go on from; all ranks call it.
+
+    The checkpoint is the newest good one from before the first skipped step. Steps after it are trained again, along
+    the same paths at the same learning rates, on data that the run has not seen: the window that failed, and what lies
+    between it and the checkpoint, is left out. The new branch of the run is saved at once, so that an interrupted run
+    continues it and does not meet the same data again.
+    Raises: NonFiniteError, on all ranks, if the run is to stop or cannot roll back; checkpoints stay.
+    """
+    happened = what_happened(state, result.loss, result.grad_norm)
+    session.agreement.restart()  # the step that is being agreed on will not be the next
+    session.finish_saving()
+    if not session.non_finite.rolls_back:
+        raise NonFiniteError(f"{happened} (raptr_ds.train.max_non_finite_steps={session.non_finite.max_steps}). {_FIX}")
+    try:
+        restored = _restore(session, state)
+        there = session.run_state_of(restored)
+    except CheckpointError as error:
+        raise NonFiniteError(f"{happened}, and there is no way back: {error} {_FIX}") from error
+    if not session.non_finite.may_roll_back(state, there.step):
+        raise NonFiniteError(
+            f"{happened}, and {state.rollbacks_there} rollbacks to step {there.step}, each with other data, did not "
+            f"help. {_FIX}"
+        )
+    session.metrics.rewind(there.step)
+    rolled_back = state.rolled_back(there)
+    session.metrics.say(
+        f"{happened}. Rolled back to {restored.folder}, and on with other data: {state.data_step - there.data_step} "
+        f"batches are left out. The metrics of these steps are in {ROLLED_BACK}"
+    )
+    session.save(rolled_back)
+    return rolled_back
+
+
+def _restore(session: Session, state: RunState) -> RestoredState:
+    """Load the newest good checkpoint from before the skipped steps. Raises: CheckpointError if there is none."""
+    limit = state.last_finite_step
+    restored = session.checkpoints.restore(session.engine, "auto", session.config.model, not_after=limit)
+    if restored is None:
+        raise CheckpointError(f"{session.checkpoints.folder} has no checkpoint of step {limit} or before.")
+    return restored

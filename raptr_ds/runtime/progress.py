@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -58,37 +58,21 @@ def short_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-class Progress(Protocol):
-    """Shows how a run goes."""
+class Progress:
+    """Shows how a run goes; this one shows nothing."""
 
     def show(self, state: ProgressState) -> None:
         """Show the state after a step."""
-        ...
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        ...
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
-        ...
+        """Restore the terminal."""
 
 
-class NoProgress:
-    """Shows nothing."""
-
-    def show(self, state: ProgressState) -> None:
-        """Do nothing."""
-
-    def say(self, message: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class PlainProgress:
-    """Prints a line for the first and last step, at a new phase, and otherwise every ten seconds."""
+class PlainProgress(Progress):
+    """Prints a line for the first and last step, at a new phase, and every ten seconds in between."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream: TextIO | None = stream
@@ -115,9 +99,6 @@ class PlainProgress:
             _discard(self._stream)
             self._stream = None
 
-    def close(self) -> None:
-        """Do nothing."""
-
 
 def _discard(stream: TextIO) -> None:
     """Send what a stream still buffers nowhere: Python would fail to flush it at exit, and end with code 120."""
@@ -125,7 +106,7 @@ def _discard(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-class RichProgress:
+class RichProgress(Progress):
     """Keeps one live line at the bottom of a terminal; what `say` prints scrolls above it."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -144,7 +125,7 @@ class RichProgress:
         self._started = False
 
     def show(self, state: ProgressState) -> None:
-        """Bring the live line up to date."""
+        """Update the live line."""
         if not self._started:
             self._bar.start()
             self._started = True
@@ -165,7 +146,7 @@ def build_progress(kind: str, stream: TextIO | None = None) -> Progress:
     """Return the progress that `raptr_ds.log.progress` names; auto is rich on a terminal and plain elsewhere."""
     output: TextIO = sys.stdout if stream is None else stream
     if kind == "none":
-        return NoProgress()
+        return Progress()
     if kind == "rich" or (kind == "auto" and output.isatty()):
         return RichProgress(output)
     return PlainProgress(output)

@@ -1,4 +1,4 @@
-"""The run's folder: that it can be written, and its record of the configuration."""
+"""The run's folder: a check that it can be written, and config.json."""
 
 import json
 import tempfile
@@ -10,7 +10,7 @@ from raptr_ds.errors import ConfigError
 
 
 def prepare_run_folder(folder: Path, rank: int) -> None:
-    """Make the folder and try that this rank can write there. Raises: ConfigError if it cannot."""
+    """Create the folder and check that this rank can write there. Raises: ConfigError if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".try-", suffix=f".{rank}") as attempt:
@@ -19,7 +19,7 @@ def prepare_run_folder(folder: Path, rank: int) -> None:
     except OSError as error:
         raise ConfigError(
             f"raptr_ds.train.save={str(folder)!r} cannot be written by rank {rank}: {error.strerror or error}. "
-            "Give a folder that exists or can be made, on a disk with room, with write permission for this user."
+            "Set it to a folder that this user may create or write, on a disk with free space."
         ) from error
 
 

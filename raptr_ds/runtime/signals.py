@@ -1,8 +1,7 @@
-"""Stop signals: requests to end the run, noticed at any time and acted upon by the loop between two steps.
+"""Stop signals: requests to end the run, noticed at any time; the loop acts on them between two steps.
 
 Signals may reach one rank only, so `requested` is this rank's own view; ranks agree on it elsewhere.
-This module imports no torch, and a run imports it first: a launcher that dies while the rest is being imported is
-noticed too.
+This module does not import torch, and a run imports it first: it notices a launcher that dies during the other imports.
 """
 
 import contextlib
@@ -91,7 +90,7 @@ class StopSignals:
         return self._reason
 
     def progressed(self, allow_seconds: float | None = None) -> None:
-        """Tell that the run is alive; the loop calls this once a step, and before anything that takes long.
+        """Record that the run is alive; the loop calls this once a step, and before anything that takes long.
 
         allow_seconds: how long the time to the next call may be without a launcher; by default the grace period, or
         twice the last time between calls if that is more.
@@ -110,7 +109,7 @@ class StopSignals:
         self._previous_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup: the user has said that hanging up must not stop the run
+                continue  # nohup: hanging up must not stop the run
             self._previous_handlers[number] = signal.signal(number, self._handle)
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._watcher = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
@@ -118,7 +117,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Put the previous handlers back and stop watching."""
+        """Restore the previous handlers and stop watching."""
         self._restore_handlers()
         self._closed.set()
         os.write(self._write_end, b"\0")

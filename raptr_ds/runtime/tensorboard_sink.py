@@ -33,8 +33,8 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "raptr_ds.log.tensorboard=true needs the tensorboard package. pip install tensorboard, or set it to "
-                "false."
+                "raptr_ds.log.tensorboard=true needs the tensorboard package. Install it (pip install tensorboard), or "
+                "set raptr_ds.log.tensorboard to false."
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
@@ -45,13 +45,13 @@ class TensorBoardSink:
                 self._writer.add_scalar(tag, line[key], line["step"])
 
     def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Write the loss of an evaluation line, under the path length that it was made with."""
+        """Write the loss of an evaluation line, under its path length."""
         self._writer.add_scalar(f"eval/loss_of_{line['path_length']}_layers", line["eval_loss"], line["step"])
 
     def flush(self) -> None:
-        """Put all events on the disk."""
+        """Write all events to disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left and close."""
+        """Write the remaining events and close."""
         self._writer.close()

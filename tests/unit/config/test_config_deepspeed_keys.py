@@ -109,7 +109,7 @@ def test_other_keys_are_refused_with_those_that_are_supported(load, override, sa
         ("fp16.loss_scale_window=0", "must be a whole number, 1 or more"),
         ("fp16.min_loss_scale=-1", "must be a whole number, 1 or more"),
         ("communication_data_type=int8", "must be one of fp16, bf16, fp32"),
-        ("zero_optimization.offload_optimizer.device=cpu", "Gradients that are offloaded miss in the norm"),
+        ("zero_optimization.offload_optimizer.device=cpu", "Offloaded gradients would be missing from the norm"),
         ("zero_optimization.zero_quantized_weights=true", "has not been tested"),
         (
             "optimizer.type=AdmaW",
