@@ -143,8 +143,8 @@ _METRICS = "Remove it: a run writes metrics.jsonl and, with raptr_ds.log.tensorb
 _PRECISION = "Use bf16.enabled=true or fp16.enabled=true"
 _BATCHES = "Remove it: batches are a function of seed and step"
 _OFFLOAD = (
-    "Offloaded gradients would be missing from the norm that all layouts share. Remove it; stage 3, pipeline stages and "
-    "raptr_ds.parallel.activation_checkpointing save memory"
+    "Offloaded gradients would be missing from the norm that all layouts share. Remove it; stage 3, pipeline stages "
+    "and raptr_ds.parallel.activation_checkpointing save memory"
 )
 _UNTESTED = "Remove it: it has not been tested with layers that are skipped"
 _TENSOR = "Use raptr_ds.parallel.tensor_model_parallel_size"
