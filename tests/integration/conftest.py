@@ -1,4 +1,4 @@
-"""A tiny corpus, a tiny run, and the command line as users call it."""
+"""A tiny corpus, a tiny run, and the command line: as users call it, or in processes that have imported everything."""
 
 import json
 import os
@@ -6,11 +6,16 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from raptr_ds import pretrain
+from raptr_ds.parallel.launch import Launch
+from tests.dist.workers import run_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -94,6 +99,40 @@ def call(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=REPOSITORY, env=ENV, timeout=PATIENCE, capture_output=True, text=True, check=False
     )
+
+
+def forked(run: Path, *settings: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run the command line in processes forked from one that has imported everything, and wait for its end.
+
+    An interpreter of its own costs each process 5 s of CPU for its imports: it is for what only a real start shows.
+    Nothing ends the other ranks of one that fails alone, as launchers do. Output is that of all ranks, in their order.
+    Raises: AssertionError if ranks end with different exit codes.
+    """
+    words = ["--deepspeed_config", str(run), *(["--set", *settings] if settings else [])]
+    ended = run_distributed(_command_line, processes, words, timeout=PATIENCE)
+    codes, stdouts, stderrs = zip(*ended, strict=True)
+    assert len(set(codes)) == 1, (codes, stderrs)
+    return subprocess.CompletedProcess(words, codes[0], "".join(stdouts), "".join(stderrs))
+
+
+def _command_line(launch: Launch, words: list[str]) -> tuple[int, str, str]:
+    """Return the exit code, standard output and standard error of `pretrain.main` in this worker."""
+    os.chdir(REPOSITORY)
+    if launch.world_size == 1:  # as without a launcher
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        for stream, file in ((sys.stdout, stdout), (sys.stderr, stderr)):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+        code = int(pretrain.main(words))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        texts = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            texts.append(file.read())
+    return code, *texts
 
 
 def lines_of(save: Path) -> list[dict[str, Any]]:

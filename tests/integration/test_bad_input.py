@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import call, deepspeed_command, plain_command, tiny_run
+from tests.integration.conftest import call, deepspeed_command, forked, plain_command, tiny_run
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_damaged_data_folder(mistake: str, data_folder: Path, tmp_path: Path) 
     DATA_MISTAKES[mistake](damaged)
     run = tmp_path / "run.json"
     run.write_text(json.dumps(tiny_run(damaged, tmp_path / "run")))
-    done = call(plain_command(run))
+    done = forked(run)
     assert done.returncode == 2, done.stdout + done.stderr
     assert str(damaged) in done.stderr
     assert "Traceback" not in done.stderr
@@ -84,7 +84,7 @@ def test_too_few_sentinels(data_folder: Path, tmp_path: Path) -> None:
     changes = {"model": {"architecture": "ul2", "seq_length": 4096}}
     run = tmp_path / "run.json"
     run.write_text(json.dumps(tiny_run(data_folder, tmp_path / "run", **changes)))
-    done = call(plain_command(run))
+    done = forked(run)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "sentinels" in done.stderr
 
@@ -101,9 +101,9 @@ def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
 
 def test_a_checkpoint_of_another_model(run_file: Path, tmp_path: Path) -> None:
     short = ["raptr_ds.train.steps=2", "raptr_ds.eval.batches=0", "raptr_ds.path.schedule=4"]
-    assert call(plain_command(run_file, *short)).returncode == 0
+    assert forked(run_file, *short).returncode == 0
     other = [*short, "raptr_ds.model.hidden_size=64", f"raptr_ds.checkpoint.load={tmp_path}/run"]
-    done = call(plain_command(run_file, *other, f"raptr_ds.train.save={tmp_path}/other"))
+    done = forked(run_file, *other, f"raptr_ds.train.save={tmp_path}/other")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "hidden_size" in done.stderr
     assert "64" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, deepspeed_command, lines_of, tiny_run
+from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, deepspeed_command, forked, lines_of, tiny_run
 
 STEPS = 60
 TIMES = {"step_seconds", "tokens_per_second", "mfu"}  # what two runs of the same steps need not share
@@ -103,7 +103,7 @@ def _final_state(save: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def test_a_run_killed_at_random_moments_is_the_run_that_nobody_killed(data_folder: Path, tmp_path: Path) -> None:
     moments = random.Random(20)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = call(deepspeed_command(_write(tmp_path / "whole.json", data_folder, whole)))
+    done = forked(_write(tmp_path / "whole.json", data_folder, whole), processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     run = _write(tmp_path / "killed.json", data_folder, killed)
     _start_and_kill(run, killed, moments.randint(5, 20), moments.uniform(0, 0.2))  # steps, savings and evaluations

@@ -14,9 +14,9 @@ from tests.integration.conftest import (
     REPOSITORY,
     call,
     deepspeed_command,
+    forked,
     lines_of,
     tiny_run,
-    torchrun_command,
     training_lines,
 )
 
@@ -71,7 +71,7 @@ def test_a_rollback_leaves_the_bad_data_out_and_finishes(odd_data_folder: Path, 
     )
     tree.update(train_batch_size=2, fp16={"enabled": True, "loss_scale": 60_000})
     run.write_text(json.dumps(tree))
-    done = call(torchrun_command(run))
+    done = forked(run, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 5 had a loss or a gradient that is not finite" in done.stdout
     assert "Rolled back to" in done.stdout
@@ -88,7 +88,7 @@ def test_a_rollback_leaves_the_bad_data_out_and_finishes(odd_data_folder: Path, 
     manifest = json.loads((save / "checkpoints" / "step-00000012" / "manifest.json").read_text())
     assert (manifest["run_state"]["data_offset_steps"], manifest["run_state"]["skipped_steps"]) == (2, 1)
 
-    more = call(torchrun_command(run, "raptr_ds.train.steps=14", "raptr_ds.path.schedule=4"))
+    more = forked(run, "raptr_ds.train.steps=14", "raptr_ds.path.schedule=4", processes=2)
     assert more.returncode == 0, more.stdout + more.stderr
     assert [line["step"] for line in training_lines(save)] == list(range(1, 15))
     assert training_lines(save)[-1]["skipped_steps"] == 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import call, deepspeed_command, training_lines
+from tests.integration.conftest import call, deepspeed_command, forked, training_lines
 
 FAILING = """
 import os, sys
@@ -74,7 +74,7 @@ def test_later_it_is_a_fault_and_the_run_goes_on_from_its_checkpoint(run_file, t
     assert output.count("raptr_ds: DeviceMemoryError: rank 1") == 1
     assert "after 6 steps of this start" in output
     assert "goes on from its newest checkpoint" in output
-    done = call(deepspeed_command(run_file, *settings))
+    done = forked(run_file, *settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert "continuing after step 4" in done.stdout + done.stderr
     assert training_lines(tmp_path / "run")[-1]["step"] == 8

@@ -14,6 +14,7 @@ from tests.integration.conftest import (
     REPOSITORY,
     call,
     deepspeed_command,
+    forked,
     lines_of,
     plain_command,
     tiny_run,
@@ -70,8 +71,8 @@ def test_a_run_leaves_what_the_contract_says(run_file: Path, tmp_path: Path) -> 
 
 def test_the_resolved_configuration_is_a_run_file_with_the_same_outcome(run_file: Path, tmp_path: Path) -> None:
     settings = ["raptr_ds.train.steps=3", "raptr_ds.eval.batches=0"]
-    assert call(plain_command(run_file, *settings)).returncode == 0
-    again = call(plain_command(tmp_path / "run" / "config.json", f"raptr_ds.train.save={tmp_path}/again"))
+    assert forked(run_file, *settings).returncode == 0
+    again = forked(tmp_path / "run" / "config.json", f"raptr_ds.train.save={tmp_path}/again")
     assert again.returncode == 0, again.stderr
     first, second = training_lines(tmp_path / "run"), training_lines(tmp_path / "again")
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
@@ -98,7 +99,7 @@ def test_a_layout_writes_the_losses_of_one_process(
         tree = tiny_run(data_folder, tmp_path / name, **changes, path={"schedule": "3-4-5", **path})
         run = tmp_path / f"{name}.json"
         run.write_text(json.dumps({**tree, "train_micro_batch_size_per_gpu": 1}))
-        done = call(plain_command(run) if name == "one" else torchrun_command(run, *layout))
+        done = forked(run) if name == "one" else forked(run, *layout, processes=2)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = (lines_of(tmp_path / name) for name in ("one", "two"))
     assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6, 6]
@@ -112,9 +113,9 @@ def test_a_layout_writes_the_losses_of_one_process(
 def test_a_longer_run_continues_a_finished_one_bit_for_bit(run_file: Path, tmp_path: Path) -> None:
     """Two halves equal the whole: same layout, so the losses are the same numbers."""
     fixed_rate = ["raptr_ds.eval.batches=0", "raptr_ds.checkpoint.interval=5", "raptr_ds.path.schedule=3-4"]
-    whole = call(torchrun_command(run_file, *fixed_rate, f"raptr_ds.train.save={tmp_path}/whole"))
+    whole = forked(run_file, *fixed_rate, f"raptr_ds.train.save={tmp_path}/whole", processes=2)
     assert whole.returncode == 0, whole.stderr
-    half = call(torchrun_command(run_file, *fixed_rate))
+    half = forked(run_file, *fixed_rate, processes=2)
     assert half.returncode == 0, half.stderr
     newest = tmp_path / "run" / "checkpoints" / "step-00000012"
     weights = newest / "rank-00000.safetensors"
@@ -160,12 +161,12 @@ def test_a_stacked_run_goes_on_from_a_growth_in_another_layout(data_folder: Path
         "checkpoint": {"interval": 4, "keep": 3},
     }
     run.write_text(json.dumps(tiny_run(data_folder, save, **changes)))
-    whole = call(plain_command(run))
+    whole = forked(run)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = lines_of(save)
     for step in (8, 12):
         shutil.rmtree(save / "checkpoints" / f"step-{step:08}")
-    again = call(torchrun_command(run, "raptr_ds.parallel.pipeline_model_parallel_size=2"))
+    again = forked(run, "raptr_ds.parallel.pipeline_model_parallel_size=2", processes=2)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "continuing after step 4" in again.stdout
     found = lines_of(save)
@@ -185,7 +186,7 @@ def test_the_loss_at_a_runs_phase_transitions_is_measured(data_folder: Path, tmp
     run, save = tmp_path / "run.json", tmp_path / "run"
     changes = {"eval": {"interval": 4, "batches": 2}, "checkpoint": {"interval": 4, "keep": 3}}
     run.write_text(json.dumps(tiny_run(data_folder, save, **changes)))
-    assert call(plain_command(run)).returncode == 0
+    assert forked(run).returncode == 0
     evaluated = {line["step"]: line["eval_loss"] for line in lines_of(save) if "eval_loss" in line}
     found = transitions_of(save, num_paths=4, num_batches=2)
     assert [(one.step, one.before, one.after) for one in found] == [(4, 2, 3), (8, 3, 4)]

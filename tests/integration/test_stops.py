@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, deepspeed_command, training_lines
+from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, deepspeed_command, forked, training_lines
 
 MANY = ["raptr_ds.train.steps=100000", "raptr_ds.eval.batches=0", "raptr_ds.path.schedule=2-4"]
 
@@ -93,7 +93,7 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(how: str, run_file: Path, tmp
     assert steps == list(range(1, steps[-1] + 1))
     checkpoints = sorted(path.name for path in (save / "checkpoints").iterdir())
     assert checkpoints == [f"step-{steps[-1]:08}"]
-    more = call(deepspeed_command(run_file, *MANY[1:], f"raptr_ds.train.steps={steps[-1] + 3}"))
+    more = forked(run_file, *MANY[1:], f"raptr_ds.train.steps={steps[-1] + 3}", processes=2)
     assert more.returncode == 0, more.stdout + more.stderr
     assert [line["step"] for line in training_lines(save)] == list(range(1, steps[-1] + 4))
 
