@@ -13,7 +13,12 @@ from tests.dist.workers import run_distributed
 @pytest.mark.parametrize("run", ["bert-freeze", "ul2-freeze"])
 @pytest.mark.parametrize(
     "changes",
-    [{"zero": 2}, {"tensor": 2, "recompute": True}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}],
+    [
+        {"zero": 2},
+        {"tensor": 2, "recompute": True, "micro_batch": 4},
+        {"tensor": 2, "sequence_parallel": True, "micro_batch": 4},
+        {"pipeline": 2},
+    ],
     ids=["DP2 ZeRO 2", "TP2, recompute", "TP2 SP", "PP2"],
 )
 def test_a_packed_layout_follows_the_reference(run: str, changes: dict[str, Any]) -> None:

@@ -19,11 +19,11 @@ LAYOUTS = {
     "DP2 ZeRO 1, fp32 accumulation": (2, {"zero": 1, "accumulate_in_fp32": True, "micro_batch": 1}),
     "DP2 ZeRO 2": (2, {"zero": 2}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
-    "TP2": (2, {"tensor": 2}),
-    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
+    "TP2": (2, {"tensor": 2, "micro_batch": 4}),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True, "micro_batch": 4}),
     "TP2 SP DP2 ZeRO 1, fp32 accumulation": (
         4,
-        {"tensor": 2, "sequence_parallel": True, "zero": 1, "accumulate_in_fp32": True, "micro_batch": 1},
+        {"tensor": 2, "sequence_parallel": True, "zero": 1, "accumulate_in_fp32": True},
     ),
     "PP2": (2, {"pipeline": 2}),
     "PP2, fp32 accumulation": (2, {"pipeline": 2, "accumulate_in_fp32": True}),
@@ -98,13 +98,13 @@ def test_three_paths_a_step_are_accumulated_in_fp32(world_size: int, changes: di
     ],
 )
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(world_size: int, changes: dict[str, int]) -> None:
-    """A loss scale of 2^40 overflows fp16 gradients: steps are skipped on all ranks alike until it fits."""
-    case = replace(Case(), precision="fp16", fp16_scale_power=40, steps=30, schedule="5", **changes)
+    """A loss scale of 2^30 overflows fp16 gradients: steps are skipped on all ranks alike until it fits."""
+    case = replace(Case(), precision="fp16", fp16_scale_power=30, steps=20, schedule="5", **changes)
     outcomes = run_distributed(run_case, world_size, case)
     assert all(outcome.skipped == outcomes[0].skipped for outcome in outcomes)
     skipped = outcomes[0].skipped
     first_good = skipped.index(False)
-    assert 10 < first_good < 30
+    assert 3 < first_good < 16
     assert not any(skipped[-4:])  # near the limit another batch may overflow once more, but the scale settles
     assert sum(skipped[first_good:]) <= 3
     assert outcomes[0].losses[-1] < outcomes[0].losses[first_good]
