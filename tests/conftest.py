@@ -27,6 +27,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Together(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes long, so that none of it is left when a worker has nothing else to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def together(nodeid: str) -> str:
     """Return a name that a test shares with those that are to run on the same worker.
 

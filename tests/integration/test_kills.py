@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, call, deepspeed_command, forked, lines_of, tiny_run
+from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, forked, lines_of, tiny_run, torchrun_command
 
 STEPS = 60
 TIMES = {"step_seconds", "tokens_per_second", "mfu"}  # what two runs of the same steps need not share
@@ -59,7 +59,7 @@ def _start_and_kill(run: Path, save: Path, after_lines: int, after_seconds: floa
     """Start the run and kill all its processes once it has written so many lines and that time has passed."""
     with (run.parent / "killed.log").open("ab") as log:
         process = subprocess.Popen(
-            deepspeed_command(run), cwd=REPOSITORY, env=ENV, stdout=log, stderr=log, start_new_session=True
+            torchrun_command(run), cwd=REPOSITORY, env=ENV, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + PATIENCE
@@ -109,7 +109,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_nobody_killed(data_folde
     _start_and_kill(run, killed, moments.randint(5, 20), moments.uniform(0, 0.2))  # steps, savings and evaluations
     _start_and_kill(run, killed, 0, moments.uniform(2, 10))  # imports, the checkpoint's reading, first steps
     _start_and_kill(run, killed, moments.randint(35, 50), moments.uniform(0, 0.2))
-    done = call(deepspeed_command(run))
+    done = forked(run, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing after step" in done.stdout
 
