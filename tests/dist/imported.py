@@ -7,8 +7,10 @@ from raptr_ds.runtime.host_memory import uncollected_imports
 with uncollected_imports():
     prepare_imports(has_gpu=False)
     import deepspeed.module_inject.auto_ep_layer  # as building an engine does; a first step numpy.ma
+    import deepspeed.runtime.superoffload.superoffload_stage3  # as ZeRO 3's engine does, with the next
     import numpy.ma
     import torch
+    import torch._dynamo  # a second of CPU on each rank; a pipeline's first backward pass imports half of it
 
     import raptr_ds.runtime.session
     import tests.dist.trajectory

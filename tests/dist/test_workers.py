@@ -29,9 +29,21 @@ def test_a_case_is_the_same_before_and_after_another_and_in_a_new_interpreter() 
         assert pool.apply(in_a_new_interpreter, (case,)) == (first.losses, first.grad_norms)
 
 
+def threads_of_the_forked(_launch: Launch) -> int:
+    """Return how many threads the process has that this one is forked from."""
+    return len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
+
+
+def test_workers_are_forked_from_a_process_of_one_thread() -> None:
+    """A fork has none of the other threads, but all locks that these hold."""
+    assert run_distributed(threads_of_the_forked, 1) == [1]
+
+
 def end_badly(launch: Launch, folder: str, how: str) -> None:
     """Leave the process's number; rank 1 dies or raises, and all others hang."""
     (Path(folder) / str(launch.rank)).write_text(str(os.getpid()))
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.01)
     if launch.rank == 1 and how == "died":
         os._exit(3)
     if launch.rank == 1 and how == "Error":
