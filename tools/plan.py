@@ -104,7 +104,7 @@ def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConf
     config = load_run_config(file, overrides, processes)
     if all(Path(folder).is_dir() for folder in folders_of(config.data.path)):
         return config.with_vocab_size(load_tokenizer(config.data).vocab_size), []
-    if config.model.vocab_size is not None:
+    if config.model.vocab_size:
         return config, []
     note = f"vocabulary: {DEFAULT_VOCAB_SIZE:,} assumed, as the data are not prepared here (raptr_ds.model.vocab_size)"
     return config.with_vocab_size(DEFAULT_VOCAB_SIZE), [note]

@@ -26,7 +26,7 @@ def random_micro_batch(config: RunConfig, numbers: range) -> MicroBatch:
 
 def _sample(config: RunConfig, number: int) -> Sample:
     length, vocab_size = config.model.seq_length, config.model.vocab_size
-    assert vocab_size is not None, "model.vocab_size is not known: see RunConfig.with_vocab_size"
+    assert vocab_size, "model.vocab_size is not known: see RunConfig.with_vocab_size"
     rng = stream(config.train.seed, "random sample", number)
     count = max(1, round(predictions_per_sequence(config)))
     is_ul2 = config.model.architecture == "ul2"

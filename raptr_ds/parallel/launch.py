@@ -77,6 +77,11 @@ def _store_attempt() -> int | None:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def environment_without_gpus() -> dict[str, str]:
+    """Return the environment for a child process that must not touch a GPU."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
 def has_own_malloc_settings() -> bool:
     """Return whether the user's environment has settings for glibc's memory."""
     names = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from raptr_ds.errors import DeviceMemoryError, Exit
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, which the planner's process need not wait for
     from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.launch import environment_without_gpus
 
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -90,7 +90,7 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
             command,
             input=json.dumps(config.resolved()),
             cwd=_SOURCES,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            env=environment_without_gpus(),
             capture_output=True,
             text=True,
             timeout=_PLANNER_SECONDS,

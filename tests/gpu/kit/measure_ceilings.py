@@ -37,7 +37,7 @@ def products(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
     for name, (outputs, inputs) in shapes.items():
         yield name, tokens, outputs, inputs
         yield f"{name}, weight gradient", outputs, inputs, tokens
-    assert model.vocab_size is not None, "not known"
+    assert model.vocab_size, "not known"
     yield "logits", round(predictions_per_sequence(config) * config.batch.micro_batch), model.vocab_size, hidden
 
 

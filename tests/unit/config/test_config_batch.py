@@ -73,7 +73,7 @@ def test_micro_batches_of_the_phases_make_up_a_step(load):
 
 @pytest.mark.parametrize(("value", "wants_line"), [("true", True), ("false", False)])
 def test_grow_micro_batch_of_earlier_versions_says_what_replaces_it(load, value, wants_line):
-    with pytest.raises(ConfigError, match=r"has been replaced by raptr_ds\.parallel\.micro_batches") as error:
+    with pytest.raises(ConfigError, match=r"is replaced by raptr_ds\.parallel\.micro_batches") as error:
         load(f"raptr_ds.parallel.grow_micro_batch={value}")
     assert error.value.exit_code == 2
     assert "Remove it" in str(error.value)

@@ -385,3 +385,9 @@ def test_the_limit_of_steps_that_are_not_finite_is_beyond_fp16s_search_for_its_s
     }
     assert {said: load(*said.split()).train.max_non_finite_steps for said in limits} == limits
     assert load().train.on_non_finite == "stop"
+
+
+def test_all_violations_come_together(load):
+    with pytest.raises(ConfigError, match="3 problems") as error:
+        load("raptr_ds.model.hidden_size=50", "raptr_ds.path.schedule=6-8", "bf16.enabled=true", "fp16.enabled=true")
+    assert [line[:4] for line in str(error.value).splitlines()[1:]] == ["  1.", "  2.", "  3."]

@@ -395,9 +395,3 @@ def test_rule(load, case):
     for fragment in says:
         assert fragment in str(error.value)
     assert error.value.exit_code == 2
-
-
-def test_all_violations_come_together(load):
-    with pytest.raises(ConfigError, match="3 problems") as error:
-        load(f"{M}hidden_size=50", f"{P}schedule=6-8", "bf16.enabled=true", "fp16.enabled=true")
-    assert [line[:4] for line in str(error.value).splitlines()[1:]] == ["  1.", "  2.", "  3."]

@@ -33,7 +33,7 @@ def loader(path: Any, architecture: str = "bert", batch: Any = None, **changes: 
         path=path if isinstance(path, dict) else str(path), tokenizer=None, packing=False, num_workers=0, prefetch=2
     )
     objective = SimpleNamespace(mask_rate=0.15, whole_word=False, denoisers="ul2")
-    model = SimpleNamespace(architecture=architecture, seq_length=SEQ_LENGTH, vocab_size=None)
+    model = SimpleNamespace(architecture=architecture, seq_length=SEQ_LENGTH, vocab_size=0)
     run = {"seed": 1234, "dp_rank": 0}
     for key, value in changes.items():
         owner = next((section for section in (data, objective, model) if hasattr(section, key)), None)

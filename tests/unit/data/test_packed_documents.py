@@ -31,7 +31,7 @@ def short_documents(data_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def loader(folder: Path, architecture: str, micro: int = 6, data_parallel: int = 1, **run: Any) -> Loader:
     data = SimpleNamespace(path=str(folder), tokenizer=None, packing=True, num_workers=0, prefetch=2)
     objective = SimpleNamespace(mask_rate=0.15, whole_word=False, denoisers="ul2")
-    model = SimpleNamespace(architecture=architecture, seq_length=SEQ_LENGTH, vocab_size=None)
+    model = SimpleNamespace(architecture=architecture, seq_length=SEQ_LENGTH, vocab_size=0)
     accumulation = 12 // (micro * data_parallel)
     batch = SimpleNamespace(global_batch=12, micro_batch=micro, accumulation=accumulation, data_parallel=data_parallel)
     return build_loader(data, objective, model, batch, **{"seed": 1, "dp_rank": 0, **run})

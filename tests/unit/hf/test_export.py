@@ -81,7 +81,6 @@ def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def a_batch(model: ModelSection) -> MicroBatch:
     rng = np.random.default_rng(0)
-    assert model.vocab_size is not None
     samples = [
         Sample(
             tokens=rng.integers(10, model.vocab_size, length),
@@ -296,7 +295,7 @@ def test_incomplete_runs_are_refused(run: Path, export: Export) -> None:
     tensors.write_bytes(whole)
     manifest = step / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:40])
-    assert is_refused(export(run, out), step, "manifest.json is no manifest")
+    assert is_refused(export(run, out), step, "manifest.json is not a manifest")
     manifest.unlink()
     assert is_refused(export(step, out), step, "cannot read manifest.json")
     assert not out.exists()
