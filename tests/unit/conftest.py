@@ -1,21 +1,28 @@
-"""What several rooms' tests share: a group of one process, a made-up language, a data folder prepared from it."""
+"""What several rooms' tests share: a group of one process, a made-up language, a data folder prepared from it.
+
+What a fixture needs is imported in it: tests of the model run on the oldest torch without what prepares data.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
-from raptr_ds.prepare.corpus import FileSource
-from raptr_ds.prepare.indexing import Preparation
-from raptr_ds.prepare.readers import ReadingOptions
-from tests.made_up_text import SETTINGS, made_up_text
+
+if TYPE_CHECKING:
+    from raptr_ds.data.tokenizer import Tokenizer
+    from raptr_ds.prepare.corpus import FileSource
 
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Sixty text files of forty lines."""
+    from tests.made_up_text import made_up_text
+
     folder = tmp_path_factory.mktemp("text")
     paths = [folder / f"{number:02}.txt" for number in range(60)]
     for number, path in enumerate(paths):
@@ -26,12 +33,18 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def sources(text_files: list[Path]) -> list[FileSource]:
     """The text files as sources."""
+    from raptr_ds.prepare.corpus import FileSource
+    from raptr_ds.prepare.readers import ReadingOptions
+
     return [FileSource(path, ReadingOptions()) for path in text_files]
 
 
 @pytest.fixture(scope="session")
 def data_folder(sources: list[FileSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder; tests that change it work on a copy."""
+    from raptr_ds.prepare.indexing import Preparation
+    from tests.made_up_text import SETTINGS
+
     output = tmp_path_factory.mktemp("data") / "folder"
     Preparation(sources, output, SETTINGS, report=lambda line: None).run()
     return output
@@ -40,6 +53,8 @@ def data_folder(sources: list[FileSource], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tokenizer(data_folder: Path) -> Tokenizer:
     """The tokenizer of the prepared folder."""
+    from raptr_ds.data.tokenizer import Tokenizer
+
     return Tokenizer.load(data_folder / "tokenizer.model")
 
 
