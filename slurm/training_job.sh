@@ -59,7 +59,7 @@ set_defaults() {
     export SLURM_WAIT=${SLURM_WAIT:-60}
     export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
     # GPU clusters: uncomment what yours needs.
-    # export NCCL_DEBUG=WARN                            # INFO tells which network NCCL uses
+    # export NCCL_DEBUG=WARN                            # INFO prints which network NCCL uses
     # export NCCL_SOCKET_IFNAME=ib0                     # network interface to meet on (GLOO_SOCKET_IFNAME for CPU)
     # export NCCL_IB_HCA=mlx5                           # InfiniBand adapters to use
     # export TORCH_NCCL_ASYNC_ERROR_HANDLING=1          # a lost rank is an error, not a hang

@@ -139,7 +139,7 @@ class Denoiser(Section):
     rate: OpenFraction | None = None
     """span: fraction of tokens corrupted. prefix: fraction of the sequence that is the target."""
     mode: Literal["[NLU]", "[NLG]", "[S2S]"] | None = None
-    """Token in front of the sequence that tells the model which task it is; null: none."""
+    """Token in front of the sequence that names the task to the model; null: none."""
     weight: Positive = 1.0
     """Share of this denoiser in the mixture, relative to the others."""
 
