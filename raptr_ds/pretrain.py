@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a file, by a launcher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports

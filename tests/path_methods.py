@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, RunSizes
+from raptr_ds.config.path_sections import PATH_SECTIONS, RunSizes
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 
@@ -19,5 +19,5 @@ def path_method(
 ) -> PathMethod:
     """Return the method of a path section with these keys. Raises: ConfigError for the first rule that they break."""
     sizes = RunSizes(num_layers, num_steps, num_heads, num_stages=1 if stages is None else len(stages.num_layers))
-    section = PATH_SECTIONS[METHODS.index(method)].model_validate(keys).checked(sizes)
+    section = PATH_SECTIONS[method].model_validate(keys).checked(sizes)
     return build_path_method(section, sizes, seed, stages)

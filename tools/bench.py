@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import _command_line
 import numpy as np
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports

@@ -14,8 +14,9 @@ from pathlib import Path
 import _command_line
 import torch
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.cost import num_parameters

@@ -13,8 +13,9 @@ from statistics import median
 
 import _command_line
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import ConstantSection, RunSizes
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch

@@ -12,7 +12,7 @@ from torch import nn
 from raptr_ds.bench.megatron_stack import MegatronStack, rename_to_megatron
 from raptr_ds.bench.ours import flops_of
 from raptr_ds.bench.samples import Measured, Turn
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import MicroBatch, StepBatch
 from raptr_ds.engine.deepspeed_engine import start_deepspeed_comm, without_idle_zero
 from raptr_ds.engine.parameter_groups import is_decayed

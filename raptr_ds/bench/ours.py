@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raptr_ds.bench.samples import Measured, Turn
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
 from raptr_ds.engine.build import build_engine

@@ -14,7 +14,7 @@ import torch
 from raptr_ds.bench.preparation import PreparationTimes
 from raptr_ds.bench.samples import Measured, MedianRatio
 from raptr_ds.bench.steps import StepBenchmark
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 
 _MIB = 1 << 20
 # The aims: speed relative to Hugging Face, share of the speed-up by executed FLOPs, shares of a full step.

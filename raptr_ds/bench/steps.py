@@ -10,7 +10,7 @@ import torch
 from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherEntrant, OtherStack
 from raptr_ds.bench.ours import OurEntrant
 from raptr_ds.bench.samples import Measured, Step, Turn, measure_memory, time_step
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
 from raptr_ds.errors import ConfigError

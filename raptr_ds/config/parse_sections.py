@@ -68,7 +68,7 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         return _wrong_choice(f"{section}.method", value["method"], METHODS, place(f"{section}.method"))
     if name == "path":  # pydantic puts the method before the key
         method, *location = location
-        model = PATH_SECTIONS[METHODS.index(method)]
+        model = PATH_SECTIONS[method]
     parts = [part for part in location if part not in UNION_TAGS]
     dotted, field = ".".join([section, *parts]), parts[0]
     if dotted == _GROW_MICRO_BATCH:

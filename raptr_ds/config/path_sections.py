@@ -347,5 +347,8 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
 AnyPathSection = (
     FullSection | RaptrSection | PldSection | ConstantSection | LayerDropSection | StackingSection | WidthSection
 )
-PATH_SECTIONS: tuple[type[AnyPathSection], ...] = get_args(AnyPathSection)
-METHODS: tuple[str, ...] = tuple(section.model_fields["method"].default for section in PATH_SECTIONS)
+PATH_SECTIONS: dict[str, type[AnyPathSection]] = {
+    section.model_fields["method"].default: section for section in get_args(AnyPathSection)
+}
+"""The section of each method; the first is the default."""
+METHODS = tuple(PATH_SECTIONS)

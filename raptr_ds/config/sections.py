@@ -9,7 +9,7 @@ from raptr_ds.config.path_sections import PATH_SECTIONS
 from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Text
 
 _FFN_MULTIPLE = 64
-_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "bert": {
         "activation": "gelu",
         "normalization": "layernorm",
@@ -27,6 +27,7 @@ _BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
     },
 }
+"""What a model section that leaves these keys out gets."""
 
 
 def _derived() -> Any:
@@ -83,7 +84,7 @@ class ModelSection(Section):
         """Add what follows from the architecture, unless that is wrong, which is reported by itself."""
         if not isinstance(values, dict):
             return values
-        values = {**_BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
+        values = {**BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
         hidden = values.get("hidden_size")
         if isinstance(hidden, int | float) and "ffn_hidden_size" not in values:
             values["ffn_hidden_size"] = _ffn_hidden_size(int(hidden), values.get("activation"))
@@ -277,7 +278,7 @@ class LogSection(Section):
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "model": (ModelSection,),
     "parallel": (ParallelSection,),
-    "path": PATH_SECTIONS,
+    "path": tuple(PATH_SECTIONS.values()),
     "objective": (ObjectiveSection,),
     "data": (DataSection,),
     "train": (TrainSection,),

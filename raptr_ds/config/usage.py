@@ -7,7 +7,7 @@ from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
 from raptr_ds.config.overrides import Place, is_touched
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
-from raptr_ds.config.sections import keys_of
+from raptr_ds.config.sections import BY_ARCHITECTURE, keys_of
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
 POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
@@ -28,9 +28,7 @@ USES = (
         Use(
             f"raptr_ds.path.{key}",
             METHOD,
-            tuple(
-                method for method, section in zip(METHODS, PATH_SECTIONS, strict=True) if key in section.model_fields
-            ),
+            tuple(method for method, section in PATH_SECTIONS.items() if key in section.model_fields),
         )
         for key in keys_of("path")
     ),
@@ -133,7 +131,7 @@ def _unused(tree: dict[str, Any]) -> list[tuple[Use, Any, Any]]:
         METHOD: method if method in METHODS else None,
         SAMPLING: look_up(tree, SAMPLING) or "uniform",
         ARCHITECTURE: architecture,
-        POSITION: look_up(tree, POSITION) or {"bert": "learned", "ul2": "rotary"}.get(str(architecture)),
+        POSITION: look_up(tree, POSITION) or BY_ARCHITECTURE.get(str(architecture), {}).get("position_embedding"),
         STAGE: look_up(tree, STAGE) or 0,
     }
     unused: dict[str, tuple[Use, Any, Any]] = {}

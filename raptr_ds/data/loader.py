@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from raptr_ds.config.batch import BatchGeometry
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.config.sections import DataSection, ModelSection, ObjectiveSection
 from raptr_ds.data.batch import MicroBatch, PackedDocuments, PackedSample, Sample, StepBatch, collate
 from raptr_ds.data.denoisers import MixtureOfDenoisers, denoisers_of, mean_predictions

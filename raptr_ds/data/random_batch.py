@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import MicroBatch, Sample, StepBatch, collate
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.rng import stream

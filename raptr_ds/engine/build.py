@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_overlap
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine

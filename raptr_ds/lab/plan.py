@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import (
     ConstantSection,
     LayerDropSection,
@@ -14,6 +14,7 @@ from raptr_ds.config.path_sections import (
     SkippingSection,
     StackingSection,
 )
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_sequence
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import Contestant, Experiment

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from raptr_ds.config.batch import solve_batch
 from raptr_ds.config.derive import derive_pipeline_layers
-from raptr_ds.config.load import RunConfig
 from raptr_ds.config.path_sections import RandomSection
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.planner.plan import RunPlan, plan_run
 from raptr_ds.planner.setting import setting_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.parallel.launch import Launch, free_port, prepare_imports
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.host_memory import keep_freed_memory

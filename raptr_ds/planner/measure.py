@@ -12,7 +12,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.data.random_batch import random_micro_batch
 from raptr_ds.model.stage import Stage, build_stage

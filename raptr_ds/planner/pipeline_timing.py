@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine

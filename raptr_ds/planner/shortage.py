@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.planner.memory import RankMemory, logits_bytes
 from raptr_ds.planner.plan import Setting
 from raptr_ds.planner.setting import reduce_buffers_of, setting_of

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
-
-if TYPE_CHECKING:  # megatron-core takes seconds to import, which the planner's process need not wait for
-    from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.launch import environment_without_gpus
+
+if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's import
+    from raptr_ds.parallel.groups import ProcessGroups
 
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
-from raptr_ds.config.load import RunConfig
 from raptr_ds.config.path_sections import ScheduledSection
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import Compilation, attention_of, build_engine, compilation_of
@@ -325,9 +325,8 @@ def _introduction(
     model, path = config.model, config.path
     alone = topology.data == 1 and config.zero_stage in (1, 2)
     zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
-    shape = config.model
     return [
-        f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(shape) / 1e6:.1f} M "
+        f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
         f"layout: tensor {topology.tensor}{' with its sequences split' if groups.sequence_parallel else ''} x "
         f"pipeline {topology.pipeline} x data {topology.data}, ZeRO {zero}, "

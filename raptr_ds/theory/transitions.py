@@ -9,7 +9,8 @@ import numpy as np
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
 from raptr_ds.checkpoint.weights import load_trained_model
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import build_loader, load_tokenizer
 from raptr_ds.engine.reference import ReferenceEngine

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from raptr_ds.checkpoint.folder import checkpoints_in, step_folder
 from raptr_ds.checkpoint.manager import Checkpoints
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import NonFiniteError

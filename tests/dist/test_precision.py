@@ -98,7 +98,7 @@ def test_three_paths_a_step_are_accumulated_in_fp32(world_size: int, changes: di
     ],
 )
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(world_size: int, changes: dict[str, int]) -> None:
-    """A loss scale of 2^30 overflows fp16 gradients: steps are skipped on all ranks alike until it fits."""
+    """A loss scale of 2^30 overflows fp16 gradients: all ranks skip steps until the scale fits."""
     case = replace(Case(), precision="fp16", fp16_scale_power=30, steps=20, schedule="5", **changes)
     outcomes = run_distributed(run_case, world_size, case)
     assert all(outcome.skipped == outcomes[0].skipped for outcome in outcomes)

@@ -8,7 +8,7 @@ import numpy as np
 import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_pipeline_layers
-from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, RunSizes
+from raptr_ds.config.path_sections import PATH_SECTIONS, RunSizes
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
 from raptr_ds.engine.pipeline import PipelineEngine
@@ -113,7 +113,7 @@ def path_method(case: Case) -> PathMethod:
         "growth_warmup_steps": case.growth_warmup_steps,
     }
     sizes = RunSizes(case.num_layers, case.steps, NUM_HEADS, case.pipeline)
-    kind = PATH_SECTIONS[METHODS.index(case.method)]
+    kind = PATH_SECTIONS[case.method]
     section = kind.model_validate({key: value for key, value in keys.items() if key in kind.model_fields})
     return build_path_method(section.completed(sizes), sizes, SEED)
 

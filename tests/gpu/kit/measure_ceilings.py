@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import linear
 
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from tests.gpu.kit.findings import Findings
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, median_seconds, rate_text

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from raptr_ds.bench.samples import MedianRatio
-from raptr_ds.config.load import RunConfig
+from raptr_ds.config.run import RunConfig
 from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from tests.gpu.kit.measured_device import IS_DRY_RUN
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -14,7 +14,8 @@ import pytest
 from raptr_ds.bench.ours import measured_path
 from raptr_ds.bench.report import table
 from raptr_ds.bench.samples import Measured
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.topology import stage_layers
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 
 Load = Callable[..., RunConfig]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from deepspeed.runtime.config import get_timers_config, get_wall_clock_breakdown
 
-from raptr_ds.config.load import RunConfig, load_run_config
+from raptr_ds.config.load import load_run_config
+from raptr_ds.config.run import RunConfig
 from raptr_ds.engine import build
 from raptr_ds.engine.build import GpuFacts, check_gpu
 from raptr_ds.errors import ConfigError, Exit
