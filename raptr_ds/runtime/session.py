@@ -1,5 +1,6 @@
 """A run set up: everything the loop works with, built in one place and closed in one place."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from raptr_ds.atomic_file import write_atomically
+from raptr_ds.checkpoint.folder import CHECKPOINTS
 from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
 from raptr_ds.config.path_sections import ScheduledSection
 from raptr_ds.config.run import RunConfig
@@ -29,7 +32,6 @@ from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
 from raptr_ds.runtime.progress import Progress, build_progress
-from raptr_ds.runtime.run_folder import prepare_run_folder, write_config
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.throughput import peak_flops
@@ -153,7 +155,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
 
     1. the process groups
     2. the tokenizer, which completes the configuration, the path method and the loader
-    3. the run's folder, and the lines that introduce the run
+    3. the lines that introduce the run, and its folder, which every rank must be able to write
     4. the engine
     5. the checkpoint to continue from
     6. metrics and the agreement on paths, from the step where the run stands
@@ -174,16 +176,15 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         method = together(groups, lambda: path_method_of(config))
         batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
         folder = Path(str(config.train.save))
-        together(groups, lambda: prepare_run_folder(folder, groups.rank))
         progress = _introduce(config, groups, method)
+        report = progress.say if progress is not None else print
+        checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
+        stack.callback(checkpoints.close)
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
-        tell = progress.say if progress is not None else print
-        checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep, tell)
-        stack.callback(checkpoints.close)
         # A requeued job continues its own run, whatever checkpoint it was started from.
         state = _restored_state(config, checkpoints, engine, "auto" if launch.restart_count else config.checkpoint.load)
-        on_first_rank(groups, lambda: write_config(folder, config.resolved()))
+        on_first_rank(groups, lambda: _write_config(folder, config))
         if progress is not None and state.step:
             progress.say(_standing(config, folder, state.step))
         cost = step_cost_of(config)
@@ -241,6 +242,11 @@ def _introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> 
     if config.parallel.micro_batches:
         progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches_of(config, method)))} sequences")
     return progress
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.json: the run file with every value in it, itself a run file."""
+    write_atomically(folder / "config.json", json.dumps(config.resolved(), indent=2) + "\n")
 
 
 def _restored_state(config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str) -> RunState:
