@@ -106,8 +106,8 @@ def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
         action()
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror or error}. Set raptr_ds.train.save to a folder that this user "
-            "may create or write, on a disk with free space."
+            f"{folder} cannot be written: {error.strerror or error}. Set raptr_ds.train.save to a folder that this "
+            "user may create or write, on a disk with free space."
         ) from error
 
 

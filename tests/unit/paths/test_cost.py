@@ -8,26 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths.cost import StepFlops, num_parameters, step_flops
+from tests.model_shapes import model_shape
 from tests.path_methods import path_method
 
-BERT = ModelSection(
-    architecture="bert",
-    num_layers=3,
-    hidden_size=16,
-    num_attention_heads=2,
-    seq_length=12,
-    vocab_size=50,
-    ffn_hidden_size=40,
-)
-UL2 = ModelSection(
-    architecture="ul2",
-    num_layers=3,
-    hidden_size=16,
-    num_attention_heads=2,
-    seq_length=12,
-    vocab_size=50,
-    ffn_hidden_size=24,
-)
+BERT = model_shape("bert", layers=3, hidden=16, length=12, vocabulary=50, ffn=40)
+UL2 = model_shape("ul2", layers=3, hidden=16, length=12, vocabulary=50, ffn=24)
 
 
 class Layer(nn.Module):
@@ -99,15 +84,7 @@ def test_parameters_equal_the_modules_own(architecture, tied):
 
 
 def test_bert_base_has_the_size_that_everyone_knows():
-    shape = ModelSection(
-        architecture="bert",
-        num_layers=12,
-        hidden_size=768,
-        num_attention_heads=12,
-        seq_length=512,
-        vocab_size=30522,
-        ffn_hidden_size=3072,
-    )
+    shape = model_shape("bert", layers=12, hidden=768, heads=12, length=512, vocabulary=30522, ffn=3072)
     # The post-norm original: 109,482,240 with token types and pooler (two embeddings, 768^2 + 768), without the head.
     head_and_final_norm = (768**2 + 768 + 2 * 768 + 30522) + 2 * 768
     embedding_norm, token_types, pooler = 2 * 768, 2 * 768, 768**2 + 768

@@ -4,24 +4,16 @@ from functools import cache
 
 import pytest
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import StepFlops, num_parameters
 from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
 from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
 from raptr_ds.planner.step_time import Device, Layout
+from tests.model_shapes import model_shape
 from tests.path_methods import path_method
 
-SHAPE = ModelSection(
-    architecture="bert",
-    num_layers=12,
-    hidden_size=64,
-    num_attention_heads=4,
-    seq_length=32,
-    vocab_size=500,
-    ffn_hidden_size=256,
-)
+SHAPE = model_shape("bert", layers=12, hidden=64, heads=4, length=32, vocabulary=500, ffn=256)
 LAYOUT = Layout((3, 3, 3, 3), micro_batch=2, num_micro_batches=8, data=2)
 
 

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, num_parameters, step_flops
 from raptr_ds.planner.step_time import Device, Layout, active_in_stages, activity_table, step_seconds
+from tests.model_shapes import model_shape
 
-SHAPE = ModelSection(
-    architecture="ul2",
-    num_layers=8,
-    hidden_size=64,
-    num_attention_heads=4,
-    seq_length=32,
-    vocab_size=1000,
-    ffn_hidden_size=192,
-)
+SHAPE = model_shape("ul2", layers=8, hidden=64, heads=4, length=32, vocabulary=1000, ffn=192)
 PATHS = [LayerPath.full(8), LayerPath((0, 1, 4, 7), 8), LayerPath((0, 7), 8)]
 NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 

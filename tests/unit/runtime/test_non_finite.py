@@ -4,31 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths import LayerPath
 from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, NonFinitePolicy, what_happened
 from raptr_ds.runtime.state import RunState, StepCost
+from tests.model_shapes import model_shape
 
 NAN = float("nan")
 
 
 @pytest.fixture
 def cost() -> StepCost:
-    shape = ModelSection(
-        architecture="bert",
-        num_layers=4,
-        hidden_size=8,
-        num_attention_heads=2,
-        seq_length=16,
-        vocab_size=32,
-        ffn_hidden_size=32,
-        activation="gelu",
-        normalization="layernorm",
-        position_embedding="learned",
-        add_bias_linear=True,
-        tie_word_embeddings=True,
-    )
+    shape = model_shape("bert", layers=4, hidden=8, length=16, vocabulary=32, ffn=32)
     return StepCost(shape, num_sequences=2, recompute=False)
 
 

@@ -1,19 +1,11 @@
 """What a step costs where layers are recomputed, some or all."""
 
-from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import step_flops
 from raptr_ds.runtime.state import StepCost
+from tests.model_shapes import model_shape
 
-SHAPE = ModelSection(
-    architecture="bert",
-    num_layers=8,
-    hidden_size=16,
-    num_attention_heads=2,
-    seq_length=8,
-    vocab_size=50,
-    ffn_hidden_size=64,
-)
+SHAPE = model_shape("bert", layers=8, hidden=16, length=8, vocabulary=50, ffn=64)
 STAGES = (range(0, 4), range(4, 8))
 PATH = LayerPath((0, 1, 3, 4, 7), 8)  # three layers on the first stage, two on the second
 
