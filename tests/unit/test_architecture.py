@@ -22,7 +22,7 @@ IMPORTERS = {
     "pyarrow": {"prepare"},
     "tensorboard": {"runtime"},
     "matplotlib": {"bench", "lab", "planner", "plots", "theory"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {"checkpoint", "hf"},
     "scipy": {"lab"},
     "hjson": {"config"},
     "pydantic": {"config", "lab"},
