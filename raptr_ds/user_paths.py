@@ -1,0 +1,73 @@
+"""Paths that users name: what is at one, or an error that says why this cannot be found out.
+
+`pathlib` answers no for a path without anything there, but raises for one in a folder that may not be entered, one with
+a name that is too long, and one with a NUL byte. Every path from a run file or a command line is asked about here.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from raptr_ds.errors import Exit, RaptrError
+
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR}
+_FIXES = {
+    errno.EACCES: "Give your user permission to enter every folder on the way to it, or name another path.",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.ELOOP: "Its links lead in a circle: name the file or folder itself.",
+}
+
+
+class PathError(RaptrError):
+    """A path that the user named cannot be looked at: no permission, a name that is too long, a failing disk."""
+
+    exit_code = Exit.USER_ERROR
+
+
+def is_file(path: str | Path) -> bool:
+    """Return whether there is a regular file, or a link to one. Raises: PathError."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether there is a folder, or a link to one. Raises: PathError."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Return whether there is something that can be read only once, such as a pipe. Raises: PathError."""
+    mode = _mode(path)
+    return mode is not None and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode))
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether there is anything at the path; not a link to nothing. Raises: PathError."""
+    return _mode(path) is not None
+
+
+def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
+    """Return the error to raise where the operating system refuses a path that the user named."""
+    if isinstance(error, OSError):
+        why, fix = error.strerror or str(error), _FIXES.get(error.errno or 0, "")
+    else:
+        why, fix = "it holds a NUL byte, which no path may hold", "Name another path."
+    return PathError(f"{_printable(path)} cannot be looked at: {why}. {fix}".rstrip())
+
+
+def _mode(path: str | Path) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return None
+        raise path_error(path, error) from error
+    except ValueError as error:  # "embedded null byte"
+        raise path_error(path, error) from error
+
+
+def _printable(path: str | Path) -> str:
+    text = str(path).replace("\0", "\\0")
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]} ({len(text)} characters)"
