@@ -5,7 +5,6 @@ a name that is too long, and one with a NUL byte. Every path from a run file or 
 """
 
 import errno
-import os
 import stat
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
 
 def _mode(path: str | Path) -> int | None:
     try:
-        return os.stat(path).st_mode
+        return Path(path).stat().st_mode
     except OSError as error:
         if error.errno in _NOTHING_THERE:
             return None
