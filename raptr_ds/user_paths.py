@@ -53,7 +53,7 @@ def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
         why, fix = error.strerror or str(error), _FIXES.get(error.errno or 0, "")
     else:
         why, fix = "it holds a NUL byte, which no path may hold", "Name another path."
-    return PathError(f"{_printable(path)} cannot be looked at: {why}. {fix}".rstrip())
+    return PathError(f"{_printable(path)} cannot be used: {why}. {fix}".rstrip())
 
 
 def _mode(path: str | Path) -> int | None:

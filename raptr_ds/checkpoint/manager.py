@@ -42,6 +42,7 @@ from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.agreement import on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.user_paths import is_folder
 
 _WAIT_SECONDS = 0.02
 
@@ -90,7 +91,7 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
         _try_to_write(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def probe() -> None:
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise CheckpointError(
                 f"rank {groups.rank} does not see {folder}, which rank 0 has created. Set raptr_ds.train.save to a "
                 "folder on a file system that all nodes share."

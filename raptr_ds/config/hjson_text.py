@@ -7,6 +7,7 @@ from typing import Any
 import hjson
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.user_paths import is_file
 
 
 def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
@@ -14,7 +15,7 @@ def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
 
     Raises: ConfigError if the file is missing, not UTF-8, not HJSON, not an object, or has a key twice.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(_missing(file))
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -69,8 +70,9 @@ def _lines(text: str, key: str) -> str:
 
 def _missing(file: Path) -> str:
     folder = file.parent
-    beside = (
-        sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".hjson"}) if folder.is_dir() else []
-    )
+    try:
+        beside = sorted(path.name for path in folder.iterdir() if path.suffix in {".json", ".hjson"})
+    except OSError:  # no such folder, or one that may be entered but not listed
+        beside = []
     where = f" {folder} holds: {', '.join(beside)}." if beside else ""
     return f"run file {file} does not exist or is not a file. Give --deepspeed_config one that does.{where}"

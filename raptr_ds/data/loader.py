@@ -20,6 +20,7 @@ from raptr_ds.data.token_stream import Mixture, TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.rng import stream
+from raptr_ds.user_paths import is_folder
 
 # Validation does not depend on the run's seed, so that evaluation losses of different seeds compare.
 VALIDATION_SEED = 20240213
@@ -154,6 +155,11 @@ class Loader:
 def folders_of(path: str | Mapping[str, float]) -> dict[str, float]:
     """Return the data folders and their weights."""
     return {path: 1.0} if isinstance(path, str) else dict(path)
+
+
+def are_prepared(path: str | Mapping[str, float]) -> bool:
+    """Return whether every data folder is there. Raises: PathError if this cannot be found out."""
+    return all(is_folder(folder) for folder in folders_of(path))
 
 
 def load_tokenizer(data: DataSection) -> Tokenizer:
