@@ -296,7 +296,7 @@ def _run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
             f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set "
             f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
         )
-    return RunState.from_dict(values)
+    return RunState.from_dict(values, config.batch.global_batch)
 
 
 def _standing(config: RunConfig, folder: Path, step: int) -> str:

@@ -53,8 +53,9 @@ class PoisonedBatches:
         self.asked: list[int] = []
         engine.stage.register_forward_hook(self._poison)  # type: ignore[attr-defined]
 
-    def at(self, step: int, data_offset: int = 0) -> StepBatch:
-        step += data_offset
+    def at(self, step: int, first_sample: int | None = None) -> StepBatch:
+        if first_sample is not None:
+            step = first_sample // self._case.global_batch
         self.asked.append(step)
         self._active = step in self._bad
         return batch_at(self._case, self._groups, step)
@@ -256,7 +257,8 @@ def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int)
     session, batches = open_loop(launch, case, Path(folder), (), {})
     restored = session.checkpoints.restore(session.engine, source, session.config.model)
     assert restored is not None
-    session.state = replace(session.run_state_of(restored), data_offset_steps=offset)
+    state = session.run_state_of(restored)
+    session.state = replace(state, next_sample=state.next_sample + offset * case.global_batch)
     session.finish(train(session))
     session.checkpoints.close()
     session.metrics.close()
@@ -324,8 +326,8 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
     for key in ("step_counts", "loss_scaler"):  # fp16 halved its scale at each of the bad steps
         assert saved[0][key] == saved[1][key]
     # The new course is on the disk at once: a run that is killed after a rollback does not meet the data again.
-    assert manifest_of(rolled, 6)["run_state"]["data_offset_steps"] == 3
-    assert manifest_of(good, 6)["run_state"]["data_offset_steps"] == 0
+    assert manifest_of(rolled, 6)["run_state"]["next_sample"] == (6 + 3) * case.global_batch
+    assert manifest_of(good, 6)["run_state"]["next_sample"] == 6 * case.global_batch
     aside = lines_of(rolled / "metrics.rolled_back.jsonl")
     assert [(line["step"], line.get("non_finite", False)) for line in aside] == [(7, False), (8, True), (9, True)]
 
