@@ -86,6 +86,7 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
         f"{happened}. Rolled back to {restored.folder}, and on with other data: "
         f"{state.next_sample - there.next_sample} samples are left out. The metrics of these steps are in {ROLLED_BACK}"
     )
+    session.events.record("rolled_back", step=state.step, to_step=there.step)
     session.save(rolled_back)
     return rolled_back
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from raptr_ds.paths.cost import StepFlops
@@ -56,14 +56,13 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], global_batch: int) -> RunState:
-        """Return the state that `to_dict` gave, of this version or an earlier one.
+        """Return the state that `to_dict` gave, of this version or an earlier one; other keys are ignored.
 
         global_batch: sequences of a step, by which earlier versions counted the data.
         """
-        values = dict(values)
-        batches_left_out = values.pop("data_offset_steps", 0)
-        values.setdefault("next_sample", (values["step"] + batches_left_out) * global_batch)
-        return cls(**values)
+        batches_read = values["step"] + values.get("data_offset_steps", 0)
+        values = {"next_sample": batches_read * global_batch, **values}
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 class StepCost(StepFlops):

@@ -22,9 +22,10 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.pretrain import train
+from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
-from raptr_ds.runtime.session import Session
+from raptr_ds.runtime.session import OPTIMIZER, Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
@@ -234,7 +235,9 @@ def open_loop(
         non_finite=NonFinitePolicy(
             config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
         ),
+        events=EventLog(folder if groups.rank == 0 else None),
         state=RunState(),
+        recorded={OPTIMIZER: config.optimizer["type"]},
     )
     return session, batches
 

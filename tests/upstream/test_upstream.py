@@ -140,13 +140,13 @@ def test_importing_megatron_core_loads_the_inductor() -> None:
     """Fixed: parallel/megatron_core.py need not import without_compiler."""
     assert loads("import megatron.core")
     assert not loads("import raptr_ds.parallel.megatron_core")
-    assert not loads("import raptr_ds.runtime.session")
+    assert not loads("import raptr_ds.runtime.setup")
 
 
 def test_importing_a_module_of_megatron_core_loads_all_of_it_and_sympy() -> None:
     """Fixed: parallel/megatron_core.py can import megatron-core as everybody does."""
     assert loads("from megatron.core import parallel_state", "sympy")
-    assert not loads("import raptr_ds.runtime.session", "sympy")
+    assert not loads("import raptr_ds.runtime.setup", "sympy")
 
 
 def test_megatron_core_is_whole_after_we_imported_a_part_of_it() -> None:
