@@ -101,22 +101,27 @@ def call(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def forked(run: Path, *settings: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def forked(
+    run: Path, *settings: str, processes: int = 1, spoil: Callable[[Launch], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in processes forked from one that has imported everything, and wait for its end.
 
     An interpreter of its own costs each process 5 s of CPU for its imports: it is for what only a real start shows.
     Nothing ends the other ranks of one that fails alone, as launchers do. Output is that of all ranks, in their order.
+    spoil: called in each process before, to make something there go wrong; a function of a module.
     Raises: AssertionError if ranks end with different exit codes.
     """
     words = ["--deepspeed_config", str(run), *(["--set", *settings] if settings else [])]
-    ended = run_distributed(_command_line, processes, words, timeout=PATIENCE)
+    ended = run_distributed(_command_line, processes, words, spoil, timeout=PATIENCE)
     codes, stdouts, stderrs = zip(*ended, strict=True)
     assert len(set(codes)) == 1, (codes, stderrs)
     return subprocess.CompletedProcess(words, codes[0], "".join(stdouts), "".join(stderrs))
 
 
-def _command_line(launch: Launch, words: list[str]) -> tuple[int, str, str]:
+def _command_line(launch: Launch, words: list[str], spoil: Callable[[Launch], None] | None) -> tuple[int, str, str]:
     """Return the exit code, standard output and standard error of `pretrain.main` in this worker."""
+    if spoil is not None:
+        spoil(launch)
     os.chdir(REPOSITORY)
     if launch.world_size == 1:  # as without a launcher
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,5 +1,6 @@
 """What is at a path that a user names: an answer, or one error with the path and the reason."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ from raptr_ds.hf.export import export
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.theory.transitions import transitions_of
-from raptr_ds.user_paths import PathError, exists, is_file, is_folder, is_stream
+from raptr_ds.user_paths import PathError, exists, is_file, is_folder, is_stream, write_error
+from tests.unprivileged import closed
 
-NOBODY = 65534
 TOO_LONG = Path("/", "a" * 300)
 
 
@@ -27,15 +28,8 @@ def closed_folder(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "closed"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
-    folder.chmod(0)
-    if os.geteuid() == 0:
-        os.seteuid(NOBODY)
-    try:
+    with closed(folder):
         yield folder
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-        folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("ask", [exists, is_file, is_folder, is_stream])
@@ -88,3 +82,20 @@ def test_whoever_reads_a_path_raises_it(reader: str, closed_folder: Path) -> Non
     for path in (closed_folder / "run.json", TOO_LONG / "run.json"):
         with pytest.raises(PathError, match=r"cannot be used: (Permission denied|File name too long)"):
             READERS[reader](path)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EACCES, Exit.USER_ERROR),
+        (errno.ENOTDIR, Exit.USER_ERROR),
+        (errno.ENOSPC, Exit.STORAGE),
+        (errno.EROFS, Exit.STORAGE),
+        (errno.ESTALE, Exit.STORAGE),
+    ],
+)
+def test_a_full_or_failing_disk_is_not_the_users_mistake(number: int, code: Exit) -> None:
+    error = write_error("run/metrics.jsonl", OSError(number, os.strerror(number)), "Name another folder.")
+    assert error.exit_code == code
+    assert str(error).startswith(f"run/metrics.jsonl cannot be written: {os.strerror(number)}. ")
+    assert ("Name another folder." in str(error)) == (code == Exit.USER_ERROR)
