@@ -132,7 +132,7 @@ def test_a_last_checkpoint_that_is_not_written_is_not_done(processes: int, data_
 
 
 def _delay_rank_1(launch: Launch) -> None:
-    """Make rank 1 slow to leave its last group's making, and print when it has it and when each rank gives all groups up."""
+    """Make rank 1 slow to make its last group, and print when it has it, and when each rank gives up all groups."""
     agreement, destroy = setup.PathAgreement, dist.destroy_process_group
 
     def late(*arguments: Any) -> Any:
