@@ -13,6 +13,7 @@ class Exit(IntEnum):
     USER_ERROR = 2
     STORAGE = 74
     CONTINUE_LATER = 75
+    HUNG = 76
 
 
 class RaptrError(Exception):

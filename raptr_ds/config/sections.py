@@ -6,7 +6,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
 
 from raptr_ds.config.path_sections import PATH_SECTIONS
-from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Text
+from raptr_ds.config.section_types import (
+    Count,
+    CountOrZero,
+    OpenFraction,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Section,
+    Text,
+)
 
 _FFN_MULTIPLE = 64
 BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -220,6 +229,9 @@ class TrainSection(Section):
     sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""
     save: Text | None = None
     """The run's folder. Derived: runs/ and the run file's name."""
+    watchdog_seconds: PositiveOrZero = 600.0
+    """How long a rank may stand still, or ten times the median step if that is longer, before all ranks write down
+    where they are and end with exit code 76; half an hour while the run starts or saves. 0: for ever."""
     max_non_finite_steps: CountOrZero | None = None
     """Steps in a row whose loss or gradient is not finite (each is skipped on all ranks) before on_non_finite acts;
     0: never. Derived: 20, or more if fp16's search for its loss scale could skip as many."""

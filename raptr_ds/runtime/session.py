@@ -22,6 +22,7 @@ from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
 OPTIMIZER = "optimizer"
 """The key of the optimizer's name in a checkpoint's run state."""
@@ -47,6 +48,7 @@ class Session:
     checkpoints: Checkpoints
     metrics: Metrics
     signals: StopSignals
+    watchdog: Watchdog
     events: EventLog
     non_finite: NonFinitePolicy
     state: RunState
@@ -91,14 +93,16 @@ class Session:
         )
         self._report_saved(self.checkpoints.poll())
         self.signals.progressed()
+        self.watchdog.step_done(state.step, seconds)
 
     def record_evaluation(self, state: RunState, loss: float, path_length: int) -> None:
         """Record one evaluation."""
         self.metrics.record_evaluation(state.step, loss, path_length)
 
-    def long_work_ahead(self) -> None:
-        """Announce that what follows may take long, so that silence is not taken for a hang."""
+    def long_work_ahead(self, what: str, allow_seconds: float = 0.0) -> None:
+        """Announce work that may take long, so that silence is not taken for a hang; allow_seconds: if very long."""
         self.signals.progressed(allow_seconds=_LONG_WORK_SECONDS)
+        self.watchdog.moved(what, allow_seconds)
 
     def is_checkpoint_due(self, before: RunState, state: RunState) -> bool:
         """Return whether to save after the step from `before` to `state`.
@@ -110,7 +114,7 @@ class Session:
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint."""
-        self.long_work_ahead()
+        self.long_work_ahead("saving", SAVE_SECONDS)
         self.metrics.sync()
         self.checkpoints.save(self.engine, state.step, self.config.model, {**state.to_dict(), **self.recorded})
 
@@ -126,7 +130,7 @@ class Session:
 
     def finish_saving(self) -> None:
         """Wait for what is still being written."""
-        self.long_work_ahead()
+        self.long_work_ahead("saving", SAVE_SECONDS)
         self._report_saved(self.checkpoints.wait())
 
     def finish(self, code: Exit) -> Exit:
@@ -172,7 +176,7 @@ def evaluate(session: Session, state: RunState) -> bool:
     The full model, whatever path was trained; where the method grows it, all layers that the last step had.
     Returns whether it came to the end; if a rank is asked to stop meanwhile, nothing is recorded.
     """
-    session.long_work_ahead()
+    session.long_work_ahead("evaluating")
     model, stopped = session.method.model_at(state.step - 1), session.agree_to_stop()
 
     def batches() -> Iterator[StepBatch]:
@@ -180,6 +184,7 @@ def evaluate(session: Session, state: RunState) -> bool:
         for index in range(session.config.eval.batches):
             if index and (stopped := session.agree_to_stop()):
                 return
+            session.watchdog.moved("evaluating")
             yield session.batches.validation(index)
 
     loss = 0.0 if stopped else session.engine.evaluate(batches(), model)

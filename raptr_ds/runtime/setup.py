@@ -23,7 +23,7 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import DeviceMemoryError, RaptrError
 from raptr_ds.parallel.agreement import PathAgreement, on_first_rank, together
-from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.roll_call import meet
 from raptr_ds.paths import LayerPath, PathMethod
@@ -40,6 +40,7 @@ from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
 from raptr_ds.user_paths import write_error
 
 _ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
@@ -71,6 +72,10 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     )
     with ExitStack() as stack:
         stack.push(lambda _, error, __: _leave(groups, error))
+        watchdog = Watchdog(
+            launch_store(), groups.rank, launch.world_size, Path(str(config.train.save)), config.train.watchdog_seconds
+        )
+        stack.callback(watchdog.close)
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         method = together(groups, lambda: path_method_of(config))
@@ -108,6 +113,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         meet(groups.control, _MEETING, "the first step")
         signals.progressed()
+        watchdog.moved("starting", START_SECONDS)
         yield Session(
             config=config,
             groups=groups,
@@ -119,6 +125,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             checkpoints=checkpoints,
             metrics=metrics,
             signals=signals,
+            watchdog=watchdog,
             events=events,
             non_finite=NonFinitePolicy(
                 config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"

@@ -18,7 +18,7 @@ from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import NonFiniteError
 from raptr_ds.parallel.agreement import PathAgreement
-from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.pretrain import train
@@ -28,6 +28,7 @@ from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.session import OPTIMIZER, Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.watchdog import Watchdog
 from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
 
@@ -232,6 +233,7 @@ def open_loop(
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
         metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
         signals=StopSignals(watch_launcher=False),
+        watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
         non_finite=NonFinitePolicy(
             config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
         ),
