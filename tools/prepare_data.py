@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError
-from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, file_sources, total_size_bytes
+from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, total_size_bytes
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from raptr_ds.prepare.input_files import file_sources, summary
 from raptr_ds.prepare.named_corpora import NAMED_CORPORA, named_sources, provenance_of
 from raptr_ds.prepare.readers import ReadingOptions
 from raptr_ds.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
@@ -109,9 +110,9 @@ def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console
     Raises: ConfigError if they name none, DataError for paths that do not exist.
     """
     options = ReadingOptions(arguments.document, arguments.text_key, arguments.on_bad_text)
-    files, num_ignored = file_sources(arguments.input, options)
-    if num_ignored:
-        console.print(f"{num_ignored:,} files of other kinds in the folders are ignored.")
+    files, ignored = file_sources(arguments.input, options)
+    if ignored:
+        console.print(f"not read: {summary(ignored)}.")
     sources: list[Source] = [*files]
     if arguments.dataset:
         sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from raptr_ds.errors import DataError
-from raptr_ds.prepare.corpus import DatasetSource, FileSource, file_sources
+from raptr_ds.prepare.corpus import DatasetSource, FileSource
 from raptr_ds.prepare.embedded import EmbeddedSource, documents_of_module
 from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions
 
@@ -100,20 +100,6 @@ def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", SKIP) == (["ok"], {"not UTF-8 text": 1})
-
-
-def test_folders_are_read_in_order_without_hidden_and_other_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.md", "a/c.jsonl.gz", ".hidden/x.txt", "image.png", "manifest.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    sources, num_ignored = file_sources([tmp_path], ReadingOptions())
-    assert [source.path.relative_to(tmp_path).as_posix() for source in sources] == ["a/c.jsonl.gz", "a/z.md", "b.txt"]
-    assert num_ignored == 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no file that ends in"):
-        file_sources([tmp_path / "empty"], ReadingOptions())
-    with pytest.raises(DataError, match="does not exist"):
-        file_sources([tmp_path / "none"], ReadingOptions())
 
 
 def test_truncated_gzip_is_refused(tmp_path: Path) -> None:
