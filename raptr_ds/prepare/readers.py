@@ -42,6 +42,11 @@ class ReadingCounts:
 
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def summary(self) -> str:
+        """Return the counts in brackets, to end a message with; nothing if nothing was left out."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
+        return f" (skipped: {reasons})" if reasons else ""
+
     def bad_text(self, options: ReadingOptions, where: str, problem: str, cause: Exception | None = None) -> None:
         """Count a document that cannot be used, or refuse it.
 
