@@ -3,6 +3,7 @@
 What a file begins with decides how it is unpacked, so that a name which says something else does no harm.
 """
 
+import bz2
 import gzip
 import io
 import lzma
@@ -116,20 +117,26 @@ def _unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
         return file
     if packing == "gzip":
         return cast(BinaryIO, gzip.open(file))
+    if packing == "bzip2":
+        return io.BufferedReader(_JoinedStreams(file, bz2.BZ2Decompressor), _CHUNK_BYTES)
     if packing == "xz":
-        return io.BufferedReader(_XzStream(file), _CHUNK_BYTES)
+        return io.BufferedReader(_JoinedStreams(file, lzma.LZMADecompressor), _CHUNK_BYTES)
     import pyarrow
 
-    stream: Any = pyarrow.input_stream(file, compression="bz2" if packing == "bzip2" else packing)
-    return io.BufferedReader(stream, _CHUNK_BYTES)
+    return io.BufferedReader(cast(Any, pyarrow.input_stream(file, compression=packing)), _CHUNK_BYTES)
 
 
-class _XzStream(io.RawIOBase):
-    """An .xz file unpacked; `lzma.open` ends in silence where something other than a stream follows a stream."""
+class _JoinedStreams(io.RawIOBase):
+    """Compressed streams that follow each other in a file, unpacked.
 
-    def __init__(self, file: BinaryIO) -> None:
+    `bz2.open` and `lzma.open` end in silence where something other than a stream follows a stream, and pyarrow (26)
+    fails at an empty bzip2 stream.
+    """
+
+    def __init__(self, file: BinaryIO, decompressor: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]) -> None:
         self._file = file
-        self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        self._new = decompressor
+        self._decompressor = decompressor()
 
     def readable(self) -> bool:
         return True
@@ -139,13 +146,13 @@ class _XzStream(io.RawIOBase):
         while not data:
             chunk = b""
             if self._decompressor.eof:
-                chunk = self._decompressor.unused_data.lstrip(b"\0")  # the padding between streams
+                chunk = self._decompressor.unused_data.lstrip(b"\0")  # padding
                 while not chunk:
                     chunk = self._file.read(_CHUNK_BYTES)
                     if not chunk:
                         return 0
                     chunk = chunk.lstrip(b"\0")
-                self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+                self._decompressor = self._new()
             elif self._decompressor.needs_input:
                 chunk = self._file.read(_CHUNK_BYTES)
                 if not chunk:
