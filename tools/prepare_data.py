@@ -93,7 +93,8 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-bad-text",
         choices=get_args(ReadingOptions.__annotations__["on_bad_text"]),
         default="refuse",
-        help="documents that are not UTF-8 text or JSON stop the command, or are skipped and counted (default: refuse)",
+        help="documents that are not UTF-8 text or JSON, and rows without the text key, stop the command, or are "
+        "skipped and counted (default: refuse)",
     )
 
 
