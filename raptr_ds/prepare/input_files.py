@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from raptr_ds.errors import DataError
@@ -31,15 +31,8 @@ def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[
     ignored: Counter[str] = Counter()
     seen: set[object] = set()
     for path in paths:
-        before = ignored.copy()
-        files = [Path(path)] if _is_one_file(path) else [*_known_files(Path(path), seen, ignored)]
+        files = [Path(path)] if _is_one_file(path) else _known_files(Path(path), ignored)
         files = [file for file in files if _is_new(file, seen, ignored)]
-        if not files and ignored[READ_ALREADY] == before[READ_ALREADY]:
-            raise DataError(
-                f"the folder {path} holds no file that ends in {', '.join(FOUND_IN_FOLDERS)} (or "
-                f"{', '.join(COMPRESSED_SUFFIXES)} after them); it holds {summary(ignored - before) or 'nothing'}. "
-                "Name the files themselves: then other endings are read as text."
-            )
         for file in files:
             check_file(file)
         sources += [FileSource(file, options) for file in files]
@@ -72,24 +65,38 @@ def _is_one_file(path: str | Path) -> bool:
     raise DataError(f"the input {path} does not exist. Give files or folders to --input.")
 
 
-def _known_files(folder: Path, seen: set[object], ignored: Counter[str]) -> Iterator[Path]:
-    """Yield the files in a folder and the folders in it that have a known ending; count all else."""
+def _known_files(folder: Path, ignored: Counter[str]) -> list[Path]:
+    """Return the files in a folder and the folders in it that have a known ending; count all else.
+
+    Raises: DataError if there are none, and as _status and _entries do.
+    """
+    known: list[Path] = []
+    others: Counter[str] = Counter()
+    seen: set[object] = set()
     left = [folder]
     while left:
         path = left.pop()
         if path != folder and path.name.startswith("."):
-            ignored["hidden"] += 1
+            others["hidden"] += 1
             continue
         mode = _status(path).st_mode
         if stat.S_ISDIR(mode):
-            if _is_new(path, seen, ignored):
+            if _is_new(path, seen, others):
                 left += sorted(_entries(path), reverse=True)
         elif not stat.S_ISREG(mode):
-            ignored["pipes, sockets or devices"] += 1
+            others["pipes, sockets or devices"] += 1
         elif suffix_of(path) in FOUND_IN_FOLDERS:
-            yield path
+            known.append(path)
         else:
-            ignored[_ending(path)] += 1
+            others[_ending(path)] += 1
+    if not known:
+        raise DataError(
+            f"the folder {folder} holds no file that ends in {', '.join(FOUND_IN_FOLDERS)} (or "
+            f"{', '.join(COMPRESSED_SUFFIXES)} after them); it holds {summary(others) or 'nothing'}. Name the files "
+            "themselves: then other endings are read as text."
+        )
+    ignored += others
+    return known
 
 
 def _is_new(path: Path, seen: set[object], ignored: Counter[str]) -> bool:

@@ -28,7 +28,8 @@ class ReadingOptions:
 
     document: what one document of a text file is: the whole file (cut at line ends where it passes 4 MiB), a paragraph
     (between blank lines) or a line. text_key: the JSON key, Parquet column or dataset column that holds the text.
-    on_bad_text: whether a document that is not UTF-8 text stops the reading or is skipped and counted.
+    on_bad_text: whether a document that is not UTF-8 text, or a row that is not JSON or lacks the key, stops the
+    reading or is skipped and counted.
     """
 
     document: Literal["file", "paragraph", "line"] = "file"
@@ -85,7 +86,7 @@ def documents_of_file(path: Path, options: ReadingOptions, counts: ReadingCounts
     if suffix in PARQUET_SUFFIXES:
         found = _read_parquet(path, options, counts)
     elif suffix in JSONL_SUFFIXES:
-        found = _read_jsonl(path, options, counts)
+        found = texts_of_rows(_rows(path, options, counts), str(path), options, counts)
     else:
         found = _read_text(path, options, counts)
     num_found, num_skipped = 0, counts.skipped.total()
@@ -128,10 +129,6 @@ def _blocks(path: Path, document: str) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def _read_jsonl(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
-    return texts_of_rows(_rows(path, options, counts), str(path), options, counts)
-
-
 def _rows(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each row of a JSONL file stands, and the row; blank lines are none."""
     for number, line in enumerate(lines_of_file(path), start=1):
@@ -154,27 +151,28 @@ def parse_row(line: bytes) -> dict[str, Any]:
     Raises: RowError if it is not UTF-8 text, not JSON, not an object, or has a key twice.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_Pairs)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=JsonObject)
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start})") from error
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
-        raise RowError("JSON that is nested too deeply (about a thousand levels can be read)") from error
+        raise RowError("JSON that is nested too deeply to be read") from error
     except ValueError as error:  # Python's limit on the digits of an integer
         raise RowError(
             f"JSON with a number that is too long ({sys.get_int_max_str_digits()} digits at most)"
         ) from error
-    if not isinstance(row, _Pairs):
+    if not isinstance(row, JsonObject):
         raise RowError("not a JSON object (every line must be one)")
-    twice = [key for key, count in Counter(key for key, _ in row).items() if count > 1]
-    if twice:
+    found = dict(row)
+    if len(found) < len(row):
+        twice = [key for key, count in Counter(key for key, _ in row).items() if count > 1]
         raise RowError(f"JSON with a key that stands twice ({', '.join(map(repr, twice))}: which value counts?)")
-    return dict(row)
+    return found
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as its keys and values, in order: a dict would keep only the last of several equal keys."""
+class JsonObject(list[tuple[str, Any]]):
+    """The keys and values of a JSON object, in order: a dict would keep only the last of several equal keys."""
 
 
 def texts_of_rows(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.input_files import file_sources, summary
@@ -62,6 +64,38 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
     # hard.txt, back, deep, loop and z.txt; d.dat itself has another ending
     assert ignored == {"read already under another name": 5, ".dat": 1}
     assert found(inside, inside / "a.txt", inside)[0] == names
+
+
+ENTRIES = st.lists(
+    st.tuples(st.sampled_from(["folder", "link", ".txt", ".png"]), st.integers(0, 99), st.integers(0, 99))
+)
+
+
+@given(entries=ENTRIES)
+def test_every_entry_is_read_or_counted_once(entries: list[tuple[str, int, int]]) -> None:
+    """Entries in random places, links to random ones: loops end, and each but the folders themselves counts once."""
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name)]
+        all_entries = [Path(name)]
+        for number, (kind, place, target) in enumerate(entries):
+            path = folders[place % len(folders)] / f"{number}{kind if kind.startswith('.') else ''}"
+            if kind == "folder":
+                path.mkdir()
+                folders.append(path)
+            elif kind == "link":
+                path.symlink_to(all_entries[target % len(all_entries)])
+            else:
+                path.write_text("x")
+            all_entries.append(path)
+        files = {path for path in all_entries if path.suffix == ".txt"}
+        if not files:
+            with pytest.raises(DataError, match="holds no file"):
+                file_sources([name], ReadingOptions())
+            return
+        sources, ignored = file_sources([name], ReadingOptions())
+        assert {source.path.resolve() for source in sources} == {path.resolve() for path in files}
+        assert len(sources) == len(files)
+        assert len(sources) + ignored.total() == len(entries) - (len(folders) - 1)
 
 
 def test_the_ending_of_a_link_without_one_is_that_of_its_target(tmp_path: Path) -> None:
