@@ -1,5 +1,6 @@
 """What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from raptr_ds.user_paths import path_error
 
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every name of a file can be printed everywhere
     try:
         main()
         sys.stdout.flush()
