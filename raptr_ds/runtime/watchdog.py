@@ -6,6 +6,7 @@ stand, write the stacks of their threads into the run's folder, and leave with E
 is the one that stands elsewhere, or does not answer.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from raptr_ds.errors import Exit
+from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.parallel.roll_call import listed
 from raptr_ds.runtime.events import EventLog
 
@@ -40,7 +41,7 @@ _ANSWER_SECONDS = 30.0  # for all ranks to answer an alarm
 _STORE_SECONDS = 10.0  # for the store to answer
 _SLOW_STEPS = 10  # times the median step that a step may take
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
-_ALARM, _ANSWER, _REPORTED = "alarm", "answer/{}", "reported"
+_ALARM, _ANSWER, _LEAVING = "alarm", "answer/{}", "leaving/{}"
 
 
 class Watchdog:
@@ -89,11 +90,12 @@ class Watchdog:
             except (dist.DistError, FutureTimeout) as error:
                 if is_stuck:
                     self._write_stacks(time.strftime("%Y%m%d-%H%M%S"))
-                    self._leave(
+                    _print(
                         f"rank {self._rank} has stood still for {stands:.0f} s ({self._place}: {self._where()}), and "
                         f"the store by which ranks meet does not answer: its process, rank 0's or torchrun's, is "
                         f"stopped, or its machine is gone ({type(error).__name__})"
                     )
+                    os._exit(Exit.HUNG)
 
     def _answer(self, alarm: str, stands: float) -> None:
         """Answer an alarm, wait for the other answers, and leave; the first rank that answers prints them."""
@@ -103,19 +105,22 @@ class Watchdog:
         deadline = time.monotonic() + min(_ANSWER_SECONDS, max(2.0, self._seconds))
         while len(answers := self._answers()) < self._world_size and time.monotonic() < deadline:
             time.sleep(0.2)
-        if min(answers) != self._rank:
-            while not self._store.get(_REPORTED) and time.monotonic() < deadline + 5:
-                time.sleep(0.2)
-            self._leave(None)
-        lines = describe(answers, self._world_size)
-        EventLog(self._folder).record("hang", ranks=answers, missing=_missing(answers, self._world_size))
-        longest = max(answer["seconds"] for answer in answers.values())
-        self._store.set(_REPORTED, "yes")
-        self._leave(
-            f"nothing has moved for {longest:.0f} s (raptr_ds.train.watchdog_seconds={self._seconds:g}):\n  "
-            + "\n  ".join(lines)
-            + f"\n  stacks of all threads: {stacks.parent if stacks else 'could not be written'}"
-        )
+        if min(answers) == self._rank:
+            with contextlib.suppress(RaptrError):  # a disk that does not answer may be what the run waits for
+                EventLog(self._folder).record("hang", ranks=answers, missing=_missing(answers, self._world_size))
+            longest = max(answer["seconds"] for answer in answers.values())
+            lines = [
+                f"nothing has moved for {longest:.0f} s (raptr_ds.train.watchdog_seconds={self._seconds:g}):",
+                *describe(answers, self._world_size),
+                f"stacks of all threads: {stacks.parent if stacks else 'could not be written'}",
+            ]
+            _print("\n  ".join(lines))
+        self._store.set(_LEAVING.format(self._rank), "yes")
+        others = [rank for rank in answers if self._rank == 0 and rank != 0]  # rank 0 may keep the store: it goes last
+        while others and time.monotonic() < deadline + 5:
+            time.sleep(0.2)
+            others = [rank for rank in others if not self._store.get(_LEAVING.format(rank))]
+        os._exit(Exit.HUNG)
 
     def _answers(self) -> dict[int, dict[str, Any]]:
         found = {rank: self._store.get(_ANSWER.format(rank)) for rank in range(self._world_size)}
@@ -139,11 +144,6 @@ class Watchdog:
     def _where(self) -> str:
         """Return where the main thread stands."""
         return where(sys._current_frames().get(self._main))
-
-    def _leave(self, message: str | None) -> None:
-        if message is not None:
-            os.write(2, f"\nraptr_ds: hung: {message}\n".encode())
-        os._exit(Exit.HUNG)
 
 
 class _PatientStore:
@@ -197,6 +197,12 @@ def describe(answers: dict[int, dict[str, Any]], world_size: int) -> list[str]:
         hosts = ", ".join(dict.fromkeys(answers[rank]["host"] for rank in ranks))
         lines.append(f"{_ranks(ranks)} ({hosts}), {place}: in {at}")
     return lines
+
+
+def _print(message: str) -> None:
+    """Print at once, whatever lock the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\nraptr_ds: hung: {message}\n".encode())
 
 
 def _missing(answers: dict[int, Any], world_size: int) -> list[int]:
