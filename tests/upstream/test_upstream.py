@@ -159,7 +159,6 @@ def test_megatron_core_is_whole_after_we_imported_a_part_of_it() -> None:
 def test_the_first_step_of_an_optimizer_loads_the_compiler() -> None:
     """Fixed: parallel/uncompiled.py, keep_optimizers_eager, can go."""
     train = """
-import torch
 weight = torch.nn.Parameter(torch.ones(1))
 for optimizer in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     weight.grad = torch.ones(1)
@@ -195,3 +194,10 @@ def test_tritons_interpreter_multiplies_the_bits_of_bf16() -> None:
     command = [sys.executable, "-m", "tests.upstream.interpreted_dot"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert float(done.stdout) > 1e6  # of 16 times 1 by 1
+
+
+def test_the_norm_of_a_large_tensor_on_a_cpu_is_inexact() -> None:
+    """Fixed: engine/gradient_norm.py can take the norm of whole tensors on a CPU, as on a GPU."""
+    values = torch.randn(8_000_000, generator=torch.Generator().manual_seed(0))
+    exact = values.double().square().sum().sqrt().item()
+    assert abs(torch.linalg.vector_norm(values).item() / exact - 1) > 1e-5

@@ -120,7 +120,7 @@ def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     (tmp_path / "below_a_file.txt").unlink()
     (tmp_path / "circle.txt").symlink_to("circle.txt")
     for path in (tmp_path, tmp_path / "circle.txt"):
-        with pytest.raises(PathError, match=r"circle\.txt cannot be looked at.*circle"):
+        with pytest.raises(PathError, match=r"circle\.txt cannot be used.*circle"):
             file_sources([path], ReadingOptions())
 
 
@@ -189,11 +189,11 @@ def test_what_this_user_may_not_read_is_refused(mode: int) -> None:
         (folder / "linked/d.txt").symlink_to(folder / "shut/b.txt")
         (folder / "linked/e").symlink_to(folder / "shut")
         for given in (".", "shut", "linked/e"):
-            with as_another_user(), pytest.raises(PathError, match=r"(shut|linked)\S* cannot be looked at: Perm"):
+            with as_another_user(), pytest.raises(PathError, match=r"(shut|linked)\S* cannot be used: Perm"):
                 file_sources([folder / given], ReadingOptions())
         if not mode & 0o111:
             for given in ("shut/b.txt", "linked", "linked/d.txt"):
-                with as_another_user(), pytest.raises(PathError, match="cannot be looked at: Permission denied"):
+                with as_another_user(), pytest.raises(PathError, match="cannot be used: Permission denied"):
                     file_sources([folder / given], ReadingOptions())
         for given in ("other", "other/c.txt"):
             with as_another_user(), pytest.raises(DataError, match=r"cannot read .*c\.txt: Permission denied"):

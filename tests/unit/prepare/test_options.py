@@ -57,7 +57,7 @@ SOURCES = {
     "--dataset-config en": "describe a dataset. Name it with --dataset",
     "--dataset-split test": "describe a dataset. Name it with --dataset",
     "--input none": "none does not exist",
-    f"--input {TOO_LONG}": "cannot be looked at: File name too long",
+    f"--input {TOO_LONG}": "cannot be used: File name too long",
     "--input -": "a pipe or device",
     "--input /dev/null": "a pipe or device",
 }
@@ -90,8 +90,8 @@ def test_both_commands_refuse(
         ("--validation-fraction nan", "--validation-fraction nan must lie between 0 and 1"),
         ("--output=", "argument --output: the value is empty"),
         ("--output text.txt", "cannot write to text.txt"),
-        (f"--output {TOO_LONG}", "cannot be looked at: File name too long"),
-        (f"--overwrite --output {TOO_LONG}/x", "cannot be looked at: File name too long"),
+        (f"--output {TOO_LONG}", "cannot be used: File name too long"),
+        (f"--overwrite --output {TOO_LONG}/x", "cannot be used: File name too long"),
     ],
 )
 def test_prepare_data_refuses(
@@ -108,7 +108,7 @@ def test_prepare_data_refuses(
         ("", "argument --output: the value is empty"),
         (".", "is a folder. Name the .model file"),
         ("text.txt/a.model", "cannot write text.txt/a.model"),
-        (TOO_LONG, "cannot be looked at: File name too long"),
+        (TOO_LONG, "cannot be used: File name too long"),
     ],
 )
 def test_train_tokenizer_refuses_an_output_before_it_trains(
