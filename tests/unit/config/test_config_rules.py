@@ -337,16 +337,8 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             1,
             "scheduler.type=WarmupStableDecayLR scheduler.params.warmup_ratio=0.6 scheduler.params.decay_ratio=0.5",
-            ["=60", "=50", "=100", "decay_ratio"],
+            ["warmup_ratio=0.6", "decay_ratio=0.5", "at most 1"],
             "scheduler.type=WarmupStableDecayLR scheduler.params.warmup_ratio=0.5 scheduler.params.decay_ratio=0.5",
-        ),
-    ],
-    "evaluation_has_batches": [
-        (
-            1,
-            "raptr_ds.eval.batches=0 raptr_ds.eval.interval=10",
-            ["nothing", "batches to 1"],
-            "raptr_ds.eval.batches=0",
         ),
     ],
     "non_finite_limit_is_beyond_fp16s_search": [
