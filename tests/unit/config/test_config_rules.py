@@ -259,7 +259,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             1,
             "raptr_ds.objective.mask_rate=0.01",
-            ["0.01", "seq_length=32", "0.0312"],
+            ["0.01", "seq_length=32", "seq_length to 100 or more", "mask_rate to 0.0313"],
             "raptr_ds.objective.mask_rate=0.1",
         ),
     ],
