@@ -36,7 +36,7 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
         elif known is None:
             errors.append(unknown_key(prefix, key, table if prefix else [*table, BLOCK], place, _UNSUPPORTED))
         elif value == "auto" and (isinstance(known, dict) or known(value)):
-            errors.append(auto_value(dotted, place))
+            errors.append(auto_value(dotted, place, known(value) if callable(known) else "must be an object"))
         elif not isinstance(known, dict):
             if must := known(value):
                 errors.append(f"{dotted}={value!r}{place(dotted)} {must}.")
@@ -48,12 +48,14 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
     return errors
 
 
-def auto_value(dotted: str, place: Place) -> str:
+def auto_value(dotted: str, place: Place, must: str | None) -> str:
     """Return the message for Hugging Face's value `auto`, which its Trainer replaces."""
     fix = "Write a number of sequences" if dotted in BATCH_KEYS[:2] else "Write a value, or remove it for its default"
+    if dotted.endswith(".type"):
+        fix = "Write one of them"
     return (
         f"{dotted}='auto'{place(dotted)} is a value that Hugging Face's Trainer fills in from its own arguments; "
-        f"raptr_ds has none. {fix}."
+        f"raptr_ds has none, and it {must}. {fix}."
     )
 
 
@@ -70,7 +72,7 @@ def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what
         nested = inner.replace("{...}", "...")
         return (
             f"{name!r}{place(dotted)}{f' in {section}' if section else ''} is one key with dots in it: dotted keys are "
-            f"for --set. In a file objects are nested: write {nested}"
+            f"for --set. In a file objects are nested: write {nested}."
         )
     if ELSEWHERE_NAMES.get(name, dotted) != dotted:
         return f"{dotted}{place(dotted)} {what}. Its name here is {ELSEWHERE_NAMES[name]}: move it there."

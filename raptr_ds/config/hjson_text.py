@@ -106,8 +106,13 @@ def check_limits(value: Any, source: str, text: str = "", key: str = "", depth: 
 
 
 def line_of(text: str, dotted: str) -> int | None:
-    """Return the line, from 1, where the last part of a dotted key is written; None if not there exactly once."""
-    lines = key_lines(text, dotted.rpartition(".")[2])
+    """Return the line, from 1, where the last part of a dotted key is written; None if not there exactly once.
+
+    A key that has dots itself is found too.
+    """
+    parts = dotted.split(".")
+    suffixes = (".".join(parts[start:]) for start in reversed(range(len(parts))))
+    lines = next((lines for suffix in suffixes if (lines := key_lines(text, suffix))), [])
     return lines[0] if len(lines) == 1 else None
 
 

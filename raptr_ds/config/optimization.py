@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import Check, choice, flag, number, whole
-from raptr_ds.config.deepspeed_part import check_table
+from raptr_ds.config.deepspeed_part import auto_value, check_table
 from raptr_ds.config.overrides import Place
 from raptr_ds.errors import nearest
 
@@ -261,6 +261,8 @@ def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place
     name = given.get("type")
     if name is None:
         return f"{part}.type is missing: it must be one of {', '.join(known)}."
+    if name == "auto":
+        return auto_value(f"{part}.type", place, f"must be one of {', '.join(known)}")
     why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
     guess = f": it {why}." if why else nearest(str(name), known) or "."
     return (

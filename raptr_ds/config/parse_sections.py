@@ -47,7 +47,7 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Sectio
             f"{BLOCK} {what}: next to DeepSpeed's keys a run file holds one object {BLOCK} with the sections "
             f"{', '.join(SECTIONS)}. Start from a file in deepspeed_configs/."
         ]
-    misplaced = _misplaced([*outside, *block])
+    misplaced = _misplaced([*outside, *(name for name in block if name not in SECTIONS)])
     errors = [unknown_key(f"{BLOCK}.", name, list(SECTIONS), place) for name in block if name not in SECTIONS]
     sections: dict[str, Section] = {}
     for name in SECTIONS:
@@ -66,8 +66,8 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Sectio
 
 
 def _misplaced(names: Iterable[str]) -> set[str]:
-    """Return the sections and keys that names which are none may stand for: nothing of them is missing as well."""
-    parts = {part for name in names if name not in SECTIONS for part in name.split(".")}
+    """Return the sections and keys that unknown names may stand for: none of them is reported as missing too."""
+    parts = {part for name in names for part in name.split(".")}
     guesses = {guess for part in parts for guess in difflib.get_close_matches(part, _ALL_NAMES, n=3, cutoff=0.6)}
     foreign = {ELSEWHERE_NAMES[part].rpartition(".")[2] for part in parts if part in ELSEWHERE_NAMES}
     return parts | guesses | foreign
