@@ -30,7 +30,7 @@ def test_limits_hold_in_the_file_and_in_overrides(load, small_run, key, number):
     assert "run.json" in str(error.value)
     if says != "deep":
         assert f"line 2: {key}" in str(error.value)
-    for override in (f"{key}={value}", f"{key}=[{value}]", f"optimizer={{type: AdamW, params: {{{key}: {value}\n}}}}"):
+    for override in (f"{key}={value}", f"{key}=[{value}]", f'optimizer={{"params": {{"{key}": {value}}}}}'):
         with pytest.raises(ConfigError, match=f"--set .*{says}"):
             load(override)
 
@@ -109,7 +109,7 @@ def test_the_advice_on_mask_rates_can_be_followed(load):
             load(f"raptr_ds.model.seq_length={length}", "raptr_ds.objective.mask_rate=0.01")
         rate = str(error.value).rpartition("mask_rate to ")[2].split()[0]
         load(f"raptr_ds.model.seq_length={length}", f"raptr_ds.objective.mask_rate={rate}")
-    with pytest.raises(ConfigError, match="Set seq_length to 7 or more\\.$"):
+    with pytest.raises(ConfigError, match=r"Set seq_length to 7 or more\.$"):
         load("raptr_ds.model.seq_length=1")
 
 
