@@ -159,6 +159,7 @@ def test_megatron_core_is_whole_after_we_imported_a_part_of_it() -> None:
 def test_the_first_step_of_an_optimizer_loads_the_compiler() -> None:
     """Fixed: parallel/uncompiled.py, keep_optimizers_eager, can go."""
     train = """
+import torch
 weight = torch.nn.Parameter(torch.ones(1))
 for optimizer in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     weight.grad = torch.ones(1)
