@@ -21,7 +21,7 @@ from raptr_ds.config.optimization import (
     check_scheduler,
     complete_optimizer,
     complete_scheduler,
-    schedule_notes,
+    schedule_warnings,
 )
 from raptr_ds.config.overrides import Place, apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
@@ -97,9 +97,9 @@ def _complete(
     sizes = dict(zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True))
     deepspeed = cast(dict[str, Any], plain({**deepspeed, **sizes}))
     config = RunConfig(**complete, batch=batch, optimizer=optimizer, scheduler=scheduler, deepspeed=deepspeed)
-    notes = [*notes, *schedule_notes(scheduler, optimizer["params"]["lr"], train.steps)]
+    warnings = list(schedule_warnings(scheduler, optimizer["params"]["lr"], train.steps))
     lines = [*_derived_lines(tree, config.resolved()), f"data parallel size {batch.data_parallel}"]
-    return replace(config, derived=notes + lines), errors
+    return replace(config, derived=notes + lines, warnings=warnings), errors
 
 
 def _solve_batch(

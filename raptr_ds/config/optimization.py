@@ -137,18 +137,18 @@ def broken_optimization_rules(
         yield from _broken_schedule_rules(scheduler["params"], params["lr"], num_steps)
 
 
-def schedule_notes(scheduler: dict[str, Any] | None, lr: float, num_steps: int) -> Iterator[str]:
+def schedule_warnings(scheduler: dict[str, Any] | None, lr: float, num_steps: int) -> Iterator[str]:
     """Yield a line for what a completed schedule does that is allowed and rarely meant."""
     params = scheduler["params"] if scheduler else {}
     total = params.get("total_num_steps", num_steps)
     if total > num_steps:
         yield (
-            f"warning: scheduler.params.total_num_steps={total} is more than raptr_ds.train.steps={num_steps}: the run "
+            f"scheduler.params.total_num_steps={total} is more than raptr_ds.train.steps={num_steps}: the run "
             "ends before the learning rate has decayed. Remove total_num_steps unless you mean that."
         )
     elif total < num_steps:
         yield (
-            f"warning: scheduler.params.total_num_steps={total} is less than raptr_ds.train.steps={num_steps}: the "
+            f"scheduler.params.total_num_steps={total} is less than raptr_ds.train.steps={num_steps}: the "
             f"learning rate stays at {_lowest_rate(params, lr):g} for the last {num_steps - total} steps. Remove "
             "total_num_steps unless you mean that."
         )

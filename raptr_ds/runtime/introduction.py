@@ -65,7 +65,7 @@ def _introduction(
         f"batch {config.batch.global_batch} = {config.batch.micro_batch} x {config.batch.accumulation} accumulated x "
         f"{config.batch.data_parallel}",
         f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
-        *(f"warning: {warning}" for warning in (attention.warning, compilation.warning) if warning),
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if isinstance(path, ScheduledSection) else ""),
         *(f"  derived: {line}" for line in config.derived),
+        *(f"warning: {line}" for line in (*config.warnings, attention.warning, compilation.warning) if line),
     ]

@@ -148,7 +148,7 @@ def test_schedules_beyond_sense(load, kind, params, says):
     ],
 )
 def test_unusual_schedules_have_a_warning(load, kind, params):
-    (line,) = [line for line in scheduled(load, kind, **params).derived if line.startswith("warning")]
+    (line,) = scheduled(load, kind, **params).warnings
     assert f"total_num_steps={params['total_num_steps']}" in line
 
 
