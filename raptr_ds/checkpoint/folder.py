@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED, _REPLACED, _DELETED = ".unfinished-", ".replaced-", ".deleted-"
 _SET_ASIDE = "set-aside-"
+_KEPT_BRANCHES = 3  # so that a mistake in raptr_ds.checkpoint.load, and a second one, lose nothing
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -125,18 +126,28 @@ def set_aside(folder: Path, after: int) -> Path | None:
     """Move the checkpoints after step `after`, an abandoned branch of the run, to a new folder set-aside-N.
 
     In place they would later be taken for the newest ones. Returns the new folder, None if there was nothing to move.
+    A few of these folders are kept: see `outdated_branches`.
     """
     later = [path for path in checkpoints_in(folder) if (step_of(path) or 0) > after]
     if not later:
         return None
-    number = 1
-    while (aside := folder / f"{_SET_ASIDE}{number}").exists():
-        number += 1
+    aside = folder / f"{_SET_ASIDE}{max(_branches(folder), default=0) + 1}"
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)
     sync_folder(folder)
     return aside
+
+
+def outdated_branches(folder: Path) -> list[Path]:
+    """Return the folders of abandoned branches that are to be deleted: all but the three newest."""
+    branches = _branches(folder)
+    return [branches[number] for number in sorted(branches)[:-_KEPT_BRANCHES]]
+
+
+def _branches(folder: Path) -> dict[int, Path]:
+    numbers = {path.name.removeprefix(_SET_ASIDE): path for path in folder.glob(f"{_SET_ASIDE}*")}
+    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ from raptr_ds.checkpoint.folder import (
     checkpoints_at,
     checkpoints_in,
     outdated,
+    outdated_branches,
     publish,
     set_aside,
     step_folder,
@@ -228,6 +229,9 @@ class Checkpoints:
         except OSError as error:
             self._report(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
             return
+        self._delete(paths)
+
+    def _delete(self, paths: list[Path]) -> None:
         if self._sweeper is not None:
             self._sweeper.join()
         # Deleting many gigabytes can take seconds, so a thread does it; the next run's `tidy` deletes what is left.
@@ -273,7 +277,7 @@ class Checkpoints:
                 self._report(damages[-1])
                 continue
             is_own = folder.resolve().parent == self.folder.resolve()
-            self._set_aside(after=restored.step if is_own else -1)
+            self._set_aside(after=restored.step if is_own else -1, source=folder)
             return restored
         if not damages:
             return None
@@ -293,10 +297,17 @@ class Checkpoints:
         engine.refresh_weights()
         return restored
 
-    def _set_aside(self, after: int) -> None:
+    def _set_aside(self, after: int, source: Path | None = None) -> None:
+        """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
         moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
         if moved is not None:
-            self._report(f"checkpoints that this run does not continue from were moved to {moved}")
+            earlier = outdated_branches(self.folder) if self.groups.rank == 0 else []
+            earlier = [
+                branch for branch in earlier if source is None or branch.resolve() not in source.resolve().parents
+            ]
+            also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
+            self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
+            self._delete(earlier)
 
 
 def _completed(manifest: Manifest, writes: list[RankWrite]) -> Manifest:

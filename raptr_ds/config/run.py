@@ -27,7 +27,8 @@ class RunConfig:
 
     optimizer, scheduler: {type, params} as in the file, completed. deepspeed: the dictionary for
     deepspeed.initialize, without scheduler and raptr_ds, batch sizes filled in; treat all three as read-only.
-    derived: lines to print, a value each. warnings: lines about what is allowed and rarely meant. Only model.vocab_size may still be 0: see with_vocab_size.
+    derived: lines to print, a value each. warnings: lines about what is allowed and rarely meant. Only
+    model.vocab_size may still be 0: see with_vocab_size.
     """
 
     model: ModelSection

@@ -205,6 +205,19 @@ def test_an_abandoned_branch_of_the_run_does_not_come_back(run: Any) -> None:
     assert run.steps() == []
 
 
+def test_of_abandoned_branches_the_newest_three_are_kept_and_what_is_loaded(run: Any) -> None:
+    for _ in range(4):
+        run.save(1)
+        assert run.restore("none") is None
+    run.checkpoints.wait()
+    assert run.names() == ["set-aside-2", "set-aside-3", "set-aside-4"]
+    assert any("moved to" in line and "deleted: set-aside-1" in line for line in run.said)
+    run.save(1)
+    assert run.restore(str(run.folder / "set-aside-2")) == 1
+    run.checkpoints.wait()
+    assert run.names() == ["set-aside-2", "set-aside-3", "set-aside-4", "set-aside-5"]
+
+
 def test_a_checkpoint_of_another_model_stops(run: Any, small_model: Callable[..., ModelSection]) -> None:
     run.save(1, 2)
     for where in ("auto", str(run.folder)):
