@@ -122,6 +122,11 @@ class Tokenizer:
         return self._ids[MASK]
 
     @property
+    def newline_id(self) -> int:
+        """Id of the newline byte, which joins lines."""
+        return self._processor.piece_to_id(NEWLINE)
+
+    @property
     def mode_ids(self) -> dict[str, int]:
         """Ids of UL2's mode tokens, by name."""
         return {name: self._ids[name] for name in MODES}
@@ -151,7 +156,7 @@ class Tokenizer:
         processor = self._processor
         begins = [processor.id_to_piece(i).startswith(WORD_BOUNDARY) for i in range(self.vocab_size)]
         table = np.array(begins) | self.is_special
-        table[processor.piece_to_id(NEWLINE)] = True
+        table[self.newline_id] = True
         return table
 
     @cached_property
@@ -161,7 +166,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids (n,) int32 of `text`, without special tokens."""
-        newline = self._processor.piece_to_id(NEWLINE)
+        newline = self.newline_id
         ids: list[int] = []
         for line in self._processor.encode(text.split("\n")):
             ids.extend(line)
@@ -170,7 +175,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of `tokens`, without special tokens."""
-        newline = self._processor.piece_to_id(NEWLINE)
+        newline = self.newline_id
         lines: list[list[int]] = [[]]
         for token in map(int, tokens):
             if token == newline:
