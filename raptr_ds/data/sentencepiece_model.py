@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
+from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
+
 from raptr_ds.errors import DataError
 
 NUM_BYTES = 256
@@ -75,22 +77,24 @@ def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
     origin: names the model in errors.
     Raises: DataError naming the options that are not supported.
     """
-    content = _fields(model)
-    trainer, normalizer, denormalizer = (
-        _fields(_merged(content, number)) for number in (_TRAINER, _NORMALIZER, _DENORMALIZER)
-    )
-    pieces = tuple(_piece(value) for value in content.get(_PIECE, []) if isinstance(value, bytes))
+    try:
+        content = _fields(model)
+        trainer, normalizer, denormalizer = (
+            _fields(_merged(content, number)) for number in (_TRAINER, _NORMALIZER, _DENORMALIZER)
+        )
+        pieces = tuple(_piece(value) for value in content.get(_PIECE, []) if isinstance(value, bytes))
+    except (ValueError, LookupError, struct.error) as error:
+        raise DataError(f"the tokenizer {origin} is damaged: {error}. Copy the file again.") from error
     unused = [piece.text for piece in pieces if piece.type == PieceType.UNUSED]
-    # Lines are encoded one by one, and sentencepiece itself never finds a symbol with a space.
-    unfit = [piece.text for piece in pieces if piece.type == PieceType.USER_DEFINED and set(" \n") & set(piece.text)]
+    symbols = [piece.text for piece in pieces if piece.type == PieceType.USER_DEFINED]
     model_type = _MODEL_TYPES.get(_int(trainer, _MODEL_TYPE, 1), "unknown")
     refused = {
         "denormalization_rule_tsv": _bytes(denormalizer, _CHARSMAP),
         "escape_whitespaces=false": not _int(normalizer, _ESCAPE_WHITESPACES, 1),
         "treat_whitespace_as_suffix=true": _int(trainer, _WHITESPACE_AS_SUFFIX, 0),
-        f"user_defined_symbols with a space or a new line such as {unfit[:1]}": unfit,
         f"unused pieces such as {', '.join(unused[:3])}": unused,
         f"model_type={model_type}": model_type not in {"bpe", "unigram"},
+        **(_refused_symbols(model, symbols, pieces, model_type) if symbols else {}),
     }
     found = [option for option, is_set in refused.items() if is_set]
     if found:
@@ -105,6 +109,29 @@ def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
         bool(_int(normalizer, _DUMMY_PREFIX, 1)),
         bool(_int(normalizer, _REMOVE_WHITESPACES, 1)),
     )
+
+
+def _refused_symbols(
+    model: bytes, symbols: Sequence[str], pieces: Sequence[Piece], model_type: str
+) -> dict[str, list[str]]:
+    """Return what user_defined_symbols have that cannot be done in the same way in transformers, by its name."""
+    rules = SentencePieceNormalizer(
+        model_proto=model, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
+    )
+    changed = [text for text in symbols if {text} != {rules.normalize(text), "".join(rules.normalize(list(text)))}]
+    # Lines are encoded one by one, and sentencepiece itself never finds a symbol with a space.
+    unfit = [text for text in symbols if set(" \n") & set(text)]
+    as_is = _field(_CHARSMAP, b"") + _field(_DUMMY_PREFIX, 0) + _field(_REMOVE_WHITESPACES, 0)
+    processor = SentencePieceProcessor(model_proto=model + _field(_NORMALIZER, as_is))
+    texts = [piece.text for piece in pieces if piece.type == PieceType.NORMAL]
+    split = processor.encode([text.replace("\u2581", " ") for text in texts], out_type=str)
+    # Of a bpe model a stretch between two symbols is looked up as a whole first.
+    never_made = [one for one, parts in zip(texts, split, strict=True) if parts != [one] and model_type == "bpe"]
+    return {
+        f"user_defined_symbols that its normalization changes such as {changed[:1]}": changed,
+        f"user_defined_symbols with a space or a new line such as {unfit[:1]}": unfit,
+        f"user_defined_symbols beside pieces that no text becomes such as {never_made[:1]}": never_made,
+    }
 
 
 def with_pieces(model: bytes, controls: Sequence[str], roles: Mapping[Role, str], *, add_bytes: bool) -> bytes:

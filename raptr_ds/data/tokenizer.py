@@ -54,7 +54,8 @@ class Tokenizer:
             missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
         if missing:
             raise DataError(
-                f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. {ADD_THEM}"
+                f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. "
+                f"{ADD_THEM}"
             )
         named = {name: self._processor.piece_to_id(name) for name in (CLS, SEP, MASK, *MODES)}
         roles = {name: role_id(self._processor, role) for role, name in ROLES.items()}

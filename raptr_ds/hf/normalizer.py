@@ -9,9 +9,10 @@ rules also fold case, for some 800 of a capital letter and a mark that has no sm
 Source: https://github.com/google/sentencepiece/blob/master/src/builder.cc, BuildNFKCMap.
 """
 
+import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from sentencepiece import SentencePieceNormalizer
 from tokenizers import Regex, normalizers
@@ -26,10 +27,10 @@ _FIRST_MARK, _END = 0x300, 0x20000  # of Unicode's marks, and of its letters wit
 _MOST_MARKS = 3  # of one letter
 
 
-def normalizer_of(tokenizer: Tokenizer, special_pattern: str) -> normalizers.Sequence:
+def normalizer_of(tokenizer: Tokenizer, specials: Sequence[str]) -> normalizers.Sequence:
     """Return the normalizer of a text of lines, which leaves a word boundary where sentencepiece has one.
 
-    special_pattern: a regular expression of the special tokens, which take the boundary before them along.
+    specials: names of the special tokens, which take the boundary before them along.
     """
     model = tokenizer.content
     steps: list[Normalizer] = []
@@ -43,8 +44,20 @@ def normalizer_of(tokenizer: Tokenizer, special_pattern: str) -> normalizers.Seq
         start = rf"(?<![^\n]){WORD_BOUNDARY}\K +" if model.add_dummy_prefix else r"(?<![^\n]) +"
         steps.append(normalizers.Replace(Regex(f"[ {WORD_BOUNDARY}]+(?=\\n|\\z)|{start}| \\K +"), ""))
     steps.append(normalizers.Replace(" ", WORD_BOUNDARY))
-    steps.append(normalizers.Replace(Regex(f"{WORD_BOUNDARY}(?={special_pattern})"), ""))
-    return normalizers.Sequence(steps)  # type: ignore[arg-type]
+    # Rules that fold case do so with these names, too, which transformers then finds in any case.
+    folded = [normalizers.Sequence(steps).normalize_str(name).lstrip(WORD_BOUNDARY) for name in specials]
+    steps.append(normalizers.Replace(Regex(f"{WORD_BOUNDARY}(?={any_of(folded)})"), ""))
+    return normalizers.Sequence(steps)
+
+
+def any_of(names: Collection[str]) -> str:
+    """Return a regular expression, for Python and for tokenizers, of any of the names.
+
+    It looks at the first character by itself, or hundreds of names would be tried at every space of a text.
+    """
+    escaped = [re.escape(name) for name in names]
+    first = "".join(sorted({re.escape(name[0]) for name in names}))
+    return f"(?=[{first}])(?:{'|'.join(escaped)})"
 
 
 def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
@@ -56,6 +69,8 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     removed = _any(one for one, result in results.items() if not result)
     # What is a letter with a mark already, or several characters, has no rule together with its neighbours.
     uncomposed = _any(one for one, result in results.items() if len(unicodedata.normalize("NFD", result)) > 1)
+    if tokenizer.content.user_defined:  # sentencepiece leaves these as they are
+        uncomposed = f"(?:{any_of(tokenizer.content.user_defined)}|{uncomposed})"
     composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}(?:{_composing_pairs(characters)})"), "")
     return [
         normalizers.Replace("\n", _NEWLINE),
@@ -63,7 +78,7 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
         # Not before the first character: tokenizers 0.23 panics when it normalizes a text with an insertion there.
         normalizers.Replace(Regex(rf"(?<!\A)(?={uncomposed})"), _APART),
         normalizers.Replace(Regex(rf"{uncomposed}\K"), _APART),
-        normalizers.Replace(Regex(rf"(?<!\A)(?=[^{_span(0, _FIRST_MARK - 1)}])"), _APART),
+        normalizers.Replace(Regex(rf"(?<!\A)(?=[^{_span(0, _FIRST_MARK - 1)}{_NEWLINE}])"), _APART),
         normalizers.Precompiled(tokenizer.content.charsmap),
         *[composed, normalizers.NFC()] * _MOST_MARKS,
         normalizers.Replace(_NEWLINE, "\n"),
