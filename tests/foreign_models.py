@@ -1,19 +1,21 @@
-"""Sentencepiece models as other projects train them: T5's, Llama's and their like, on text with much besides letters."""
+"""Sentencepiece models as other projects train them: T5's, Llama's and their like, on text of unusual characters."""
 
 import io
-from functools import cache
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.prepare.brought_tokenizer import bring_tokenizer
 from tests.made_up_text import made_up_text
 
 # Accents composed and not, ligatures, wide and half-width letters, signs, emoji, several spaces, tabs.
 UNUSUAL = (
-    "caf\u00e9 cafe\u0301 na\u00efve \ufb01ne o\ufb03ce \u00c5ngstr\u00f6m \u212b Stra\u00dfe \u01c6 \u0130stanbul",
+    "café cafe\u0301 naïve \ufb01ne o\ufb03ce Ångström \u212b Straße ǆ İstanbul",
     "\uff21\uff22\uff23 \uff11\uff12\uff13 \uff76\uff9e\uff8a\uff9f \u30ab\u3099 \u30cf\u309a",
-    "\u1100\u1161\u11a8 \uac01 \ud55c\uad6d\uc5b4 \u3131\u314f Vie\u0302\u0323t Vi\u1ec7t ti\u00ea\u0301ng e\u0323\u0302",
-    "\u00bd \u2460 \u2122 \u2026 \u00b4 \u2126 x\u00b2 \u33a1 \u0e01\u0e33 \u05e9\u05b8\u05c1\u05dc \u0645\u064f\u062d\u0651\u064e",
+    "\u1100\u1161\u11a8 각 한국어 \u3131\u314f Vie\u0302\u0323t Việt tiê\u0301ng e\u0323\u0302",
+    "½ ① \u2122 … \u00b4 \u2126 x² ㎡ \u0e01\u0e33 \u05e9\u05b8\u05c1\u05dc \u0645\u064f\u062d\u0651\u064e",
     "\U0001f600 \U0001f44d\U0001f3fd \u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
     "two  spaces   three\tone tab\t\ttwo\u00a0fixed \u3000wide \u200bnone\u00adsoft  ",
 )
@@ -56,20 +58,30 @@ FOREIGN = {
 }
 
 
-@cache
-def foreign_model(**options: object) -> bytes:
-    """Return a model of 500 pieces, trained with these options."""
+def foreign_model(options: Mapping[str, object], lines: Sequence[str] | None = None) -> bytes:
+    """Return a model trained with these options: of at most 500 pieces, on made-up words and unusual characters."""
     model = io.BytesIO()
-    lines = [*made_up_text(0, 200).split("\n"), *UNUSUAL * 5]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
+        sentence_iterator=iter(lines or [*made_up_text(0, 200).split("\n"), *UNUSUAL * 5]),
         model_writer=model,
         **{"vocab_size": 500, "hard_vocab_limit": False, "num_threads": 1, "minloglevel": 3, **options},
     )
     return model.getvalue()
 
 
-def normalized(model: bytes, text: str) -> str:
-    """Return what sentencepiece itself makes of a text before it splits it, line by line, its boundaries as spaces."""
+def brought(model: bytes, folder: Path, num_sentinels: int = 8) -> Tokenizer:
+    """Return the model with what it lacks, as tools/prepare_data.py --tokenizer takes it."""
+    path = folder / "their.model"
+    path.write_bytes(model)
+    return bring_tokenizer(path, num_sentinels)[0]
+
+
+def normalized(model: bytes, options: Mapping[str, object], text: str) -> str:
+    """Return what sentencepiece itself makes of each line before it splits it, with spaces for word boundaries."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return "\n".join(_normalized_line(processor, line) for line in text.split("\n"))
+    has_prefix, removes = options.get("add_dummy_prefix", True), options.get("remove_extra_whitespaces", True)
+    lines = []
+    for line in text.split("\n"):
+        content = processor.normalize(line)[1 if line and has_prefix else 0 :].replace("\u2581", " ")
+        lines.append(content.lstrip(" ") if removes else content)
+    return "\n".join(lines)
