@@ -76,12 +76,11 @@ def brought(model: bytes, folder: Path, num_sentinels: int = 8) -> Tokenizer:
     return bring_tokenizer(path, num_sentinels)[0]
 
 
-def normalized(model: bytes, options: Mapping[str, object], text: str) -> str:
+def normalized(model: sentencepiece.SentencePieceProcessor, options: Mapping[str, object], text: str) -> str:
     """Return what sentencepiece itself makes of each line before it splits it, with spaces for word boundaries."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     has_prefix, removes = options.get("add_dummy_prefix", True), options.get("remove_extra_whitespaces", True)
     lines = []
     for line in text.split("\n"):
-        content = processor.normalize(line)[1 if line and has_prefix else 0 :].replace("\u2581", " ")
+        content = model.normalize(line)[1 if line and has_prefix else 0 :].replace("\u2581", " ")
         lines.append(content.lstrip(" ") if removes else content)
     return "\n".join(lines)

@@ -151,7 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the data folder to write")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="use this sentencepiece model instead of training one")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="use this sentencepiece model instead of training one; special tokens that it lacks are added at its end",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
     parser.add_argument(
         "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"

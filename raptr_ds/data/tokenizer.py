@@ -163,10 +163,11 @@ class Tokenizer:
         ids: list[int] = []
         try:
             lines = self._processor.encode(text.split("\n"))
-        except UnicodeEncodeError as error:
+        except TypeError as error:  # sentencepiece's, without a reason
+            place = next(place for place, character in enumerate(text) if "\ud800" <= character < "\ue000")
             raise DataError(
-                f"a text cannot be encoded: {error.object[error.start]!r} at character {error.start} of a line is half "
-                "of a surrogate pair, not a character. Replace it."
+                f"a text cannot be encoded: {text[place]!r}, its character {place}, is half of a surrogate pair. "
+                "Replace it."
             ) from error
         for line in lines:
             ids.extend(line)

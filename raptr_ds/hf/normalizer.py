@@ -71,7 +71,7 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     uncomposed = _any(one for one, result in results.items() if len(unicodedata.normalize("NFD", result)) > 1)
     if tokenizer.content.user_defined:  # sentencepiece leaves these as they are
         uncomposed = f"(?:{any_of(tokenizer.content.user_defined)}|{uncomposed})"
-    composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}(?:{_composing_pairs(characters)})"), "")
+    composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{_composing_pairs(characters)}"), "")
     return [
         normalizers.Replace("\n", _NEWLINE),
         normalizers.Replace(Regex(removed), _APART),
@@ -93,7 +93,8 @@ def _composing_pairs(characters: Iterable[str]) -> str:
         base = unicodedata.normalize("NFC", parts[:-1])
         if len(base) == 1 and unicodedata.normalize("NFC", parts) == character:
             bases.setdefault(parts[-1], []).append(base)
-    return "|".join(f"(?<={_any(before)}{_APART})(?={mark})" for mark, before in bases.items())
+    pairs = "|".join(f"(?={mark})(?<={_any(before)}{_APART})" for mark, before in bases.items())
+    return f"(?={_any(bases)})(?:{pairs})"  # most places are none: seen by the first condition
 
 
 def _any(characters: Iterable[str]) -> str:
