@@ -16,12 +16,13 @@ from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
 from raptr_ds.errors import DataError
 
 NUM_BYTES = 256
+RULES = {"nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf"}  # sentencepiece's own, besides identity, which has none
 _PIECE, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5  # fields of ModelProto
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
 _MODEL_TYPE, _VOCAB_SIZE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 4, 24, 35  # fields of TrainerSpec
 _ROLE_IDS = {"bos": 41, "eos": 42, "pad": 43}
 _ROLE_PIECES = {"bos": 46, "eos": 47, "pad": 48}
-_CHARSMAP, _DUMMY_PREFIX, _REMOVE_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5  # of NormalizerSpec
+_RULE_NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_WHITESPACES, _ESCAPE_WHITESPACES = 1, 2, 3, 4, 5  # of NormalizerSpec
 _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _VARINT, _LENGTH_DELIMITED = 0, 2  # wire types
 _FIXED_SIZES = {1: 8, 5: 4}
@@ -88,7 +89,9 @@ def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
     unused = [piece.text for piece in pieces if piece.type == PieceType.UNUSED]
     symbols = [piece.text for piece in pieces if piece.type == PieceType.USER_DEFINED]
     model_type = _MODEL_TYPES.get(_int(trainer, _MODEL_TYPE, 1), "unknown")
+    rules = _bytes(normalizer, _RULE_NAME).decode(errors="replace")
     refused = {
+        f"normalization_rule_tsv (rules named {rules!r})": _bytes(normalizer, _CHARSMAP) and rules not in RULES,
         "denormalization_rule_tsv": _bytes(denormalizer, _CHARSMAP),
         "escape_whitespaces=false": not _int(normalizer, _ESCAPE_WHITESPACES, 1),
         "treat_whitespace_as_suffix=true": _int(trainer, _WHITESPACE_AS_SUFFIX, 0),

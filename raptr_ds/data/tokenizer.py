@@ -198,8 +198,8 @@ class Tokenizer:
         if have < needed:
             raise DataError(
                 f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. "
-                f"Prepare the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter "
-                "seq_length."
+                f"Prepare the data again with tools/prepare_data.py --sentinels {needed} (without --tokenizer, or with "
+                "one that has no sentinels yet), or choose a shorter seq_length."
             )
 
 

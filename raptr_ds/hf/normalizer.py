@@ -71,7 +71,7 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     uncomposed = _any(one for one, result in results.items() if len(unicodedata.normalize("NFD", result)) > 1)
     if tokenizer.content.user_defined:  # sentencepiece leaves these as they are
         uncomposed = f"(?:{any_of(tokenizer.content.user_defined)}|{uncomposed})"
-    composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{_composing_pairs(characters)}"), "")
+    composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{_composing_pairs(rules, characters)}"), "")
     return [
         normalizers.Replace("\n", _NEWLINE),
         normalizers.Replace(Regex(removed), _APART),
@@ -85,14 +85,16 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     ]
 
 
-def _composing_pairs(characters: Iterable[str]) -> str:
-    """Return a regular expression of the places of _APART between two characters that Unicode composes."""
+def _composing_pairs(rules: SentencePieceNormalizer, characters: Iterable[str]) -> str:
+    """Return a regular expression of the places of _APART between two characters that Unicode and the rules compose."""
+    decomposed = {one: parts for one in characters if len(parts := unicodedata.normalize("NFD", one)) > 1}
     bases: dict[str, list[str]] = {}
-    for character in characters:
-        parts = unicodedata.normalize("NFD", character)
+    for (character, parts), result in zip(decomposed.items(), rules.normalize(list(decomposed.values())), strict=True):
         base = unicodedata.normalize("NFC", parts[:-1])
-        if len(base) == 1 and unicodedata.normalize("NFC", parts) == character:
+        if len(base) == 1 and result == character == unicodedata.normalize("NFC", parts):
             bases.setdefault(parts[-1], []).append(base)
+    if not bases:
+        return _any(())
     pairs = "|".join(f"(?={mark})(?<={_any(before)}{_APART})" for mark, before in bases.items())
     return f"(?={_any(bases)})(?:{pairs})"  # most places are none: seen by the first condition
 

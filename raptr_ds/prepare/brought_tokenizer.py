@@ -17,7 +17,7 @@ from raptr_ds.data.tokenizer import (
 
 
 def bring_tokenizer(path: str | Path, num_sentinels: int) -> tuple[Tokenizer, str]:
-    """Return the tokenizer of a file, and a line on what had to be added to it, empty if it lacks nothing.
+    """Return the tokenizer of a file, and a line on what is added to it or not, empty if it is all that is wanted.
 
     What is missing comes at the end of the vocabulary, so that no id changes; a piece of another type that has the name
     of a special token becomes one. A model that has sentinels keeps its number of them.
@@ -31,7 +31,8 @@ def bring_tokenizer(path: str | Path, num_sentinels: int) -> tuple[Tokenizer, st
     sentinels = [name for name in own if not is_control(processor, name)]
     needs_bytes = lacks_bytes(processor)
     if not (specials or sentinels or needs_bytes):
-        return Tokenizer(model, origin), ""
+        note = f"{origin} lacks nothing; it keeps its {len(own)} sentinels." if len(own) != num_sentinels else ""
+        return Tokenizer(model, origin), note
     if not own:
         sentinels = [sentinel_name(index) for index in range(num_sentinels)]
     roles: dict[Role, str] = {role: name for role, name in ROLES.items() if name in specials}

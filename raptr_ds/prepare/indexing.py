@@ -67,15 +67,15 @@ class Preparation:
         if not 0 < fraction < 1:
             raise ConfigError(f"--validation-fraction {fraction} must lie between 0 and 1. Use 0.01 to 0.1.")
         path = self.settings.tokenizer_path
-        external, added = bring_tokenizer(path, self.settings.tokenizer.num_sentinels) if path else (None, "")
+        external, note = bring_tokenizer(path, self.settings.tokenizer.num_sentinels) if path else (None, "")
         fingerprint = self._fingerprint(external)
         finished = self._finished(fingerprint)
         if finished is not None:
             self.report(f"{self.output} is up to date: nothing to do.")
             return finished
         with working_folder(self.output, fingerprint) as work:
-            if added:
-                self.report(added)
+            if note:
+                self.report(note)
             if work.done.documents:
                 self.report(f"resuming: {work.done.documents:,} documents are already encoded.")
             tokenizer = self._tokenizer(work, external)

@@ -98,14 +98,13 @@ def test_what_is_added_is_named(tmp_path: Path) -> None:
 
 def test_a_model_that_lacks_nothing_stays_as_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "our.model"
-    tokenizer.save(path)
-    for num_sentinels in (0, 100, 256):
-        same, added = bring_tokenizer(path, num_sentinels)
-        assert (same.model, added) == (tokenizer.model, "")
-    complete = brought(foreign_model(T5), tmp_path)
-    complete.save(path)
-    same, added = bring_tokenizer(path, 256)
-    assert (same.model, added) == (complete.model, "")
+    for complete, own in ((tokenizer, 100), (brought(foreign_model(T5), tmp_path), 8)):
+        complete.save(path)
+        for num_sentinels in (0, own, 256):
+            same, note = bring_tokenizer(path, num_sentinels)
+            assert same.model == complete.model
+            kept = f"{path} lacks nothing; it keeps its {own} sentinels."
+            assert note == ("" if num_sentinels == own else kept)
 
 
 def test_words_are_found_in_lines_without_a_first_space(tmp_path: Path) -> None:
@@ -155,10 +154,12 @@ def test_settings_that_no_training_option_gives_are_refused_by_name(setting: byt
         brought(foreign_model(LLAMA) + setting, tmp_path)
 
 
-def test_denormalization_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "rules.tsv").write_text("61\t62\n")
-    with pytest.raises(DataError, match="denormalization_rule_tsv"):
-        brought(foreign_model({**LLAMA, "denormalization_rule_tsv": tmp_path / "rules.tsv"}), tmp_path)
+@pytest.mark.parametrize("option", ["normalization_rule_tsv", "denormalization_rule_tsv"])
+def test_rules_of_ones_own_are_refused_by_name(option: str, tmp_path: Path) -> None:
+    (tmp_path / "rules.tsv").write_text("61 62\t63\n")
+    options = {key: value for key, value in LLAMA.items() if key != "normalization_rule_name"}
+    with pytest.raises(DataError, match=f"has {option}"):
+        brought(foreign_model({**options, option: tmp_path / "rules.tsv"}), tmp_path)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
