@@ -87,6 +87,7 @@ def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
     except (ValueError, LookupError, struct.error) as error:
         raise DataError(f"the tokenizer {origin} is damaged: {error}. Copy the file again.") from error
     unused = [piece.text for piece in pieces if piece.type == PieceType.UNUSED]
+    newlines = [piece.text for piece in pieces if "\n" in piece.text]  # lines are encoded one by one
     symbols = [piece.text for piece in pieces if piece.type == PieceType.USER_DEFINED]
     model_type = _MODEL_TYPES.get(_int(trainer, _MODEL_TYPE, 1), "unknown")
     rules = _bytes(normalizer, _RULE_NAME).decode(errors="replace")
@@ -96,6 +97,7 @@ def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
         "escape_whitespaces=false": not _int(normalizer, _ESCAPE_WHITESPACES, 1),
         "treat_whitespace_as_suffix=true": _int(trainer, _WHITESPACE_AS_SUFFIX, 0),
         f"unused pieces such as {', '.join(unused[:3])}": unused,
+        f"pieces with a new line such as {newlines[:1]}": newlines,
         f"model_type={model_type}": model_type not in {"bpe", "unigram"},
         **(_refused_symbols(model, symbols, pieces, model_type) if symbols else {}),
     }
@@ -122,8 +124,7 @@ def _refused_symbols(
         model_proto=model, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
     )
     changed = [text for text in symbols if {text} != {rules.normalize(text), "".join(rules.normalize(list(text)))}]
-    # Lines are encoded one by one, and sentencepiece itself never finds a symbol with a space.
-    unfit = [text for text in symbols if set(" \n") & set(text)]
+    spaced = [text for text in symbols if " " in text]  # sentencepiece itself never finds these
     as_is = _field(_CHARSMAP, b"") + _field(_DUMMY_PREFIX, 0) + _field(_REMOVE_WHITESPACES, 0)
     processor = SentencePieceProcessor(model_proto=model + _field(_NORMALIZER, as_is))
     texts = [piece.text for piece in pieces if piece.type == PieceType.NORMAL]
@@ -132,7 +133,7 @@ def _refused_symbols(
     never_made = [one for one, parts in zip(texts, split, strict=True) if parts != [one] and model_type == "bpe"]
     return {
         f"user_defined_symbols that its normalization changes such as {changed[:1]}": changed,
-        f"user_defined_symbols with a space or a new line such as {unfit[:1]}": unfit,
+        f"user_defined_symbols with a space such as {spaced[:1]}": spaced,
         f"user_defined_symbols beside pieces that no text becomes such as {never_made[:1]}": never_made,
     }
 

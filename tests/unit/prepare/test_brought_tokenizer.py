@@ -128,7 +128,7 @@ def test_words_are_found_in_lines_without_a_first_space(tmp_path: Path) -> None:
         ({"model_type": "char"}, "model_type=char"),
         ({"model_type": "word"}, "model_type=word"),
         ({**T5, "user_defined_symbols": ["\ufb01"]}, "user_defined_symbols that its normalization changes such as"),
-        ({**LLAMA, "user_defined_symbols": ["\n"]}, "user_defined_symbols with a space or a new line"),
+        ({**LLAMA, "user_defined_symbols": ["\n"]}, "pieces with a new line"),
     ],
     ids=str,
 )
