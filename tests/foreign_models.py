@@ -38,6 +38,7 @@ FOREIGN = {
     "llama": LLAMA,
     "t5 with symbols": {**T5, "user_defined_symbols": SYMBOLS},
     "llama with symbols": {**LLAMA, "user_defined_symbols": SYMBOLS},
+    "symbols that overlap": {**T5, "remove_extra_whitespaces": False, "user_defined_symbols": ["the", "e", "i", "th"]},
     "gemma": {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": SYMBOLS, "pad_id": 3},
     "albert": {
         "model_type": "unigram",

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
@@ -16,6 +17,8 @@ from raptr_ds.errors import DataError
 from raptr_ds.hf.normalizer import any_of, normalizer_of
 
 _ROUNDING = 1e-5  # relative, of a sum of float32 scores
+# How a unigram model scores a user-defined symbol, found by trying 0.2.0 to 0.2.3.
+_LONG_SYMBOLS_FIRST = tuple(map(int, sentencepiece.__version__.split(".")[:3])) >= (0, 2, 2)
 
 # Texts on which tokenizers tend to differ.
 SAMPLE_TEXTS = (
@@ -154,11 +157,11 @@ def _rust_model(model: SentencepieceModel, unk: str) -> BPE | Unigram:
             vocabulary, _merges(model.pieces), unk_token=unk, byte_fallback=True, fuse_unk=True, ignore_merges=whole
         )
     scores = [piece.score for piece in model.pieces if piece.type == PieceType.NORMAL]
-    best, worst = max(scores), min(scores)  # sentencepiece and transformers derive that of the unknown from the worst
+    worst = min(scores)  # from which both libraries derive that of unknown text
 
     def score_of(piece: Piece) -> float:
-        if piece.type == PieceType.USER_DEFINED:  # source: sentencepiece's unigram_model.cc, EncodeOptimized
-            return len(piece.text.encode()) * best - 0.1
+        if piece.type == PieceType.USER_DEFINED:
+            return 0.1 * (len(piece.text.encode()) - 1) if _LONG_SYMBOLS_FIRST else -0.1
         return piece.score if piece.type == PieceType.NORMAL else worst
 
     return Unigram([(piece.text, score_of(piece)) for piece in model.pieces], texts.index(unk), byte_fallback=True)

@@ -37,13 +37,16 @@ def bring_tokenizer(path: str | Path, num_sentinels: int) -> tuple[Tokenizer, st
         sentinels = [sentinel_name(index) for index in range(num_sentinels)]
     roles: dict[Role, str] = {role: name for role, name in ROLES.items() if name in specials}
     tokenizer = Tokenizer(with_pieces(model, [*specials, *sentinels], roles, add_bytes=needs_bytes), origin)
-    added = [name for name in specials if name not in pieces]
-    added += [f"{len(sentinels)} sentinels"] * (not own and num_sentinels > 0)
-    added += [f"{NUM_BYTES} byte pieces"] * needs_bytes
-    changed = [name for name in (*specials, *sentinels) if name in pieces]
-    return tokenizer, (
-        f"{origin} has {len(pieces):,} pieces; "
-        + (f"added at the end: {', '.join(added)}; " if added else "")
-        + (f"special tokens now, which no text produces: {', '.join(changed)}; " if changed else "")
-        + f"{tokenizer.vocab_size:,} in all."
-    )
+    named = [*specials, *(sentinels if own else [])]
+    parts = {
+        "added at the end": [
+            *(name for name in named if name not in pieces),
+            *([f"{num_sentinels} sentinels"] if not own and num_sentinels else []),
+            *([f"{NUM_BYTES} byte pieces"] if needs_bytes else []),
+        ],
+        "special tokens now, which no text produces": [
+            name for name in named if name in pieces and not is_control(processor, name)
+        ],
+    }
+    changes = "".join(f"{what}: {', '.join(names)}; " for what, names in parts.items() if names)
+    return tokenizer, f"{origin} has {len(pieces):,} pieces; {changes}{tokenizer.vocab_size:,} in all."

@@ -23,6 +23,7 @@ SPELLS_SPECIAL = re.compile(r"\[[A-Z0-9]{3,4}\]|</?s>|<pad>|<unk>|<extra_id_\d+>
 # What texts are made of beside any character: words, spaces, marks that do and do not compose, and what looks special.
 PARTS = [
     *SYMBOLS,
+    *("the", "th", "othe", "e", "i"),
     *made_up_text(0, 1).split(" "),
     *(part for line in UNUSUAL for part in line.split(" ")),
     *("", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u2581", "\u3000", "\0", "\x01"),
