@@ -4,15 +4,15 @@ The library has sentencepiece's rules (Precompiled), but applies them grapheme b
 sequence it takes the shortest, and may drop the rest of the grapheme. So it is given characters one by one, and
 sequences are composed after it: sentencepiece's rules for a sequence are those of its characters, and then a mark
 composes with the letter right before it (Unicode's NFC also reorders marks and looks past others, so only such pairs
-are put together before it). This leaves differences for 20 sequences of scripts that are new in Unicode 16 and, where
-rules also fold case, for some 800 of a capital letter and a mark that has no small form with it.
+are put together before it). Which pairs the rules have is found by trying them. This leaves differences for 20
+sequences of scripts that are new in Unicode 16.
 Source: https://github.com/google/sentencepiece/blob/master/src/builder.cc, BuildNFKCMap.
 """
 
 import re
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from sentencepiece import SentencePieceNormalizer
 from tokenizers import Regex, normalizers
@@ -71,32 +71,66 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     uncomposed = _any(one for one, result in results.items() if len(unicodedata.normalize("NFD", result)) > 1)
     if tokenizer.content.user_defined:  # sentencepiece leaves these as they are
         uncomposed = f"(?:{any_of(tokenizer.content.user_defined)}|{uncomposed})"
-    composed = normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{_composing_pairs(rules, characters)}"), "")
+    pairs = _composing_pairs(rules, characters)
+    places = "|".join(f"(?={mark})(?<={_any(bases)}{_APART})" for mark, bases in pairs.items())
+    composed = f"(?={_any(pairs)})(?:{places})"  # most places are none: seen by the first condition
     return [
         normalizers.Replace("\n", _NEWLINE),
         normalizers.Replace(Regex(removed), _APART),
+        *_composed_before_folding(rules, results, pairs),
         # Not before the first character: tokenizers 0.23 panics when it normalizes a text with an insertion there.
         normalizers.Replace(Regex(rf"(?<!\A)(?={uncomposed})"), _APART),
         normalizers.Replace(Regex(rf"{uncomposed}\K"), _APART),
+        normalizers.Replace(Regex(_without_rule(rules, results, pairs)), _APART),
         normalizers.Replace(Regex(rf"(?<!\A)(?=[^{_span(0, _FIRST_MARK - 1)}{_NEWLINE}])"), _APART),
         normalizers.Precompiled(tokenizer.content.charsmap),
-        *[composed, normalizers.NFC()] * _MOST_MARKS,
+        *[normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{composed}"), ""), normalizers.NFC()] * _MOST_MARKS,
         normalizers.Replace(_NEWLINE, "\n"),
     ]
 
 
-def _composing_pairs(rules: SentencePieceNormalizer, characters: Iterable[str]) -> str:
-    """Return a regular expression of the places of _APART between two characters that Unicode and the rules compose."""
+def _composing_pairs(rules: SentencePieceNormalizer, characters: Iterable[str]) -> dict[str, list[str]]:
+    """Return the characters before it, by themselves or composed, that each mark composes with."""
     decomposed = {one: parts for one in characters if len(parts := unicodedata.normalize("NFD", one)) > 1}
-    bases: dict[str, list[str]] = {}
+    pairs: dict[str, list[str]] = {}
     for (character, parts), result in zip(decomposed.items(), rules.normalize(list(decomposed.values())), strict=True):
         base = unicodedata.normalize("NFC", parts[:-1])
         if len(base) == 1 and result == character == unicodedata.normalize("NFC", parts):
-            bases.setdefault(parts[-1], []).append(base)
-    if not bases:
-        return _any(())
-    pairs = "|".join(f"(?={mark})(?<={_any(before)}{_APART})" for mark, before in bases.items())
-    return f"(?={_any(bases)})(?:{pairs})"  # most places are none: seen by the first condition
+            pairs.setdefault(parts[-1], []).append(base)
+    return pairs
+
+
+def _composed_before_folding(
+    rules: SentencePieceNormalizer, results: Mapping[str, str], pairs: Mapping[str, Iterable[str]]
+) -> Iterator[Normalizer]:
+    """Yield what composes the few capital letters that have no small form: I and U+0307."""
+    for mark, bases in pairs.items():
+        for base in bases:
+            if results.get(base, base) != base:
+                composed = unicodedata.normalize("NFC", base + mark)
+                found = zip(results, rules.normalize([one + mark for one in results]), strict=True)
+                ones = _any(one for one, result in found if result == composed)
+                yield normalizers.Replace(Regex(ones + mark), composed)
+
+
+def _without_rule(
+    rules: SentencePieceNormalizer, results: Mapping[str, str], pairs: Mapping[str, Iterable[str]]
+) -> str:
+    """Return a regular expression of the places between a mark and what only becomes its base by the rules, where no
+    rule composes the two: rules that fold case have many for small letters alone.
+    """
+    variants: dict[str, list[str]] = {}
+    for one, result in results.items():
+        if one != result:
+            variants.setdefault(result, []).append(one)
+    apart: dict[str, list[str]] = {}
+    for mark, bases in pairs.items():
+        marks = [mark, *variants.get(mark, ())]
+        found = [(one, other, base) for base in bases for one in variants.get(base, ()) for other in marks]
+        for (one, other, base), result in zip(found, rules.normalize([a + b for a, b, _ in found]), strict=True):
+            if result == base + mark:
+                apart.setdefault(other, []).append(one)
+    return "|".join(rf"{_any(ones)}\K(?={mark})" for mark, ones in apart.items()) or _any(())
 
 
 def _any(characters: Iterable[str]) -> str:

@@ -88,11 +88,6 @@ def is_as_likely(case: Case, ids: list[int], other: list[int]) -> bool:
     return math.isclose(sum(processor.get_score(ids)), sum(processor.get_score(other)), rel_tol=1e-5)
 
 
-def is_known_to_differ(name: str, text: str) -> bool:
-    """Return whether a text has what raptr_ds.hf.normalizer documents: capitals with these marks in rules that fold."""
-    return name == "uncased" and bool(set("\u0307\u0342\u0343\u0344\u0345") & set(text))
-
-
 @given(text=st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=4)), max_size=12).map("".join))
 @example("".join(UNUSUAL))
 @example("\n".join(PARTS))
@@ -106,7 +101,7 @@ def test_any_text(cases: dict[str, Case], text: str) -> None:
         assert case.tokenizer.decode(ids) == promised, name
         assert case.exported.decode(ids) == promised, name
         exported = case.exported(text, verbose=False)["input_ids"]
-        assert exported == ids or is_as_likely(case, ids, exported) or is_known_to_differ(name, text), name
+        assert exported == ids or is_as_likely(case, ids, exported), name
 
 
 @given(text=st.lists(st.one_of(st.text(max_size=3), st.sampled_from(["\ud800", "\udfff"])), max_size=5).map("".join))
