@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,6 @@ def is_as_likely(case: Case, ids: list[int], other: list[int]) -> bool:
     return math.isclose(sum(processor.get_score(ids)), sum(processor.get_score(other)), rel_tol=1e-5)
 
 
-@settings(deadline=None)  # a dozen tokenizers a text
 @given(text=st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=4)), max_size=12).map("".join))
 @example("".join(UNUSUAL))
 @example("\n".join(PARTS))
@@ -105,7 +104,6 @@ def test_any_text(cases: dict[str, Case], text: str) -> None:
         assert exported == ids or is_as_likely(case, ids, exported), name
 
 
-@settings(deadline=None)
 @given(text=st.lists(st.one_of(st.text(max_size=3), st.sampled_from(["\ud800", "\udfff"])), max_size=5).map("".join))
 def test_half_a_character_is_refused(cases: dict[str, Case], text: str) -> None:
     assume(any("\ud800" <= character < "\ue000" for character in text))
