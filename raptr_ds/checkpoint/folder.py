@@ -12,6 +12,7 @@ from pathlib import Path
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.errors import CheckpointError
+from raptr_ds.user_paths import is_file, is_folder, path_error
 
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -36,10 +37,16 @@ def step_of(folder: Path) -> int | None:
 
 
 def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
-    """Return the checkpoints in a folder, newest first; with `not_after` only those up to this step."""
-    if not folder.is_dir():
+    """Return the checkpoints in a folder, newest first; with `not_after` only those up to this step.
+
+    Raises: PathError if the folder cannot be read.
+    """
+    if not is_folder(folder):
         return []
-    steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    try:
+        steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    except OSError as error:
+        raise path_error(folder, error) from error
     allowed = [path for path, step in steps.items() if not_after is None or step <= not_after]
     return sorted(allowed, key=steps.__getitem__, reverse=True)
 
@@ -47,13 +54,13 @@ def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
 def checkpoints_at(where: Path) -> list[Path]:
     """Return the checkpoints at a folder that a user gives, newest first: a run's, or the folder itself if it is one.
 
-    Raises: CheckpointError if there is none.
+    Raises: CheckpointError if there is none; PathError if the folder cannot be read.
     """
-    if (where / MANIFEST).is_file() or (step_of(where) is not None and where.is_dir()):
+    if is_file(where / MANIFEST) or (step_of(where) is not None and is_folder(where)):
         return [where]
     found = checkpoints_in(where / CHECKPOINTS) or checkpoints_in(where)
     if not found:
-        state = "there is no checkpoint in it" if where.is_dir() else "there is no such folder"
+        state = "there is no checkpoint in it" if is_folder(where) else "there is no such folder"
         raise CheckpointError(
             f"raptr_ds.checkpoint.load={where}: {state}. Set it to a run's folder, its {CHECKPOINTS} folder, one "
             "step-... folder, auto or none."
