@@ -180,7 +180,10 @@ def main() -> None:
     add_corpus_arguments(parser)
     parser.add_argument("--output", required=True, type=given_path, metavar="FOLDER", help="the data folder to write")
     parser.add_argument(
-        "--tokenizer", type=given_text, metavar="MODEL", help="use this sentencepiece model instead of training one"
+        "--tokenizer",
+        type=given_text,
+        metavar="MODEL",
+        help="use this sentencepiece model instead of training one; special tokens that it lacks are added at its end",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
     parser.add_argument(

@@ -19,9 +19,13 @@ class MaskedLM:
     """Makes samples [CLS] text [SEP] of which exactly round(mask_rate * n) of the n text tokens are predicted.
 
     Of the predicted ones 80% become [MASK], 10% a random text token and 10% stay. Special tokens, including the ends of
-    documents, are never predicted and never the random token. whole_word takes whole words in random order as long as
-    they fit into the same number, and may so predict a few tokens less; at least one token or word is predicted.
-    Source: Devlin et al. 2019, section 3.1 and appendix A.1.
+    documents, are never predicted and never the random token.
+
+    whole_word takes whole words in random order and skips those that no longer fit into the same number, so it may
+    predict a few tokens less, never more. A word longer than the whole number would always be skipped: each of its
+    tokens counts as a word, as each Chinese character does in BERT. Lines without spaces (Chinese, Japanese, Thai,
+    URLs) are such words.
+    Source: Devlin et al. 2019, section 3.1 and appendix A.1; whole words: google-research/bert, README, 2019-05-31.
     """
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, mask_rate: float, whole_word: bool) -> None:
@@ -41,6 +45,7 @@ class MaskedLM:
         self._mask_id = tokenizer.mask_id
         self._is_special = tokenizer.is_special
         self._starts_word = tokenizer.starts_word
+        self._newline_id = tokenizer.newline_id
         self._text_ids = tokenizer.text_ids
 
     def sample(self, text: np.ndarray, rng: np.random.Generator, room: int | None = None) -> Sample:
@@ -65,14 +70,17 @@ class MaskedLM:
         return max(1, round(num_candidates * self.mask_rate))
 
     def _choose_words(self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the positions of random whole words that fit the budget, or of the shortest one if none does."""
-        # Candidates that are not neighbours have a special token between them, so they are not one word.
-        begins = self._starts_word[tokens[candidates]]
-        begins[0] = True
-        begins[1:] |= np.diff(candidates) > 1
-        starts = np.flatnonzero(begins)
-        sizes = np.diff(np.append(starts, len(candidates)))
+        """Return the positions of random whole words that fit the budget; longer words count token by token."""
         budget = self._budget(len(candidates))
+        # Candidates that are not neighbours have a special token between them, so they are not one word.
+        text = tokens[candidates]
+        begins = self._starts_word[text]
+        begins[0] = True
+        begins[1:] |= (np.diff(candidates) > 1) | (text[:-1] == self._newline_id)
+        sizes = np.diff(np.flatnonzero(begins), append=len(candidates))
+        begins |= np.repeat(sizes > budget, sizes)
+        starts = np.flatnonzero(begins)
+        sizes = np.diff(starts, append=len(candidates))
         chosen: list[int] = []
         for word in rng.permutation(len(starts)).tolist():
             if sizes[word] <= budget:
@@ -80,7 +88,5 @@ class MaskedLM:
                 budget -= sizes[word]
                 if budget == 0:
                     break
-        if not chosen:
-            chosen = [int(sizes.argmin())]
         places = np.concatenate([np.arange(starts[word], starts[word] + sizes[word]) for word in sorted(chosen)])
         return candidates[places]

@@ -1,23 +1,28 @@
 """The tokenizer: a sentencepiece model with the special tokens that BERT and UL2 need."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from raptr_ds.data.sentencepiece_model import Role, read_sentencepiece_model
 from raptr_ds.errors import DataError
 
 PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"
 MODES = ("[NLU]", "[S2S]", "[NLG]")
 NAMED_SPECIALS = (PAD, UNK, BOS, EOS, CLS, SEP, MASK, *MODES)
+# Pieces that sentencepiece knows by what they are for, whatever their names; here those that we give them.
+ROLES: dict[Role, str] = {"pad": PAD, "bos": BOS, "eos": EOS}
 NEWLINE = "<0x0A>"
 WORD_BOUNDARY = "\u2581"
 
 TRAIN_ONE = "Train one that has them: python tools/train_tokenizer.py --input TEXT --output FILE --vocab-size N."
+ADD_THEM = "tools/prepare_data.py --tokenizer FILE adds them: use the tokenizer.model in the data folder that it makes."
 
 
 def sentinel_name(index: int) -> str:
@@ -29,31 +34,32 @@ class Tokenizer:
     """Text to token ids; special ids are control pieces, which no text can produce.
 
     Lines are encoded one by one and joined by the newline byte, so that a word at the start of a line is the same
-    token as inside it. Nothing is normalized or dropped: decoding gives the same text (except that U+2581, by which
-    sentencepiece represents a space, becomes one).
+    token as inside it. Decoding gives the normalized text: each line as the model's normalizer leaves it, which for a
+    model that tools/prepare_data.py trains is the line itself (except that U+2581, by which sentencepiece represents a
+    space, becomes one).
     """
 
     def __init__(self, model: bytes, origin: str = "memory") -> None:
         """Load a serialized sentencepiece model; `origin` names it in errors.
 
-        Raises: DataError if it is not a sentencepiece model or lacks a special token.
+        Raises: DataError if it is not a sentencepiece model, has options that are not supported or lacks a special
+            token.
         """
         self.model = model
         self.origin = origin
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.load_from_serialized_proto(model)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{origin} is not a sentencepiece model ({error}). {TRAIN_ONE}") from error
-        self._ids = {name: self._special_id(name) for name in NAMED_SPECIALS}
-        missing = [name for name, token in self._ids.items() if token < 0]
-        if self._processor.piece_to_id(NEWLINE) == self._processor.unk_id():
+        self._processor = open_processor(model, origin)
+        self.content = read_sentencepiece_model(model, origin)
+        missing = missing_specials(self._processor)
+        if lacks_bytes(self._processor):
             missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
         if missing:
             raise DataError(
                 f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. "
-                f"{TRAIN_ONE}"
+                f"{ADD_THEM}"
             )
+        named = {name: self._processor.piece_to_id(name) for name in (CLS, SEP, MASK, *MODES)}
+        roles = {name: role_id(self._processor, role) for role, name in ROLES.items()}
+        self._ids = {UNK: self._processor.unk_id(), **roles, **named}
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -61,25 +67,11 @@ class Tokenizer:
 
         Raises: DataError if the file is missing, unreadable or not a model, or lacks a special token.
         """
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"cannot read the tokenizer {path}: {error.strerror or error}. Name a sentencepiece .model file, or "
-                "leave the tokenizer out to use the one in the data folder (tools/prepare_data.py writes it)."
-            ) from error
-        return cls(model, str(path))
+        return cls(read_model_file(path), str(path))
 
     def save(self, path: str | Path) -> None:
         """Write the model to a file."""
         Path(path).write_bytes(self.model)
-
-    def _special_id(self, name: str) -> int:
-        """Return the id of a control piece, or -1 where the model has no such piece or it is an ordinary one."""
-        token = self._processor.piece_to_id(name)
-        if self._processor.id_to_piece(token) != name:
-            return -1
-        return token if name == UNK or self._processor.is_control(token) else -1
 
     @property
     def vocab_size(self) -> int:
@@ -122,6 +114,11 @@ class Tokenizer:
         return self._ids[MASK]
 
     @property
+    def newline_id(self) -> int:
+        """Id of the newline byte, which joins lines."""
+        return self._processor.piece_to_id(NEWLINE)
+
+    @property
     def mode_ids(self) -> dict[str, int]:
         """Ids of UL2's mode tokens, by name."""
         return {name: self._ids[name] for name in MODES}
@@ -129,10 +126,8 @@ class Tokenizer:
     @cached_property
     def sentinel_ids(self) -> np.ndarray:
         """Ids (num_sentinels,) int64 of <extra_id_0>, <extra_id_1>, ..., up to the first that is missing."""
-        ids: list[int] = []
-        while (token := self._special_id(sentinel_name(len(ids)))) >= 0:
-            ids.append(token)
-        return np.array(ids, np.int64)
+        names = itertools.takewhile(partial(is_control, self._processor), map(sentinel_name, itertools.count()))
+        return np.array([self._processor.piece_to_id(name) for name in names], np.int64)
 
     @cached_property
     def is_special(self) -> np.ndarray:
@@ -151,7 +146,7 @@ class Tokenizer:
         processor = self._processor
         begins = [processor.id_to_piece(i).startswith(WORD_BOUNDARY) for i in range(self.vocab_size)]
         table = np.array(begins) | self.is_special
-        table[processor.piece_to_id(NEWLINE)] = True
+        table[self.newline_id] = True
         return table
 
     @cached_property
@@ -160,17 +155,28 @@ class Tokenizer:
         return hashlib.blake2b(self.model, digest_size=16).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the token ids (n,) int32 of `text`, without special tokens."""
-        newline = self._processor.piece_to_id(NEWLINE)
+        """Return the token ids (n,) int32 of `text`, without special tokens.
+
+        Raises: DataError for a text that UTF-8 cannot represent.
+        """
+        newline = self.newline_id
         ids: list[int] = []
-        for line in self._processor.encode(text.split("\n")):
+        try:
+            lines = self._processor.encode(text.split("\n"))
+        except TypeError as error:  # sentencepiece's, without a reason
+            place = next(place for place, character in enumerate(text) if "\ud800" <= character < "\ue000")
+            raise DataError(
+                f"a text cannot be encoded: {text[place]!r}, its character {place}, is half of a surrogate pair. "
+                "Replace it."
+            ) from error
+        for line in lines:
             ids.extend(line)
             ids.append(newline)
         return np.array(ids[:-1], np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of `tokens`, without special tokens."""
-        newline = self._processor.piece_to_id(NEWLINE)
+        newline = self.newline_id
         lines: list[list[int]] = [[]]
         for token in map(int, tokens):
             if token == newline:
@@ -192,9 +198,53 @@ class Tokenizer:
         if have < needed:
             raise DataError(
                 f"the tokenizer {self.origin} has {have} sentinels (<extra_id_i>), but {purpose} needs {needed}. "
-                f"Prepare the data again with tools/prepare_data.py --sentinels {needed}, or choose a shorter "
-                "seq_length."
+                f"Prepare the data again with tools/prepare_data.py --sentinels {needed} (without --tokenizer, or with "
+                "one that has no sentinels yet), or choose a shorter seq_length."
             )
+
+
+def read_model_file(path: str | Path) -> bytes:
+    """Return the content of a file that should be a sentencepiece model. Raises: DataError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read the tokenizer {path}: {getattr(error, 'strerror', None) or error}. Name a sentencepiece "
+            ".model file, or leave the tokenizer out to use the one in the data folder (tools/prepare_data.py writes "
+            "it)."
+        ) from error
+
+
+def open_processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
+    """Load a serialized model. Raises: DataError if it is not one."""
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{origin} is not a sentencepiece model ({error}). {TRAIN_ONE}") from error
+    return processor
+
+
+def role_id(processor: sentencepiece.SentencePieceProcessor, role: Role) -> int:
+    """Return the id of the piece that a model has for a role; negative without one."""
+    return getattr(processor, f"{role}_id")()
+
+
+def is_control(processor: sentencepiece.SentencePieceProcessor, name: str) -> bool:
+    """Return whether a model has a control piece of this name."""
+    token = processor.piece_to_id(name)
+    return processor.id_to_piece(token) == name and processor.is_control(token)
+
+
+def missing_specials(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """Return our names of the special tokens, besides sentinels, that a model lacks."""
+    missing = [name for role, name in ROLES.items() if role_id(processor, role) < 0]
+    return missing + [name for name in (CLS, SEP, MASK, *MODES) if not is_control(processor, name)]
+
+
+def lacks_bytes(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Return whether a model has no byte pieces, for the newline and for characters beyond its vocabulary."""
+    return not processor.is_byte(processor.piece_to_id(NEWLINE))
 
 
 def special_pieces(num_sentinels: int) -> Sequence[str]:

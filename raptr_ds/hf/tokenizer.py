@@ -2,20 +2,23 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+import sentencepiece
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from raptr_ds.data.tokenizer import BOS, CLS, EOS, MASK, PAD, SEP, UNK, WORD_BOUNDARY, Tokenizer
+from raptr_ds.data.sentencepiece_model import Piece, PieceType, SentencepieceModel
+from raptr_ds.data.tokenizer import CLS, MASK, SEP, WORD_BOUNDARY, Tokenizer
 from raptr_ds.errors import DataError
-from raptr_ds.hf.sentencepiece_model import Piece, SentencepieceModel, read_sentencepiece_model
+from raptr_ds.hf.normalizer import any_of, normalizer_of
 
-_NEVER = -1e4  # a log-probability
 _ROUNDING = 1e-5  # relative, of a sum of float32 scores
+# How a unigram model scores a user-defined symbol, found by trying 0.2.0 to 0.2.3.
+_LONG_SYMBOLS_FIRST = tuple(map(int, sentencepiece.__version__.split(".")[:3])) >= (0, 2, 2)
 
 # Texts on which tokenizers tend to differ.
 SAMPLE_TEXTS = (
@@ -47,28 +50,23 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
     the piece that it stands for in pretraining it includes the word boundary before it: "a [MASK] b" is a, [MASK] and
     b, and in "a [MASK]b" the b continues the masked word.
     Where two segmentations of a unigram model are equally likely the two libraries may choose differently.
-    Raises: DataError if the sentencepiece model has options that have no counterpart here.
     """
-    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
+    model = tokenizer.content
     specials = tokenizer.pieces(np.flatnonzero(tokenizer.is_special))
-    special = _any_of(specials)
-    rust = RustTokenizer(_rust_model(model, tokenizer.unk_id))
-    rust.normalizer = normalizers.Sequence(  # type: ignore[assignment]
-        [
-            normalizers.Replace(" ", WORD_BOUNDARY),
-            # We encode line by line, and each line that is not empty begins with a word boundary.
-            normalizers.Replace(Regex(r"(?<![^\n])(?=[^\n])"), WORD_BOUNDARY),
-            normalizers.Replace(Regex(f"{WORD_BOUNDARY}(?={special})"), ""),
-        ]
-    )
-    rust.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")  # type: ignore[assignment]
+    special = any_of(specials)
+    rust = RustTokenizer(_rust_model(model, *tokenizer.pieces([tokenizer.unk_id])))
+    rust.normalizer = normalizer_of(tokenizer, specials)  # type: ignore[assignment]
+    rust.pre_tokenizer = _splits(model)  # type: ignore[assignment]
+    spaces = {(True, False): " ", (True, True): " +", (False, True): " +", (False, False): None}[
+        model.add_dummy_prefix, model.remove_extra_whitespaces
+    ]
     rust.decoder = decoders.Sequence(  # type: ignore[assignment]
         [
             decoders.Replace(Regex(rf"\A(?={special}\z)"), WORD_BOUNDARY),
             decoders.Replace(WORD_BOUNDARY, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            decoders.Replace(Regex(r"(?<![^\n]) "), ""),
+            *([decoders.Replace(Regex(rf"(?<![^\n]){spaces}"), "")] if spaces else []),
         ]
     )
     # normalized: found after the word boundaries are set, so that the text behind one does not begin a line.
@@ -80,16 +78,17 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
             pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
             special_tokens=[(CLS, tokenizer.cls_id), (SEP, tokenizer.sep_id)],
         )
+    pad, unk, bos, eos = tokenizer.pieces([tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id])
     return PreTrainedTokenizerFast(
         tokenizer_object=rust,
         model_max_length=max_length,
         model_input_names=["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"],
         padding_side="right" if is_bert else "left",
         clean_up_tokenization_spaces=False,
-        pad_token=PAD,
-        unk_token=UNK,
-        bos_token=BOS,
-        eos_token=EOS,
+        pad_token=pad,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
         cls_token=CLS,
         sep_token=SEP,
         mask_token=MASK,
@@ -104,16 +103,17 @@ def check_same_ids(tokenizer: Tokenizer, exported: PreTrainedTokenizerFast, text
     """
     special_ids = np.flatnonzero(tokenizer.is_special).tolist()
     names = tokenizer.pieces(special_ids)
-    spells_special = re.compile(_any_of(names))
+    spells_special = re.compile(any_of(names), re.IGNORECASE)
     cases = [(text, tokenizer.encode(text).tolist()) for text in texts if not spells_special.search(text)]
-    left, right = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
+    left, both = tokenizer.encode("a").tolist(), tokenizer.encode("a b").tolist()
+    right = both[len(left) :]
     cases += [(f"a {name} b", [*left, token, *right]) for name, token in zip(names, special_ids, strict=True)]
-    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
     for text, ours in cases:
         theirs = exported(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if theirs == ours or (model.model_type == "unigram" and _equally_likely(model.pieces, ours, theirs)):
+        if theirs == ours or _equally_likely(tokenizer, ours, theirs):
             continue
-        place = next((i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), 0)
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        place = next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
         shown = slice(max(place - 3, 0), place + 5)
         raise DataError(
             f"the tokenizer {tokenizer.origin} cannot be given to transformers: there it would encode differently. "
@@ -123,33 +123,53 @@ def check_same_ids(tokenizer: Tokenizer, exported: PreTrainedTokenizerFast, text
         )
 
 
-def _any_of(names: Collection[str]) -> str:
-    """Return a regular expression, for Python and for tokenizers, of any of the names.
-
-    It looks at the first character by itself, or hundreds of names would be tried at every space of a text.
-    """
-    escaped = [re.escape(name) for name in names]
-    first = "".join(sorted({re.escape(name[0]) for name in names}))
-    return f"(?=[{first}])(?:{'|'.join(escaped)})"
+def _equally_likely(tokenizer: Tokenizer, ids: list[int], other: list[int]) -> bool:
+    """Return whether a unigram model has no reason to prefer one of two segmentations of the same text."""
+    pieces = tokenizer.content.pieces
+    one, another = (sum(pieces[token].score for token in tokens) for tokens in (ids, other))
+    is_unigram, same_text = tokenizer.content.model_type == "unigram", tokenizer.decode(ids) == tokenizer.decode(other)
+    return is_unigram and same_text and math.isclose(one, another, rel_tol=_ROUNDING)
 
 
-def _equally_likely(pieces: tuple[Piece, ...], ids: list[int], other: list[int]) -> bool:
-    one, another = (sum(pieces[i].score for i in tokens) for tokens in (ids, other))
-    return math.isclose(one, another, rel_tol=_ROUNDING)
+def _splits(model: SentencepieceModel) -> pre_tokenizers.PreTokenizer:
+    """Return what cuts a normalized text into the stretches that the model splits one by one."""
+    splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split("\n", "isolated")]
+    if model.model_type == "bpe" and model.user_defined:
+        splits.append(pre_tokenizers.Split(Regex(any_of(model.user_defined)), "isolated"))
+    # A text that spells the name of a byte piece must not become that byte: it is cut where no piece would be.
+    texts = [piece.text for piece in model.pieces if piece.type != PieceType.BYTE]
+    for cut, begin in (("<0", "<"), ("0x", "<0")):
+        if not any(cut in text for text in texts):
+            name = f"{begin}(?={'<0x'.removeprefix(begin)}[0-9A-F]{{2}}>)"
+            splits.append(pre_tokenizers.Split(Regex(name), "merged_with_previous"))
+            break
+    return pre_tokenizers.Sequence(splits)
 
 
-def _rust_model(model: SentencepieceModel, unk_id: int) -> BPE | Unigram:
+def _rust_model(model: SentencepieceModel, unk: str) -> BPE | Unigram:
+    texts = [piece.text for piece in model.pieces]
     if model.model_type == "bpe":
-        vocabulary = {piece.text: i for i, piece in enumerate(model.pieces)}
-        return BPE(vocabulary, _merges(model.pieces), unk_token=UNK, byte_fallback=True, fuse_unk=True)
-    # A text that spells the name of a byte piece must not become that byte.
-    scored = [(piece.text, _NEVER if piece.is_byte else piece.score) for piece in model.pieces]
-    return Unigram(scored, unk_id, byte_fallback=True)
+        vocabulary = {text: token for token, text in enumerate(texts)}
+        # A symbol has no merges. It is a stretch of its own, and that other stretches do not become the piece that they
+        # spell was ruled out when the model was read.
+        whole = bool(model.user_defined)
+        return BPE(
+            vocabulary, _merges(model.pieces), unk_token=unk, byte_fallback=True, fuse_unk=True, ignore_merges=whole
+        )
+    scores = [piece.score for piece in model.pieces if piece.type == PieceType.NORMAL]
+    worst = min(scores)  # from which both libraries derive that of unknown text
+
+    def score_of(piece: Piece) -> float:
+        if piece.type == PieceType.USER_DEFINED:
+            return 0.1 * (len(piece.text.encode()) - 1) if _LONG_SYMBOLS_FIRST else -0.1
+        return piece.score if piece.type == PieceType.NORMAL else worst
+
+    return Unigram([(piece.text, score_of(piece)) for piece in model.pieces], texts.index(unk), byte_fallback=True)
 
 
 def _merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
     """Return every way to put a piece together of two, in the order in which sentencepiece prefers the results."""
-    ranked = {piece.text: -piece.score for piece in pieces if piece.is_text}
+    ranked = {piece.text: -piece.score for piece in pieces if piece.type == PieceType.NORMAL}
     merges = []
     for text in sorted(ranked, key=ranked.__getitem__):
         splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))]

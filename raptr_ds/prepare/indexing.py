@@ -15,6 +15,7 @@ from raptr_ds.data.indexed import open_indexed, token_dtype
 from raptr_ds.data.manifest import MANIFEST, TOKENIZER, Manifest, SplitCounts
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.prepare.brought_tokenizer import bring_tokenizer
 from raptr_ds.prepare.corpus import Source, digest_of
 from raptr_ds.prepare.encoding import encoded_batches
 from raptr_ds.prepare.readers import ReadingCounts
@@ -67,13 +68,15 @@ class Preparation:
         if not 0 < fraction < 1:
             raise ConfigError(f"--validation-fraction {fraction} must lie between 0 and 1. Use 0.01 to 0.1.")
         path = self.settings.tokenizer_path
-        external = Tokenizer.load(path) if path else None
+        external, note = bring_tokenizer(path, self.settings.tokenizer.num_sentinels) if path else (None, "")
         fingerprint = self._fingerprint(external)
         finished = self._finished(fingerprint)
         if finished is not None:
             self.report(f"{self.output} is up to date: nothing to do.")
             return finished
         with working_folder(self.output, fingerprint) as work:
+            if note:
+                self.report(note)
             if work.done.documents:
                 self.report(f"resuming: {work.done.documents:,} documents are already encoded.")
             tokenizer = self._tokenizer(work, external)

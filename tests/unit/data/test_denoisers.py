@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raptr_ds.config.sections import Denoiser, ObjectiveSection
 from raptr_ds.data.batch import Sample
@@ -111,6 +113,23 @@ def test_spans_have_exact_counts_and_do_not_touch(num_tokens: int, rate: float, 
         assert (lengths >= 1).all()
         assert (starts[1:] > (starts + lengths)[:-1]).all()
         assert starts[-1] + lengths[-1] == num_tokens
+
+
+@given(
+    num_tokens=st.integers(2, 700), rate=st.floats(0.001, 0.999), mean_span=st.floats(1, 100), seed=st.integers(0, 99)
+)
+def test_spans_of_any_text_keep_to_the_budget(num_tokens: int, rate: float, mean_span: float, seed: int) -> None:
+    starts, lengths = random_spans(num_tokens, rate, mean_span, np.random.default_rng(seed))
+    noisy = [place for start, length in zip(starts, lengths, strict=True) for place in range(start, start + length)]
+    assert len(noisy) == len(set(noisy)) == min(max(1, round(num_tokens * rate)), num_tokens - 1)
+    assert 1 <= len(starts) <= max(1, round(len(noisy) / mean_span))
+    assert 0 < min(noisy) <= max(noisy) < num_tokens
+    text, sentinels = np.arange(num_tokens), num_tokens + np.arange(len(starts))
+    inputs, targets = replace_spans(text, starts, lengths, sentinels)
+    kept, hidden = inputs[inputs < num_tokens].tolist(), targets[targets < num_tokens].tolist()
+    assert hidden == noisy
+    assert kept == sorted(set(range(num_tokens)) - set(noisy))
+    assert inputs[inputs >= num_tokens].tolist() == targets[targets >= num_tokens].tolist() == sentinels.tolist()
 
 
 def test_segments_are_uniform_over_all_cuts() -> None:

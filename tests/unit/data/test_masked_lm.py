@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raptr_ds.data.masked_lm import MaskedLM
 from raptr_ds.data.tokenizer import Tokenizer
@@ -85,11 +87,85 @@ def test_whole_words_are_predicted_whole_and_within_the_budget(tokenizer: Tokeni
     assert np.mean(sizes) > 0.9 * budget
 
 
-def test_a_text_of_one_long_word_is_still_predicted(tokenizer: Tokenizer) -> None:
-    text = tokenizer.encode("qzxjwvqzxjwv").astype(np.int64)
-    assert len(text) > 5
-    sample = MaskedLM(tokenizer, 50, 0.15, True).sample(text, np.random.default_rng(0))
-    assert len(sample.positions) == len(text)
+# Words that no space ends: none may take the whole sample.
+CHINESE = "天地玄黄宇宙洪荒日月盈昃"
+LONG_WORDS = {
+    "chinese": CHINESE * 9,
+    "chinese with punctuation": f"{CHINESE}\u3002" * 5,
+    "japanese": "吾輩は猫である\u3002名前はまだ無い\u3002\nカタカナ" * 4,
+    "thai": "กขคงจฉชซฌญฎฏ" * 9,
+    "korean": "안녕하세요 세계" * 9,
+    "identifier": "a_very_long_identifier_that_never_ends_" * 4,
+    "url": "https://example.org/path/to/page?first=1&second=two%20words#end" * 2,
+    "base64": "TWFueSBoYW5kcyBtYWtlIGxpZ2h0IHdvcmsu" * 4,
+    "one word": "qzxjwvqzxjwv",
+    "mixed": f"see https://example.org/a?b=c or {CHINESE} and a b c " * 3,
+    "a long word and a short one": "a " + CHINESE * 8,
+}
+
+
+@pytest.mark.parametrize("text", LONG_WORDS.values(), ids=LONG_WORDS)
+@pytest.mark.parametrize("rate", [0.05, 0.15, 0.5])
+def test_a_word_without_end_keeps_to_the_budget(tokenizer: Tokenizer, text: str, rate: float) -> None:
+    ids = tokenizer.encode(text)[:254].astype(np.int64)
+    objective = MaskedLM(tokenizer, 256, rate, True)
+    budget = max(1, round(len(ids) * rate))
+    counts = np.zeros(len(ids) + 2)
+    for seed in range(200):
+        positions = objective.sample(ids, np.random.default_rng(seed)).positions
+        assert 0 < len(positions) <= budget
+        counts[positions] += 1
+    assert counts.sum() > 0.75 * 200 * budget  # the rest is what words at the end of the order are too long for
+    assert (counts[1:-1] > 0).all() or rate < 0.15  # no word is so long that it is never predicted
+
+
+def brute_force(lengths: list[int], budget: int, order: list[int]) -> list[int]:
+    """Return the positions that the rule gives, word by word; order: of the words after long ones are cut."""
+    words, position = [], 0
+    for length in lengths:
+        parts = [length] if length <= budget else [1] * length
+        for part in parts:
+            words.append(list(range(position, position + part)))
+            position += part
+    chosen: list[int] = []
+    for word in order:
+        if len(chosen) + len(words[word]) <= budget:
+            chosen += words[word]
+    return sorted(chosen)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30), rate=st.floats(0.001, 0.999), seed=st.integers(0, 99)
+)
+def test_words_of_any_length(tokenizer: Tokenizer, lengths: list[int], rate: float, seed: int) -> None:
+    """Against the rule written as a loop; where all words fit this is also what the rule without cutting gives."""
+    begin, inside = (
+        np.flatnonzero(tokenizer.starts_word[tokenizer.text_ids] == starts)[-1] for starts in (True, False)
+    )
+    text = np.concatenate([tokenizer.text_ids[[begin, *[inside] * (length - 1)]] for length in lengths])
+    sample = MaskedLM(tokenizer, len(text) + 3, rate, True).sample(text, np.random.default_rng(seed))
+    budget = max(1, round(len(text) * rate))
+    num_words = sum(length if length > budget else 1 for length in lengths)
+    order = np.random.default_rng(seed).permutation(num_words).tolist()
+    assert (sample.positions - 1).tolist() == brute_force(lengths, budget, order)
+
+
+@given(data=st.data(), rate=st.floats(0.001, 0.999), whole_word=st.booleans(), seed=st.integers(0, 99))
+def test_any_ids_keep_to_the_budget(
+    tokenizer: Tokenizer, data: st.DataObject, rate: float, whole_word: bool, seed: int
+) -> None:
+    ids = st.sampled_from(range(tokenizer.vocab_size))
+    text = np.array(data.draw(st.lists(ids, min_size=1, max_size=80)), np.int64)
+    sample = MaskedLM(tokenizer, len(text) + 3, rate, whole_word).sample(text.copy(), np.random.default_rng(seed))
+    num_text = int((~tokenizer.is_special[text]).sum())
+    budget = max(1, round(num_text * rate)) if num_text else 0
+    assert min(1, num_text) <= len(sample.positions) <= budget
+    assert (np.diff(sample.positions) > 0).all()
+    original = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
+    assert sample.targets.tolist() == original[sample.positions].tolist()
+    assert not tokenizer.is_special[sample.targets].any()
+    sample.tokens[sample.positions] = sample.targets
+    assert sample.tokens.tolist() == original.tolist()
 
 
 def test_only_special_tokens_give_nothing_to_predict(tokenizer: Tokenizer) -> None:

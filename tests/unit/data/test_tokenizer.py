@@ -79,7 +79,7 @@ def test_foreign_model_names_what_is_missing() -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=18, user_defined_symbols=["[MASK]"], minloglevel=2
     )
-    with pytest.raises(DataError, match=r"lacks \[PAD\].*\[MASK\].*byte_fallback.*train_tokenizer\.py"):
+    with pytest.raises(DataError, match=r"lacks \[PAD\].*\[MASK\].*byte_fallback.*--tokenizer FILE"):
         Tokenizer(model.getvalue(), "foreign.model")
     with pytest.raises(DataError, match="not a sentencepiece model"):
         Tokenizer(b"something else", "foreign.model")

@@ -1,13 +1,13 @@
-"""What the tests of export share: English prose that every Python has, and a tokenizer of each type trained on it."""
+"""What the tests of export share: English prose that every Python has, and tokenizers trained on it."""
 
 from pydoc_data.topics import topics
 
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.prepare.corpus import FileSource
-from raptr_ds.prepare.readers import ReadingOptions
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
+from tests.foreign_models import FOREIGN, brought, foreign_model
+from tests.made_up_text import TextSource
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +16,11 @@ def prose() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-@pytest.fixture(scope="session", params=["bpe", "unigram"])
+@pytest.fixture(scope="session", params=["bpe", "unigram", "t5", "llama"])
 def tokenizer(request: pytest.FixtureRequest, prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of the first thirty topics."""
-    corpus = tmp_path_factory.mktemp("text") / "text.txt"
-    corpus.write_text("\n".join(prose[:30]))
-    settings = TokenizerSettings(vocab_size=700, num_sentinels=8, model_type=request.param)
-    return train_tokenizer([FileSource(corpus, ReadingOptions())], settings)
+    """A tokenizer of the first thirty topics: of a type that prepare trains, or as another project trains it."""
+    kind, text = request.param, "\n".join(prose[:30])
+    if kind in FOREIGN:
+        model = foreign_model({**FOREIGN[kind], "vocab_size": 700}, text.split("\n"))
+        return brought(model, tmp_path_factory.mktemp("model"))
+    return train_tokenizer([TextSource([text])], TokenizerSettings(vocab_size=700, num_sentinels=8, model_type=kind))

@@ -22,9 +22,11 @@ from raptr_ds.data.indexed import write_index
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.hf.model import hugging_face_inputs
+from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
+from tests.foreign_models import UNUSUAL
 
 ROOT = Path(__file__).parents[3]
 ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
@@ -93,7 +95,7 @@ def a_batch(model: ModelSection) -> MicroBatch:
     return collate(samples, [0, 1], model.seq_length, pad_id=0)
 
 
-@ONLY_BPE
+@pytest.mark.parametrize("tokenizer", ["bpe", "t5", "llama"], indirect=True)
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_the_exported_folder_is_the_trained_model(
     tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, architecture: str, export: Export
@@ -121,6 +123,7 @@ def test_the_exported_folder_is_the_trained_model(
     around = ends if architecture == "bert" else ([], [])
     assert reloaded("the model")["input_ids"] == [*around[0], *tokenizer.encode("the model").tolist(), *around[1]]
     assert reloaded.mask_token_id == tokenizer.mask_id
+    check_same_ids(tokenizer, reloaded, [*SAMPLE_TEXTS, *UNUSUAL])
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.model
 
     again = export(tmp_path / "run", tmp_path / "out")
@@ -164,7 +167,6 @@ def test_transformers_alone_reads_the_folder(
     assert clean.stdout.startswith(str([reloaded("the [MASK] of", "a class")["input_ids"]]))
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "unigram"], indirect=True)
 def test_fill_mask_predicts_what_our_model_does(
     tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
 ) -> None:
