@@ -1,7 +1,8 @@
 """A checkpoint's full weights by parameter name, without an engine, whatever layout wrote them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +15,17 @@ from raptr_ds.parallel.layers import TensorShard
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model. weights: full fp32 tensors by canonical name. folder: the checkpoint that they are from."""
+    """A trained model.
+
+    weights: full fp32 tensors by canonical name. folder: the checkpoint that they are from; run_state: what the
+    training loop recorded there.
+    """
 
     model: ModelSection
     weights: dict[str, torch.Tensor]
     step: int
     folder: Path
+    run_state: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trained_model(where: Path) -> TrainedModel:
@@ -37,4 +43,4 @@ def load_trained_model(where: Path) -> TrainedModel:
         for name, weight in weights.items()
     ]
     fill_fragments(whole, folder, manifest)
-    return TrainedModel(ModelSection(**manifest.model), weights, manifest.step, folder)
+    return TrainedModel(ModelSection(**manifest.model), weights, manifest.step, folder, manifest.run_state)

@@ -21,6 +21,7 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import CheckpointError, ConfigError, DataError
 from raptr_ds.hf.model import to_hugging_face
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids, tokenizer_to_hugging_face
+from raptr_ds.runtime.identity import tokenizer_digest_in
 
 _COMPARED_DOCUMENTS = 300  # of each data folder, and of each document the beginning
 _COMPARED_TOKENS = 1000
@@ -113,7 +114,8 @@ def _read_run_data(checkpoint: Path) -> _RunData | None:
 def _load_tokenizer(named: str | None, data: _RunData | None, trained: TrainedModel) -> Tokenizer | None:
     """Return the tokenizer that the user or the run names, None if neither does.
 
-    Raises: DataError if it cannot be read, or has another size than the model's vocabulary.
+    Raises: DataError if it cannot be read, or is not the one that the model was trained with; of a checkpoint that
+    does not record its tokenizer, the size alone is known.
     """
     path = Path(named) if named else data and data.tokenizer
     if named == "none" or path is None:
@@ -124,12 +126,17 @@ def _load_tokenizer(named: str | None, data: _RunData | None, trained: TrainedMo
             "--tokenizer FILE, or export the weights without it by --tokenizer none."
         )
     tokenizer = Tokenizer.load(path)
+    recorded = tokenizer_digest_in(trained.run_state)
     if tokenizer.vocab_size != trained.model.vocab_size:
-        raise DataError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} entries, the model {trained.model.vocab_size}: it is not "
-            "the one that the model was trained with. Name that one with --tokenizer."
-        )
-    return tokenizer
+        difference = f"it has {tokenizer.vocab_size} entries, the model {trained.model.vocab_size}"
+    elif recorded not in (None, tokenizer.digest):
+        difference = f"its digest is {tokenizer.digest}, and {trained.folder} records {recorded}"
+    else:
+        return tokenizer
+    raise DataError(
+        f"the tokenizer {path} is not the one that the model was trained with: {difference}. Name that one with "
+        "--tokenizer FILE, or export the weights without it by --tokenizer none."
+    )
 
 
 def _validation_texts(data: _RunData | None, tokenizer: Tokenizer) -> Iterator[str]:

@@ -81,6 +81,12 @@ class Changes:
         ]
 
 
+def tokenizer_digest_in(run_state: dict[str, Any]) -> str | None:
+    """Return the digest of the tokenizer that a checkpoint records, None if it is of a version that did not."""
+    identity = run_state.get(IDENTITY)
+    return None if identity is None else identity["tokenizer"]
+
+
 def changes_since(run_state: dict[str, Any], here: Identity, folder: Path) -> Changes:
     """Return how the run differs from a checkpoint in `folder`.
 

@@ -26,6 +26,7 @@ from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
+from raptr_ds.runtime.identity import IDENTITY
 from tests.foreign_models import UNUSUAL
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +47,8 @@ def run_folder(folder: Path, groups: ProcessGroups, model: ModelSection, tokeniz
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"raptr_ds": {"data": {"path": str(data)}}}))
     checkpoints = Checkpoints(folder / "checkpoints", groups, keep=2)
-    checkpoints.save(ReferenceEngine(stage, seed=1, skipped_update="freeze", max_norm=1.0), 3, model, {})
+    recorded = {IDENTITY: {"tokenizer": tokenizer.digest}}
+    checkpoints.save(ReferenceEngine(stage, seed=1, skipped_update="freeze", max_norm=1.0), 3, model, recorded)
     checkpoints.wait()
     checkpoints.close()
     return stage
