@@ -244,6 +244,16 @@ def test_another_size_of_vocabulary_is_refused(
 
 
 @ONLY_BPE
+def test_another_tokenizer_of_the_same_size_is_refused(run: Path, tokenizer: Tokenizer, export: Export) -> None:
+    other = run.parent / "other.model"
+    other.write_bytes(tokenizer.model + b"\x12\x00")  # an empty trainer specification, which changes nothing else
+    assert is_refused(export(run, run.parent / "out", "--tokenizer", other), other, Tokenizer.load(other).digest)
+    other.rename(run.parent / "data" / "tokenizer.model")  # the data prepared again with another one
+    assert is_refused(export(run, run.parent / "out"), "not the one that the model was trained with", tokenizer.digest)
+    assert export(run, run.parent / "out", "--tokenizer", "none").code is None
+
+
+@ONLY_BPE
 @pytest.mark.parametrize(
     "content",
     [

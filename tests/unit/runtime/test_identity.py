@@ -33,9 +33,8 @@ def test_another_tokenizer_is_refused_with_both_digests_and_the_ways_out() -> No
 def test_another_corpus_is_a_warning_with_both_digests() -> None:
     changes = changes_since(recorded(corpus="c0"), HERE, FOLDER)
     assert changes.corpus == ("c0", "c1")
-    assert changes.lines == [
-        "warning: the corpus is another than the checkpoint's (digest c0 there, c1 here): the run continues on the new one"
-    ]
+    (line,) = changes.lines
+    assert line.startswith("warning: the corpus is another than the checkpoint's (digest c0 there, c1 here)")
 
 
 def test_keys_that_matter_are_listed_and_others_are_not() -> None:
