@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def run_folder(command: Sequence[str]) -> Path | None:
     command: words of a launcher's command line that end in those of pretrain.py.
     """
     file, overrides, is_setting = None, [], False
-    for word, following in zip(command, [*command[1:], ""], strict=True):
+    for word, following in zip_longest(command, command[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             is_setting = name == "--set"
@@ -50,7 +51,7 @@ def newest_step(folder: Path | None) -> int:
         found = [] if folder is None else list((folder / _CHECKPOINTS).iterdir())
         matches = [(path, match) for path in found if (match := _CHECKPOINT.fullmatch(path.name))]
         return max((int(match[1]) for path, match in matches if (path / _MANIFEST).is_file()), default=0)
-    except OSError:
+    except (OSError, ValueError):
         return 0
 
 
@@ -64,8 +65,9 @@ def append_event(folder: Path | None, event: str, **fields: Any) -> str | None:
         with (folder / EVENTS).open("ab+") as file:
             is_torn = file.seek(0, 2) > 0 and (file.seek(-1, 2), file.read())[1] != b"\n"
             file.write(b"\n" * is_torn + json.dumps(line).encode() + b"\n")
-    except OSError as error:
-        return f"{folder / EVENTS} cannot be written: {error.strerror}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        return f"{folder / EVENTS} cannot be written: {why}"
     return None
 
 
@@ -73,7 +75,7 @@ def read_events(folder: Path | None) -> list[dict[str, Any]]:
     """Return the run's events, oldest first; lines that a full disk or a crash cut short are left out."""
     try:
         lines = [] if folder is None else (folder / EVENTS).read_bytes().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return []
     events = []
     for line in lines:

@@ -158,12 +158,8 @@ def test_a_stop_request_that_srun_drops_is_made_again(job: Job, tmp_path: Path) 
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
 
 
-@pytest.mark.parametrize("script_outlives_it", [False, True])
-def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(
-    job: Job, tmp_path: Path, script_outlives_it: bool
-) -> None:
-    (tmp_path / "setup.sh").write_text("trap '' TERM\n" if script_outlives_it else "")
-    number = job.submit(STOPPING, RAPTR_SETUP=str(tmp_path / "setup.sh"))
+def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job) -> None:
+    number = job.submit(STOPPING)
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.wait_for_output(number, "task 1 start 0")
     job.lab.command("scancel", str(number))
@@ -171,9 +167,20 @@ def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(
     job.lab.clear()
     told = job.lab.job(number)
     output = job.lab.output(number)
-    assert "task 1 leaves start 0 after ['SIGTERM']" in output
-    assert (": not requeued" in output) == script_outlives_it
+    assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
+    assert "not requeued: the job is COMPLETING (cancelled" in output
     assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), output
+
+
+def test_a_job_that_an_operator_requeues_is_requeued_once(job: Job) -> None:
+    number = job.submit(STOPPING)
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.wait_for_output(number, "task 1 start 0")
+    job.lab.command("scontrol", "requeue", str(number))
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
 
 
 @pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])
