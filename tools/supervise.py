@@ -11,12 +11,14 @@ last try. In Slurm jobs slurm/training_job.sh starts this with --slurm, and the 
 import argparse
 import os
 import socket
+import sys
 from pathlib import Path
 
 import _command_line
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.supervise.command import StopRequests
+from raptr_ds.supervise.guard import guard, start_guard
 from raptr_ds.supervise.policy import Limits
 from raptr_ds.supervise.record import run_folder
 from raptr_ds.supervise.slurm import Job, supervise_job
@@ -36,19 +38,25 @@ def main() -> None:
             "the command shows no --deepspeed_config FILE, so the run's folder, by whose checkpoints progress is seen, "
             "is not known. Give it: tools/supervise.py --folder RUN_FOLDER -- COMMAND"
         )
-    if options.slurm:
-        env = os.environ
-        job = Job(
-            int(env["SLURM_JOB_ID"]),
-            int(env.get("SLURM_RESTART_COUNT", 0)),
-            env["SLURM_JOB_NODELIST"],
-            int(env["SLURM_JOB_NUM_NODES"]),
-        )
-        run = Supervised(folder, str(job.number), limits)
-        raise SystemExit(int(supervise_job(options.command, env, run, job, stops, options.stopped)))
+    if options.slurm or options.guard:
+        raise SystemExit(_in_job(options, folder, limits, stops))
     run = Supervised(folder, f"{socket.gethostname()}:{os.getpid()}", limits)
     say(f"the run's folder is {folder}")
     raise SystemExit(supervise(options.command, os.environ, run, stops))
+
+
+def _in_job(options: argparse.Namespace, folder: Path | None, limits: Limits, stops: StopRequests) -> int:
+    env = os.environ
+    start, num_nodes = int(env.get("SLURM_RESTART_COUNT", 0)), int(env["SLURM_JOB_NUM_NODES"])
+    job = Job(int(env["SLURM_JOB_ID"]), start, env["SLURM_JOB_NODELIST"], num_nodes)
+    if options.guard:
+        assert folder is not None
+        guard(folder, limits, job, stops)
+        return 0
+    if folder is not None:
+        start_guard([sys.executable, __file__, "--guard", "--folder", str(folder), "--", "-"], env)
+    run = Supervised(folder, str(job.number), limits)
+    return int(supervise_job(options.command, env, run, job, stops, options.stopped))
 
 
 def _parse() -> argparse.Namespace:
@@ -57,6 +65,7 @@ def _parse() -> argparse.Namespace:
         "--folder", type=Path, metavar="FOLDER", help="the run's folder; by default from the command's run file"
     )
     parser.add_argument("--slurm", action="store_true", help=argparse.SUPPRESS)  # slurm/training_job.sh
+    parser.add_argument("--guard", action="store_true", help=argparse.SUPPRESS)  # its own step in such a job
     parser.add_argument("--stopped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="words of the launcher's command, after --")
     return parser.parse_args()

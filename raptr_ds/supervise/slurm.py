@@ -18,6 +18,7 @@ _PORTS_OF_A_JOB = 61
 _PORT_TRIES = 5
 _PATIENCE_SECONDS = 1800.0  # with a controller that does not answer
 _ASK_AGAIN_SECONDS = 5.0
+_FAILURES = {"TimeLimit", "JobLaunchFailure", "NonZeroExitCode", "OutOfMemory"}
 
 
 @dataclass
@@ -45,11 +46,11 @@ class Job:
             told = self.show()
             if not told:
                 continue
-            # A cancelled job's tasks are asked to stop too, and leave with 75; Slurm would requeue even that job. It is
-            # COMPLETING for the time it gets to end, as is one at its time limit, which may still be requeued.
-            state, reason = told.get("JobState", ""), told.get("Reason", "")
-            if state != "RUNNING" and reason != "TimeLimit":
-                return f"the job is {state} (cancelled, or requeued by somebody else)"
+            if int(told.get("Restarts", 0)) > self.start:  # by an operator, or an answer to us was lost
+                self.is_requeued = True
+                return None
+            if told.get("JobState") != "RUNNING" and not has_failed(told):
+                return f"the job is {told.get('JobState')}: cancelled"
             code, text = _slurm("scontrol", "requeue", str(self.number))
             if code == 0:
                 self.is_requeued = True
@@ -78,6 +79,16 @@ class Job:
             return f"{node} failed before, but without it there are {len(left)} nodes for {self.num_nodes}: kept"
         problem = self.change(ExcNodeList=",".join(sorted(excluded)))
         return f"{node} failed before: excluded{f' was refused: {problem}' if problem else ''}"
+
+
+def has_failed(told: Mapping[str, str]) -> bool:
+    """Return whether a job is ending for another reason than that it was cancelled.
+
+    Such a one may still be requeued. So might a cancelled one, whose tasks are asked to stop too, and leave with 75.
+    While they do, both are COMPLETING; but one that was cancelled has no reason.
+    """
+    reason = told.get("Reason", "None")
+    return reason in _FAILURES or reason.startswith("RaisedSignal")
 
 
 def hosts(node_list: str) -> list[str]:

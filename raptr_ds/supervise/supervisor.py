@@ -28,7 +28,12 @@ class Supervised:
         self._first = int(events[ends[-1]].get("start", -1)) + 1 if ends else 0
         events = events[ends[-1] + 1 :] if ends else events
         self._starts = [Start(event["start"], event["step"]) for event in events if event["event"] == "launch"]
+        self._judged = {event.get("start") for event in events if event["event"] == "restart"}
         self.failed_nodes = {event["node"] for event in events if event.get("node") and event["event"] == "restart"}
+
+    def is_judged(self, number: int) -> bool:
+        """Return whether a start's end has been judged, or the start was never written down."""
+        return number in self._judged or number not in {start.number for start in self._starts}
 
     def begin(self, number: int, **fields: Any) -> Decision:
         """Write a start down, unless too many before it were without progress; return whether to go on."""

@@ -5,6 +5,7 @@ The tasks are stand-ins for pretrain.py; test_pretrain.py kills a rank of the re
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,36 @@ def test_the_time_limit_without_an_early_signal_requeues_the_job(job: Job) -> No
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
     assert "the time limit is reached: back to the queue" in job.lab.output(number)
     assert [event["step"] for event in _events(job, "launch")] == [0, 10]
+
+
+@pytest.mark.parametrize("whom", ["slurm_script", "tools/supervise.py"])
+def test_a_killed_batch_script_is_requeued(job: Job, whom: str) -> None:
+    number = job.submit(BEGINNING + "\nif start:\n    sys.exit()\nwait()\n")
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.wait_for_output(number, "task 1 start 0")
+    job.lab.wait_for_steps(number, 2)
+    time.sleep(1)  # the guard's Python starts
+    os.kill(_process_of(number, whom), signal.SIGKILL)
+    # It is FAILED for a moment; the tasks' end comes first.
+    job.lab.wait_for_output(number, "task 0 start 1", final=())
+    told = job.lab.wait_for(number)
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
+    assert {event["code"] for event in _events(job, "restart")} <= {137, 143}
+    assert [event["cause"] for event in _events(job, "ended")] == ["done"]
+
+
+def _process_of(job: int, word: str) -> int:
+    """Return the process of the job's batch script with `word` in its command, seen from outside of the cluster."""
+    for folder in Path("/proc").iterdir():
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            is_batch = f"SLURM_JOB_ID={job}".encode() in variables and b"SLURM_PROCID=0" in variables
+            command = (folder / "cmdline").read_bytes()
+            if is_batch and word.encode() in command and b"--guard" not in command and b"srun" not in command[:5]:
+                return int(folder.name)
+        except OSError:  # no process, or gone meanwhile
+            continue
+    raise AssertionError(f"job {job} runs no {word}")
 
 
 def test_ports_differ_between_the_starts_of_neighbouring_jobs() -> None:

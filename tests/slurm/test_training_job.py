@@ -168,7 +168,7 @@ def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job
     told = job.lab.job(number)
     output = job.lab.output(number)
     assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
-    assert "not requeued: the job is COMPLETING (cancelled" in output
+    assert "not requeued: the job is COMPLETING: cancelled" in output
     assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), output
 
 
