@@ -29,9 +29,10 @@ def main() -> None:
     """Parse the command line and supervise; the process ends with the run's exit code."""
     stops = StopRequests()
     options = _parse()
-    limits = Limits(
-        int(_number("RAPTR_MAX_RETRIES", Limits.max_retries)), _number("RAPTR_RETRY_DELAY", Limits.delay_seconds)
-    )
+    retries = _number("RAPTR_MAX_RETRIES", Limits.max_retries)
+    if not retries.is_integer():
+        raise ConfigError(f"RAPTR_MAX_RETRIES={retries:g} must be a whole number.")
+    limits = Limits(int(retries), _number("RAPTR_RETRY_DELAY", Limits.delay_seconds))
     folder = options.folder or run_folder(options.command)
     if folder is None and not options.slurm:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """One try: a launcher's command that runs while signals reach it and its reports of failed tasks are read."""
 
+import ctypes
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from raptr_ds.supervise.policy import Ending, Failure
 
@@ -18,6 +20,7 @@ _WAITED = _REQUESTS | {signal.SIGHUP, signal.SIGCHLD}
 _SRUN = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?:Exited with exit code (\d+)|(.+))")
 _LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 _TORCHRUN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+")
+_PR_SET_CHILD_SUBREAPER = 36
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
@@ -104,6 +107,29 @@ def run_command(
     copier.join(5)  # a process that outlives the launcher may hold the pipe open
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     return Ending(code, reports.first, stops.requested, reports.port_taken)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all processes below this one whose parents end (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_orphans(seconds: float) -> int:
+    """Wait until no adopted process is left; kill those that stay longer, and return their number."""
+    deadline, killed = time.monotonic() + seconds, 0
+    while True:
+        try:
+            is_gone, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return killed
+        if not is_gone and time.monotonic() > deadline:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            killed += len(children)
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)  # not reaped yet, so the number is still its own
+            time.sleep(0.1)
+        elif not is_gone:
+            time.sleep(0.1)
 
 
 def _copy(child: subprocess.Popen[bytes], reports: Reports) -> None:

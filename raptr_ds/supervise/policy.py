@@ -6,8 +6,7 @@ from enum import StrEnum
 
 from raptr_ds.errors import Exit
 
-# TODO(lead): Exit.STORAGE and Exit.HUNG.
-STORAGE, HUNG = 74, 76
+STORAGE, HUNG = 74, 76  # a checkpoint or a needed file could not be written; a rank did not move
 
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before

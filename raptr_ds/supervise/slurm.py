@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from raptr_ds.errors import Exit
 from raptr_ds.supervise.command import StopRequests, run_command
-from raptr_ds.supervise.policy import Cause, Decision, Ending
+from raptr_ds.supervise.policy import Cause, Decision, Ending, cause_of
 from raptr_ds.supervise.supervisor import Supervised, say, whose
 
 _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below the ports that the kernel hands out by itself (32768 and more)
@@ -132,7 +132,7 @@ def supervise_job(
         say(f"the ranks meet at {address}:{port}")
         meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         ending = run_command(words, {**env, **meeting}, stops, _Asking(job, run))
-        if not ending.port_taken or stops.requested or ending.code == Exit.DONE:
+        if cause_of(ending) is not Cause.PORT or stops.requested:
             break
         run.write("restart", cause=Cause.PORT, port=port, step=None)
     cause, decision = run.judge(job.start, ending)

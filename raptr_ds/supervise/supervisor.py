@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.supervise.command import StopRequests, run_command
+from raptr_ds.errors import Exit
+from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
 from raptr_ds.supervise.policy import Cause, Decision, Ending, Limits, Start, cause_of, decide, starts_without_progress
 from raptr_ds.supervise.record import append_event, newest_step, read_events
+
+# A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
+_ORPHANS_SECONDS = 120.0
 
 
 class Supervised:
@@ -67,11 +71,14 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
 
     Signals are passed on to the command; after one of them nothing is tried again.
     """
+    adopt_orphans()
     number = 0
     while True:
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
         ending = run_command(words, env, stops, _pass_on)
+        if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
+            say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
         _, decision = run.judge(number, ending)
         say(f"exit code {ending.code}{whose(ending)}: {decision.why}")
         if stops.requested and decision.retry:
@@ -90,7 +97,7 @@ def say(text: str) -> None:
 
 def whose(ending: Ending) -> str:
     """Return which task failed first, for a message; empty if that is not known."""
-    if ending.first is None or ending.code == 0:
+    if ending.first is None or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
         return ""
     return f", first {ending.first.node or 'several nodes'}: {ending.first.text}"
 

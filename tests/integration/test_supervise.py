@@ -119,6 +119,42 @@ def test_a_request_to_stop_during_a_delay_ends_the_tries(tmp_path: Path) -> None
         assert process.wait(20) == 1
 
 
+def test_processes_that_outlive_the_launcher_end_before_the_next_try(tmp_path: Path) -> None:
+    # As a run whose launcher is killed: its ranks save, in sessions of their own.
+    program = (
+        "import pathlib, subprocess, sys, time\n"
+        f"saved = pathlib.Path({str(tmp_path / 'saved')!r})\n"
+        "if saved.exists():\n    sys.exit(0)\n"
+        "late = f'import pathlib, time; time.sleep(1); pathlib.Path({str(saved)!r}).touch()'\n"
+        "subprocess.Popen([sys.executable, '-c', late], start_new_session=True)\n"
+        "sys.exit(1)\n"
+    )
+    words = [*SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, "-c", program]
+    env = {**ENV, "RAPTR_MAX_RETRIES": "1", "RAPTR_RETRY_DELAY": "0"}
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "killed" not in done.stderr
+
+
+def test_processes_that_do_not_end_are_killed() -> None:
+    program = (
+        "import subprocess\n"
+        "from raptr_ds.supervise.command import adopt_orphans, end_orphans\n"
+        "adopt_orphans()\n"
+        "subprocess.run(['bash', '-c', 'setsid sleep 300 & setsid sleep 300 &'])\n"
+        "print(end_orphans(0.2), end_orphans(0))\n"
+    )
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "2 0\n", done.stderr
+
+
+def test_a_number_of_retries_that_is_not_whole_is_a_mistake(tmp_path: Path) -> None:
+    done, tries = _supervise(tmp_path, 0, RAPTR_MAX_RETRIES="2.5")
+    assert (done.returncode, tries) == (2, 0)
+    assert "RAPTR_MAX_RETRIES=2.5 must be a whole number" in done.stderr
+
+
 def _rank_of(launcher: int, rank: int) -> int:
     """Return the process of a rank below torchrun."""
     for process in _tree(launcher):

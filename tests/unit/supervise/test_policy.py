@@ -38,6 +38,8 @@ KILLED = Failure("node2", None, "Killed")
         (Ending(138), Cause.FAULT),
         (Ending(1, stop_requested=True), Cause.FAULT),
         (Ending(1, port_taken=True), Cause.PORT),
+        (Ending(2, port_taken=True), Cause.MISTAKE),
+        (Ending(75, port_taken=True), Cause.STOPPED),
         (Ending(74), Cause.STORAGE),
         (Ending(76), Cause.HUNG),
         (Ending(137, Failure("node1", 76, "exit code 76")), Cause.HUNG),
