@@ -62,6 +62,17 @@ def test_codes_lead_to_tries(tmp_path: Path, codes: list[int], code: int, tries:
     assert ended["why"] in done.stderr
 
 
+def test_torchrun_hides_no_mistake(tmp_path: Path) -> None:
+    # Its own code is 1 whatever the ranks' was; the other rank is killed for it.
+    (tmp_path / "ranks.py").write_text("import os, sys, time\ntime.sleep(60 * int(os.environ['RANK']))\nsys.exit(2)\n")
+    words = [*SUPERVISE, "--folder", str(tmp_path), "--", "torchrun", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*words, str(tmp_path / "ranks.py")], cwd=REPOSITORY, env=ENV, capture_output=True, timeout=60, check=False
+    )
+    assert b"the run file or its data is wrong" in done.stderr, done.stderr
+    assert done.returncode == 1
+
+
 def test_the_number_of_retries_is_a_variable(tmp_path: Path) -> None:
     assert _supervise(tmp_path, 1, 1, 0, RAPTR_MAX_RETRIES="1")[1] == 2
 

@@ -4,7 +4,6 @@ import pytest
 
 from raptr_ds.supervise.command import Reports
 from raptr_ds.supervise.policy import Failure
-from raptr_ds.supervise.slurm import _seconds
 
 
 @pytest.mark.parametrize(
@@ -54,11 +53,3 @@ def test_a_port_that_is_taken_is_noticed(line: str, taken: bool) -> None:
     reports = Reports()
     reports.read(line)
     assert reports.port_taken == taken
-
-
-@pytest.mark.parametrize(
-    ("limit", "seconds"),
-    [("00:01:00", 60), ("1-02:03:04", 93784), ("UNLIMITED", None), ("Partition_Limit", None), ("", None)],
-)
-def test_time_limits_are_read(limit: str, seconds: int | None) -> None:
-    assert _seconds(limit) == seconds
