@@ -1,5 +1,6 @@
 """A run under Slurm: one try for each start of the job, which goes back to the queue for the next one."""
 
+import errno
 import re
 import signal
 import socket
@@ -174,7 +175,7 @@ def _go_back(
     say(f"{decision.why}: back to the queue")  # Slurm may end this process soon after the next command
     problem = job.requeue()
     if problem:
-        say(f"not requeued: {problem}. To continue, submit the job again.")
+        say(f"not requeued: {problem}. To continue, submit the job again; docs/slurm.md shows how to submit a chain.")
         run.write("ended", start=job.start, cause="not requeued", why=problem)
         return code
     if decision.delay_seconds:
@@ -242,12 +243,8 @@ def _back_off(what: str) -> Iterator[None]:
 def _is_free(port: int) -> bool:
     for family, everywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
         try:
-            with socket.socket(family) as probe:
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind((everywhere, port))
+            socket.create_server((everywhere, port), family=family).close()
         except OSError as error:
-            if family == socket.AF_INET6 and not isinstance(error, PermissionError) and error.errno in (97, 99):
-                continue  # a machine without IPv6
-            return False
+            if error.errno == errno.EADDRINUSE:  # another error, for want of IPv6, says nothing of the port
+                return False
     return True

@@ -86,6 +86,7 @@ PROGRAMS = {
     "limited": (SLOW_TO_SAVE, {}),
     "slurm_script": (WAITING, {}),
     "tools/supervise.py": (WAITING, {}),
+    "chained": ("sys.exit(75)\n", {"SBATCH_NO_REQUEUE": "1"}),
     "hasty": ("", {"SBATCH_TIMELIMIT": "1"}),
 }
 
@@ -199,6 +200,13 @@ def test_stops_without_progress_end_too(jobs: Jobs) -> None:
     told = jobs.end("stopping")
     assert (told["JobState"], told["Restarts"]) == ("FAILED", "1"), jobs.output("stopping")
     assert "The time limit may be too short" in jobs.output("stopping")
+
+
+def test_a_job_that_may_not_be_requeued_says_so(jobs: Jobs) -> None:
+    told = jobs.end("chained")
+    assert (told["JobState"], told["ExitCode"], told["Requeue"]) == ("FAILED", "75:0", "0"), jobs.output("chained")
+    assert "docs/slurm.md shows how to submit a chain" in jobs.output("chained")
+    assert [event["cause"] for event in jobs.events("chained", "ended")] == ["not requeued"]
 
 
 def test_a_controller_that_does_not_answer_is_waited_for(jobs: Jobs) -> None:
