@@ -11,7 +11,9 @@ class Exit(IntEnum):
     DONE = 0
     FAULT = 1
     USER_ERROR = 2
+    STORAGE = 74
     CONTINUE_LATER = 75
+    HUNG = 76
 
 
 class RaptrError(Exception):
@@ -40,6 +42,12 @@ class CheckpointError(RaptrError):
     """A checkpoint cannot be written or read, or belongs to another model."""
 
     exit_code = Exit.USER_ERROR
+
+
+class StorageError(RaptrError):
+    """A disk is full or failing: what was to be written is not there. Started again later, the run may go on."""
+
+    exit_code = Exit.STORAGE
 
 
 class AgreementError(RaptrError):

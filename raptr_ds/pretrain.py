@@ -51,7 +51,7 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
         has_gpu = torch.cuda.is_available()
         prepare_imports(has_gpu)
         from raptr_ds.runtime.out_of_memory import memory_errors_explained
-        from raptr_ds.runtime.session import open_session
+        from raptr_ds.runtime.setup import open_session
     if not has_gpu:
         keep_freed_memory()
     with (
@@ -70,6 +70,8 @@ def train(session: Session) -> Exit:
     from raptr_ds.runtime.session import evaluate
 
     config, state = session.config, session.state
+    if session.has_open_evaluation and not evaluate(session, state):
+        return Exit.CONTINUE_LATER
     while state.step < config.train.steps:
         path, stop = session.agreed_path(state.step)  # broadcast and checked; step n + 1 is under way while n runs
         if stop:
@@ -79,7 +81,7 @@ def train(session: Session) -> Exit:
         if growth := session.method.growth_at(state.step):  # stacking only
             session.engine.grow(growth)
         learning_rate = session.learning_rate_at(state.step)
-        batch = session.batches.at(state.step, state.data_offset_steps)
+        batch = session.batches.at(state.step, state.next_sample)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
         before, state = state, session.cost.after(state, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)
@@ -87,8 +89,10 @@ def train(session: Session) -> Exit:
             state = recover(session, state, result)
             continue
         done = state.step == config.train.steps
-        if config.eval.due(state.step) or (done and config.eval.batches):
-            evaluate(session, state)
+        is_evaluation_due = config.eval.due(state.step) or (done and config.eval.batches)
+        if is_evaluation_due and not evaluate(session, state):
+            session.save(state)
+            return Exit.CONTINUE_LATER
         if session.is_checkpoint_due(before, state) or (done and config.checkpoint.save_on_exit):
             session.save(state)
     return Exit.DONE

@@ -8,13 +8,25 @@ import errno
 import stat
 from pathlib import Path
 
-from raptr_ds.errors import Exit, RaptrError
+from raptr_ds.errors import Exit, RaptrError, StorageError
 
 _NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR}
 _FIXES = {
     errno.EACCES: "Give your user permission to enter every folder on the way to it, or name another path.",
     errno.ENAMETOOLONG: "Name a shorter path.",
     errno.ELOOP: "Its links lead in a circle: name the file or folder itself.",
+}
+_PASSING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
 }
 
 
@@ -53,7 +65,18 @@ def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
         why, fix = error.strerror or str(error), _FIXES.get(error.errno or 0, "")
     else:
         why, fix = "it holds a NUL byte, which no path may hold", "Name another path."
-    return PathError(f"{_printable(path)} cannot be looked at: {why}. {fix}".rstrip())
+    return PathError(f"{_printable(path)} cannot be used: {why}. {fix}".rstrip())
+
+
+def write_error(path: str | Path, error: OSError, fix: str) -> RaptrError:
+    """Return the error to raise where a file or folder that the user named cannot be written.
+
+    fix: what to do where it is the user's mistake. A disk that is full, failing or away is none.
+    """
+    why = f"{_printable(path)} cannot be written: {error.strerror or error}"
+    if error.errno in _PASSING:
+        return StorageError(f"{why}. Make room on the disk or bring it back, and start again.")
+    return PathError(f"{why}. {fix}")
 
 
 def _mode(path: str | Path) -> int | None:

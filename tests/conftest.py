@@ -1,10 +1,18 @@
-"""What holds for every test: one thread per process, no GPU but for `make test-gpu`, and what runs together."""
+"""What holds for every test: one thread per process, no GPU but for `make test-gpu`, how many inputs Hypothesis tries,
+and what runs together.
+"""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# By hand: HYPOTHESIS_PROFILE=long pytest FILE
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share few cores
 if os.environ.get("KIT_DEVICE") != "cuda":  # which `make test-gpu` sets

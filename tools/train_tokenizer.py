@@ -6,35 +6,56 @@ option --tokenizer names.
 
 import argparse
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import _command_line
-from prepare_data import add_corpus_arguments, add_tokenizer_arguments, corpus_sources, tokenizer_settings
+from prepare_data import add_corpus_arguments, add_tokenizer_arguments, corpus_sources, given_path, tokenizer_settings
 from rich.console import Console
 
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.tokenizer_training import train_tokenizer
+from raptr_ds.user_paths import is_folder
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of the file to be written, before any work that could be lost.
+
+    Raises: DataError if the file cannot be written there, PathError if there can be no such path.
+    """
+    if is_folder(path):
+        raise DataError(f"--output {path} is a folder. Name the .model file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """Return the error for an --output that cannot be written."""
+    return DataError(f"cannot write {path}: {error.strerror or error}. Choose another --output.")
 
 
 def main() -> None:
     """Parse the options, train and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .model file to write")
+    parser.add_argument("--output", required=True, type=given_path, metavar="FILE", help="the .model file to write")
     add_tokenizer_arguments(parser)
     arguments = parser.parse_args()
     console = Console(soft_wrap=True, highlight=False)
+    settings = tokenizer_settings(arguments)
     sources = corpus_sources(arguments, os.cpu_count() or 1, console)
+    check_output(arguments.output)
     begin = time.monotonic()
-    tokenizer = train_tokenizer(sources, tokenizer_settings(arguments))
+    tokenizer = train_tokenizer(sources, settings)
     try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(arguments.output)
     except OSError as error:
-        raise DataError(
-            f"cannot write {arguments.output}: {error.strerror or error}. Choose another --output."
-        ) from error
+        raise unwritable(arguments.output, error) from error
     console.print(
         f"{arguments.output}: {tokenizer.vocab_size:,} pieces, {len(tokenizer.sentinel_ids)} sentinels, "
         f"{time.monotonic() - begin:.1f} s"

@@ -12,11 +12,13 @@ from pathlib import Path
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.errors import CheckpointError
+from raptr_ds.user_paths import is_file, is_folder, path_error
 
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED, _REPLACED, _DELETED = ".unfinished-", ".replaced-", ".deleted-"
 _SET_ASIDE = "set-aside-"
+_KEPT_BRANCHES = 3  # so that a mistake in raptr_ds.checkpoint.load, and a second one, lose nothing
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -36,10 +38,16 @@ def step_of(folder: Path) -> int | None:
 
 
 def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
-    """Return the checkpoints in a folder, newest first; with `not_after` only those up to this step."""
-    if not folder.is_dir():
+    """Return the checkpoints in a folder, newest first; with `not_after` only those up to this step.
+
+    Raises: PathError if the folder cannot be read.
+    """
+    if not is_folder(folder):
         return []
-    steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    try:
+        steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    except OSError as error:
+        raise path_error(folder, error) from error
     allowed = [path for path, step in steps.items() if not_after is None or step <= not_after]
     return sorted(allowed, key=steps.__getitem__, reverse=True)
 
@@ -47,13 +55,13 @@ def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
 def checkpoints_at(where: Path) -> list[Path]:
     """Return the checkpoints at a folder that a user gives, newest first: a run's, or the folder itself if it is one.
 
-    Raises: CheckpointError if there is none.
+    Raises: CheckpointError if there is none; PathError if the folder cannot be read.
     """
-    if (where / MANIFEST).is_file() or (step_of(where) is not None and where.is_dir()):
+    if is_file(where / MANIFEST) or (step_of(where) is not None and is_folder(where)):
         return [where]
     found = checkpoints_in(where / CHECKPOINTS) or checkpoints_in(where)
     if not found:
-        state = "there is no checkpoint in it" if where.is_dir() else "there is no such folder"
+        state = "there is no checkpoint in it" if is_folder(where) else "there is no such folder"
         raise CheckpointError(
             f"raptr_ds.checkpoint.load={where}: {state}. Set it to a run's folder, its {CHECKPOINTS} folder, one "
             "step-... folder, auto or none."
@@ -118,18 +126,28 @@ def set_aside(folder: Path, after: int) -> Path | None:
     """Move the checkpoints after step `after`, an abandoned branch of the run, to a new folder set-aside-N.
 
     In place they would later be taken for the newest ones. Returns the new folder, None if there was nothing to move.
+    A few of these folders are kept: see `outdated_branches`.
     """
     later = [path for path in checkpoints_in(folder) if (step_of(path) or 0) > after]
     if not later:
         return None
-    number = 1
-    while (aside := folder / f"{_SET_ASIDE}{number}").exists():
-        number += 1
+    aside = folder / f"{_SET_ASIDE}{max(_branches(folder), default=0) + 1}"
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)
     sync_folder(folder)
     return aside
+
+
+def outdated_branches(folder: Path) -> list[Path]:
+    """Return the folders of abandoned branches that are to be deleted: all but the three newest."""
+    branches = _branches(folder)
+    return [branches[number] for number in sorted(branches)[:-_KEPT_BRANCHES]]
+
+
+def _branches(folder: Path) -> dict[int, Path]:
+    numbers = {path.name.removeprefix(_SET_ASIDE): path for path in folder.glob(f"{_SET_ASIDE}*")}
+    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ from raptr_ds.checkpoint.folder import (
     checkpoints_at,
     checkpoints_in,
     outdated,
+    outdated_branches,
     publish,
     set_aside,
     step_folder,
@@ -42,6 +43,7 @@ from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.agreement import on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.user_paths import is_folder, write_error
 
 _WAIT_SECONDS = 0.02
 
@@ -83,14 +85,14 @@ class _Pending:
 def check_writable(folder: Path, groups: ProcessGroups) -> None:
     """Create the checkpoint folder and check that every rank can write to it.
 
-    Raises: CheckpointError, on all ranks, for the first rank that cannot.
+    Raises: PathError, StorageError or CheckpointError, on all ranks, for the first rank that cannot.
     """
 
     def make() -> None:
         _try_to_write(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def probe() -> None:
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise CheckpointError(
                 f"rank {groups.rank} does not see {folder}, which rank 0 has created. Set raptr_ds.train.save to a "
                 "folder on a file system that all nodes share."
@@ -105,17 +107,15 @@ def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
     try:
         action()
     except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror or error}. Set raptr_ds.train.save to a folder that this "
-            "user may create or write, on a disk with free space."
-        ) from error
+        fix = "Set raptr_ds.train.save to a folder that this user may create or write."
+        raise write_error(folder, error, fix) from error
 
 
 class Checkpoints:
     """Saves and restores the checkpoints of a run.
 
     folder: RUN/checkpoints. keep: the number of checkpoints to keep. report: prints messages, on rank 0 only.
-    Raises: CheckpointError if the folder cannot be written.
+    Raises: as `check_writable`.
     """
 
     def __init__(self, folder: Path, groups: ProcessGroups, keep: int, report: Callable[[str], None] = print) -> None:
@@ -229,6 +229,9 @@ class Checkpoints:
         except OSError as error:
             self._report(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
             return
+        self._delete(paths)
+
+    def _delete(self, paths: list[Path]) -> None:
         if self._sweeper is not None:
             self._sweeper.join()
         # Deleting many gigabytes can take seconds, so a thread does it; the next run's `tidy` deletes what is left.
@@ -240,12 +243,18 @@ class Checkpoints:
         self._sweeper.start()
 
     def restore(
-        self, engine: Engine, where: str, model: ModelSection, not_after: int | None = None
+        self,
+        engine: Engine,
+        where: str,
+        model: ModelSection,
+        not_after: int | None = None,
+        check: Callable[[RestoredState], object] = lambda _: None,
     ) -> RestoredState | None:
         """Load a checkpoint into the engine; return None if the run starts anew.
 
         where: `auto` (the newest undamaged checkpoint of this run, if there is any), `none`, or a folder: a run's, its
         checkpoints' or one checkpoint's. not_after: the last step whose checkpoint `auto` may load; None for any.
+        check: raises CheckpointError, on all ranks, for a checkpoint that the run must not continue from.
         Checkpoints of this run after the restored step are set aside. A save that is still being written is completed
         first, so that a run can roll back.
         Raises: CheckpointError, on all ranks, if the checkpoint (with `auto`, every one) is damaged, if there is none
@@ -262,32 +271,43 @@ class Checkpoints:
         damages = []
         for folder in candidates:
             try:
-                manifest = self._restore_one(engine, folder, model)
+                restored = self._restore_one(engine, folder, model, check)
             except DamagedCheckpointError as damage:
                 damages.append(f"{folder} is damaged: {damage}.")
                 self._report(damages[-1])
                 continue
             is_own = folder.resolve().parent == self.folder.resolve()
-            self._set_aside(after=manifest.step if is_own else -1)
-            return RestoredState(manifest.step, manifest.run_state, folder)
+            self._set_aside(after=restored.step if is_own else -1, source=folder)
+            return restored
         if not damages:
             return None
         fix = "Set raptr_ds.checkpoint.load to another checkpoint, or to none to start anew."
         raise CheckpointError(f"no checkpoint to continue from. {' '.join(damages)} {fix}")
 
-    def _restore_one(self, engine: Engine, folder: Path, model: ModelSection) -> Manifest:
+    def _restore_one(
+        self, engine: Engine, folder: Path, model: ModelSection, check: Callable[[RestoredState], object]
+    ) -> RestoredState:
         manifest = on_first_rank(self.groups, lambda: read_manifest(folder))
         check_model(manifest, model, folder)
+        restored = RestoredState(manifest.step, manifest.run_state, folder)
+        check(restored)
         rank, world_size = self.groups.rank, self.groups.topology.world_size
         together(self.groups, lambda: verify_files(folder, manifest, rank, world_size))
         together(self.groups, lambda: fill_engine(engine, folder, manifest))
         engine.refresh_weights()
-        return manifest
+        return restored
 
-    def _set_aside(self, after: int) -> None:
+    def _set_aside(self, after: int, source: Path | None = None) -> None:
+        """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
         moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
         if moved is not None:
-            self._report(f"checkpoints that this run does not continue from were moved to {moved}")
+            earlier = outdated_branches(self.folder) if self.groups.rank == 0 else []
+            earlier = [
+                branch for branch in earlier if source is None or branch.resolve() not in source.resolve().parents
+            ]
+            also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
+            self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
+            self._delete(earlier)
 
 
 def _completed(manifest: Manifest, writes: list[RankWrite]) -> Manifest:

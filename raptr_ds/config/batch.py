@@ -1,5 +1,6 @@
 """The batch triangle: global batch = micro batch x accumulation steps x data parallel size."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,8 +67,8 @@ def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
     if batch.accumulation % paths_per_step == 0:
         return
     per_rank = batch.micro_batch * batch.accumulation
-    fits = [size for size in range(1, per_rank + 1) if per_rank % (size * paths_per_step) == 0]
-    fix = f"Set {MICRO} to {fits[-1]} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
+    fits = per_rank % paths_per_step == 0
+    fix = f"Set {MICRO} to {per_rank // paths_per_step} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
     raise ConfigError(
         f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
         f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
@@ -80,11 +81,17 @@ def check_micro_batches(batch: BatchGeometry, sizes: Sequence[int]) -> None:
     wrong = next((size for size in sizes if per_rank % size), None)
     if wrong is None:
         return
-    fits = ", ".join(str(size) for size in range(1, per_rank + 1) if per_rank % size == 0)
+    fits = ", ".join(map(str, divisors(per_rank)))
     raise ConfigError(
         f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one "
         f"data-parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
     )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, ascending."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _quotient(global_batch: int, data_parallel: int, given_key: str, given: int) -> int:

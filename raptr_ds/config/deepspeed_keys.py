@@ -8,6 +8,8 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+from raptr_ds.config.section_types import MOST_COUNT
+
 DEFAULT_REDUCE_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements."""
 
@@ -87,9 +89,9 @@ ZERO: Table = {
 }
 
 KNOWN: Table = {
-    "train_batch_size": whole(1),
-    "train_micro_batch_size_per_gpu": whole(1),
-    "gradient_accumulation_steps": whole(1),
+    "train_batch_size": whole(1, MOST_COUNT),
+    "train_micro_batch_size_per_gpu": whole(1, MOST_COUNT),
+    "gradient_accumulation_steps": whole(1, MOST_COUNT),
     "optimizer": {"type": text, "params": {}},
     "scheduler": {"type": text, "params": {}},
     "gradient_clipping": number(0),
@@ -183,3 +185,46 @@ INSTEAD: dict[str, str] = {
     "zero_optimization.zero_quantized_weights": _UNTESTED,
 }
 """What to use instead of keys that people try and that are not supported, or why there is nothing."""
+
+_STEPS, _RATE, _SCHEDULE = "raptr_ds.train.steps", "optimizer.params.lr", "scheduler.params"
+_FILES = "raptr_ds.data.path, a folder made by tools/prepare_data.py"
+
+ELSEWHERE_NAMES: dict[str, str] = {
+    **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size"), "train_micro_batch_size_per_gpu"),
+    "global_batch_size": "train_batch_size",
+    **dict.fromkeys(("train_iters", "max_steps", "train_steps", "num_train_steps"), _STEPS),
+    **dict.fromkeys(("lr", "learning_rate", "max_lr"), _RATE),
+    **{name: f"optimizer.params.{name}" for name in ("weight_decay", "betas", "eps")},
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "optimizer.params.betas"),
+    **dict.fromkeys(("adam_eps", "adam_epsilon"), "optimizer.params.eps"),
+    **dict.fromkeys(("lr_decay_style", "lr_scheduler_type", "lr_scheduler"), "scheduler.type"),
+    **dict.fromkeys(("lr_decay_iters", "lr_decay_steps"), f"{_SCHEDULE}.total_num_steps"),
+    **dict.fromkeys(("lr_warmup_iters", "lr_warmup_steps", "warmup_steps"), f"{_SCHEDULE}.warmup_num_steps"),
+    **dict.fromkeys(("lr_warmup_fraction", "warmup_fraction", "warmup_ratio"), f"{_SCHEDULE}.warmup_ratio"),
+    "lr_warmup_init": f"{_SCHEDULE}.warmup_min_lr",
+    "min_lr": f"{_SCHEDULE}.cos_min_ratio of scheduler.type WarmupCosineLR (a fraction of the peak), or "
+    f"{_SCHEDULE}.decay_min_lr of WarmupStableDecayLR",
+    **dict.fromkeys(("clip_grad", "max_grad_norm"), "gradient_clipping"),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), "raptr_ds.model.num_layers"),
+    **dict.fromkeys(("n_heads", "n_head"), "raptr_ds.model.num_attention_heads"),
+    **dict.fromkeys(("d_model", "n_embd"), "raptr_ds.model.hidden_size"),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_length", "sequence_length"), "raptr_ds.model.seq_length"),
+    **dict.fromkeys(("intermediate_size", "d_ff"), "raptr_ds.model.ffn_hidden_size"),
+    **dict.fromkeys(("hidden_act", "activation_function"), "raptr_ds.model.activation"),
+    **dict.fromkeys(("hidden_dropout_prob", "dropout"), "raptr_ds.model.hidden_dropout"),
+    "attention_probs_dropout_prob": "raptr_ds.model.attention_dropout",
+    "initializer_range": "raptr_ds.model.init_method_std",
+    "layer_norm_eps": "raptr_ds.model.norm_epsilon",
+    **dict.fromkeys(("mlm_probability", "mask_prob"), "raptr_ds.objective.mask_rate"),
+    "tokenizer_model": "raptr_ds.data.tokenizer",
+    **dict.fromkeys(("data_path", "train_file", "dataset_name"), _FILES),
+    **dict.fromkeys(("output_dir", "save_dir"), "raptr_ds.train.save"),
+    **dict.fromkeys(("eval_interval", "eval_steps"), "raptr_ds.eval.interval"),
+    "eval_iters": "raptr_ds.eval.batches",
+    **dict.fromkeys(("save_interval", "save_steps"), "raptr_ds.checkpoint.interval"),
+    "save_total_limit": "raptr_ds.checkpoint.keep",
+    **dict.fromkeys(("log_interval", "logging_steps"), "raptr_ds.log.interval"),
+    **dict.fromkeys(("recompute_granularity", "gradient_checkpointing"), "raptr_ds.parallel.activation_checkpointing"),
+    "zero_stage": "zero_optimization.stage",
+}
+"""Names of Megatron's and Hugging Face's arguments, and the run file's for the same thing."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raptr_ds.config.deepspeed_keys import INSTEAD, KNOWN, Check, Table
+from raptr_ds.config.batch import BATCH_KEYS
+from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, INSTEAD, KNOWN, Check, Table
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.sections import SECTIONS, keys_of
 from raptr_ds.errors import nearest
@@ -33,7 +34,9 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
         if dotted in INSTEAD:
             errors.append(f"{dotted}{place(dotted)} {_UNSUPPORTED}. {INSTEAD[dotted]}.")
         elif known is None:
-            errors.append(unknown_key(dotted, table if prefix else [*table, BLOCK], place, _UNSUPPORTED))
+            errors.append(unknown_key(prefix, key, table if prefix else [*table, BLOCK], place, _UNSUPPORTED))
+        elif value == "auto" and (isinstance(known, dict) or known(value)):
+            errors.append(auto_value(dotted, place, known(value) if callable(known) else "must be an object"))
         elif not isinstance(known, dict):
             if must := known(value):
                 errors.append(f"{dotted}={value!r}{place(dotted)} {must}.")
@@ -45,9 +48,34 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
     return errors
 
 
-def unknown_key(dotted: str, known: Iterable[str], place: Place, what: str = "is an unknown key") -> str:
-    """Return the message for a key that is not known: what it is, the nearest name, all names of its object."""
-    section, _, name = dotted.rpartition(".")
+def auto_value(dotted: str, place: Place, must: str | None) -> str:
+    """Return the message for Hugging Face's value `auto`, which its Trainer replaces."""
+    fix = "Write a number of sequences" if dotted in BATCH_KEYS[:2] else "Write a value, or remove it for its default"
+    if dotted.endswith(".type"):
+        fix = "Write one of them"
+    return (
+        f"{dotted}='auto'{place(dotted)} is a value that Hugging Face's Trainer fills in from its own arguments; "
+        f"raptr_ds has none, and it {must}. {fix}."
+    )
+
+
+def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what: str = "is an unknown key") -> str:
+    """Return the message for a key that is not known: what it is, the nearest name, all names of its object.
+
+    prefix: the dotted name of the object, with a dot, or empty.
+    """
+    section, dotted = prefix.rstrip("."), f"{prefix}{name}"
+    if "." in name:
+        inner = "{...}"
+        for part in reversed(name.split(".")):
+            inner = f'"{part}": {inner}' if inner == "{...}" else f'"{part}": {{{inner}}}'
+        nested = inner.replace("{...}", "...")
+        return (
+            f"{name!r}{place(dotted)}{f' in {section}' if section else ''} is one key with dots in it: dotted keys are "
+            f"for --set. In a file objects are nested: write {nested}."
+        )
+    if ELSEWHERE_NAMES.get(name, dotted) != dotted:
+        return f"{dotted}{place(dotted)} {what}. Its name here is {ELSEWHERE_NAMES[name]}: move it there."
     elsewhere = _elsewhere(name, section)
     guess = nearest(name, known) or elsewhere + "."
     listed = "" if elsewhere else f" Keys {f'of {section}' if section else 'there'}: {', '.join(known)}."

@@ -16,7 +16,13 @@ from raptr_ds.config.batch import (
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
 from raptr_ds.config.derive import derive_parallel, derive_train
 from raptr_ds.config.hjson_text import line_of, read_hjson
-from raptr_ds.config.optimization import check_optimizer, check_scheduler, complete_optimizer, complete_scheduler
+from raptr_ds.config.optimization import (
+    check_optimizer,
+    check_scheduler,
+    complete_optimizer,
+    complete_scheduler,
+    schedule_warnings,
+)
 from raptr_ds.config.overrides import Place, apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
 from raptr_ds.config.rules import check_rules
@@ -51,7 +57,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
 
     tree, replaced = settle_overridden(tree, touched)
     tree, errors, unused = settle_unused(tree, touched, place)
-    sections, section_errors = parse_sections(tree.get(BLOCK), place)
+    sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
     config, batch_errors = _complete(tree, sections, world_size, path.stem, replaced + unused)
     _raise_all(check_rules(config) + batch_errors, path)
@@ -91,8 +97,9 @@ def _complete(
     sizes = dict(zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True))
     deepspeed = cast(dict[str, Any], plain({**deepspeed, **sizes}))
     config = RunConfig(**complete, batch=batch, optimizer=optimizer, scheduler=scheduler, deepspeed=deepspeed)
+    warnings = list(schedule_warnings(scheduler, optimizer["params"]["lr"], train.steps))
     lines = [*_derived_lines(tree, config.resolved()), f"data parallel size {batch.data_parallel}"]
-    return replace(config, derived=notes + lines), errors
+    return replace(config, derived=notes + lines, warnings=warnings), errors
 
 
 def _solve_batch(

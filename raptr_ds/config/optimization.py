@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raptr_ds.config.deepspeed_keys import Check, choice, flag, number, whole
-from raptr_ds.config.deepspeed_part import check_table
+from raptr_ds.config.deepspeed_part import auto_value, check_table
 from raptr_ds.config.overrides import Place
 from raptr_ds.errors import nearest
 
@@ -12,6 +12,11 @@ from raptr_ds.errors import nearest
 def _betas(value: Any) -> str | None:
     fits = isinstance(value, list) and len(value) == 2 and not any(number(0)(beta) or beta >= 1 for beta in value)
     return None if fits else "must be a list of two numbers, 0 or more and less than 1"
+
+
+def _share(value: Any) -> str | None:
+    fits = number(0, 1)(value) is None and value < 1
+    return None if fits else "must be a fraction of the steps, 0 or more and less than 1"
 
 
 _RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
@@ -42,7 +47,7 @@ NOT_OFFERED = {
 
 _WARMUP: dict[str, Check] = {
     "warmup_num_steps": whole(0),
-    "warmup_ratio": number(0, 1),
+    "warmup_ratio": _share,
     "warmup_type": choice("log", "linear"),
 }
 _WARMUP_LR: dict[str, Check] = {**_WARMUP, "warmup_min_lr": number(0), "warmup_max_lr": number(0, above=True)}
@@ -57,7 +62,7 @@ SCHEDULERS: dict[str, dict[str, Check]] = {
         **_WARMUP_LR,
         **_TOTAL,
         "decay_num_steps": whole(0),
-        "decay_ratio": number(0, 1),
+        "decay_ratio": number(0, 1),  # 1: no step stays at the peak
         "decay_type": choice("linear", "cosine", "sqrt"),
         "decay_min_lr": number(0),
     },
@@ -68,6 +73,8 @@ DEFAULT_LR = 1e-3
 _DEFAULT_TYPE = "AdamW"
 _DEFAULT_PARAMS = {"weight_decay": 0.01, "torch_adam": True}
 _DEFAULT_WARMUP_STEPS = 1000
+_LEAST_SHARE = 0.001
+"""Steps at less of the peak learning rate train next to nothing."""
 
 
 def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
@@ -101,6 +108,11 @@ def check_scheduler(scheduler: dict[str, Any], place: Place) -> list[str]:
                 f"scheduler.params.{ratio}={params[ratio]} and scheduler.params.{steps}={params[steps]} set the same "
                 "thing twice. Keep one."
             )
+    warmup, decay = params.get("warmup_ratio"), params.get("decay_ratio")
+    if not errors and warmup is not None and decay is not None and warmup + decay > 1:
+        errors.append(
+            f"scheduler.params: warmup_ratio={warmup} + decay_ratio={decay} must be at most 1, all steps. Lower one."
+        )
     return errors
 
 
@@ -125,6 +137,28 @@ def broken_optimization_rules(
         yield from _broken_schedule_rules(scheduler["params"], params["lr"], num_steps)
 
 
+def schedule_warnings(scheduler: dict[str, Any] | None, lr: float, num_steps: int) -> Iterator[str]:
+    """Yield a line for what a completed schedule does that is allowed and rarely meant."""
+    params = scheduler["params"] if scheduler else {}
+    total = params.get("total_num_steps", num_steps)
+    if total > num_steps:
+        yield (
+            f"scheduler.params.total_num_steps={total} is more than raptr_ds.train.steps={num_steps}: the run "
+            "ends before the learning rate has decayed. Remove total_num_steps unless you mean that."
+        )
+    elif total < num_steps:
+        yield (
+            f"scheduler.params.total_num_steps={total} is less than raptr_ds.train.steps={num_steps}: the "
+            f"learning rate stays at {_lowest_rate(params, lr):g} for the last {num_steps - total} steps. Remove "
+            "total_num_steps unless you mean that."
+        )
+
+
+def _lowest_rate(params: dict[str, Any], lr: float) -> float:
+    """Return the rate that a schedule with an end decays to."""
+    return params["cos_min_ratio"] * lr if "cos_min_ratio" in params else params.get("decay_min_lr", 0.0)
+
+
 def _broken_schedule_rules(params: dict[str, Any], lr: float, num_steps: int) -> Iterator[str]:
     low, peak = params.get("warmup_min_lr", 0), params.get("warmup_max_lr", lr)
     if peak != lr:
@@ -138,7 +172,20 @@ def _broken_schedule_rules(params: dict[str, Any], lr: float, num_steps: int) ->
             "Lower warmup_min_lr."
         )
     warmup, decay = params["warmup_num_steps"], params.get("decay_num_steps", 0)
-    total = params.get("total_num_steps", num_steps)
+    total, last = params.get("total_num_steps", num_steps), params.get("decay_min_lr", 0.0)
+    if last > lr:
+        yield (
+            f"scheduler.params.decay_min_lr={last} must be at most the peak learning rate, optimizer.params.lr={lr}, "
+            "or the decay would rise. Lower decay_min_lr."
+        )
+    elif total < num_steps and (lowest := _lowest_rate(params, lr)) < _LEAST_SHARE * lr:
+        key = "decay_min_lr" if "decay_min_lr" in params else "cos_min_ratio" if "cos_min_ratio" in params else ""
+        keep = f", or raise scheduler.params.{key} to train on at a low rate" if key else ""
+        yield (
+            f"scheduler.params.total_num_steps={total} is less than raptr_ds.train.steps={num_steps}: the last "
+            f"{num_steps - total} steps would have the learning rate {lowest:g}. Remove total_num_steps (the "
+            f"decay then ends with the run), or set it to {num_steps}{keep}."
+        )
     if warmup >= num_steps:
         yield (
             f"scheduler.params.warmup_num_steps={warmup} must be less than raptr_ds.train.steps={num_steps}. "
@@ -184,7 +231,9 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
     known = SCHEDULERS[name]
     total = int(params.get("total_num_steps", num_steps))
     ratio = params.pop("warmup_ratio", None)
+    # A ratio below 1 leaves a step, however it is rounded; ratios that fit together fit when rounded.
     default = min(_DEFAULT_WARMUP_STEPS, num_steps // 10) if ratio is None else round(ratio * num_steps)
+    default = min(default, num_steps - 1)
     values: dict[str, Any] = {"warmup_num_steps": default, "warmup_type": "log"}
     if "warmup_max_lr" in known:
         values |= {"warmup_min_lr": 0.0, "warmup_max_lr": lr}
@@ -193,8 +242,9 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
     if name == "WarmupCosineLR":
         values |= {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001}
     if name == "WarmupStableDecayLR":
-        decay_ratio = params.pop("decay_ratio", 0.1)
-        values |= {"decay_num_steps": round(decay_ratio * total), "decay_type": "linear", "decay_min_lr": 0.0}
+        warmup = int(params.get("warmup_num_steps", default))
+        decay = min(round(params.pop("decay_ratio", 0.1) * total), max(0, total - warmup))
+        values |= {"decay_num_steps": decay, "decay_type": "linear", "decay_min_lr": 0.0}
     values |= params
     for key in ("warmup_num_steps", "total_num_steps", "decay_num_steps"):
         if key in values:
@@ -211,6 +261,8 @@ def _wrong_type(part: str, given: dict[str, Any], known: list[str], place: Place
     name = given.get("type")
     if name is None:
         return f"{part}.type is missing: it must be one of {', '.join(known)}."
+    if name == "auto":
+        return auto_value(f"{part}.type", place, f"must be one of {', '.join(known)}")
     why = NOT_OFFERED.get(str(name).lower()) if part == "optimizer" else None
     guess = f": it {why}." if why else nearest(str(name), known) or "."
     return (

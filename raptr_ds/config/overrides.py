@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import hjson
-
+from raptr_ds.config.hjson_text import check_limits, whole_number
+from raptr_ds.config.hjson_text import parse_value as parse_hjson_value
 from raptr_ds.errors import ConfigError
 
 Place = Callable[[str], str]
@@ -31,6 +31,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dic
             )
         value = parse_value(text.strip(), key)
         _assign(tree, parts, value)
+        check_limits(tree, f"--set {key[:80]}")
         touched.update(_leaves(key.strip(), value))
     return tree, touched
 
@@ -41,17 +42,13 @@ def parse_value(text: str, key: str = "value") -> Any:
     `6-8-10-12` stays a string, `1e-3` is a number, `null` removes a key. Raises: ConfigError.
     """
     if text[:1] in {"[", "{"}:
-        try:
-            return hjson.loads(text, object_pairs_hook=dict)
-        except hjson.HjsonDecodeError as error:
-            raise ConfigError(
-                f"--set {key}: cannot read {text!r} (column {error.colno}: {error.msg}). Quote it for the shell "
-                f"as one word, and strings inside it with double quotes: --set '{key}=[1, 2]'"
-            ) from error
+        advice = f"Quote it for the shell as one word, and strings inside it with double quotes: --set '{key}=[1, 2]'"
+        return parse_hjson_value(text, f"--set {key}", advice)
     try:
-        value = json.loads(text, parse_constant=str)
+        value = json.loads(text, parse_constant=str, parse_int=whole_number)
     except json.JSONDecodeError:
-        return text
+        value = text
+    check_limits(value, f"--set {key}")
     return value
 
 

@@ -1,21 +1,24 @@
 """From the `raptr_ds` object to sections, with one message for everything that is wrong with a single key."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
 from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
-from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section
+from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section, keys_of
 from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
 
 _GROW_MICRO_BATCH = f"{BLOCK}.parallel.grow_micro_batch"  # in run files of earlier versions
 
+_ALL_NAMES = [*SECTIONS, *(key for name in SECTIONS for key in keys_of(name))]
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -29,18 +32,23 @@ _TYPES = {
 """What pydantic's types of error ask for, in the words of a run file."""
 
 
-def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[str]]:
+def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Section], list[str]]:
     """Return the sections by name and one message for each key that is unknown, missing or not what it must be.
 
     Sections that are wrong are left out of the result; it is complete where there are no messages.
     """
+    block = tree.get(BLOCK)
+    outside = [name for name in tree if name not in KNOWN and name != BLOCK]
+    if block is None and any(name.split(".")[0] == BLOCK or nearest(name, [BLOCK]) for name in outside):
+        return {}, []  # what it is written as is an unknown key, and reported
     if not isinstance(block, dict):
         what = "is missing" if block is None else f"={block!r} is not an object"
         return {}, [
             f"{BLOCK} {what}: next to DeepSpeed's keys a run file holds one object {BLOCK} with the sections "
             f"{', '.join(SECTIONS)}. Start from a file in deepspeed_configs/."
         ]
-    errors = [unknown_key(f"{BLOCK}.{name}", list(SECTIONS), place) for name in block if name not in SECTIONS]
+    misplaced = _misplaced([*outside, *(name for name in block if name not in SECTIONS)])
+    errors = [unknown_key(f"{BLOCK}.", name, list(SECTIONS), place) for name in block if name not in SECTIONS]
     sections: dict[str, Section] = {}
     for name in SECTIONS:
         content = block.get(name, {})
@@ -50,8 +58,19 @@ def parse_sections(block: Any, place: Place) -> tuple[dict[str, Section], list[s
         try:
             sections[name] = _parse_section(name, content)
         except ValidationError as error:
-            errors += [_message(name, detail, place) for detail in error.errors()]
+            details = error.errors()
+            meant = misplaced | _misplaced({str(d["loc"][-1]): None for d in details if d["type"] == "extra_forbidden"})
+            messages = [(d["type"] == "missing" and bool({name, str(d["loc"][-1])} & meant), d) for d in details]
+            errors += [_message(name, detail, place) for follows, detail in messages if not follows]
     return sections, errors
+
+
+def _misplaced(names: Iterable[str]) -> set[str]:
+    """Return the sections and keys that unknown names may stand for: none of them is reported as missing too."""
+    parts = {part for name in names for part in name.split(".")}
+    guesses = {guess for part in parts for guess in difflib.get_close_matches(part, _ALL_NAMES, n=3, cutoff=0.6)}
+    foreign = {ELSEWHERE_NAMES[part].rpartition(".")[2] for part in parts if part in ELSEWHERE_NAMES}
+    return parts | guesses | foreign
 
 
 def _parse_section(name: str, content: dict[str, Any]) -> Section:
@@ -74,7 +93,8 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     if dotted == _GROW_MICRO_BATCH:
         return _replaced_by_micro_batches(value, place)
     if kind == "extra_forbidden":
-        return unknown_key(dotted, list((Denoiser if len(parts) > 1 else model).model_fields), place)
+        prefix, names = ".".join([section, *parts[:-1], ""]), list((Denoiser if len(parts) > 1 else model).model_fields)
+        return unknown_key(prefix, parts[-1], names, place)
     if kind == "missing":
         about = (model.model_fields[field].description or "") if len(parts) == 1 else ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"

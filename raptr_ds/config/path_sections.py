@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field
 
-from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Whole
+from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Parts, Positive, Probability, Section, Whole
 from raptr_ds.errors import ConfigError
 
 NAMED_SCHEDULES = {
@@ -105,7 +105,7 @@ class RandomSection(DrawingSection):
     """uniform: all subsets of the phase's length are equally likely. bernoulli: each layer is kept by an independent
     draw. balanced: as many layers in each pipeline stage as make the slowest stage lightest (raptr_ds/paths/balance.py
     explains the trade-off)."""
-    balance_stages: Count | None = None
+    balance_stages: Parts | None = None
     """balanced: stages that paths are balanced over. Derived: pipeline_model_parallel_size. Paths depend on it: set it
     to keep a run's paths in another layout. Balanced over 4 is balanced over 2 too, where the depth divides by 4. The
     stages are those of raptr_ds.parallel.pipeline_layers if it has that number, else as even as possible."""
@@ -166,7 +166,7 @@ class ScheduledSection(PathSection):
     @property
     def phase_lengths(self) -> tuple[int, ...]:
         """Layers, or heads, of each phase of a completed schedule; empty if it cannot be read."""
-        is_readable = re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", self.schedule or "")
+        is_readable = re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", self.schedule or "")
         return tuple(int(part) for part in (self.schedule or "").split("-")) if is_readable else ()
 
     def least_length(self, sizes: RunSizes) -> int:

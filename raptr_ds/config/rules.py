@@ -3,8 +3,10 @@
 Rules of the path section alone stand in path_sections.py, those of optimizer and schedule in optimization.py.
 """
 
+import math
 from collections.abc import Callable
 
+from raptr_ds.config.batch import divisors
 from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.optimization import broken_optimization_rules
 from raptr_ds.config.path_sections import RandomSection, ScheduledSection, WidthSection
@@ -199,9 +201,10 @@ def mask_predicts_something(config: RunConfig) -> str | None:
     rate, length = config.objective.mask_rate, config.model.seq_length
     if config.model.architecture != "bert" or rate * length >= 1:
         return None
+    other = f", or mask_rate to {math.ceil(1e4 / length) / 1e4:g} or more" if length > 1 else ""
     return (
         f"raptr_ds.objective.mask_rate={rate} of raptr_ds.model.seq_length={length} is less than one position. "
-        f"Set mask_rate to {1 / length:.3g} or more, or lengthen the sequence."
+        f"Set seq_length to {math.ceil(1 / rate)} or more{other}."
     )
 
 
@@ -256,16 +259,6 @@ def accumulation_dtype_fits(config: RunConfig) -> str | None:
     )
 
 
-def evaluation_has_batches(config: RunConfig) -> str | None:
-    """An evaluation that is asked for evaluates something."""
-    if config.eval.batches or not config.eval.interval:
-        return None
-    return (
-        f"raptr_ds.eval.interval={config.eval.interval} with raptr_ds.eval.batches=0 would evaluate nothing. "
-        "Set batches to 1 or more, or interval to 0."
-    )
-
-
 def non_finite_limit_is_beyond_fp16s_search(config: RunConfig) -> str | None:
     """Steps that fp16 skips while it looks for its loss scale are no fault of the run."""
     limit, search = config.train.max_non_finite_steps, loss_scale_search_steps(config.deepspeed.get("fp16", {}))
@@ -316,7 +309,6 @@ RULES: tuple[Rule, ...] = (
     compile_allows_zero_stage,
     one_precision,
     accumulation_dtype_fits,
-    evaluation_has_batches,
     non_finite_limit_is_beyond_fp16s_search,
     rollback_can_happen,
 )
@@ -329,7 +321,7 @@ def _multiple(key: str, value: int | None, divisor_key: str, divisor: int, why: 
     if value is None or value % divisor == 0:
         return None
     name, divisor_name = (dotted.rpartition(".")[2] for dotted in (key, divisor_key))
-    fits = max(number for number in range(1, min(value, divisor) + 1) if value % number == 0)
+    fits = max(number for number in divisors(value) if number <= divisor)
     return (
         f"raptr_ds.{key}={value} must be a multiple of raptr_ds.{divisor_key}={divisor}{why}. "
         f"Set {name} to {-(-value // divisor) * divisor}, or {divisor_name} to {fits}."

@@ -27,7 +27,8 @@ class RunConfig:
 
     optimizer, scheduler: {type, params} as in the file, completed. deepspeed: the dictionary for
     deepspeed.initialize, without scheduler and raptr_ds, batch sizes filled in; treat all three as read-only.
-    derived: lines to print, a value each. Only model.vocab_size may still be 0: see with_vocab_size.
+    derived: lines to print, a value each. warnings: lines about what is allowed and rarely meant. Only
+    model.vocab_size may still be 0: see with_vocab_size.
     """
 
     model: ModelSection
@@ -44,6 +45,7 @@ class RunConfig:
     scheduler: dict[str, Any] | None
     deepspeed: dict[str, Any]
     derived: list[str] = field(default_factory=list, compare=False)
+    warnings: list[str] = field(default_factory=list, compare=False)
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -6,7 +6,18 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic.fields import FieldInfo
 
 from raptr_ds.config.path_sections import PATH_SECTIONS
-from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Positive, Probability, Section, Text
+from raptr_ds.config.section_types import (
+    Count,
+    CountOrZero,
+    OpenFraction,
+    Parts,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Section,
+    Seed,
+    Text,
+)
 
 _FFN_MULTIPLE = 64
 BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -45,7 +56,7 @@ class ModelSection(Section):
 
     architecture: Literal["bert", "ul2"]
     """bert: pre-layer-norm encoder, masked language modelling. ul2: prefix language model, mixture of denoisers."""
-    num_layers: Count
+    num_layers: Parts
     """Depth L of the full model."""
     hidden_size: Count
     """Width of the residual stream; a multiple of num_attention_heads."""
@@ -106,13 +117,13 @@ def _ffn_hidden_size(hidden_size: int, activation: Any) -> int:
 class ParallelSection(Section):
     """`raptr_ds.parallel`: how the model is split over the processes; the remaining factor is data parallel."""
 
-    tensor_model_parallel_size: Count = 1
+    tensor_model_parallel_size: Parts = 1
     """Processes that share each layer's matrices."""
     sequence_parallel: bool = False
     """Split what lies outside the matrices (residual stream, norms, hidden dropout) along the sequence over the same
     processes, each of which has all of it without: less memory and work, for a quarter more bytes sent. seq_length must
     be a multiple of tensor_model_parallel_size."""
-    pipeline_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Parts = 1
     """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
     pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
     """Layers of each pipeline stage. Derived: as even as possible, larger stages in the middle."""
@@ -209,7 +220,7 @@ class TrainSection(Section):
 
     steps: Count
     """Optimizer steps of the whole run."""
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     """Decides initial weights, data order, paths and dropout, in the same way on every layout."""
     compile: bool | None = None
     """Compile the layers with torch.compile: one graph for all paths. Needs zero_optimization.stage <= 2, a C++
@@ -220,6 +231,9 @@ class TrainSection(Section):
     sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""
     save: Text | None = None
     """The run's folder. Derived: runs/ and the run file's name."""
+    watchdog_seconds: PositiveOrZero = 600.0
+    """How long a rank may stand still, or ten times the median step if that is longer, before all ranks write down
+    where they are and end with exit code 76; half an hour while the run starts or saves. 0: for ever."""
     max_non_finite_steps: CountOrZero | None = None
     """Steps in a row whose loss or gradient is not finite (each is skipped on all ranks) before on_non_finite acts;
     0: never. Derived: 20, or more if fp16's search for its loss scale could skip as many."""
@@ -234,7 +248,7 @@ class EvalSection(Section):
     interval: CountOrZero = 0
     """Steps between evaluations; 0: only at the end."""
     batches: CountOrZero = 8
-    """Global batches of an evaluation; 0: never evaluate."""
+    """Global batches of an evaluation; 0: never evaluate, whatever the interval."""
 
     def due(self, step: int) -> bool:
         """Return whether to evaluate after `step` steps; the end of the run is not counted."""

@@ -6,8 +6,10 @@ by megatron's builder so that an interrupted preparation can resume by truncatin
 of imports; the tests compare both byte by byte.
 """
 
+import os
 import struct
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_UINT16_VOCAB = 65500
-CHECKED_TOKENS = 1 << 20
+CHECKED_TOKENS, _BLOCK_TOKENS = 1 << 20, 1 << 10
 
 FIX = "Prepare it again: tools/prepare_data.py --overwrite."
 
@@ -42,27 +44,61 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
             stream.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
-@dataclass(frozen=True)
-class IndexedTokens:
-    """A checked pair of files, mapped into memory.
+class TokenFile:
+    """The tokens of a .bin, num_tokens of a dtype, all documents one after the other; any thread may read them.
 
-    Shapes: tokens (num_tokens,) uint16 or int32, all documents one after the other; lengths (num_documents,) int32.
+    The file is read and not mapped: where a mapped file becomes shorter, the process ends by SIGBUS without a message.
     """
 
+    def __init__(self, path: Path, dtype: np.dtype, num_tokens: int) -> None:
+        self._path, self._dtype, self._num_tokens = path, dtype, num_tokens
+        try:
+            self._file = FileIO(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return self._num_tokens
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Return up to `count` tokens from token `first` on, fewer at the end of the file.
+
+        Raises: DataError if they cannot be read, or the file is shorter than it was.
+        """
+        count = max(0, min(count, self._num_tokens - first))
+        size = self._dtype.itemsize
+        try:
+            found = os.pread(self._file.fileno(), count * size, first * size)
+        except OSError as error:
+            raise DataError(f"cannot read {self._path}: {error.strerror or error}. Check its disk.") from error
+        if len(found) < count * size:
+            raise DataError(
+                f"{self._path} has become shorter while it was read: it ends before token {first + count:,} of "
+                f"{self._num_tokens:,}. Start again when it is whole. {FIX}"
+            )
+        return np.frombuffer(found, self._dtype)
+
+
+@dataclass(frozen=True)
+class IndexedTokens:
+    """A checked pair of files. lengths: (num_documents,) int32, in tokens."""
+
     prefix: Path
-    tokens: np.ndarray
+    tokens: TokenFile
     lengths: np.ndarray
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of one document, its end-of-document token included."""
         start = int(self.lengths[:index].sum(dtype=np.int64))
-        return self.tokens[start : start + int(self.lengths[index])]
+        return self.tokens.read(start, int(self.lengths[index]))
 
 
 def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
     """Open PREFIX.idx and PREFIX.bin and check everything that a run relies on.
 
-    Of the token ids, a million are checked, spread evenly over the file; TokenStream.read checks all that it reads.
+    Of the token ids, a million are checked, in blocks spread evenly over the file; TokenStream.read checks all that it
+    reads.
     Raises: DataError that names the file, what is wrong with it and how to fix it.
     """
     index_path, tokens_path = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
@@ -77,7 +113,7 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
         )
     if num_tokens == 0:
         raise DataError(f"{tokens_path} is empty: there is nothing to train on. Add text. {FIX}")
-    tokens = np.memmap(tokens_path, dtype, "r").view(np.ndarray)  # slices of a memmap itself are slow to make
+    tokens = TokenFile(tokens_path, dtype, num_tokens)
     _check_ids(tokens, vocab_size, tokens_path)
     return IndexedTokens(prefix, tokens, lengths)
 
@@ -128,12 +164,14 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
     return lengths, dtype
 
 
-def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    checked = tokens if len(tokens) <= CHECKED_TOKENS else tokens[:: len(tokens) // CHECKED_TOKENS]
-    smallest, largest = int(checked.min()), int(checked.max())
-    if smallest < 0 or largest >= vocab_size:
-        wrong = smallest if smallest < 0 else largest
-        raise DataError(
-            f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is damaged, or "
-            f"was made with another tokenizer. {FIX}"
-        )
+def _check_ids(tokens: TokenFile, vocab_size: int, path: Path) -> None:
+    blocks = min(CHECKED_TOKENS, len(tokens)) // _BLOCK_TOKENS + 1
+    for number in range(blocks):
+        checked = tokens.read(len(tokens) * number // blocks, _BLOCK_TOKENS)
+        smallest, largest = int(checked.min()), int(checked.max())
+        if smallest < 0 or largest >= vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise DataError(
+                f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is "
+                f"damaged, or was made with another tokenizer. {FIX}"
+            )

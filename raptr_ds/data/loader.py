@@ -20,6 +20,7 @@ from raptr_ds.data.token_stream import Mixture, TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.rng import stream
+from raptr_ds.user_paths import is_folder
 
 # Validation does not depend on the run's seed, so that evaluation losses of different seeds compare.
 VALIDATION_SEED = 20240213
@@ -70,8 +71,9 @@ class Samples:
 class Loader:
     """Makes the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
 
-    Sample g of step n (0 <= g < global_batch) is sample n * global_batch + g of the run. It belongs to micro batch m,
-    rank r and row i with g = (m * data_parallel + r) * micro_batch + i: its content does not depend on the layout.
+    A step reads the run's samples from `first_sample` on: sample g of them (0 <= g < global_batch) belongs to micro
+    batch m, rank r and row i with g = (m * data_parallel + r) * micro_batch + i. Its text and mask depend on its number
+    in the run alone.
     """
 
     def __init__(
@@ -103,25 +105,29 @@ class Loader:
         self._threads = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
         self._ahead: dict[tuple[int, int], Future[StepBatch]] = {}
 
-    def at(self, step: int, data_offset: int = 0) -> StepBatch:
-        """Return the micro batches of step `step` (0-based); data_offset: batches that the run has skipped before it.
+    def at(self, step: int, first_sample: int | None = None) -> StepBatch:
+        """Return the micro batches of step `step` (0-based).
 
+        first_sample: of the step; by default step * global_batch, which it is unless a run has left samples out or
+        has changed its batch.
         Raises: DataError for damaged tokens, also if the batch was prepared ahead in a thread.
         """
+        size = self._geometry.global_batch
+        first = step * size if first_sample is None else first_sample
         if self._threads is None:
-            return self._training_batch(step, data_offset)
-        ready = self._ahead.pop((step, data_offset), None)
-        wanted = [(later, data_offset) for later in range(step + 1, step + 1 + self._prefetch)]
+            return self._training_batch(step, first)
+        ready = self._ahead.pop((step, first), None)
+        wanted = [(step + later, first + later * size) for later in range(1, 1 + self._prefetch)]
         for other in [key for key in self._ahead if key not in wanted]:
             self._ahead.pop(other).cancel()
         for other in wanted:
             if other not in self._ahead:
                 self._ahead[other] = self._threads.submit(self._training_batch, *other)
-        return ready.result() if ready is not None else self._training_batch(step, data_offset)
+        return ready.result() if ready is not None else self._training_batch(step, first)
 
     def validation(self, index: int) -> StepBatch:
         """Return validation batch `index`: held-out text, the same at every step and for every seed."""
-        return self._make(self._validation, index, self._geometry.micro_batch)
+        return self._make(self._validation, index * self._geometry.global_batch, self._geometry.micro_batch)
 
     def close(self) -> None:
         """End the threads."""
@@ -135,14 +141,14 @@ class Loader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _training_batch(self, step: int, data_offset: int) -> StepBatch:
+    def _training_batch(self, step: int, first_sample: int) -> StepBatch:
         size = self._geometry.micro_batch if self._micro_batch_at is None else self._micro_batch_at(step)
-        return self._make(self._train, step + data_offset, size)
+        return self._make(self._train, first_sample, size)
 
-    def _make(self, samples: Samples, step: int, size: int) -> StepBatch:
+    def _make(self, samples: Samples, first_sample: int, size: int) -> StepBatch:
         share = size * self._geometry.data_parallel
         assert self._geometry.global_batch % share == 0, (self._geometry, size)
-        first = step * self._geometry.global_batch + self._dp_rank * size
+        first = first_sample + self._dp_rank * size
         starts = (first + number * share for number in range(self._geometry.global_batch // share))
         return StepBatch(tuple(self._micro_batch(samples, start, size) for start in starts))
 
@@ -154,6 +160,11 @@ class Loader:
 def folders_of(path: str | Mapping[str, float]) -> dict[str, float]:
     """Return the data folders and their weights."""
     return {path: 1.0} if isinstance(path, str) else dict(path)
+
+
+def are_prepared(path: str | Mapping[str, float]) -> bool:
+    """Return whether every data folder is there. Raises: PathError if this cannot be found out."""
+    return all(is_folder(folder) for folder in folders_of(path))
 
 
 def load_tokenizer(data: DataSection) -> Tokenizer:

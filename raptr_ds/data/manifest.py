@@ -7,6 +7,7 @@ from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.user_paths import is_folder
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -50,7 +51,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         fix = f"Prepare it: python tools/prepare_data.py --input TEXT --output {folder}"
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise DataError(f"the data folder {folder} does not exist. {fix}")
         try:
             content = json.loads(path.read_text())

@@ -79,15 +79,16 @@ class TokenStream:
     def read(self, index: int) -> np.ndarray:
         """Return window `index` (window,) int64, a pure function of (seed, purpose, index); index >= 0 has no limit.
 
-        Raises: DataError if a token is outside the vocabulary, which the check at opening may have missed.
+        Raises: DataError if a token cannot be read or is outside the vocabulary, which the check at opening may have
+        missed.
         """
         epoch, place = divmod(index, self.windows_per_epoch)
         permutation, offset = self._order(epoch)
         tokens = self.corpus.tokens
         start = (offset + permutation(place) * self.window) % len(tokens)
-        found = tokens[start : start + self.window].astype(np.int64)
+        found = tokens.read(start, self.window).astype(np.int64)
         if len(found) < self.window:
-            found = np.concatenate([found, tokens[: self.window - len(found)].astype(np.int64)])
+            found = np.concatenate([found, tokens.read(0, self.window - len(found)).astype(np.int64)])
         if found.max() >= self.vocab_size or found.min() < 0:
             raise DataError(
                 f"{self.corpus.prefix.with_suffix('.bin')} holds a token id outside the vocabulary of "

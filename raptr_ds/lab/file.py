@@ -14,6 +14,7 @@ from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.overrides import apply_overrides, is_touched
 from raptr_ds.config.sections import Count, CountOrZero, Positive, Section, Text
 from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.user_paths import is_file
 
 _LEVELS = 3  # of a run file's keys: raptr_ds.path.schedule, optimizer.params.lr; anything below is a value
 
@@ -142,7 +143,7 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
 
     Raises: ConfigError that lists every problem found.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise ConfigError(f"comparison file {file} does not exist or is not a file. See experiments/ for examples.")
     tree, text = read_hjson(file)
     tree, touched = apply_overrides(tree, overrides)
@@ -158,9 +159,9 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
         details = [one for one in error.errors() if one["type"] != "too_short" or one["loc"][0] not in inside]
         raise _refusal(file, [_message(detail, place) for detail in details]) from error
     base = Path(experiment.base)
-    if not base.is_absolute() and not base.is_file() and (file.parent / base).is_file():
+    if not base.is_absolute() and not is_file(base) and is_file(file.parent / base):
         base = file.parent / base
-    if not base.is_file():
+    if not is_file(base):
         problem = f"base={experiment.base!r} does not exist here or beside the comparison file. Name a run file."
         raise _refusal(file, [problem])
     if problems := _problems(experiment):

@@ -15,7 +15,7 @@ from raptr_ds.config.path_sections import (
     StackingSection,
 )
 from raptr_ds.config.run import RunConfig
-from raptr_ds.data.loader import folders_of, load_tokenizer, predictions_per_sequence
+from raptr_ds.data.loader import are_prepared, load_tokenizer, predictions_per_sequence
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import Contestant, Experiment
 from raptr_ds.lab.status import StepTime, measured_step_time, status_of
@@ -162,7 +162,7 @@ class Planner:
         return config.with_vocab_size(self._vocabulary_of(config))
 
     def _vocabulary_of(self, config: RunConfig) -> int:
-        if self.vocab_size is not None and not all(Path(folder).is_dir() for folder in folders_of(config.data.path)):
+        if self.vocab_size is not None and not are_prepared(config.data.path):
             return config.model.vocab_size or self.vocab_size
         key = config.data.model_dump_json()
         if key not in self._vocab_sizes:

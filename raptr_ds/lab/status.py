@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
-from raptr_ds.config.deepspeed_part import BLOCK
-from raptr_ds.config.sections import SECTIONS, keys_of
+from raptr_ds.config.differences import differences
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 LOG = "log.txt"
@@ -141,24 +140,5 @@ def measured_step_time(folder: Path) -> StepTime:
 def _differences(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
     if not config.exists():
         return ()
-    there = _leaves(json.loads(config.read_text(encoding="utf-8")))
-    wanted = _leaves(json.loads(json.dumps(planned)))
-    there = {key: _default_of(key) for key in wanted} | there  # an older version did not have all keys
-    keys = sorted(there.keys() | wanted.keys())
-    different = [key for key in keys if there[key] != wanted.get(key) and not key.startswith(_IRRELEVANT)]
-    return tuple(f"{key}={there[key]!r}, now {wanted.get(key)!r}" for key in different)
-
-
-def _default_of(key: str) -> Any:
-    """Return the default of a dotted key of raptr_ds; None where it has none."""
-    block, _, rest = key.partition(".")
-    section, _, name = rest.partition(".")
-    field = keys_of(section).get(name) if block == BLOCK and section in SECTIONS else None
-    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    inner = [_leaves(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
-    return {key: value for leaves in inner for key, value in leaves.items()}
+    there = json.loads(config.read_text(encoding="utf-8"))
+    return tuple(f"{key}={old!r}, now {new!r}" for key, (old, new) in differences(there, planned, _IRRELEVANT).items())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.megatron_core import parallel_state
@@ -150,6 +151,11 @@ def warm_up(groups: ProcessGroups, timeout: timedelta) -> None:
     if groups.device.type == "cuda":
         torch.cuda.synchronize(groups.device)
     meet(groups.control, timeout, "the end of the first collective on every group")
+
+
+def launch_store() -> Store:
+    """Return the store by which the ranks of this launch have met."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

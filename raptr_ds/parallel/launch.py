@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raptr_ds.errors import ConfigError
 
@@ -16,7 +16,9 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 class Launch:
     """Rank and rendezvous of one process of a run.
 
-    store_attempt: where the launcher itself serves the store at the address (torchrun), which attempt this is.
+    restart_count: how often the run was started again without its user: by Slurm's requeueing, by torchrun, or by
+    tools/supervise.py. store_attempt: where the launcher itself serves the store at the address (torchrun), which
+    attempt this is. slurm_job: the number of the job around the launcher, empty without one.
     """
 
     rank: int
@@ -27,6 +29,7 @@ class Launch:
     launcher: str
     restart_count: int = 0
     store_attempt: int | None = None
+    slurm_job: str = ""
 
 
 def detect_launch() -> Launch:
@@ -47,6 +50,7 @@ def detect_launch() -> Launch:
         found = _mpirun_launch()
     else:
         found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")
+    found = replace(found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""))
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
     env.update(
         RANK=str(found.rank),
@@ -68,6 +72,11 @@ def prepare_imports(has_gpu: bool) -> None:
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
+
+
+def _restart_count() -> int:
+    counters = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT")
+    return sum(int(os.environ.get(name) or 0) for name in counters)
 
 
 def _store_attempt() -> int | None:
@@ -99,7 +108,6 @@ def _slurm_launch() -> Launch:
         master_addr=address,
         master_port=port,
         launcher="srun",
-        restart_count=int(env.get("SLURM_RESTART_COUNT", 0)),
     )
 
 

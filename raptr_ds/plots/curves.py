@@ -10,6 +10,7 @@ import numpy as np
 
 from raptr_ds.errors import DataError
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
+from raptr_ds.user_paths import is_file
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_curves(folder: Path) -> Curves:
     Raises: DataError if there is no metrics.jsonl, it is damaged before its last line, or has no training line.
     """
     file = folder / METRICS
-    if not file.exists():
+    if not is_file(file):
         raise DataError(f"cannot read {file}: it does not exist. Name the folder of a run (raptr_ds.train.save).")
     metrics = read_metrics(file)
     if not metrics.training:
@@ -125,8 +126,14 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], evaluated_lengths: Sequence[int]) -> int:
     """Return the depth from the run's config.json; without one, that of the deepest layer that has run."""
     config = folder / "config.json"
-    if config.exists():
-        return json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"]
+    if is_file(config):
+        try:
+            return int(json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{config} is damaged: raptr_ds.model.num_layers cannot be read ({type(error).__name__}: {error}). "
+                "Restore it, or move it away."
+            ) from error
     return max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *evaluated_lengths])
 
 

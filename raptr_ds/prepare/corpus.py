@@ -4,6 +4,7 @@ A source can be read again and again, and yields the same documents in the same 
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,12 @@ from typing import Any, Protocol
 
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.readers import (
-    JSONL_SUFFIXES,
-    PARQUET_SUFFIXES,
-    TEXT_SUFFIXES,
     ReadingCounts,
     ReadingOptions,
     documents_of_file,
-    suffix_of,
-    usable_text,
-    value_of,
+    texts_of_rows,
 )
-
-# A .json in a folder may well describe the data rather than be the data: it is read only when it is named itself.
-FOUND_IN_FOLDERS = (*TEXT_SUFFIXES, *(suffix for suffix in JSONL_SUFFIXES if suffix != ".json"), *PARQUET_SUFFIXES)
+from raptr_ds.user_paths import path_error
 
 
 class Source(Protocol):
@@ -49,7 +43,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file of text, JSONL or Parquet; the first two may be gzipped. Unknown endings are read as text."""
+    """One file of text, JSONL or Parquet; the first two may be compressed. Unknown endings are read as text."""
 
     path: Path
     options: ReadingOptions
@@ -65,12 +59,18 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Digest of path, size, modification time and options."""
-        status = self.path.stat()
+        status = self._status()
         return digest_of(str(self.path.resolve()), status.st_size, status.st_mtime_ns, repr(self.options))
 
     def size_bytes(self) -> int:
         """Size on disk."""
-        return self.path.stat().st_size
+        return self._status().st_size
+
+    def _status(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except (OSError, ValueError) as error:
+            raise path_error(self.path, error) from error
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ class DatasetSource:
 
         Raises: DataError if `datasets` is missing or cannot load it, or there is no such column.
         """
-        for number, row in enumerate(self._rows()):
-            where = f"{self.name} row {number}"
-            text = usable_text(value_of(row, self.options, where, "--text-key"), self.options, counts, where)
-            if text is not None:
-                yield text
+        rows = ((f"{self.name} row {number}", row) for number, row in enumerate(self._rows()))
+        yield from texts_of_rows(rows, self.name, self.options, counts)
 
     def fingerprint(self) -> str:
         """Digest of name, configuration, split and options; changes on the hub are not noticed."""
@@ -180,39 +177,9 @@ def total_size_bytes(sources: Sequence[Source]) -> int | None:
     return sum(size for size in sizes if size is not None) if None not in sizes else None
 
 
-def file_sources(paths: Sequence[str | Path], options: ReadingOptions) -> tuple[list[FileSource], int]:
-    """Return the sources of files and folders (recursive, sorted, without hidden files), and how many files of other
-    kinds the folders hold.
-
-    Raises: DataError if a path does not exist or a folder holds nothing readable.
-    """
-    sources: list[FileSource] = []
-    num_ignored = 0
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
-            known = [file for file in files if suffix_of(file) in FOUND_IN_FOLDERS]
-            if not known:
-                raise DataError(
-                    f"the folder {path} holds no file that ends in {', '.join(FOUND_IN_FOLDERS)} (or .gz after them), "
-                    f"among {len(files)} files. Name the files themselves: then other endings are read as text."
-                )
-            num_ignored += len(files) - len(known)
-            sources += [FileSource(file, options) for file in known]
-        elif path.is_file():
-            sources.append(FileSource(path, options))
-        else:
-            raise DataError(f"the input {path} does not exist. Give files or folders to --input.")
-    return sources, num_ignored
-
-
 def digest_of(*parts: object) -> str:
     """Return a hexadecimal digest of the parts' types and values."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(f"{type(part).__name__}:{part!r};".encode())
     return digest.hexdigest()
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)

@@ -20,6 +20,7 @@ from raptr_ds.prepare.encoding import encoded_batches
 from raptr_ds.prepare.readers import ReadingCounts
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
 from raptr_ds.prepare.working_folder import Done, SplitWriter, WorkingFolder, working_folder
+from raptr_ds.user_paths import exists
 
 FORMAT = 1
 BATCHES_PER_CHECKPOINT = 64
@@ -95,7 +96,7 @@ class Preparation:
 
         Raises: DataError if it was made from other text or with other settings.
         """
-        if self.overwrite or not (self.output / MANIFEST).exists():
+        if not exists(self.output / MANIFEST) or self.overwrite:
             return None
         manifest = Manifest.load(self.output)
         if manifest.fingerprint != fingerprint:
@@ -145,9 +146,8 @@ class Preparation:
         done.seconds = time.monotonic() - begin
         done.skipped = dict(counts.skipped)
         if done.documents == 0:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in done.skipped.items())
             names = ", ".join(source.name for source in self.sources)
-            raise DataError(f"there is no text in {names}{f' (skipped: {reasons})' if reasons else ''}. Check --input.")
+            raise DataError(f"there is no text in {names}{counts.summary()}. Check --input.")
         done.splits = writer.finish(self.settings.min_validation_tokens)
 
     def _finish(self, work: WorkingFolder, tokenizer: Tokenizer, fingerprint: str) -> Manifest:

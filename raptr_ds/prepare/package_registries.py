@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from email.parser import Parser
@@ -90,7 +91,7 @@ def members(file: Path, patterns: Sequence[str], left_out: Sequence[str] = ()) -
                 yield from ((name, archive.read(name)) for name in archive.namelist() if wanted(name))
         else:
             yield from _debian_members(file, wanted)
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"cannot read {file}: {error}. Remove it: the same command fetches it again.") from error
 
 

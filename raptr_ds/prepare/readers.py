@@ -1,19 +1,24 @@
 """Files to documents: text, JSONL and Parquet, read as streams; what cannot be used is refused or counted."""
 
-import gzip
+import itertools
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
-from raptr_ds.errors import DataError, nearest
+from raptr_ds.errors import DataError, RaptrError, nearest
+from raptr_ds.prepare.streams import bare_suffix, lines_of_file, open_file, refuse_packed
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet",)
+KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+_PARQUET_MARK = b"PAR1"
+MOST_NAMES = 20  # of keys or columns in a message
 LARGEST_DOCUMENT_BYTES = 4 << 20
 
 
@@ -23,7 +28,8 @@ class ReadingOptions:
 
     document: what one document of a text file is: the whole file (cut at line ends where it passes 4 MiB), a paragraph
     (between blank lines) or a line. text_key: the JSON key, Parquet column or dataset column that holds the text.
-    on_bad_text: whether a document that is not UTF-8 text stops the reading or is skipped and counted.
+    on_bad_text: whether a document that is not UTF-8 text, or a row that is not JSON or lacks the key, stops the
+    reading or is skipped and counted.
     """
 
     document: Literal["file", "paragraph", "line"] = "file"
@@ -36,6 +42,11 @@ class ReadingCounts:
     """What was left out, for the report at the end: counts by reason."""
 
     skipped: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """Return the counts in brackets, to end a message with; nothing if nothing was left out."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
+        return f" (skipped: {reasons})" if reasons else ""
 
     def bad_text(self, options: ReadingOptions, where: str, problem: str, cause: Exception | None = None) -> None:
         """Count a document that cannot be used, or refuse it.
@@ -50,8 +61,20 @@ class ReadingCounts:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the ending that says what the file holds, without .gz."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    """Return the ending that says what the file holds, without .gz and its like; of a link's target if it has none."""
+    suffix = bare_suffix(path)
+    return suffix if suffix in KNOWN_SUFFIXES else bare_suffix(path.resolve())
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that can be seen not to be what its ending says, before any is read.
+
+    Raises: DataError as refuse_packed does.
+    """
+    with open_file(path) as file:
+        is_parquet = file.read(len(_PARQUET_MARK)) == _PARQUET_MARK and suffix_of(path) in PARQUET_SUFFIXES
+    if not is_parquet:
+        refuse_packed(path)
 
 
 def documents_of_file(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
@@ -63,33 +86,18 @@ def documents_of_file(path: Path, options: ReadingOptions, counts: ReadingCounts
     if suffix in PARQUET_SUFFIXES:
         found = _read_parquet(path, options, counts)
     elif suffix in JSONL_SUFFIXES:
-        found = _read_jsonl(path, options, counts)
+        found = texts_of_rows(_rows(path, options, counts), str(path), options, counts)
     else:
         found = _read_text(path, options, counts)
+    num_found, num_skipped = 0, counts.skipped.total()
     for document in found:
         if document.strip():
+            num_found += 1
             yield document
         else:
             counts.skipped["empty"] += 1
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends.
-
-    Raises: DataError if reading fails, for instance on a truncated .gz.
-    """
-    with _open(path) as stream:
-        try:
-            yield from stream
-        except (OSError, EOFError) as error:
-            raise DataError(f"cannot read {path} to its end: {error}. Replace or remove the file.") from error
+    if num_found == 0 and counts.skipped.total() == num_skipped:
+        counts.skipped["empty files"] += 1
 
 
 def _read_text(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
@@ -108,7 +116,7 @@ def _blocks(path: Path, document: str) -> Iterator[bytes]:
     """Cut a file into the bytes of its documents, never within a line."""
     held: list[bytes] = []
     held_bytes = 0
-    for line in _lines(path):
+    for line in lines_of_file(path):
         blank = document == "paragraph" and not line.strip()
         if held and (document == "line" or blank or held_bytes + len(line) > LARGEST_DOCUMENT_BYTES):
             yield b"".join(held)
@@ -121,66 +129,125 @@ def _blocks(path: Path, document: str) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def _read_jsonl(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
+def _rows(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each row of a JSONL file stands, and the row; blank lines are none."""
+    for number, line in enumerate(lines_of_file(path), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            counts.bad_text(options, where, "not UTF-8 text", error)
+            yield where, parse_row(line)
+        except RowError as error:
+            counts.bad_text(options, where, str(error), error)
+
+
+class RowError(ValueError):
+    """A line that is not one JSON object; the message says why, details in brackets."""
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Return the JSON object on a line; values that JSON lacks but Python writes, such as NaN, are read.
+
+    Raises: RowError if it is not UTF-8 text, not JSON, not an object, or has a key twice.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=JsonObject)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise RowError("JSON that is nested too deeply to be read") from error
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise RowError(
+            f"JSON with a number that is too long ({sys.get_int_max_str_digits()} digits at most)"
+        ) from error
+    if not isinstance(row, JsonObject):
+        raise RowError("not a JSON object (every line must be one)")
+    found = dict(row)
+    if len(found) < len(row):
+        twice = [key for key, count in Counter(key for key, _ in row).items() if count > 1]
+        raise RowError(f"JSON with a key that stands twice ({', '.join(map(repr, twice))}: which value counts?)")
+    return found
+
+
+class JsonObject(list[tuple[str, Any]]):
+    """The keys and values of a JSON object, in order: a dict would keep only the last of several equal keys."""
+
+
+def texts_of_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]], name: str, options: ReadingOptions, counts: ReadingCounts
+) -> Iterator[str]:
+    """Yield what rows, each with the words for where it stands, hold under the text key.
+
+    Raises: DataError for a row without the key, with on_bad_text skip only if no row has it; as usable_text does.
+    """
+    key = options.text_key
+    is_found = False
+    lacking: dict[str, Any] | None = None
+    for where, row in rows:
+        if key in row:
+            is_found = True
+            text = usable_text(row[key], options, counts, where)
+            if text is not None:
+                yield text
             continue
-        except json.JSONDecodeError as error:
-            counts.bad_text(options, where, f"not JSON ({error.msg} at column {error.colno})", error)
-            continue
-        if not isinstance(record, dict):
-            counts.bad_text(options, where, "not a JSON object (every line must be one)")
-            continue
-        text = usable_text(value_of(record, options, where, "--json-key"), options, counts, where)
-        if text is not None:
-            yield text
+        if options.on_bad_text == "refuse":
+            raise _no_key(f"{where} has no key", row, key, ", or pass --on-bad-text skip to leave such rows out")
+        counts.skipped[f"without the key {key!r}"] += 1
+        lacking = lacking or row
+    if lacking is not None and not is_found:
+        raise _no_key(f"no row of {name} has the key", lacking, key)
+
+
+def _no_key(problem: str, names: Collection[str], key: str, other_fix: str = "") -> DataError:
+    """Return the error for a text key or column that is not there; names are those that are."""
+    there = ", ".join(map(str, itertools.islice(names, MOST_NAMES))) or "none"
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return DataError(
+        f"{problem} {key!r}{nearest(key, names)}; it has {there}{more}. Name the one that holds the text with "
+        f"--text-key{other_fix}."
+    )
 
 
 def _read_parquet(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    column = options.text_key
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise DataError(
-                    f"{path} has no column {column!r}{nearest(column, names)}; it has {', '.join(names)}. Name the one "
-                    "that holds the text with --text-key."
-                )
-            kind = file.schema_arrow.field(column).type
-            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
-                raise DataError(f"column {column!r} of {path} holds {kind}, not text. Name another with --text-key.")
-            batches = file.iter_batches(batch_size=1024, columns=[column])
-            # As bytes, since Arrow does not check that text is UTF-8.
-            values = (value for batch in batches for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist())
-            for row, value in enumerate(values):
-                text = usable_text(value, options, counts, f"{path} row {row}")
-                if text is not None:
-                    yield text
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {path} as Parquet: {error}. Replace or remove the file.") from error
+    check_file(path)
+    with open_file(path) as opened:
+        try:
+            with pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True) as file:
+                _check_column(file.schema_arrow, options.text_key, path)
+                batches = file.iter_batches(batch_size=1024, columns=[options.text_key])
+                # As bytes, since Arrow does not check that text is UTF-8.
+                columns = (batch.column(options.text_key).cast(pyarrow.large_binary()) for batch in batches)
+                for row, value in enumerate(value for column in columns for value in column.to_pylist()):
+                    text = usable_text(value, options, counts, f"{path} row {row}")
+                    if text is not None:
+                        yield text
+        except RaptrError:
+            raise
+        except Exception as error:  # a damaged file raises pyarrow's errors, and Python's for what its schema says
+            raise DataError(f"cannot read {path} as Parquet: {error}. Replace or remove the file.") from error
 
 
-def value_of(record: dict[str, Any], options: ReadingOptions, where: str, option: str) -> object:
-    """Return what a row holds under the text key.
+def _check_column(schema: Any, column: str, path: Path) -> None:
+    """Refuse a Parquet file that has not one column of text with this name."""
+    from pyarrow import types
 
-    Raises: DataError if it has no such key; the message recommends `option` to name another.
-    """
-    key = options.text_key
-    if key not in record:
-        raise DataError(
-            f"{where} has no key {key!r}{nearest(key, record)}; it has {', '.join(map(str, record))}. Name the one "
-            f"that holds the text with {option}."
-        )
-    return record[key]
+    number = schema.names.count(column)
+    if number == 0:
+        raise _no_key(f"{path} has no column", schema.names, column)
+    if number > 1:
+        raise DataError(f"{path} has {number} columns {column!r}. Rename all but one.")
+    kind = schema.field(column).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    of_text = (types.is_string, types.is_large_string, types.is_string_view)
+    of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    if not any(holds(kind) for holds in (*of_text, *of_bytes, types.is_null)):
+        raise DataError(f"column {column!r} of {path} holds {kind}, not text. Name another with --text-key.")
 
 
 def usable_text(value: object, options: ReadingOptions, counts: ReadingCounts, where: str) -> str | None:

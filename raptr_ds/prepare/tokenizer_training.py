@@ -18,12 +18,14 @@ NUM_BYTES = 256
 NUM_THREADS = 4
 LONGEST_LINE = 1000
 DEFAULT_VOCAB_SIZE = 8192
+LARGEST_VOCAB_SIZE = 2**31 - 1  # ids are 32-bit integers
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
     """What a tokenizer is trained with; the same settings and documents give the same bytes.
 
+    Raises: ConfigError for numbers out of range.
     Units: vocab_size in ids, including special ones, sentinels and the 256 byte pieces; None is the default size, or
     the largest that a small corpus supports. sample_bytes limits the text to train on. bpe is the default because it
     trains ten times as fast as unigram and encoded as compactly (38 MB of documentation, 8,192 pieces).
@@ -34,14 +36,42 @@ class TokenizerSettings:
     model_type: Literal["unigram", "bpe"] = "bpe"
     sample_bytes: int = 50_000_000
 
+    def __post_init__(self) -> None:
+        for option, value, lowest in (
+            ("--sentinels", self.num_sentinels, 0),
+            ("--tokenizer-sample-bytes", self.sample_bytes, 1),
+        ):
+            if value < lowest:
+                raise ConfigError(f"{option} {value} must be at least {lowest}.")
+        if self.vocab_size is not None:
+            self.first_vocab_size()
+
+    def first_vocab_size(self) -> int:
+        """Return the number of ids to try first.
+
+        Raises: ConfigError if it leaves no room for text, or is more than ids can number.
+        """
+        size = DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+        if size <= self.smallest_vocab_size:
+            raise ConfigError(
+                f"--vocab-size {size} leaves no room for text: {len(NAMED_SPECIALS)} special tokens, "
+                f"{self.num_sentinels} sentinels and {NUM_BYTES} bytes take {self.smallest_vocab_size}. Raise "
+                "--vocab-size or lower --sentinels."
+            )
+        if size > LARGEST_VOCAB_SIZE:
+            raise ConfigError(f"--vocab-size {size} is more than ids can number. Use {LARGEST_VOCAB_SIZE} at most.")
+        return size
+
     @property
     def smallest_vocab_size(self) -> int:
         """Ids taken by special tokens and bytes before the first ordinary piece."""
         return len(NAMED_SPECIALS) + self.num_sentinels + NUM_BYTES
 
 
-def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[str]:
-    """Yield documents from the beginning of every source, about `sample_bytes` in all.
+def sample_documents(
+    sources: Sequence[Source], sample_bytes: int, counts: ReadingCounts | None = None
+) -> Iterator[str]:
+    """Yield documents from the beginning of every source, about `sample_bytes` in all; count what is left out.
 
     Each source may fill an equal share, and what small ones leave is shared by the larger ones: no large file decides
     alone on the tokenizer, and none has to be read to its end.
@@ -50,10 +80,11 @@ def sample_documents(sources: Sequence[Source], sample_bytes: int) -> Iterator[s
     sizes = [source.size_bytes() for source in sources]
     order = sorted(range(len(sources)), key=lambda i: (sizes[i] is None, sizes[i] or 0))
     left = sample_bytes
+    counts = counts or ReadingCounts()
     for rank, number in enumerate(order):
         share = left / (len(order) - rank)
         taken = 0
-        for document in sources[number].documents(ReadingCounts()):
+        for document in sources[number].documents(counts):
             yield document
             taken += len(document.encode())
             if taken >= share:
@@ -74,16 +105,11 @@ def train_tokenizer(sources: Sequence[Source], settings: TokenizerSettings) -> T
     Raises: ConfigError if the vocabulary is too small for its special tokens or too large for the text; DataError if
         there is no text.
     """
-    lines = list(_training_lines(sample_documents(sources, settings.sample_bytes)))
+    size = settings.first_vocab_size()
+    counts = ReadingCounts()
+    lines = list(_training_lines(sample_documents(sources, settings.sample_bytes, counts)))
     if not lines:
-        raise DataError("cannot train a tokenizer: the corpus holds no text. Check --input.")
-    size = settings.vocab_size or DEFAULT_VOCAB_SIZE
-    if size <= settings.smallest_vocab_size:
-        raise ConfigError(
-            f"--vocab-size {size} leaves no room for text: {len(NAMED_SPECIALS)} special tokens, "
-            f"{settings.num_sentinels} sentinels and {NUM_BYTES} bytes take {settings.smallest_vocab_size}. Raise "
-            "--vocab-size or lower --sentinels."
-        )
+        raise DataError(f"cannot train a tokenizer: the corpus holds no text{counts.summary()}. Check --input.")
     try:
         return Tokenizer(_train(lines, size, settings), "the tokenizer just trained")
     except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 Lines of metrics.jsonl (docs and outside checks rely on the keys):
 training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, skipped_steps, step_seconds,
-tokens_per_second, mfu; evaluation: step, eval_loss, path_length.
+tokens_per_second, mfu; evaluation: step, eval_loss, path_length; a run that continues on another corpus: step, corpus,
+corpus_before, the digests of its tokens.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
+Once checkpoints could not be written since the run was last started, "failed_saves" is their number.
 Where parts of layers run (path.method width), "width" is the number of heads of each layer that run; where a step takes
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
@@ -20,6 +22,7 @@ from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
 from raptr_ds.runtime.progress import Progress, ProgressState
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
+from raptr_ds.user_paths import write_error
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class TrainingStep:
     step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
     clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
     skipped: the step moved no weight, as a number was not finite; skipped_steps: the number of such steps so far.
+    failed_saves: checkpoints that could not be written since the run was last started.
     """
 
     step: int
@@ -45,6 +49,7 @@ class TrainingStep:
     """What the full model would have executed for the same batches."""
     skipped: bool = False
     skipped_steps: int = 0
+    failed_saves: int = 0
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -73,11 +78,11 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._progress = progress if progress is not None and folder is not None else Progress()
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
-        self._folder = folder
+        self._is_delayed = False
         self._file = self._tensorboard = None
         if folder is not None:
             self._file = MetricsFile(folder / METRICS, resume_step)
-            self._tensorboard = TensorBoardSink(folder / "tensorboard", resume_step) if tensorboard else None
+            self._tensorboard = _open_tensorboard(folder, resume_step) if tensorboard else None
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""
@@ -89,6 +94,7 @@ class Metrics(AbstractContextManager["Metrics"]):
             self._file.append(line)
             if self._tensorboard is not None:
                 self._tensorboard.record_training(line)
+            self._report_delay()
         self._progress.show(self._progress_state(step))
 
     def record_evaluation(self, step: int, eval_loss: float, path_length: int) -> None:
@@ -99,15 +105,20 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._file.append(line)
         if self._tensorboard is not None:
             self._tensorboard.record_evaluation(line)
+        self._report_delay()
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
+
+    def record_corpus(self, step: int, before: str, now: str) -> None:
+        """Record that the run reads other tokens after a 1-based step; digests of both."""
+        if self._file is not None:
+            self._file.append({"step": int(step), "corpus": now, "corpus_before": before})
 
     def rewind(self, step: int) -> None:
         """Remove what was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
         if self._file is not None:
             self._file.rewind(step)
-        if self._tensorboard is not None and self._folder is not None:
-            self._tensorboard.close()
-            self._tensorboard = TensorBoardSink(self._folder / "tensorboard", step)
+        if self._tensorboard is not None:
+            self._tensorboard.rewind(step)
 
     def say(self, message: str) -> None:
         """Print a message above the live line; on rank 0 only."""
@@ -119,6 +130,11 @@ class Metrics(AbstractContextManager["Metrics"]):
             self._file.sync()
         if self._tensorboard is not None:
             self._tensorboard.flush()
+
+    def finish_writing(self) -> str | None:
+        """Write all that was recorded to disk; return why a part of it is not there, None if all is."""
+        self.sync()
+        return self._failure()
 
     def close(self) -> None:
         """Close all sinks."""
@@ -155,7 +171,24 @@ class Metrics(AbstractContextManager["Metrics"]):
             line["paths"] = [list(share.layers) for share in step.path.shares]
         if step.path.parts is not None:
             line["width"] = len(step.path.parts.heads[0])
+        if step.failed_saves:
+            line["failed_saves"] = step.failed_saves
         return {**line, "non_finite": True} if step.skipped else line
+
+    def _report_delay(self) -> None:
+        failure = self._failure()
+        if failure and not self._is_delayed:
+            self._progress.say(
+                f"metrics cannot be written ({failure}): they are kept in memory, and written when the disk takes "
+                "them; training goes on"
+            )
+        elif self._is_delayed and not failure:
+            self._progress.say("metrics are written again, those of the time between included")
+        self._is_delayed = bool(failure)
+
+    def _failure(self) -> str | None:
+        failures = (sink.failure for sink in (self._file, self._tensorboard) if sink is not None)
+        return next(filter(None, failures), None)
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:
         flops_left = None if self._flops_left is None else self._flops_left(step.step)
@@ -169,4 +202,12 @@ class Metrics(AbstractContextManager["Metrics"]):
             tokens_per_second=self._throughput.tokens_per_second,
             flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,
             seconds_left=self._throughput.seconds_left(self._num_steps - step.step, flops_left),
+            failed_saves=step.failed_saves,
         )
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> TensorBoardSink:
+    try:
+        return TensorBoardSink(folder / "tensorboard", resume_step)
+    except OSError as error:
+        raise write_error(folder / "tensorboard", error, "Give this user permission to write there.") from error

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.errors import DataError
+from raptr_ds.runtime.lines_file import LinesFile
+from raptr_ds.user_paths import write_error
 
 METRICS = "metrics.jsonl"
 ROLLED_BACK = "metrics.rolled_back.jsonl"
@@ -35,11 +37,11 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 
 class MetricsFile:
-    """Appends records to a run's metrics.jsonl.
+    """Appends records to a run's metrics.jsonl; what the disk does not take now is written later, in order.
 
     resume_step: the step that training continues after; later lines and damaged ones are removed. 0 begins a new run:
     files of an earlier run in the same folder are renamed to metrics.1.jsonl, metrics.2.jsonl, ..., never deleted.
-    Raises: ConfigError if the folder cannot be written.
+    Raises: PathError or StorageError if the folder cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -51,37 +53,43 @@ class MetricsFile:
             else:
                 _set_aside(path)
                 _set_aside(path.with_name(ROLLED_BACK))
-            self._stream = path.open("a", encoding="utf-8", buffering=1)
+            self._lines = LinesFile(path)
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}: {error.strerror}. Set raptr_ds.train.save to a folder that you may write."
-            ) from error
+            raise write_error(path, error, "Set raptr_ds.train.save to a folder that you may write.") from error
+
+    @property
+    def failure(self) -> str | None:
+        """Why records wait in memory, None while none do."""
+        return self._lines.failure
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and hand it to the operating system."""
-        self._stream.write(to_line(record))
+        self._lines.append(to_line(record))
 
     def sync(self) -> None:
-        """Write all records to the disk; a checkpoint must not outlive the lines that lead to it."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Write all records to the disk; a checkpoint should not outlive the lines that lead to it."""
+        self._lines.sync()
 
     def rewind(self, step: int) -> None:
         """Move all lines after a 1-based step to the end of metrics.rolled_back.jsonl; continue after that step.
 
-        A crash in between leaves lines in both files; the next resume removes them from this one.
+        A crash in between leaves lines in both files; the next resume removes them from this one. Where the disk does
+        not take them they stay, and the later ones of the same steps count.
         """
-        self._stream.close()
-        with self._path.open("rb") as lines, self._path.with_name(ROLLED_BACK).open("ab") as aside:
-            aside.writelines(line for line in lines if (record := _record_of(line)) and record["step"] > step)
-            aside.flush()
-            os.fsync(aside.fileno())
-        drop_lines_after(self._path, step)
-        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+        self._lines.sync()
+        try:
+            with self._path.open("rb") as lines, self._path.with_name(ROLLED_BACK).open("ab") as aside:
+                aside.writelines(line for line in lines if (record := _record_of(line)) and record["step"] > step)
+                aside.flush()
+                os.fsync(aside.fileno())
+            drop_lines_after(self._path, step)
+        except OSError:
+            return
+        self._lines.close()  # the file has been replaced: the next line opens it
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._lines.close()
 
 
 def drop_lines_after(path: Path, step: int) -> int:

@@ -83,9 +83,10 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     session.metrics.rewind(there.step)
     rolled_back = state.rolled_back(there)
     session.metrics.say(
-        f"{happened}. Rolled back to {restored.folder}, and on with other data: {state.data_step - there.data_step} "
-        f"batches are left out. The metrics of these steps are in {ROLLED_BACK}"
+        f"{happened}. Rolled back to {restored.folder}, and on with other data: "
+        f"{state.next_sample - there.next_sample} samples are left out. The metrics of these steps are in {ROLLED_BACK}"
     )
+    session.events.record("rolled_back", step=state.step, to_step=there.step)
     session.save(rolled_back)
     return rolled_back
 

@@ -26,6 +26,8 @@ class ProgressState:
     flops_saved: float | None
     """Fraction of the full model's FLOPs so far that were not executed."""
     seconds_left: float | None
+    failed_saves: int = 0
+    """Checkpoints that could not be written."""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -38,6 +40,7 @@ class ProgressState:
             "speed": "- tok/s" if speed is None else f"{short_number(speed)} tok/s",
             "saved": "" if saved is None else f"saved {saved:.1%}",
             "left": "" if self.seconds_left is None else f"left {short_time(self.seconds_left)}",
+            "failed": f"{self.failed_saves} checkpoints NOT written" if self.failed_saves else "",
         }
 
 

@@ -159,7 +159,7 @@ class StopSignals:
         first = self._first_arrival.setdefault(number, now)
         self._request(signal.Signals(number).name)
         if number in _FORCING and now - first >= _REPEAT_SECONDS:
-            _exit_now(128 + number, f"second {signal.Signals(number).name}: ending at once, without a checkpoint")
+            exit_now(128 + number, f"second {signal.Signals(number).name}: ending at once, without a checkpoint")
 
     def _check_launcher(self) -> None:
         now = time.monotonic()
@@ -170,12 +170,13 @@ class StopSignals:
             self._request("launcher gone")
         since = max(self._orphaned_at, self._last_progress or 0.0)
         if now - since > self._allowed_seconds:
-            _exit_now(
+            exit_now(
                 Exit.FAULT, f"launcher gone, and no progress for {now - since:.0f} s: ending this orphaned process"
             )
 
 
-def _exit_now(code: int, message: str) -> None:
+def exit_now(code: int, message: str) -> None:
+    """End this process without waiting for anybody or anything, with a message on standard error."""
     with contextlib.suppress(OSError):  # the other end of stderr may be gone with the launcher
         os.write(2, f"raptr_ds: process {os.getpid()}: {message}\n".encode())
     os._exit(code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from raptr_ds.paths.cost import StepFlops
@@ -17,8 +17,9 @@ class RunState:
     """Steps done, and sums since the first step.
 
     tokens: positions of the sequences trained on; flops: executed; full_flops: what the full model would have executed.
-    skipped_steps: steps so far that moved no weight because a number was not finite, those that were rolled back
-    included; skipped_in_row: how many of them are the last steps. data_offset_steps: batches that rollbacks left out.
+    next_sample: the first one of the next step, a number for the loader; step * global batch unless rollbacks left
+    samples out or the batch was changed. skipped_steps: steps so far that moved no weight because a number was not
+    finite, those that were rolled back included; skipped_in_row: how many of them are the last steps.
     rolled_back_to, rollbacks_there: the step of the last rollback, -1 for none, and how many in a row went there.
     """
 
@@ -28,14 +29,9 @@ class RunState:
     full_flops: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
-    data_offset_steps: int = 0
+    next_sample: int = 0
     rolled_back_to: int = -1
     rollbacks_there: int = 0
-
-    @property
-    def data_step(self) -> int:
-        """The batch of the next step, a number for the loader."""
-        return self.step + self.data_offset_steps
 
     @property
     def last_finite_step(self) -> int:
@@ -43,13 +39,13 @@ class RunState:
         return self.step - self.skipped_in_row
 
     def rolled_back(self, restored: RunState) -> RunState:
-        """Return how the run goes on from a checkpoint's state: with the first batch that it has not seen yet."""
+        """Return how the run goes on from a checkpoint's state: with the first sample that it has not seen yet."""
         is_same_place = restored.step == self.rolled_back_to
         return replace(
             restored,
             skipped_steps=self.skipped_steps,
             skipped_in_row=0,
-            data_offset_steps=self.data_step - restored.step,
+            next_sample=self.next_sample,
             rolled_back_to=restored.step,
             rollbacks_there=self.rollbacks_there + 1 if is_same_place else 1,
         )
@@ -59,9 +55,14 @@ class RunState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunState:
-        """Return the state that `to_dict` gave, of this version or of one that had fewer fields."""
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any], global_batch: int) -> RunState:
+        """Return the state that `to_dict` gave, of this version or an earlier one; other keys are ignored.
+
+        global_batch: sequences of a step, by which earlier versions counted the data.
+        """
+        batches_read = values["step"] + values.get("data_offset_steps", 0)
+        values = {"next_sample": batches_read * global_batch, **values}
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 class StepCost(StepFlops):
@@ -82,4 +83,5 @@ class StepCost(StepFlops):
             full_flops=state.full_flops + self.flops(LayerPath.full(path.num_layers), result.num_predictions),
             skipped_steps=state.skipped_steps + int(result.skipped),
             skipped_in_row=state.skipped_in_row + 1 if result.skipped else 0,
+            next_sample=state.next_sample + self.num_sequences,
         )

@@ -19,6 +19,7 @@ from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 from raptr_ds.paths import LayerPath, PathMethod, Phase
 from raptr_ds.runtime.method import path_method_of
+from raptr_ds.user_paths import is_file
 
 _ONE_PROCESS = (
     "gradient_accumulation_steps=null",
@@ -55,7 +56,7 @@ def transitions_of(run: Path, num_paths: int, num_batches: int) -> list[Transiti
 
     Raises: ConfigError if `run` is not a run's folder, or has no checkpoint between two phases.
     """
-    if not (run / "config.json").is_file():
+    if not is_file(run / "config.json"):
         raise ConfigError(f"{run} is not a run's folder: it has no config.json. Give raptr_ds.train.save of a run.")
     config = load_run_config(run / "config.json", _ONE_PROCESS, 1)
     config = config.with_vocab_size(load_tokenizer(config.data).vocab_size)

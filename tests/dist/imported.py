@@ -12,7 +12,7 @@ with uncollected_imports():
     import torch
     import torch._dynamo  # a second of CPU on each rank; a pipeline's first backward pass imports half of it
 
-    import raptr_ds.runtime.session
+    import raptr_ds.runtime.setup
     import tests.dist.trajectory
 
 torch.set_num_threads(1)

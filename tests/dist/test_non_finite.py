@@ -18,15 +18,17 @@ from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import NonFiniteError
 from raptr_ds.parallel.agreement import PathAgreement
-from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.pretrain import train
+from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
-from raptr_ds.runtime.session import Session
+from raptr_ds.runtime.session import OPTIMIZER, Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.watchdog import Watchdog
 from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
 
@@ -53,8 +55,9 @@ class PoisonedBatches:
         self.asked: list[int] = []
         engine.stage.register_forward_hook(self._poison)  # type: ignore[attr-defined]
 
-    def at(self, step: int, data_offset: int = 0) -> StepBatch:
-        step += data_offset
+    def at(self, step: int, first_sample: int | None = None) -> StepBatch:
+        if first_sample is not None:
+            step = first_sample // self._case.global_batch
         self.asked.append(step)
         self._active = step in self._bad
         return batch_at(self._case, self._groups, step)
@@ -230,10 +233,13 @@ def open_loop(
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
         metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
         signals=StopSignals(watch_launcher=False),
+        watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
         non_finite=NonFinitePolicy(
             config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
         ),
+        events=EventLog(folder if groups.rank == 0 else None),
         state=RunState(),
+        recorded={OPTIMIZER: config.optimizer["type"]},
     )
     return session, batches
 
@@ -256,7 +262,8 @@ def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int)
     session, batches = open_loop(launch, case, Path(folder), (), {})
     restored = session.checkpoints.restore(session.engine, source, session.config.model)
     assert restored is not None
-    session.state = replace(session.run_state_of(restored), data_offset_steps=offset)
+    state = session.run_state_of(restored)
+    session.state = replace(state, next_sample=state.next_sample + offset * case.global_batch)
     session.finish(train(session))
     session.checkpoints.close()
     session.metrics.close()
@@ -324,8 +331,8 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
     for key in ("step_counts", "loss_scaler"):  # fp16 halved its scale at each of the bad steps
         assert saved[0][key] == saved[1][key]
     # The new course is on the disk at once: a run that is killed after a rollback does not meet the data again.
-    assert manifest_of(rolled, 6)["run_state"]["data_offset_steps"] == 3
-    assert manifest_of(good, 6)["run_state"]["data_offset_steps"] == 0
+    assert manifest_of(rolled, 6)["run_state"]["next_sample"] == (6 + 3) * case.global_batch
+    assert manifest_of(good, 6)["run_state"]["next_sample"] == 6 * case.global_batch
     aside = lines_of(rolled / "metrics.rolled_back.jsonl")
     assert [(line["step"], line.get("non_finite", False)) for line in aside] == [(7, False), (8, True), (9, True)]
 

@@ -1,15 +1,18 @@
 """A tiny corpus, a tiny run, and the command line: as users call it, or in processes that have imported everything."""
 
+import ctypes
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -22,6 +25,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).par
 PATIENCE = 200.0  # seconds; a start takes 10 where nothing else runs
 
 Command = Callable[..., list[str]]
+_DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @pytest.fixture(scope="session")
@@ -101,38 +105,58 @@ def call(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def forked(run: Path, *settings: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def forked(
+    run: Path, *settings: str, processes: int = 1, spoil: Callable[[Launch], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in processes forked from one that has imported everything, and wait for its end.
 
     An interpreter of its own costs each process 5 s of CPU for its imports: it is for what only a real start shows.
     Nothing ends the other ranks of one that fails alone, as launchers do. Output is that of all ranks, in their order.
+    spoil: called in each process before, to make something there go wrong; a function of a module.
     Raises: AssertionError if ranks end with different exit codes.
     """
     words = ["--deepspeed_config", str(run), *(["--set", *settings] if settings else [])]
-    ended = run_distributed(_command_line, processes, words, timeout=PATIENCE)
+    ended = run_distributed(_command_line, processes, words, spoil, timeout=PATIENCE)
     codes, stdouts, stderrs = zip(*ended, strict=True)
     assert len(set(codes)) == 1, (codes, stderrs)
     return subprocess.CompletedProcess(words, codes[0], "".join(stdouts), "".join(stderrs))
 
 
-def _command_line(launch: Launch, words: list[str]) -> tuple[int, str, str]:
-    """Return the exit code, standard output and standard error of `pretrain.main` in this worker."""
-    os.chdir(REPOSITORY)
-    if launch.world_size == 1:  # as without a launcher
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            del os.environ[name]
+def _command_line(launch: Launch, words: list[str], spoil: Callable[[Launch], None] | None) -> tuple[int, str, str]:
+    """Return the exit code, standard output and standard error of `pretrain.main` in a fork of this worker."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        for stream, file in ((sys.stdout, stdout), (sys.stderr, stderr)):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
-        code = int(pretrain.main(words))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            os.chdir(REPOSITORY)
+            if launch.world_size == 1:  # as without a launcher
+                for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                    del os.environ[name]
+            for stream, file in ((sys.stdout, stdout), (sys.stderr, stderr)):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
+            _end_with(words, launch, spoil)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = []
         for file in (stdout, stderr):
             file.seek(0)
             texts.append(file.read())
     return code, *texts
+
+
+def _end_with(words: list[str], launch: Launch, spoil: Callable[[Launch], None] | None) -> NoReturn:
+    """Run `pretrain.main` in this process and end it as pretrain.py does."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    code = 1
+    try:
+        if spoil is not None:
+            spoil(launch)
+        code = int(pretrain.main(words))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def lines_of(save: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def test_a_rollback_leaves_the_bad_data_out_and_finishes(odd_data_folder: Path, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 5 had a loss or a gradient that is not finite" in done.stdout
     assert "Rolled back to" in done.stdout
-    assert "2 batches are left out" in done.stdout
+    assert "4 samples are left out" in done.stdout
     lines = training_lines(save)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["skipped_steps"] for line in lines] == [0] * 3 + [1] * 9
@@ -86,7 +86,7 @@ def test_a_rollback_leaves_the_bad_data_out_and_finishes(odd_data_folder: Path, 
     assert [(line["step"], "eval_loss" in line) for line in aside] == [(4, False), (4, True), (5, False)]
     assert aside[-1]["non_finite"] is True
     manifest = json.loads((save / "checkpoints" / "step-00000012" / "manifest.json").read_text())
-    assert (manifest["run_state"]["data_offset_steps"], manifest["run_state"]["skipped_steps"]) == (2, 1)
+    assert (manifest["run_state"]["next_sample"], manifest["run_state"]["skipped_steps"]) == (2 * 14, 1)
 
     more = forked(run, "raptr_ds.train.steps=14", "raptr_ds.path.schedule=4", processes=2)
     assert more.returncode == 0, more.stdout + more.stderr

@@ -14,7 +14,7 @@ from raptr_ds import pretrain
 from raptr_ds.parallel.launch import prepare_imports
 
 prepare_imports(False)
-import raptr_ds.runtime.session as session
+import raptr_ds.runtime.setup as session
 from raptr_ds.engine.zero import ZeroEngine
 
 RANKS, STEP = {ranks!r}, {step!r}

@@ -17,6 +17,8 @@ from raptr_ds.checkpoint.manager import check_writable
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import CheckpointError, Exit
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.user_paths import PathError
+from tests.unprivileged import closed
 
 FILE = "rank-00000.safetensors"
 
@@ -168,18 +170,15 @@ def test_a_run_state_that_is_no_json_fails_at_once(run: Any) -> None:
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path, groups: ProcessGroups) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"raptr_ds\.train\.save") as caught:
+    with pytest.raises(PathError, match=r"raptr_ds\.train\.save") as caught:
         check_writable(tmp_path / "file" / "checkpoints", groups)
     assert caught.value.exit_code == Exit.USER_ERROR
     assert str(tmp_path / "file") in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_the_users_error(tmp_path: Path, groups: ProcessGroups) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match="Permission denied"):
+    with closed(tmp_path, 0o500), pytest.raises(PathError, match="Permission denied"):
         check_writable(tmp_path / "checkpoints", groups)
-    tmp_path.chmod(0o700)
 
 
 def test_a_run_its_checkpoints_or_one_of_them(run: Any, new_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -204,6 +203,19 @@ def test_an_abandoned_branch_of_the_run_does_not_come_back(run: Any) -> None:
     assert run.restore() == 1
     assert run.restore(str(run.folder / "set-aside-1")) == 3
     assert run.steps() == []
+
+
+def test_of_abandoned_branches_the_newest_three_are_kept_and_what_is_loaded(run: Any) -> None:
+    for _ in range(4):
+        run.save(1)
+        assert run.restore("none") is None
+    run.checkpoints.wait()
+    assert run.names() == ["set-aside-2", "set-aside-3", "set-aside-4"]
+    assert any("moved to" in line and "deleted: set-aside-1" in line for line in run.said)
+    run.save(1)
+    assert run.restore(str(run.folder / "set-aside-2")) == 1
+    run.checkpoints.wait()
+    assert run.names() == ["set-aside-2", "set-aside-3", "set-aside-4", "set-aside-5"]
 
 
 def test_a_checkpoint_of_another_model_stops(run: Any, small_model: Callable[..., ModelSection]) -> None:

@@ -100,7 +100,7 @@ def test_other_keys_are_refused_with_those_that_are_supported(load, override, sa
     [
         ("zero_optimization.stage=4", "zero_optimization.stage=4 (from --set) must be a whole number, 0 to 3"),
         ("zero_optimization=true", "must be an object"),
-        ("train_batch_size=0", "train_batch_size=0 (from --set) must be a whole number, 1 or more"),
+        ("train_batch_size=0", "train_batch_size=0 (from --set) must be a whole number, 1 to 2147483647"),
         ("train_batch_size=8.5", "must be a whole number"),
         ('train_batch_size="8"', "must be a whole number"),
         ("gradient_clipping=-1", "must be a number, 0 or more"),

@@ -62,5 +62,5 @@ def test_below_a_value_there_is_nothing():
 
 
 def test_broken_list_says_where():
-    with pytest.raises(ConfigError, match=r"--set a: cannot read '\[1,' \(column.*double quotes"):
+    with pytest.raises(ConfigError, match=r"--set a, line 1 column .*double quotes"):
         apply_overrides({}, ["a=[1, "])

@@ -1,5 +1,6 @@
 """Indexed tokens: the same bytes as megatron-core's, and every kind of damage is an error that names the file."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_bytes_are_those_of_megatron(tmp_path: Path, vocab_size: int) -> None:
     ours = open_indexed(tmp_path / "theirs", vocab_size)
     assert [document.tolist() for document in documents_of(ours)] == documents
     assert [theirs[number].tolist() for number in range(len(documents))] == documents
-    assert ours.tokens.tolist() == [token for document in documents for token in document]
+    assert ours.tokens.read(0, len(ours.tokens)).tolist() == [token for document in documents for token in document]
 
 
 @pytest.fixture
@@ -115,3 +116,24 @@ def test_ids_outside_the_vocabulary(split: Path) -> None:
         open_indexed(split, 300)
     write(split, [[5, -1]], np.dtype(np.int32))
     refused(split, "token id -1")
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(split: Path) -> None:
+    """A mapped file would end the process by SIGBUS."""
+    opened = open_indexed(split, VOCAB_SIZE)
+    whole = opened.tokens.read(0, len(opened.tokens))
+    os.truncate(split.with_suffix(".bin"), 1001)
+    assert opened.tokens.read(100, 300).tolist() == whole[100:400].tolist()
+    with pytest.raises(DataError, match=r"train\.bin has become shorter.*before token 600 of"):
+        opened.tokens.read(300, 300)
+    with pytest.raises(DataError, match=r"train\.bin has become shorter"):
+        opened.document(len(opened.lengths) - 1)
+
+
+def test_every_token_of_a_small_file_is_checked(split: Path) -> None:
+    good = split.with_suffix(".bin").read_bytes()
+    for token in (0, 1023, 1024, 5000, len(good) // 2 - 1):
+        damaged = bytearray(good)
+        damaged[2 * token : 2 * token + 2] = b"\xff\xff"
+        split.with_suffix(".bin").write_bytes(damaged)
+        refused(split, "holds the token id 65535")

@@ -149,7 +149,7 @@ def test_micro_batches_of_other_sizes_hold_the_same_samples(data_folder: Path) -
         assert [[len(m.tokens) for m in b.micro_batches] for b in batches] == [[sizes[step]] * (6 // sizes[step])] * 2
         assert by_sample(batches) == by_sample([one.at(step) for one in usual])
     for one in other:  # after a rollback: the micro batches are those of the step, the samples later ones
-        moved = one.at(0, data_offset=2)
+        moved = one.at(0, first_sample=2 * 12)
         assert {len(micro.tokens) for micro in moved.micro_batches} == {sizes[0]}
         assert moved.micro_batches[0].sample_ids.min() >= 2 * 12
     assert same(other[0].validation(0), usual[0].validation(0))
@@ -181,14 +181,14 @@ def test_a_corpus_shorter_than_a_sample_is_padded(data_folder: Path, tmp_path: P
 
 def test_an_error_in_a_thread_surfaces_in_the_caller(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = loader(data_folder, num_workers=1)
-    make = one._make
+    make = one._training_batch
 
-    def fail_at_two(samples: Any, step: int, size: int) -> StepBatch:
+    def fail_at_two(step: int, first_sample: int) -> StepBatch:
         if step == 2:
             raise DataError("damaged")
-        return make(samples, step, size)
+        return make(step, first_sample)
 
-    monkeypatch.setattr(one, "_make", fail_at_two)
+    monkeypatch.setattr(one, "_training_batch", fail_at_two)
     with one:
         one.at(0)
         one.at(1)
@@ -240,6 +240,7 @@ def test_every_rank_of_an_epoch_reads_all_text(data_folder: Path, tokenizer: Tok
     seen = np.zeros(tokenizer.vocab_size, np.int64)
     for index in range(stream.windows_per_epoch):
         seen += np.bincount(stream.read(index), minlength=tokenizer.vocab_size)
-    missing = np.bincount(stream.corpus.tokens, minlength=tokenizer.vocab_size) - seen
+    tokens = stream.corpus.tokens
+    missing = np.bincount(tokens.read(0, len(tokens)), minlength=tokenizer.vocab_size) - seen
     assert (missing >= 0).all()
     assert missing.sum() == len(stream.corpus.tokens) % stream.window

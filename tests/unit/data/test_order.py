@@ -6,13 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.data.indexed import IndexedTokens
+from raptr_ds.data.indexed import IndexedTokens, TokenFile
 from raptr_ds.data.token_stream import Mixture, Permutation, TokenStream
 from raptr_ds.errors import DataError
 
 
+class Numbers(TokenFile):
+    """The numbers from 0 on as tokens, without a file."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._values = np.arange(num_tokens, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        return self._values[first : first + count]
+
+
 def corpus(num_tokens: int) -> IndexedTokens:
-    return IndexedTokens(Path("made/train"), np.arange(num_tokens, dtype=np.int32), np.array([num_tokens], np.int32))
+    return IndexedTokens(Path("made/train"), Numbers(num_tokens), np.array([num_tokens], np.int32))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from raptr_ds.errors import DataError
-from raptr_ds.prepare.corpus import DatasetSource, FileSource, file_sources
+from raptr_ds.prepare.corpus import DatasetSource, FileSource
 from raptr_ds.prepare.embedded import EmbeddedSource, documents_of_module
 from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions
 
@@ -71,8 +71,75 @@ def test_jsonl(tmp_path: Path) -> None:
     assert skipped["empty"] == 2
     with pytest.raises(DataError, match=r"a\.jsonl line 4: not UTF-8 text"):
         read(path)
-    with pytest.raises(DataError, match=r"no key 'texts'; did you mean 'text'"):
+    with pytest.raises(DataError, match=r"line 1 has no key 'texts'; did you mean 'text'.*skip to leave such rows out"):
         read(path, ReadingOptions(text_key="texts"))
+
+
+BAD_ROWS = {
+    "digits": ('{"text": "a", "id": ' + "9" * 5000 + "}", "a number that is too long"),
+    "nesting": ('{"text": "a", "tree": ' + "[" * 99_999 + "]" * 99_999 + "}", "nested too deeply"),
+    "key twice": ('{"text": "a", "text": "b"}', r"a key that stands twice \('text'"),
+    "escaped key twice": ('{"text": "a", "te\\u0078t": "b"}', r"a key that stands twice \('text'"),
+    "other key twice": ('{"id": 1, "text": "a", "id": 1}', r"a key that stands twice \('id'"),
+    "half a pair": ('{"text": "a\\ud800"}', "not UTF-8 text"),
+    "NaN as text": ('{"text": NaN}', "not text but float"),
+    "1e400 as text": ('{"text": 1e400}', "not text but float"),
+    "list as text": ('{"text": ["a"]}', "not text but list"),
+    "two objects": ('{"text": "a"}{"text": "b"}', "not JSON"),
+    "no object": ('"text"', "not a JSON object"),
+    "control character": ('{"text": "a\tb"}', "not JSON"),
+}
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_refused_by_line_or_counted(tmp_path: Path, row: str, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{row}\n{{"text": "two"}}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl line 2: (JSON .*)?{problem}"):
+        read(path)
+    documents, skipped = read(path, SKIP)
+    assert documents == ["one", "two"]
+    assert list(skipped.values()) == [1]
+
+
+def test_rows_that_look_bad_but_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        '\ufeff{"text": "mark"}\r',
+        '{"text": "numbers", "a": NaN, "b": 1e400, "c": -Infinity, "d": ' + "9" * 4300 + "}",
+        '{"text": "keys in parts", "a": {"b": 1, "b": 2}, "b": {"text": "x", "text": "y"}}',
+        '{"text": "a pair \\ud83d\\ude00", "other": "half \\ud83d"}\r',
+        '{"text": "levels", "tree": ' + "[" * 400 + "]" * 400 + "}",
+        '\ufeff{"text": "mark of a file that was appended \u2028 \x85"}',
+        " \t\r",
+    ]
+    path.write_text("\n".join(rows), newline="")
+    documents, skipped = read(path)
+    assert documents[:3] == ["mark", "numbers", "keys in parts"]
+    assert documents[3:] == ["a pair 😀", "levels", "mark of a file that was appended \u2028 \x85"]
+    assert skipped == {}
+
+
+def test_rows_without_the_key_are_counted_unless_none_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"meta": 1}\n{"text": "one"}\n{}\n')
+    assert read(path, SKIP) == (["one"], {"without the key 'text'": 2})
+    with pytest.raises(DataError, match="line 1 has no key 'text'; it has meta"):
+        read(path)
+    with pytest.raises(DataError, match=r"no row of .*a\.jsonl has the key 'body'; it has meta\. Name the one"):
+        read(path, ReadingOptions(text_key="body", on_bad_text="skip"))
+    path.write_text(json.dumps({f"key{number}": 1 for number in range(500)}))
+    with pytest.raises(DataError, match=r"key0, .*key19 and 480 more\."):
+        read(path, SKIP)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_without_anything_is_counted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("")
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    assert read(path) == ([], {"empty files": 1})
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -92,6 +159,46 @@ def test_parquet(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.binary_view(),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+    ],
+    ids=str,
+)
+def test_every_type_of_text_in_parquet_is_text(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    values = pyarrow.array(["eins", None, "zwei", "", "é"], getattr(kind, "value_type", kind))
+    column = values.dictionary_encode() if pyarrow.types.is_dictionary(kind) else values
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=2)
+    stored = pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type
+    assert str(stored).partition("<")[0] == str(kind).partition("<")[0]
+    assert read(tmp_path / "a.parquet") == (["eins", "zwei", "é"], {"empty": 2})
+
+
+def test_parquet_columns_that_are_not_one_column_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"list": [["a"]], "part": [{"text": "a"}], "a.b": ["dots"], "none": pyarrow.nulls(1)})
+    pyarrow.parquet.write_table(table, path)
+    for column in ("list", "part"):
+        with pytest.raises(DataError, match=rf"column '{column}' of .* holds .*, not text"):
+            read(path, ReadingOptions(text_key=column))
+    assert read(path, ReadingOptions(text_key="a.b")) == (["dots"], {})
+    assert read(path, ReadingOptions(text_key="none")) == ([], {"empty": 1})
+    with pytest.raises(DataError, match=r"has no column 'text'.*; it has list, part, a\.b, none"):
+        read(path, SKIP)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], ["text", "text"]), path)
+    with pytest.raises(DataError, match="has 2 columns 'text'"):
+        read(path)
+
+
 def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     wrong = pyarrow.Array.from_buffers(
         pyarrow.string(),
@@ -102,39 +209,24 @@ def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet", SKIP) == (["ok"], {"not UTF-8 text": 1})
 
 
-def test_folders_are_read_in_order_without_hidden_and_other_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.md", "a/c.jsonl.gz", ".hidden/x.txt", "image.png", "manifest.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    sources, num_ignored = file_sources([tmp_path], ReadingOptions())
-    assert [source.path.relative_to(tmp_path).as_posix() for source in sources] == ["a/c.jsonl.gz", "a/z.md", "b.txt"]
-    assert num_ignored == 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no file that ends in"):
-        file_sources([tmp_path / "empty"], ReadingOptions())
-    with pytest.raises(DataError, match="does not exist"):
-        file_sources([tmp_path / "none"], ReadingOptions())
-
-
-def test_truncated_gzip_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 1000)[:-15])
-    with pytest.raises(DataError, match="to its end"):
-        read(tmp_path / "a.txt.gz")
-
-
 def test_a_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
         if name != "known":
             raise FileNotFoundError("no such dataset")
         assert (config, split, streaming) == ("en", "train", True)
-        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
+        return [{"text": "one"}, {"text": ""}, {"text": "two"}, {"meta": "three"}, {"text": None}]
 
     module: ModuleType = SimpleNamespace(load_dataset=load_dataset)  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    source = DatasetSource("known", "en", "train", ReadingOptions())
-    assert list(source.documents(ReadingCounts())) == ["one", "two"]
+    counts = ReadingCounts()
+    assert list(DatasetSource("known", "en", "train", SKIP).documents(counts)) == ["one", "two"]
+    assert counts.skipped == {"empty": 2, "without the key 'text'": 1}
+    with pytest.raises(DataError, match="known/en/train row 3 has no key 'text'; it has meta"):
+        list(DatasetSource("known", "en", "train", ReadingOptions()).documents(ReadingCounts()))
     with pytest.raises(DataError, match="cannot load the dataset other/train: FileNotFoundError"):
         list(DatasetSource("other", None, "train", ReadingOptions()).documents(ReadingCounts()))
+    with pytest.raises(DataError, match=r"no row of known/en/train has the key 'txt'.*; it has text"):
+        list(DatasetSource("known", "en", "train", ReadingOptions("file", "txt", "skip")).documents(ReadingCounts()))
     with pytest.raises(DataError, match="row 0 has no key 'txt'; did you mean 'text'"):
         list(DatasetSource("known", "en", "train", ReadingOptions(text_key="txt")).documents(ReadingCounts()))
 

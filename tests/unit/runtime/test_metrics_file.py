@@ -8,8 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.errors import DataError
 from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, last_evaluation, read_metrics, to_line
+from raptr_ds.user_paths import PathError
 
 
 def test_floats_come_back_exactly():
@@ -91,7 +92,7 @@ def test_lines_reach_the_file_without_close(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"raptr_ds\.train\.save"):
+    with pytest.raises(PathError, match=r"raptr_ds\.train\.save"):
         MetricsFile(tmp_path / "file" / "metrics.jsonl")
 
 

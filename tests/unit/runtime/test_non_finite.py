@@ -69,17 +69,17 @@ def test_a_rollback_goes_back_in_everything_but_data_and_skipped_steps(cost: Ste
     state = failed.rolled_back(saved)
     assert (state.step, state.tokens, state.flops, state.full_flops) == (4, saved.tokens, saved.flops, saved.full_flops)
     assert (state.skipped_steps, state.skipped_in_row) == (3, 0)
-    assert state.data_step == failed.data_step == 8  # batches 4 to 7 are left out, and no other
+    assert state.next_sample == failed.next_sample == 2 * 8  # batches 4 to 7 are left out, and no other
     again = after(cost, state, "xx").rolled_back(saved)
-    assert (again.step, again.data_step, again.skipped_steps) == (4, 10, 5)
+    assert (again.step, again.next_sample, again.skipped_steps) == (4, 2 * 10, 5)
 
 
-def test_offsets_of_rollbacks_to_different_places_add_up(cost: StepCost) -> None:
+def test_what_rollbacks_to_different_places_leave_out_adds_up(cost: StepCost) -> None:
     first = after(cost, RunState(), "..")
     state = after(cost, first, "x").rolled_back(first)
     second = after(cost, state, "...")
     state = after(cost, second, ".xx").rolled_back(second)
-    assert (state.step, state.data_offset_steps, state.data_step) == (5, 4, 9)
+    assert (state.step, state.next_sample) == (5, 2 * 9)
     assert (state.rolled_back_to, state.rollbacks_there) == (5, 1)
 
 
@@ -92,7 +92,7 @@ def test_rollbacks_to_one_place_are_limited_and_to_another_are_not(cost: StepCos
         place = state.rolled_back(place)
         state, rollbacks = after(cost, place, "x"), rollbacks + 1
     assert rollbacks == MAX_ROLLBACKS_TO_ONE_STEP
-    assert state.data_step == 4 + rollbacks + 1
+    assert state.next_sample == 2 * (4 + rollbacks + 1)
     assert policy.may_roll_back(state, 3)
     further = after(cost, place, "..")
     assert policy.may_roll_back(after(cost, further, "x"), further.step)
@@ -101,10 +101,10 @@ def test_rollbacks_to_one_place_are_limited_and_to_another_are_not(cost: StepCos
 def test_a_state_survives_its_dictionary_and_old_ones_are_read(cost: StepCost) -> None:
     saved = after(cost, RunState(), "x.")
     state = after(cost, saved, ".x").rolled_back(saved)
-    assert RunState.from_dict(state.to_dict()) == state
+    assert RunState.from_dict(state.to_dict(), 2) == state
     old = {"step": 7, "tokens": 70, "flops": 700, "full_flops": 1400}
-    assert RunState.from_dict(old) == replace(RunState(), **old)
-    assert RunState.from_dict(old).data_step == 7
+    assert RunState.from_dict(old, 2) == replace(RunState(), **old, next_sample=2 * 7)
+    assert RunState.from_dict({**old, "data_offset_steps": 3}, 2) == replace(RunState(), **old, next_sample=2 * 10)
 
 
 def test_people_are_told_which_steps_and_numbers(cost: StepCost) -> None:

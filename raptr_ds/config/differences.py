@@ -1,0 +1,37 @@
+"""The values in which two complete run files differ."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raptr_ds.config.deepspeed_part import BLOCK
+from raptr_ds.config.sections import SECTIONS, keys_of
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], ignored: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Return (there, here) by dotted key, of keys that begin with none of `ignored`; None for a value that is not set.
+
+    there: as `RunConfig.resolved` gave it, of this version or of an earlier one that did not have all keys: it then ran
+    with their defaults. here: as it gives it now.
+    """
+    old, new = _leaves(dict(there)), _leaves(json.loads(json.dumps(here)))
+    old = {key: _default_of(key) for key in new} | old
+    keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(tuple(ignored)))
+    return {key: (old[key], new.get(key)) for key in keys if old[key] != new.get(key)}
+
+
+def _default_of(key: str) -> Any:
+    """Return the default of a dotted key of raptr_ds; None where it has none."""
+    block, _, rest = key.partition(".")
+    section, _, name = rest.partition(".")
+    field = keys_of(section).get(name) if block == BLOCK and section in SECTIONS else None
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    inner = [_leaves(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+    return {key: value for leaves in inner for key, value in leaves.items()}

@@ -1,0 +1,41 @@
+"""Whether two data folders hold the same tokens: a digest of what is in them, whenever and wherever they were made."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from raptr_ds.errors import DataError
+
+_BLOCK_BYTES = 1 << 16
+_MAX_BLOCKS = 1024
+_FILES = ("train.idx", "train.bin", "validation.idx", "validation.bin")
+
+
+def corpus_digest(folders: Mapping[str, float]) -> str:
+    """Return the hexadecimal digest of a run's data: its folders' tokens, their weights and their order.
+
+    Of each file its size and at most 1,024 blocks of 64 KiB, spread evenly, the first and the last among them: all of a
+    file up to 64 MiB. Raises: DataError if a file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder, weight in folders.items():
+        digest.update(f"{float(weight)!r};".encode())
+        for name in _FILES:
+            _add_file(digest, Path(folder) / name)
+    return digest.hexdigest()
+
+
+def _add_file(digest: "hashlib.blake2b", path: Path) -> None:
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            digest.update(f"{path.name}:{size};".encode())
+            count = -(-size // _BLOCK_BYTES)
+            for number in range(min(count, _MAX_BLOCKS)):
+                block = number if count <= _MAX_BLOCKS else number * (count - 1) // (_MAX_BLOCKS - 1)
+                stream.seek(block * _BLOCK_BYTES)
+                digest.update(stream.read(_BLOCK_BYTES))
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}. Check its permissions and its disk."
+        ) from error

@@ -1,0 +1,58 @@
+"""events.jsonl: what happened to a run besides its steps, for whoever looks after it. One JSON object a line.
+
+Each has `time` (UTC, ISO 8601), `event`, and what belongs to the event:
+start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, process, version, revision;
+changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
+checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
+stop: step, reason; end: step, exit_code. slurm/ and tools/supervise.py add `restart` and `give_up`.
+Unlike metrics.jsonl it is never rewritten: a restart adds to it.
+"""
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.runtime.lines_file import LinesFile
+from raptr_ds.user_paths import write_error
+
+EVENTS = "events.jsonl"
+_SOURCES = Path(__file__).parent
+
+
+class EventLog:
+    """Appends events of a run; on ranks other than 0 (`folder` None) it does nothing.
+
+    Raises: PathError or StorageError if the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lines = None
+        if folder is not None:
+            path = folder / EVENTS
+            try:
+                self._lines = LinesFile(path)
+            except OSError as error:
+                raise write_error(path, error, "Set raptr_ds.train.save to a folder that you may write.") from error
+
+    def record(self, event: str, **what: Any) -> None:
+        """Append an event; what the disk does not take now is written with a later one."""
+        if self._lines is not None:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+            self._lines.append(json.dumps({"time": now, "event": event, **what}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines is not None:
+            self._lines.close()
+
+
+def code_revision() -> str | None:
+    """Return git's description of the code that runs, with "-dirty" where it was edited; None outside a clone."""
+    words = ["git", "-C", str(_SOURCES), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

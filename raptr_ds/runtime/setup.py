@@ -1,0 +1,296 @@
+"""Building a run: everything that the loop works with, made in one place and closed in one place."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import raptr_ds
+from raptr_ds.atomic_file import write_atomically
+from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in
+from raptr_ds.checkpoint.manager import Checkpoints, RestoredState
+from raptr_ds.checkpoint.manifest import DamagedCheckpointError
+from raptr_ds.checkpoint.read import read_manifest
+from raptr_ds.config.run import RunConfig
+from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.engine.build import build_engine
+from raptr_ds.engine.protocol import Engine
+from raptr_ds.errors import DeviceMemoryError, RaptrError
+from raptr_ds.parallel.agreement import PathAgreement, on_first_rank, together
+from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.roll_call import meet
+from raptr_ds.paths import LayerPath, PathMethod
+from raptr_ds.runtime.events import EventLog, code_revision
+from raptr_ds.runtime.identity import IDENTITY, Changes, Identity, changes_since
+from raptr_ds.runtime.introduction import device_peak, introduce, standing
+from raptr_ds.runtime.method import micro_batches_of, path_method_of, step_cost_of
+from raptr_ds.runtime.metrics import Metrics
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics
+from raptr_ds.runtime.non_finite import NonFinitePolicy
+from raptr_ds.runtime.out_of_memory import memory_errors_explained
+from raptr_ds.runtime.progress import Progress
+from raptr_ds.runtime.run_lock import RunLock
+from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
+from raptr_ds.runtime.signals import StopSignals, exit_now
+from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
+from raptr_ds.user_paths import write_error
+
+_ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
+_MEETING = timedelta(minutes=30)
+
+
+@contextmanager
+def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Iterator[Session]:
+    """Build the run on this rank; the user's mistakes are raised here, on all ranks, before any training.
+
+    In this order, and closed in the reverse order:
+
+    1. the process groups
+    2. the tokenizer, which completes the configuration, the path method and the loader
+    3. the lines that introduce the run, and its folder: locked, and one that every rank can write
+    4. the engine
+    5. the checkpoint to continue from
+    6. metrics, events and the agreement on paths, from the step where the run stands
+
+    What may fail on one rank alone is done `together`, so that no other rank waits for it. No rank leaves before all
+    have come to the end: the first one serves the store.
+    Raises: ConfigError, DataError, CheckpointError, PathError, StorageError, DeviceMemoryError.
+    """
+    groups = initialize_process_groups(
+        launch,
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    with ExitStack() as stack:
+        stack.push(lambda _, error, __: _leave(groups, error))
+        watchdog = Watchdog(
+            launch_store(), groups.rank, launch.world_size, Path(str(config.train.save)), config.train.watchdog_seconds
+        )
+        stack.callback(watchdog.close)
+        tokenizer = together(groups, lambda: load_tokenizer(config.data))
+        config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
+        method = together(groups, lambda: path_method_of(config))
+        batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
+        folder = Path(str(config.train.save))
+        progress = introduce(config, groups, method)
+        _lock(folder, groups, launch, stack)
+        report = progress.say if progress is not None else print
+        checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
+        stack.callback(checkpoints.close)
+        with memory_errors_explained(config, groups, lambda: 0):
+            engine = build_engine(config, groups)
+        identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
+        load = on_first_rank(groups, lambda: _where_from(config, launch, folder, report))
+        state, changes = _restore(config, checkpoints, engine, load, identity)
+        on_first_rank(groups, lambda: _write_config(folder, config))
+        if progress is not None and state.step:
+            progress.say(standing(config, folder, state.step))
+        cost = step_cost_of(config)
+        typical_predictions = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
+        metrics = stack.enter_context(
+            _open_metrics(
+                config, groups, folder, progress, state, lambda step: cost.flops_left(method, step, typical_predictions)
+            )
+        )
+        events = together(groups, lambda: EventLog(folder if groups.rank == 0 else None))
+        stack.callback(events.close)
+        _record_start(events, groups, launch, state, changes, metrics)
+        agreement = PathAgreement(
+            groups,
+            lambda step: method.path_at(step).encode(),
+            LayerPath.decode,
+            lambda: signals.requested,
+            config.train.steps,
+        )
+        meet(groups.control, _MEETING, "the first step")
+        signals.progressed()
+        watchdog.moved("starting", START_SECONDS)
+        yield Session(
+            config=config,
+            groups=groups,
+            method=method,
+            cost=cost,
+            engine=engine,
+            batches=batches,
+            agreement=agreement,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            signals=signals,
+            watchdog=watchdog,
+            events=events,
+            non_finite=NonFinitePolicy(
+                config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
+            ),
+            state=state,
+            recorded={
+                OPTIMIZER: config.optimizer["type"],
+                IDENTITY: identity.to_dict(),
+                **_origin(config.checkpoint.load),
+            },
+            has_open_evaluation=on_first_rank(groups, lambda: _has_open_evaluation(config, method, folder, state)),
+        )
+
+
+def _lock(folder: Path, groups: ProcessGroups, launch: Launch, stack: ExitStack) -> None:
+    def lock() -> None:
+        stack.callback(RunLock(folder, launch, _end_at_once).release)
+
+    on_first_rank(groups, lock)
+
+
+def _open_batches(config: RunConfig, groups: ProcessGroups, tokenizer: Tokenizer, method: PathMethod) -> Loader:
+    """Open this rank's data; each phase has micro batches of its own size."""
+    sizes = micro_batches_of(config, method)
+    return together(
+        groups,
+        lambda: build_loader(
+            config.data,
+            config.objective,
+            config.model,
+            config.batch,
+            seed=config.train.seed,
+            dp_rank=groups.data_rank,
+            tokenizer=tokenizer,
+            micro_batch_at=lambda step: sizes[method.phase_at(step).index],
+        ),
+    )
+
+
+def _where_from(config: RunConfig, launch: Launch, folder: Path, report: Callable[[str], None]) -> str:
+    """Return what to load: a run that was begun from another's checkpoint and has its own by now continues from these.
+
+    So does every run that was started again without its user. A damaged checkpoint is left to `restore`.
+    """
+    load = config.checkpoint.load
+    if launch.restart_count or not _origin(load):
+        return "auto" if launch.restart_count else load
+    for own in checkpoints_in(folder / CHECKPOINTS):
+        try:
+            manifest = read_manifest(own)
+        except DamagedCheckpointError:
+            continue
+        if manifest.run_state.get(_ORIGIN) != _origin(load)[_ORIGIN]:
+            break
+        report(
+            f"this run was begun from {load} and has come to step {manifest.step} since: it continues there. To begin "
+            "again from that checkpoint, set another raptr_ds.train.save"
+        )
+        return "auto"
+    return load
+
+
+def _origin(load: str) -> dict[str, str]:
+    return {} if load in ("auto", "none") else {_ORIGIN: str(Path(load).absolute())}
+
+
+def _restore(
+    config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str, identity: Identity
+) -> tuple[RunState, Changes | None]:
+    """Load the checkpoint that the run continues from into the engine; return where it stood and what has changed."""
+
+    def check(restored: RestoredState) -> None:
+        run_state_of(restored, config)
+        changes_since(restored.run_state, identity, restored.folder)
+
+    restored = checkpoints.restore(engine, load, config.model, check=check)
+    if restored is None:
+        return RunState(), None
+    return run_state_of(restored, config), changes_since(restored.run_state, identity, restored.folder)
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.json: the run file with every value in it, itself a run file."""
+    path = folder / "config.json"
+    try:
+        write_atomically(path, json.dumps(config.resolved(), indent=2) + "\n")
+    except OSError as error:
+        raise write_error(path, error, "Give this user permission to write it.") from error
+
+
+def _open_metrics(
+    config: RunConfig,
+    groups: ProcessGroups,
+    folder: Path,
+    progress: Progress | None,
+    state: RunState,
+    flops_left: Callable[[int], float],
+) -> Metrics:
+    return together(
+        groups,
+        lambda: Metrics(
+            folder if groups.rank == 0 else None,
+            num_steps=config.train.steps,
+            resume_step=state.step,
+            interval=config.log.interval,
+            tensorboard=config.log.tensorboard,
+            progress=progress,
+            num_devices=groups.topology.world_size,
+            peak=device_peak(config, groups),
+            flops_left=flops_left,
+        ),
+    )
+
+
+def _record_start(
+    events: EventLog,
+    groups: ProcessGroups,
+    launch: Launch,
+    state: RunState,
+    changes: Changes | None,
+    metrics: Metrics,
+) -> None:
+    """Write down how the run was started, and what is not as it was when its checkpoint was written."""
+    hosts: list[Any] = [None] * launch.world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=groups.control)
+    if groups.rank:
+        return
+    topology = groups.topology
+    events.record(
+        "start",
+        step=state.step,
+        launcher=launch.launcher,
+        hosts=list(dict.fromkeys(hosts)),
+        world_size=launch.world_size,
+        layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        restart_count=launch.restart_count,
+        slurm_job=launch.slurm_job or None,
+        version=raptr_ds.__version__,
+        revision=code_revision(),
+    )
+    for line in changes.lines if changes is not None else ():
+        metrics.say(line)
+    if changes is not None and (changes.keys or changes.corpus):
+        events.record("changed", step=state.step, keys=changes.keys, corpus=changes.corpus)
+    if changes is not None and changes.corpus is not None:
+        metrics.record_corpus(state.step, *changes.corpus)
+
+
+def _has_open_evaluation(config: RunConfig, method: PathMethod, folder: Path, state: RunState) -> bool:
+    is_due = config.eval.due(state.step) or (state.step == config.train.steps and config.eval.batches > 0)
+    if not state.step or not is_due:
+        return False
+    key = (state.step, method.model_at(state.step - 1).length)
+    return key not in read_metrics(folder / METRICS).evaluations
+
+
+def _end_at_once(why: str) -> None:
+    exit_now(RaptrError.exit_code, f"{why}: ending at once, without writing anything")
+
+
+def _leave(groups: ProcessGroups, error: BaseException | None) -> None:
+    if not dist.is_initialized():
+        return
+    if error is None:
+        meet(groups.control, _MEETING, "the end of the run")
+    # Where a device has no memory left the other ranks do not come, and NCCL would wait for them.
+    if not isinstance(error, DeviceMemoryError):
+        dist.destroy_process_group()

@@ -1,0 +1,203 @@
+"""What a run is when it is started again: itself, or refused; and what it does when it cannot write or must wait."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from raptr_ds.checkpoint import manager
+from raptr_ds.data.loader import Loader
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.prepare.indexing import Preparation, PreparationSettings
+from raptr_ds.prepare.tokenizer_training import TokenizerSettings
+from raptr_ds.runtime import setup
+from raptr_ds.runtime.run_lock import RunLock
+from tests.integration.conftest import forked, lines_of, tiny_run, training_lines
+from tests.made_up_text import TextSource, made_up_text
+
+
+def run_with(tmp_path: Path, data: Path, **sections: dict[str, Any]) -> Path:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(tiny_run(data, tmp_path / "run", **sections)))
+    return path
+
+
+def prepared(folder: Path, text: list[str], **settings: Any) -> Path:
+    Preparation([TextSource(text)], folder, PreparationSettings(**settings), report=lambda line: None).run()
+    return folder
+
+
+def events_of(save: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (save / "events.jsonl").read_text().splitlines()]
+
+
+def manifest_of(save: Path, step: int) -> dict[str, Any]:
+    return json.loads((save / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    other = prepared(tmp_path / "other", [made_up_text(1, 900)], tokenizer=TokenizerSettings(600, num_sentinels=100))
+    assert Tokenizer.load(other / "tokenizer.model").vocab_size == 600
+    run = run_with(tmp_path, data_folder)
+    assert forked(run).returncode == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    more = ["raptr_ds.train.steps=14", f"raptr_ds.data.path={other}"]
+    refused = forked(run, *more, processes=2)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stderr.count("raptr_ds: ") == 1
+    for part in ("another tokenizer", Tokenizer.load(other / "tokenizer.model").digest, "--tokenizer FILE"):
+        assert part in refused.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    elsewhere = [*more, f"raptr_ds.train.save={tmp_path / 'new'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
+    assert forked(run, *elsewhere).returncode == 2  # from another folder too
+    assert not (tmp_path / "new" / "metrics.jsonl").exists()
+
+
+def test_another_corpus_of_the_same_tokenizer_is_said_and_written_down(data_folder: Path, tmp_path: Path) -> None:
+    words = (data_folder.parent / "text.jsonl").read_text().split()
+    other = prepared(tmp_path / "other", [" ".join(words[:3000])], tokenizer_path=str(data_folder / "tokenizer.model"))
+    run = run_with(tmp_path, data_folder)
+    assert forked(run).returncode == 0
+    done = forked(run, "raptr_ds.train.steps=14", f"raptr_ds.data.path={other}", "optimizer.params.lr=5e-4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: the corpus is another than the checkpoint's" in done.stdout
+    assert "changed since the checkpoint: optimizer.params.lr=0.001, now 0.0005" in done.stdout
+    (line,) = [line for line in lines_of(tmp_path / "run") if "corpus" in line]
+    before, now = line["corpus_before"], line["corpus"]
+    assert line["step"] == 12
+    assert before in done.stdout
+    assert now in done.stdout
+    assert manifest_of(tmp_path / "run", 12)["run_state"]["identity"]["corpus"] == before
+    assert manifest_of(tmp_path / "run", 14)["run_state"]["identity"]["corpus"] == now
+    (changed,) = [event for event in events_of(tmp_path / "run") if event["event"] == "changed"]
+    assert changed["corpus"] == [before, now]
+    assert changed["keys"]["optimizer.params.lr"] == [1e-3, 5e-4]
+    # The same tokens in another folder are the same corpus.
+    assert "warning: the corpus" not in forked(run, "raptr_ds.train.steps=15", f"raptr_ds.data.path={other}").stdout
+
+
+def test_a_changed_batch_neither_skips_nor_repeats_samples(data_folder: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, data_folder)
+    assert forked(run).returncode == 0
+    assert manifest_of(tmp_path / "run", 12)["run_state"]["next_sample"] == 48
+    assert forked(run, "raptr_ds.train.steps=14", "train_batch_size=8", processes=2).returncode == 0
+    assert manifest_of(tmp_path / "run", 14)["run_state"]["next_sample"] == 48 + 2 * 8
+
+
+def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_path: Path) -> None:
+    first = run_with(tmp_path, data_folder)
+    assert forked(first).returncode == 0
+    second = ["raptr_ds.checkpoint.interval=1", f"raptr_ds.train.save={tmp_path / 'second'}"]
+    second += [f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
+    assert forked(first, *second, "raptr_ds.train.steps=14").returncode == 0
+    again = forked(first, *second, "raptr_ds.train.steps=16")  # the same command, as after a kill
+    assert again.returncode == 0
+    assert "has come to step 14 since: it continues there" in again.stdout
+    assert [line["step"] for line in training_lines(tmp_path / "second")] == [13, 14, 15, 16]
+    third = run_with(tmp_path, data_folder, train={"save": str(tmp_path / "third")})
+    assert forked(third).returncode == 0
+    origin = [f"raptr_ds.train.save={tmp_path / 'third'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
+    moved = forked(first, *origin, "raptr_ds.train.steps=14")
+    assert "were moved to" in moved.stdout  # its own are of another origin: begun anew, as asked
+
+
+def _fail_last_save(_: Launch) -> None:
+    publish = manager.publish
+
+    def failing(unfinished: Path, final: Path, manifest: bytes) -> None:
+        if final.name.endswith("12"):
+            raise OSError(28, "No space left on device")
+        publish(unfinished, final, manifest)
+
+    manager.publish = failing  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_last_checkpoint_that_is_not_written_is_not_done(processes: int, data_folder: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, data_folder, checkpoint={"interval": 5})
+    failed = forked(run, processes=processes, spoil=_fail_last_save)
+    assert failed.returncode == 74, failed.stdout + failed.stderr
+    assert "the checkpoint of step 12: cannot complete" in failed.stdout
+    assert [event["step"] for event in events_of(tmp_path / "run") if event["event"] == "checkpoint_failed"] == [12]
+    assert events_of(tmp_path / "run")[-1] | {"time": 0} == {"time": 0, "event": "end", "exit_code": 74}
+    assert forked(run, processes=processes).returncode == 0
+    assert manifest_of(tmp_path / "run", 12)["step"] == 12
+
+
+def _delay_rank_1(launch: Launch) -> None:
+    """Make rank 1 slow to make its last group, and print when it has it, and when each rank gives up all groups."""
+    agreement, destroy = setup.PathAgreement, dist.destroy_process_group
+
+    def late(*arguments: Any) -> Any:
+        made = agreement(*arguments)
+        time.sleep(2 * launch.rank)
+        print(f"rank {launch.rank} made {time.monotonic()}")
+        return made
+
+    def leave() -> None:
+        print(f"rank {launch.rank} left {time.monotonic()}")
+        destroy()
+
+    setup.PathAgreement = late  # type: ignore[assignment, misc]
+    dist.destroy_process_group = leave
+
+
+def test_no_rank_of_a_finished_run_leaves_before_all_are_there(data_folder: Path, tmp_path: Path) -> None:
+    """Rank 0 serves the store by which the others still make their groups."""
+    run = run_with(tmp_path, data_folder)
+    assert forked(run, processes=2).returncode == 0
+    again = forked(run, processes=2, spoil=_delay_rank_1)
+    assert again.returncode == 0, again.stderr
+    assert "this run is complete" in again.stdout
+    times = {(rank, what): float(at) for rank, what, at in re.findall(r"rank (\d) (made|left) (\S+)", again.stdout)}
+    assert times["0", "left"] > times["1", "made"]
+
+
+def _stop_in_an_evaluation(launch: Launch) -> None:
+    validation, asked = Loader.validation, []
+
+    def stopping(loader: Loader, index: int) -> Any:
+        asked.append(index)
+        if launch.rank == launch.world_size - 1 and asked.count(1) == 2:  # in the second evaluation
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return validation(loader, index)
+
+    Loader.validation = stopping  # type: ignore[method-assign]
+
+
+def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(data_folder: Path, tmp_path: Path) -> None:
+    """It is made when the run continues, which then has the lines of one that was not stopped."""
+    evaluation = {"interval": 4, "batches": 3}
+    undisturbed = run_with(tmp_path, data_folder, eval=evaluation, train={"save": str(tmp_path / "whole")})
+    assert forked(undisturbed, processes=2).returncode == 0
+    run = run_with(tmp_path, data_folder, eval=evaluation)
+    stopped = forked(run, processes=2, spoil=_stop_in_an_evaluation)
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [4]
+    assert training_lines(tmp_path / "run")[-1]["step"] == 8
+    assert forked(run, processes=2).returncode == 0
+    stopped_run, whole = (
+        [(line["step"], line["eval_loss"]) for line in lines_of(save) if "eval_loss" in line]
+        for save in (tmp_path / "run", tmp_path / "whole")
+    )
+    assert [step for step, _ in whole] == [4, 8, 12]
+    assert stopped_run == whole
+
+
+def test_a_second_run_in_the_folder_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, data_folder)
+    held = RunLock(tmp_path / "run", Launch(0, 0, 1, "", 1, "none"), print)
+    refused = forked(run, processes=2)
+    held.release()
+    assert refused.returncode == 2
+    assert refused.stderr.count("raptr_ds: ") == 1
+    assert f"another run works in {tmp_path / 'run'}: process {os.getpid()}" in refused.stderr
+    assert forked(run).returncode == 0
+    assert not (tmp_path / "run" / "run.lock").exists()

@@ -1,0 +1,101 @@
+"""What is at a path that a user names: an answer, or one error with the path and the reason."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.checkpoint.folder import checkpoints_at, checkpoints_in
+from raptr_ds.config.hjson_text import read_hjson
+from raptr_ds.data.loader import are_prepared
+from raptr_ds.data.manifest import Manifest
+from raptr_ds.errors import Exit
+from raptr_ds.hf.export import export
+from raptr_ds.lab.file import load_experiment
+from raptr_ds.plots.curves import load_curves
+from raptr_ds.theory.transitions import transitions_of
+from raptr_ds.user_paths import PathError, exists, is_file, is_folder, is_stream, write_error
+from tests.unprivileged import closed
+
+TOO_LONG = Path("/", "a" * 300)
+
+
+@pytest.fixture
+def closed_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a file inside that this process may not enter, whoever runs the tests."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    with closed(folder):
+        yield folder
+
+
+@pytest.mark.parametrize("ask", [exists, is_file, is_folder, is_stream])
+def test_each_question_names_the_path_and_the_reason(ask: Callable[[str | Path], bool], closed_folder: Path) -> None:
+    with pytest.raises(PathError, match=r"closed.*Permission denied.*permission to enter") as error:
+        ask(closed_folder / "run.json")
+    assert error.value.exit_code == Exit.USER_ERROR
+    with pytest.raises(PathError, match=r"/a+\.\.\.a+ \(301 characters\).*File name too long.*shorter"):
+        ask(TOO_LONG)
+    with pytest.raises(PathError, match=r"a\\0b.*NUL byte"):
+        ask("a\0b")
+
+
+def test_answers(tmp_path: Path) -> None:
+    file, pipe, link, circle = (tmp_path / name for name in ("file", "pipe", "link", "circle"))
+    file.write_text("")
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "gone")
+    circle.symlink_to(circle)
+    questions = (exists, is_file, is_folder, is_stream)
+    answers = {
+        file: (True, True, False, False),
+        tmp_path: (True, False, True, False),
+        pipe: (True, False, False, True),
+        Path(os.devnull): (True, False, False, True),
+        link: (False, False, False, False),
+        file / "below a file": (False, False, False, False),
+    }
+    for path, expected in answers.items():
+        assert tuple(ask(path) for ask in questions) == expected, path
+    with pytest.raises(PathError, match="circle"):
+        exists(circle)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "run file": read_hjson,
+    "comparison file": load_experiment,
+    "data folder": Manifest.load,
+    "data folders": lambda path: are_prepared({str(path): 1.0}),
+    "checkpoint.load": checkpoints_at,
+    "checkpoints": checkpoints_in,
+    "plot": load_curves,
+    "transitions": lambda path: transitions_of(path, 1, 1),
+    "export": lambda path: export(path, path / "out", None, "none"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_a_path_raises_it(reader: str, closed_folder: Path) -> None:
+    for path in (closed_folder / "run.json", TOO_LONG / "run.json"):
+        with pytest.raises(PathError, match=r"cannot be used: (Permission denied|File name too long)"):
+            READERS[reader](path)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EACCES, Exit.USER_ERROR),
+        (errno.ENOTDIR, Exit.USER_ERROR),
+        (errno.ENOSPC, Exit.STORAGE),
+        (errno.EROFS, Exit.STORAGE),
+        (errno.ESTALE, Exit.STORAGE),
+    ],
+)
+def test_a_full_or_failing_disk_is_not_the_users_mistake(number: int, code: Exit) -> None:
+    error = write_error("run/metrics.jsonl", OSError(number, os.strerror(number)), "Name another folder.")
+    assert error.exit_code == code
+    assert str(error).startswith(f"run/metrics.jsonl cannot be written: {os.strerror(number)}. ")
+    assert ("Name another folder." in str(error)) == (code == Exit.USER_ERROR)
