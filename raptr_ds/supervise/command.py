@@ -55,25 +55,23 @@ class StopRequests:
 
 
 class Reports:
-    """What a launcher printed of its tasks: the first one that failed, and whether a port was taken."""
+    """What a launcher printed of its tasks: those that failed, in this order, and whether a port was taken."""
 
     def __init__(self) -> None:
-        self.first: Failure | None = None
+        self.failures: list[Failure] = []
         self.port_taken = False
 
     def read(self, line: str) -> None:
         """Take note of one line of standard error."""
         self.port_taken = self.port_taken or _PORT_TAKEN.search(line) is not None
-        if self.first is not None:
-            return
         if match := _SRUN.search(line):
             code = int(match[2]) if match[2] else None
-            self.first = Failure(_one(match[1]), code, match[3] or f"exit code {code}")
+            self.failures.append(Failure(_one(match[1]), code, match[3] or f"exit code {code}"))
         elif match := _LOST_NODE.search(line):
-            self.first = Failure(_one(match[1]), None, "node failure")
+            self.failures.append(Failure(_one(match[1]), None, "node failure"))
         elif match := _TORCHRUN.search(line):
             code = int(match[1])
-            self.first = Failure(socket.gethostname(), code if code >= 0 else None, f"exit code {code}")
+            self.failures.append(Failure(socket.gethostname(), code if code >= 0 else None, f"exit code {code}"))
 
 
 def run_command(
@@ -106,7 +104,8 @@ def run_command(
             on_stop(child, asked)
     copier.join(5)  # a process that outlives the launcher may hold the pipe open
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    return Ending(code, reports.first, stops.requested, reports.port_taken)
+    failures = reports.failures
+    return Ending(code, failures[0] if failures else None, tuple(failures[1:]), stops.requested, reports.port_taken)
 
 
 def adopt_orphans() -> None:

@@ -40,4 +40,4 @@ def guard(folder: Path, limits: Limits, job: Job, stops: StopRequests) -> None:
         return
     _, decision = run.judge(job.start, Ending(_KILLED))
     if decision.retry and (problem := job.requeue()):
-        run.write("ended", start=job.start, cause="not requeued", why=problem)
+        run.write("give_up", start=job.start, cause="not requeued", why=problem)

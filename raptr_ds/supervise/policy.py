@@ -6,8 +6,6 @@ from enum import StrEnum
 
 from raptr_ds.errors import Exit
 
-STORAGE, HUNG = 74, 76  # a checkpoint or a needed file could not be written; a rank did not move
-
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before
 
@@ -26,7 +24,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The first task that a launcher reported as failed. node: None if not one alone; code: None after a signal."""
+    """A task that a launcher reported as failed. node: None if not one alone; code: None after a signal."""
 
     node: str | None
     code: int | None
@@ -35,10 +33,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ending:
-    """How one try ended: the launcher's exit code and what it printed on the way."""
+    """How one try ended: the launcher's exit code and what it printed on the way.
+
+    first, later: the tasks that failed, in the order of the reports.
+    """
 
     code: int
     first: Failure | None = None
+    later: tuple[Failure, ...] = ()
     stop_requested: bool = False
     port_taken: bool = False
 
@@ -83,7 +85,20 @@ def cause_of(ending: Ending) -> Cause:
         return Cause.STOPPED  # by a signal even: it met tasks that were still starting, and the last checkpoint stands
     if ending.port_taken:
         return Cause.PORT
-    return Cause.STORAGE if STORAGE in codes else Cause.HUNG if HUNG in codes else Cause.FAULT
+    return Cause.STORAGE if Exit.STORAGE in codes else Cause.HUNG if Exit.HUNG in codes else Cause.FAULT
+
+
+def failed_node(ending: Ending, cause: Cause) -> str | None:
+    """Return the node to blame for a failed try, None if it is not one alone.
+
+    It is that of the first task that failed; but of a hung run the tasks that noticed leave first, by themselves.
+    """
+    if ending.first is None or cause in (Cause.DONE, Cause.STOPPED):
+        return None
+    if cause is not Cause.HUNG:
+        return ending.first.node
+    nodes = {failure.node for failure in (ending.first, *ending.later) if failure.code != Exit.HUNG}
+    return nodes.pop() if len(nodes) == 1 else None
 
 
 def starts_without_progress(starts: Sequence[Start], number: int, step: int, first: int = 0) -> int:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def append_event(folder: Path | None, event: str, **fields: Any) -> str | None:
     """Add one line to the run's events. Returns None, or why it could not be written, which ends nothing."""
     if folder is None:
         return None
-    line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": event, **fields}
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / EVENTS).open("ab+") as file:

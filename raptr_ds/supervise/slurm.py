@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from raptr_ds.errors import Exit
 from raptr_ds.supervise.command import StopRequests, run_command
-from raptr_ds.supervise.policy import Cause, Decision, Ending, cause_of
+from raptr_ds.supervise.policy import Cause, Decision, Ending, cause_of, failed_node
 from raptr_ds.supervise.supervisor import Supervised, say, whose
 
 _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below the ports that the kernel hands out by itself (32768 and more)
@@ -142,7 +142,7 @@ def supervise_job(
         return Exit.CONTINUE_LATER
     if not decision.retry:
         return _end(job, decision, ending.code)
-    suspect = ending.first.node if ending.first and cause is Cause.FAULT else None
+    suspect = failed_node(ending, cause) if cause in (Cause.FAULT, Cause.HUNG) else None
     return _go_back(job, run, decision, suspect if suspect in run.failed_nodes else None, ending.code)
 
 
@@ -176,7 +176,7 @@ def _go_back(
     problem = job.requeue()
     if problem:
         say(f"not requeued: {problem}. To continue, submit the job again; docs/slurm.md shows how to submit a chain.")
-        run.write("ended", start=job.start, cause="not requeued", why=problem)
+        run.write("give_up", start=job.start, cause="not requeued", why=problem)
         return code
     if decision.delay_seconds:
         seconds = round(decision.delay_seconds)

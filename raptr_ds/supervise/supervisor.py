@@ -11,7 +11,17 @@ from typing import Any
 
 from raptr_ds.errors import Exit
 from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
-from raptr_ds.supervise.policy import Cause, Decision, Ending, Limits, Start, cause_of, decide, starts_without_progress
+from raptr_ds.supervise.policy import (
+    Cause,
+    Decision,
+    Ending,
+    Limits,
+    Start,
+    cause_of,
+    decide,
+    failed_node,
+    starts_without_progress,
+)
 from raptr_ds.supervise.record import append_event, newest_step, read_events
 
 # A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
@@ -27,7 +37,7 @@ class Supervised:
     def __init__(self, folder: Path | None, job: str, limits: Limits) -> None:
         self.folder, self.job, self.limits = folder, job, limits
         events = [event for event in read_events(folder) if event.get("job") == job]
-        ends = [index for index, event in enumerate(events) if event["event"] == "ended"]
+        ends = [index for index, event in enumerate(events) if event["event"] in ("done", "give_up")]
         # Given up, and started again: people had a look at it in between.
         self._first = int(events[ends[-1]].get("start", -1)) + 1 if ends else 0
         events = events[ends[-1] + 1 :] if ends else events
@@ -45,7 +55,7 @@ class Supervised:
         fruitless = starts_without_progress(self._starts, number - 1, step, self._first)
         if fruitless > self.limits.max_retries:  # each killed together with the supervisor, which could not judge it
             decision = decide(Cause.FAULT, fruitless, self.limits)
-            self.write("ended", start=number, cause=Cause.FAULT, why=decision.why, step=step)
+            self.write("give_up", start=number, cause=Cause.FAULT, why=decision.why, step=step)
             return decision
         self._starts.append(Start(number, step))
         self.write("launch", start=number, step=step, **fields)
@@ -55,9 +65,15 @@ class Supervised:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
         decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
-        node = ending.first.node if ending.first and cause not in (Cause.DONE, Cause.STOPPED) else None
-        told = {"cause": cause, "code": ending.code, "node": node, "step": step, "why": decision.why}
-        self.write("restart" if decision.retry else "ended", start=number, **told)
+        told = {
+            "cause": cause,
+            "code": ending.code,
+            "node": failed_node(ending, cause),
+            "step": step,
+            "why": decision.why,
+        }
+        event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
+        self.write(event, start=number, **told)
         return cause, decision
 
     def write(self, event: str, **fields: Any) -> None:

@@ -58,7 +58,7 @@ def test_codes_lead_to_tries(tmp_path: Path, codes: list[int], code: int, tries:
     done, tried = _supervise(tmp_path, *codes)
     assert (done.returncode, tried) == (code, tries), done.stderr
     ended = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
-    assert (ended["event"], ended["code"]) == ("ended", code)
+    assert (ended["event"], ended["code"]) == ("give_up" if code else "done", code)
     assert ended["why"] in done.stderr
 
 

@@ -178,7 +178,7 @@ def test_a_rank_that_dies_every_time_ends_the_job_with_the_reason(jobs: Jobs) ->
     assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "137:0", "1"), jobs.output("dying")
     assert why in jobs.output("dying")
     assert why in jobs.lab.command("scontrol", "show", "job", told["JobId"]), "the job's comment"
-    assert [event["why"] for event in jobs.events("dying", "ended")] == [why]
+    assert [event["why"] for event in jobs.events("dying", "give_up")] == [why]
 
 
 def test_a_retry_without_progress_waits(jobs: Jobs) -> None:
@@ -206,7 +206,7 @@ def test_a_job_that_may_not_be_requeued_says_so(jobs: Jobs) -> None:
     told = jobs.end("chained")
     assert (told["JobState"], told["ExitCode"], told["Requeue"]) == ("FAILED", "75:0", "0"), jobs.output("chained")
     assert "docs/slurm.md shows how to submit a chain" in jobs.output("chained")
-    assert [event["cause"] for event in jobs.events("chained", "ended")] == ["not requeued"]
+    assert [event["cause"] for event in jobs.events("chained", "give_up")] == ["not requeued"]
 
 
 def test_a_controller_that_does_not_answer_is_waited_for(jobs: Jobs) -> None:
@@ -236,7 +236,8 @@ def test_a_killed_batch_script_is_requeued(jobs: Jobs, killed: str) -> None:
     told = jobs.end(killed)
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), jobs.output(killed)
     assert {event["code"] for event in jobs.events(killed, "restart")} <= {137, 143}
-    assert [event["cause"] for event in jobs.events(killed, "ended")] == ["done"]
+    assert len(jobs.events(killed, "done")) == 1
+    assert jobs.events(killed, "give_up") == []
 
 
 def test_a_node_on_which_a_rank_died_twice_is_excluded(jobs: Jobs, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raptr_ds.errors import Exit
 from raptr_ds.supervise.policy import (
     Cause,
     Ending,
@@ -13,6 +12,7 @@ from raptr_ds.supervise.policy import (
     Start,
     cause_of,
     decide,
+    failed_node,
     starts_without_progress,
 )
 
@@ -129,5 +129,17 @@ def test_done_and_mistakes_are_never_tried_again() -> None:
     assert not decide(Cause.MISTAKE, 0, Limits(10)).retry
 
 
-def test_the_codes_are_those_of_runs() -> None:
-    assert (Exit.DONE, Exit.FAULT, Exit.USER_ERROR, Exit.CONTINUE_LATER) == (0, 1, 2, 75)
+@pytest.mark.parametrize(
+    ("ending", "node"),
+    [
+        (Ending(1), None),
+        (Ending(137, KILLED, (Failure("node1", 1, ""),)), "node2"),
+        (Ending(1, Failure(None, 1, "")), None),
+        (Ending(137, Failure("node1", 76, ""), (Failure("node3", 76, ""), KILLED)), "node2"),  # stopped, then killed
+        (Ending(76, Failure("node1", 76, ""), (Failure("node3", 76, ""),)), None),
+        (Ending(137, Failure("node1", 76, ""), (KILLED, Failure("node3", None, "Killed"))), None),
+        (Ending(75, Failure("node1", 75, "")), None),
+    ],
+)
+def test_the_node_to_blame(ending: Ending, node: str | None) -> None:
+    assert failed_node(ending, cause_of(ending)) == node
