@@ -1,10 +1,11 @@
-# What the .sbatch files share: start one task for each process with srun, and judge how the step ended.
+# What the .sbatch files share: start one task for each process with srun; tools/supervise.py judges how they end.
 #
 # Sourced by them inside a job, with RAPTR_CONFIG set; arguments are passed on to pretrain.py. Users' variables are
-# described in docs/slurm.md: RAPTR_CONFIG, RAPTR_ARGS, RAPTR_VENV, RAPTR_SETUP, RAPTR_HOME, RAPTR_SRUN_ARGS.
+# described in docs/slurm.md: RAPTR_CONFIG, RAPTR_ARGS, RAPTR_VENV, RAPTR_SETUP, RAPTR_HOME, RAPTR_SRUN_ARGS,
+# RAPTR_MAX_RETRIES, RAPTR_RETRY_DELAY.
 # Runs under bash 4.2 or newer and needs nothing but Slurm's commands: no ssh, no host file.
 
-readonly DONE=0 USER_ERROR=2 CONTINUE_LATER=75 # raptr_ds/errors.py: Exit
+readonly USER_ERROR=2 # raptr_ds/errors.py: Exit
 
 say() {
     echo "training_job: $(date '+%F %T') job ${SLURM_JOB_ID}: $*" >&2
@@ -40,16 +41,6 @@ choose_tasks() {
     fi
 }
 
-# Where the ranks meet. The port differs between jobs that share a node, and between a job and its requeued self, whose
-# old sockets may still linger; it stays below the ports that the kernel hands out by itself (32768 and more).
-choose_rendezvous() {
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((15000 + (10#$SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 15000))
-    [ -n "$MASTER_ADDR" ] || refuse "scontrol does not tell the first host of $SLURM_JOB_NODELIST."
-    export MASTER_ADDR MASTER_PORT
-    unset RANK WORLD_SIZE LOCAL_RANK # of the shell that submitted: each task reads its own from srun
-}
-
 set_defaults() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export PYTHONUNBUFFERED=1
@@ -66,94 +57,47 @@ set_defaults() {
     # export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 }
 
-# Note a stop request, and pass it on if there is a step.
+# Note a stop request, and pass it on. Repeated: Python needs a moment before it listens. It hears one request once.
 stop() {
-    interrupted=1
-    if [ -z "$stop_requested" ]; then
-        stop_requested=1
-        say "stop requested: asking the tasks to save and leave"
-        [ -z "$srun_process" ] || ask_tasks_to_stop
-    fi
+    asked=$1
+    [ -n "$supervisor" ] || return
+    { sleep 0.2 && while kill -s "$1" "$supervisor"; do sleep 5; done; } 2>/dev/null &
 }
 
-# srun hands SIGUSR1 to every task; they finish their step, save and exit with 75. Asked again until srun is gone: an
-# srun that has not started its tasks yet drops the signal, and to a task one more says nothing new.
-ask_tasks_to_stop() {
-    while kill -USR1 "$srun_process"; do
-        sleep 5
-    done 2>/dev/null &
-    asking_process=$!
-}
-
-# Run the tasks; set step_code to srun's exit code, the largest of all tasks' codes.
-run_step() {
+# Run the tasks and whatever follows from the way they end; set code to the job's exit code.
+run_supervised() {
     local options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks_per_node" --mpi=none)
     # srun does not inherit this one from the job (Slurm 22.05 and newer).
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     # --mpi=none: a PMI that a site loads by default would make the tasks look like mpirun's.
-    # shellcheck disable=SC2086  # RAPTR_SRUN_ARGS and RAPTR_ARGS are lists of words
-    srun "${options[@]}" ${RAPTR_SRUN_ARGS:-} \
-        python raptr_ds/pretrain.py --deepspeed_config "$RAPTR_CONFIG" ${RAPTR_ARGS:-} "$@" &
-    srun_process=$!
-    if [ -n "$stop_requested" ]; then # between the check below and here
-        ask_tasks_to_stop
-    fi
+    local more_options more_arguments # lists of words; `read` leaves a * or [1,2] in them as it is
+    IFS=$' \t\n' read -r -d '' -a more_options <<<"${RAPTR_SRUN_ARGS:-}"
+    IFS=$' \t\n' read -r -d '' -a more_arguments <<<"${RAPTR_ARGS:-}"
+    unset RANK WORLD_SIZE LOCAL_RANK # of the shell that submitted: each task reads its own from srun
+    (
+        trap '' USR1 TERM # until Python listens
+        exec python tools/supervise.py --slurm ${asked:+--stopped} -- srun "${options[@]}" "${more_options[@]}" \
+            python raptr_ds/pretrain.py --deepspeed_config "$RAPTR_CONFIG" "${more_arguments[@]}" "$@"
+    ) &
+    supervisor=$!
+    [ -z "$asked" ] || stop "$asked" # meanwhile
     while :; do
-        interrupted=
-        wait "$srun_process"
-        step_code=$?
-        [ -n "$interrupted" ] || break # else `wait` returned for the signal, and srun goes on
+        asked=
+        wait "$supervisor"
+        code=$?
+        [ -n "$asked" ] || break # else `wait` returned for the signal, and the supervisor goes on
     done
-    srun_process=
-    [ -z "$asking_process" ] || kill "$asking_process" 2>/dev/null
 }
 
-job_state() {
-    scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'
-}
-
-# Put the job back into the queue, where it keeps its number; `load: auto` continues from the last checkpoint.
-requeue() {
-    local state
-    state=$(job_state)
-    # Tasks of a cancelled job are asked to stop too, and leave with 75. Slurm would requeue even that job.
-    if [ "$state" != RUNNING ]; then
-        say "$1, and the job is $state: not requeued. To continue, submit it again."
-    else
-        say "$1: back to the queue" # Slurm may end this script before the next command returns
-        scontrol requeue "$SLURM_JOB_ID" || say "not requeued, see above. To continue, submit the job again."
-    fi
-    exit "$CONTINUE_LATER"
-}
-
-judge() {
-    if [ "$step_code" -eq "$DONE" ]; then
-        say "done"
-        exit "$DONE"
-    elif [ "$step_code" -eq "$CONTINUE_LATER" ]; then
-        requeue "stopped with a checkpoint"
-    elif [ -n "$stop_requested" ] && [ "$step_code" -gt 128 ]; then
-        # The request met tasks that were still starting: if there is no new checkpoint, the last one stands.
-        requeue "stopped by signal $((step_code - 128))"
-    elif [ "$step_code" -eq "$USER_ERROR" ]; then
-        say "the run file or its data is wrong, see the message above: not requeued"
-    else
-        say "a fault ended the step (exit code $step_code): not requeued"
-    fi
-    exit "$step_code"
-}
-
-stop_requested= interrupted= srun_process= asking_process=
-trap stop USR1
+asked= supervisor=
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM # from Slurm at the time limit and on scancel: there is a checkpoint to wait for
 activate_environment
 choose_tasks
-choose_rendezvous
 set_defaults
 # Relative paths in run files, in RAPTR_CONFIG and in RAPTR_ARGS count from the repository, as without Slurm.
 cd "$RAPTR_HOME" || refuse "cannot enter $RAPTR_HOME"
 [ -r "$RAPTR_CONFIG" ] || refuse "no run file RAPTR_CONFIG=$RAPTR_CONFIG (relative paths count from $RAPTR_HOME)."
-say "start ${SLURM_RESTART_COUNT:-0}: $RAPTR_CONFIG on $SLURM_JOB_NODELIST," \
-    "$((SLURM_JOB_NUM_NODES * tasks_per_node)) tasks, meeting at $MASTER_ADDR:$MASTER_PORT"
-[ -z "$stop_requested" ] || requeue "stopped before it started"
-run_step "$@"
-judge
+say "$RAPTR_CONFIG on $SLURM_JOB_NODELIST, $((SLURM_JOB_NUM_NODES * tasks_per_node)) tasks"
+run_supervised "$@"
+exit "$code"

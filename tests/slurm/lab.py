@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -190,12 +190,20 @@ class SlurmLab:
             time.sleep(0.1)
         return told
 
-    def wait_for_output(self, job: int, text: str, seconds: float = 50) -> None:
-        """Wait until the job has printed `text`. Raises: TimeoutError with its output."""
+    def wait_for_output(self, job: int, text: str, seconds: float = 50, final: Collection[str] = FINAL_STATES) -> None:
+        """Wait until the job has printed `text`. Raises: TimeoutError with its output, at once in a final state."""
         deadline = time.monotonic() + seconds
         while text not in self.output(job):
-            if time.monotonic() > deadline or self.job(job)["JobState"] in FINAL_STATES:
+            if time.monotonic() > deadline or self.job(job)["JobState"] in final:
                 raise TimeoutError(f"job {job} did not print {text!r}: {self.job(job)}\n{self.output(job)}")
+            time.sleep(0.1)
+
+    def wait_for_steps(self, job: int, count: int, seconds: float = 20) -> None:
+        """Wait until so many steps of the job run, its batch script not among them. Raises: TimeoutError."""
+        deadline = time.monotonic() + seconds
+        while len(re.findall(rf"^{job}\.\d+", self.command("squeue", "-h", "-s", "-o", "%i"), re.MULTILINE)) < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job} has not {count} steps\n{self.output(job)}")
             time.sleep(0.1)
 
     def idle_nodes(self) -> int:

@@ -30,6 +30,8 @@ def test_each_job_of_the_array_runs_its_own_run(lab: SlurmLab, tmp_path: Path, m
     for folder in ("raptr_ds", "tools"):
         (home / folder).mkdir(parents=True)
     (home / "slurm").symlink_to(REPOSITORY / "slurm")
+    for tool in ("supervise.py", "_command_line.py"):
+        (home / "tools" / tool).symlink_to(REPOSITORY / "tools" / tool)
     (home / "deepspeed_configs").symlink_to(REPOSITORY / "deepspeed_configs")
     (home / "raptr_ds" / "pretrain.py").write_text("import sys; print('settings:', *sys.argv[3:])")
     (home / "tools" / "experiment.py").write_text("import sys; print('run of job', sys.argv[-1]); print('x=1')")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import forked, lines_of
+from tests.integration.test_kills import TIMES
 from tests.slurm.lab import SlurmLab, why_unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -116,6 +119,45 @@ def test_stopped_and_requeued_it_continues_as_if_never_stopped(lab: SlurmLab, ru
     assert [line["path"] for line in lines] == [line["path"] for line in alone]
     losses = [line["loss"] for line in lines]
     assert losses == pytest.approx([line["loss"] for line in alone], rel=RELATIVE_TOLERANCE)
+
+
+def _process_of(job: int, rank: int) -> int:
+    """Return the process of a rank of a job, as seen from outside of the cluster's namespaces."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for folder in Path("/proc").iterdir():
+        try:
+            is_rank = b"raptr_ds/pretrain.py" in (folder / "cmdline").read_bytes().split(b"\0")
+            if is_rank and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                return int(folder.name)
+        except OSError:  # no process, or gone meanwhile
+            continue
+    raise AssertionError(f"job {job} has no rank {rank}")
+
+
+def test_a_rank_killed_by_9_costs_a_restart_and_no_bit(lab: SlurmLab, run_file: Path, tmp_path: Path) -> None:
+    env = ENV | {"RAPTR_CONFIG": str(run_file), "RAPTR_MAX_RETRIES": "0", "SLURM_WAIT": "2"}
+    job = lab.submit(str(SCRIPT), "--set", "raptr_ds.checkpoint.interval=3", env=env)
+    _wait_for_steps(run_file, 8, lab, job)
+    os.kill(_process_of(job, 1), signal.SIGKILL)
+    told = lab.wait_for(job, seconds=PATIENCE)
+    output = lab.output(job)
+    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    events = [json.loads(line) for line in (run_file.parent / "run" / "events.jsonl").read_text().splitlines()]
+    (restart,) = [event for event in events if event["event"] == "restart"]
+    assert (restart["cause"], restart["node"]) == ("fault", "node2"), output
+    assert restart["step"] >= 3
+
+    alone = tmp_path / "alone" / "run"
+    done = forked(run_file, f"raptr_ds.train.save={alone}", "raptr_ds.checkpoint.interval=3", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Floats are written with all their digits.
+    expected, found = ([_without_times(line) for line in lines_of(save)] for save in (alone, run_file.parent / "run"))
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, NUM_STEPS + 1))
+    assert found == expected
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in TIMES}
 
 
 def test_two_nodes_of_two_tasks_tensor_by_data_parallel(lab: SlurmLab, run_file: Path) -> None:

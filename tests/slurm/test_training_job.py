@@ -4,15 +4,12 @@ The tasks are stand-ins for pretrain.py, so that each case takes seconds; test_p
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.lab import SlurmLab
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("bert_raptr.sbatch", "ul2_raptr.sbatch")
+from tests.slurm.stand_in import REPOSITORY, SCRIPTS, Job
 
 # Says its launch and sums the ranks over gloo: every rank met every other.
 RANKS = """\
@@ -57,34 +54,6 @@ import os, time
 time.sleep(0 if os.environ["SLURM_PROCID"] == "0" else {others_wait})
 os._exit({code})
 """
-
-
-class Job:
-    """A repository with a stand-in for pretrain.py, and the environment to submit its .sbatch files with."""
-
-    def __init__(self, folder: Path, lab: SlurmLab) -> None:
-        self.folder = folder
-        self.lab = lab
-        (folder / "raptr_ds").mkdir()
-        for shared in ("slurm", "deepspeed_configs"):
-            (folder / shared).symlink_to(REPOSITORY / shared)
-        self.env = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(REPOSITORY),
-            "RAPTR_HOME": str(folder),
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def submit(self, program: str, *words: str, script: str = SCRIPTS[0], **env: str) -> int:
-        """Submit a .sbatch file that runs `program`; words before the file's name are options of sbatch."""
-        (self.folder / "raptr_ds" / "pretrain.py").write_text(program)
-        return self.lab.submit(*words, str(REPOSITORY / "slurm" / script), env=self.env | env)
-
-
-@pytest.fixture
-def job(lab: SlurmLab, tmp_path: Path) -> Job:
-    """A stand-in repository in a folder of its own."""
-    return Job(tmp_path, lab)
 
 
 def _lines(text: str, word: str) -> list[str]:
@@ -189,12 +158,8 @@ def test_a_stop_request_that_srun_drops_is_made_again(job: Job, tmp_path: Path) 
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
 
 
-@pytest.mark.parametrize("script_outlives_it", [False, True])
-def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(
-    job: Job, tmp_path: Path, script_outlives_it: bool
-) -> None:
-    (tmp_path / "setup.sh").write_text("trap '' TERM\n" if script_outlives_it else "")
-    number = job.submit(STOPPING, RAPTR_SETUP=str(tmp_path / "setup.sh"))
+def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job) -> None:
+    number = job.submit(STOPPING)
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.wait_for_output(number, "task 1 start 0")
     job.lab.command("scancel", str(number))
@@ -202,21 +167,32 @@ def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(
     job.lab.clear()
     told = job.lab.job(number)
     output = job.lab.output(number)
-    assert "task 1 leaves start 0 after ['SIGTERM']" in output
-    assert (": not requeued" in output) == script_outlives_it
+    assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
+    assert "not requeued: the job is COMPLETING: cancelled" in output
     assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), output
+
+
+def test_a_job_that_an_operator_requeues_is_requeued_once(job: Job) -> None:
+    number = job.submit(STOPPING)
+    job.lab.wait_for_output(number, "task 0 start 0")
+    job.lab.wait_for_output(number, "task 1 start 0")
+    job.lab.command("scontrol", "requeue", str(number))
+    told = job.lab.wait_for(number)
+    output = job.lab.output(number)
+    assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
 
 
 @pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])
 def test_mistakes_and_faults_fail_the_job_with_their_code(job: Job, code: int, message: str) -> None:
-    number = job.submit(LEAVING.format(code=code, others_wait=0))
+    number = job.submit(LEAVING.format(code=code, others_wait=0), RAPTR_MAX_RETRIES="0")
     told = job.lab.wait_for(number)
     assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert message in job.lab.output(number)
 
 
 def test_a_lost_task_ends_the_others(job: Job) -> None:
-    number = job.submit(LEAVING.format(code=1, others_wait=300), SLURM_WAIT="2")
+    number = job.submit(LEAVING.format(code=1, others_wait=300), SLURM_WAIT="2", RAPTR_MAX_RETRIES="0")
     told = job.lab.wait_for(number, seconds=20)
     assert (told["JobState"], told["Restarts"]) == ("FAILED", "0"), job.lab.output(number)
 

@@ -1,0 +1,124 @@
+"""Try a run until it is done, as the policy has it, and write down in its folder what happened."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.errors import Exit
+from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
+from raptr_ds.supervise.policy import (
+    Cause,
+    Decision,
+    Ending,
+    Limits,
+    Start,
+    cause_of,
+    decide,
+    failed_node,
+    starts_without_progress,
+)
+from raptr_ds.supervise.record import append_event, newest_step, read_events
+
+# A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
+_ORPHANS_SECONDS = 120.0
+
+
+class Supervised:
+    """A run under supervision, with its record in the events of its folder.
+
+    job: names the supervision in the events; tries of other jobs do not count.
+    """
+
+    def __init__(self, folder: Path | None, job: str, limits: Limits) -> None:
+        self.folder, self.job, self.limits = folder, job, limits
+        events = [event for event in read_events(folder) if event.get("job") == job]
+        ends = [index for index, event in enumerate(events) if event["event"] in ("done", "give_up")]
+        # Given up, and started again: people had a look at it in between.
+        self._first = int(events[ends[-1]].get("start", -1)) + 1 if ends else 0
+        events = events[ends[-1] + 1 :] if ends else events
+        self._starts = [Start(event["start"], event["step"]) for event in events if event["event"] == "launch"]
+        self._judged = {event.get("start") for event in events if event["event"] == "restart"}
+        self.failed_nodes = {event["node"] for event in events if event.get("node") and event["event"] == "restart"}
+
+    def is_judged(self, number: int) -> bool:
+        """Return whether a start's end has been judged, or the start was never written down."""
+        return number in self._judged or number not in {start.number for start in self._starts}
+
+    def begin(self, number: int, **fields: Any) -> Decision:
+        """Write a start down, unless too many before it were without progress; return whether to go on."""
+        step = newest_step(self.folder)
+        fruitless = starts_without_progress(self._starts, number - 1, step, self._first)
+        if fruitless > self.limits.max_retries:  # each killed together with the supervisor, which could not judge it
+            decision = decide(Cause.FAULT, fruitless, self.limits)
+            self.write("give_up", start=number, cause=Cause.FAULT, why=decision.why, step=step)
+            return decision
+        self._starts.append(Start(number, step))
+        self.write("launch", start=number, step=step, **fields)
+        return Decision(True, f"continues after step {step}" if step else "starts from step 0")
+
+    def judge(self, number: int, ending: Ending) -> tuple[Cause, Decision]:
+        """Decide what follows a try, and write it down."""
+        cause, step = cause_of(ending), newest_step(self.folder)
+        decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
+        told = {
+            "cause": cause,
+            "code": ending.code,
+            "node": failed_node(ending, cause),
+            "step": step,
+            "why": decision.why,
+        }
+        event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
+        self.write(event, start=number, **told)
+        return cause, decision
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Add to the run's events."""
+        if problem := append_event(self.folder, event, job=self.job, **fields):
+            say(problem)
+
+
+def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, stops: StopRequests) -> int:
+    """Run a launcher's command again and again, as the policy has it; return the exit code of the last try.
+
+    Signals are passed on to the command; after one of them nothing is tried again.
+    """
+    adopt_orphans()
+    number = 0
+    while True:
+        beginning = run.begin(number)
+        say(f"try {number}, {beginning.why}: {shlex.join(words)}")
+        ending = run_command(words, env, stops, _pass_on)
+        if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
+            say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
+        _, decision = run.judge(number, ending)
+        say(f"exit code {ending.code}{whose(ending)}: {decision.why}")
+        if stops.requested and decision.retry:
+            say("asked to stop: start again to continue from the last checkpoint")
+        elif decision.retry:
+            say(f"next try in {decision.delay_seconds:g} s")
+        if stops.requested or not decision.retry or not stops.sleep(decision.delay_seconds):
+            return ending.code
+        number += 1
+
+
+def say(text: str) -> None:
+    """Print a line with the time, where the launcher prints its own errors."""
+    print(f"supervise: {time.strftime('%F %T')}: {text}", file=sys.stderr, flush=True)
+
+
+def whose(ending: Ending) -> str:
+    """Return which task failed first, for a message; empty if that is not known."""
+    if ending.first is None or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
+        return ""
+    return f", first {ending.first.node or 'several nodes'}: {ending.first.text}"
+
+
+def _pass_on(child: "subprocess.Popen[bytes]", asked: signal.Signals | None) -> None:
+    if asked is not None:
+        say(f"{asked.name}: passed on to the command")
+        child.send_signal(asked)
