@@ -1,10 +1,11 @@
 """events.jsonl: what happened to a run besides its steps, for whoever looks after it. One JSON object a line.
 
 Each has `time` (UTC, ISO 8601), `event`, and what belongs to the event:
-start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, process, version, revision;
+start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, version, revision;
 changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
 checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
-stop: step, reason; end: step, exit_code. slurm/ and tools/supervise.py add `restart` and `give_up`.
+stop: reason; hang: ranks, missing: where each rank stood, and those that did not answer; end: exit_code.
+tools/supervise.py, under Slurm too, adds launch, restart, give_up and done (docs/slurm.md).
 Unlike metrics.jsonl it is never rewritten: a restart adds to it.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
+from raptr_ds.supervise.record import read_events
 from raptr_ds.user_paths import is_file, is_folder
 
 _ALIVE_SECONDS = 60.0
@@ -69,7 +70,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
     """
     now = time.time() if now is None else now
     config = _read_config(folder)
-    metrics, events = read_metrics(folder / METRICS), _read_events(folder / "events.jsonl")
+    metrics, events = read_metrics(folder / METRICS), read_events(folder)
     lines = [metrics.training[step] for step in sorted(metrics.training)]
     recent, last = lines[-_RECENT_STEPS:], lines[-1] if lines else {}
     block = config.get("raptr_ds", {})
@@ -164,21 +165,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}). Restore it: a start of the run writes it anew.") from error
     return content if isinstance(content, dict) else {}
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events; lines that are damaged, as the last may be, are left out."""
-    if not is_file(path):
-        return []
-    events = []
-    for line in path.read_bytes().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def _newest_checkpoint(folder: Path, now: float) -> tuple[int | None, float | None, float | None]:

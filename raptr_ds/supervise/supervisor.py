@@ -26,6 +26,8 @@ from raptr_ds.supervise.record import append_event, newest_step, read_events
 
 # A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
 _ORPHANS_SECONDS = 120.0
+# Read by raptr_ds/parallel/launch.py: a run that was started again continues its own checkpoints.
+_RESTART_COUNT = "RAPTR_RESTART_COUNT"
 
 
 class Supervised:
@@ -88,11 +90,11 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
     Signals are passed on to the command; after one of them nothing is tried again.
     """
     adopt_orphans()
-    number = 0
+    number, earlier = 0, int(env.get(_RESTART_COUNT) or 0)
     while True:
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
-        ending = run_command(words, env, stops, _pass_on)
+        ending = run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on)
         if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
             say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
         _, decision = run.judge(number, ending)

@@ -19,7 +19,8 @@ CODES = """\
 import os, pathlib, sys
 tried = pathlib.Path(sys.argv[1])
 number = len(tried.read_text()) if tried.exists() else 0
-tried.write_text("x" * (number + 1))
+with tried.open("a") as stream:
+    stream.write(os.environ["RAPTR_RESTART_COUNT"])  # by which a run knows that it continues its own checkpoints
 code = int(sys.argv[2 + number])
 os.kill(os.getpid(), 9) if code == 9 else sys.exit(code)
 """
@@ -57,6 +58,7 @@ def _supervise(folder: Path, *codes: int, **env: str) -> tuple[subprocess.Comple
 def test_codes_lead_to_tries(tmp_path: Path, codes: list[int], code: int, tries: int) -> None:
     done, tried = _supervise(tmp_path, *codes)
     assert (done.returncode, tried) == (code, tries), done.stderr
+    assert (tmp_path / "tried").read_text() == "0123"[:tries]
     ended = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert (ended["event"], ended["code"]) == ("give_up" if code else "done", code)
     assert ended["why"] in done.stderr
