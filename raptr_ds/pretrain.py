@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
     launch = None
     try:
         launch = detect_launch()
-        config = load_run_config(options.deepspeed_config, options.set, launch.world_size)
+        config = load_run_config(
+            options.deepspeed_config, options.set, launch.world_size, is_restart=launch.restart_count > 0
+        )
         with StopSignals(watch_launcher=launch.launcher != "none") as signals:
             return pretrain(config, launch, signals)
     except RaptrError as error:

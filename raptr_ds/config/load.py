@@ -15,6 +15,7 @@ from raptr_ds.config.batch import (
 )
 from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
 from raptr_ds.config.derive import derive_parallel, derive_train
+from raptr_ds.config.elastic import keep_global_batch
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import (
     check_optimizer,
@@ -34,7 +35,9 @@ from raptr_ds.errors import ConfigError
 DEFAULT_GRADIENT_CLIPPING = 1.0
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int = 1) -> RunConfig:
+def load_run_config(
+    path: Path, overrides: Sequence[str] = (), world_size: int = 1, *, is_restart: bool = False
+) -> RunConfig:
     """Read the run file at `path`, apply `--set` overrides, derive what is left out and check everything.
 
     1. The file's HJSON becomes a tree of plain values; `--set` changes it; nulls are dropped.
@@ -44,7 +47,9 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
     5. The rules that hold between keys are checked on the run.
     Passes 2 and 3, and pass 5, report all the errors that they find together.
 
-    world_size: processes of the launch. Raises: ConfigError that lists every problem found, each with its fix.
+    world_size: processes of the launch. is_restart: the run was started again without its user, perhaps on another
+    number of processes (elastic.py).
+    Raises: ConfigError that lists every problem found, each with its fix.
     """
     path = Path(path)
     tree, text = read_hjson(path)
@@ -59,7 +64,15 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), world_size: int =
     tree, errors, unused = settle_unused(tree, touched, place)
     sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
-    config, batch_errors = _complete(tree, sections, world_size, path.stem, replaced + unused)
+    notes = replaced + unused
+    if is_restart:
+        train, parallel, of_path = (cast(Any, sections[name]) for name in ("train", "parallel", "path"))
+        folder = Path(str(derive_train(train, {}, path.stem).save))
+        tree, sections["parallel"], fitted = keep_global_batch(
+            tree, folder, parallel, of_path.paths_per_step, world_size
+        )
+        notes += fitted
+    config, batch_errors = _complete(tree, sections, world_size, path.stem, notes)
     _raise_all(check_rules(config) + batch_errors, path)
     return config
 

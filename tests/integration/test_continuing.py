@@ -91,6 +91,41 @@ def test_a_changed_batch_neither_skips_nor_repeats_samples(data_folder: Path, tm
     assert manifest_of(tmp_path / "run", 14)["run_state"]["next_sample"] == 48 + 2 * 8
 
 
+def _fail_last_save(_: Launch) -> None:
+    publish = manager.publish
+
+    def failing(unfinished: Path, final: Path, manifest: bytes) -> None:
+        if final.name.endswith("12"):
+            raise OSError(28, "No space left on device")
+        publish(unfinished, final, manifest)
+
+    manager.publish = failing  # type: ignore[assignment]
+
+
+def _started_again(_: Launch) -> None:
+    os.environ["RAPTR_RESTART_COUNT"] = "1"
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_started_again_on_other_processes_keeps_its_course(
+    first: int, second: int, data_folder: Path, tmp_path: Path
+) -> None:
+    """The file's sizes fit the first number of processes only; losses are those of the undisturbed run."""
+    whole = run_with(tmp_path, data_folder, train={"save": str(tmp_path / "whole")})
+    assert forked(whole, processes=first).returncode == 0
+    sizes = {"train_micro_batch_size_per_gpu": 4 // first, "gradient_accumulation_steps": 1}
+    run = tmp_path / "again.json"
+    run.write_text(json.dumps({**tiny_run(data_folder, tmp_path / "run", checkpoint={"interval": 5}), **sizes}))
+    assert forked(run, processes=first, spoil=_fail_last_save).returncode == 74  # continues from step 10
+    done = forked(run, processes=second, spoil=_started_again)
+    assert done.returncode == 0, done.stderr
+    assert f"started again on {second} data-parallel ranks; the global batch stays 4" in done.stdout
+    found, expected = (training_lines(tmp_path / name) for name in ("run", "whole"))
+    assert [line["step"] for line in found] == list(range(1, 13))
+    for key, tolerance in (("loss", 1e-6), ("grad_norm", 2e-6)):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=tolerance)
+
+
 def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_path: Path) -> None:
     first = run_with(tmp_path, data_folder)
     assert forked(first).returncode == 0
@@ -106,17 +141,6 @@ def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_
     origin = [f"raptr_ds.train.save={tmp_path / 'third'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
     moved = forked(first, *origin, "raptr_ds.train.steps=14")
     assert "were moved to" in moved.stdout  # its own are of another origin: begun anew, as asked
-
-
-def _fail_last_save(_: Launch) -> None:
-    publish = manager.publish
-
-    def failing(unfinished: Path, final: Path, manifest: bytes) -> None:
-        if final.name.endswith("12"):
-            raise OSError(28, "No space left on device")
-        publish(unfinished, final, manifest)
-
-    manager.publish = failing  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

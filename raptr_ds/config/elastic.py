@@ -1,0 +1,60 @@
+"""A run that is started again on another number of processes: its global batch stays, and what divides it follows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, divisors
+from raptr_ds.config.sections import ParallelSection
+from raptr_ds.errors import ConfigError
+
+
+def keep_global_batch(
+    tree: dict[str, Any], folder: Path, parallel: ParallelSection, paths_per_step: int, world_size: int
+) -> tuple[dict[str, Any], ParallelSection, list[str]]:
+    """Return the run file's tree and its layout fitted to `world_size` processes, and a line for each changed key.
+
+    The run's own config.json, in `folder`, holds the batch that it began with. The same number of data-parallel ranks,
+    or none on record, change nothing. Micro batches become no larger than they were, as memory was planned for them.
+    Raises: ConfigError, with the numbers of processes that fit, if the global batch cannot be divided among the ranks.
+    """
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    began = _batch_in(folder / "config.json")
+    if began is None or world_size % copy:  # the latter is refused where the batch is solved
+        return tree, parallel, []
+    total, micro, accumulation = began
+    ranks = world_size // copy
+    if ranks * micro * accumulation == total:
+        return tree, parallel, []
+    if total % ranks:
+        fits = ", ".join(str(size * copy) for size in divisors(total) if size <= 2 * ranks)
+        raise ConfigError(
+            f"this run was started again on {world_size} processes, {ranks} data-parallel ranks, which cannot share "
+            f"its global batch of {total} sequences equally. Start it on one of these numbers of processes: {fits}."
+        )
+    per_rank = total // ranks
+    why = f"started again on {ranks} data-parallel ranks; the global batch stays {total}"
+    fitted = largest_fitting(micro, per_rank, paths_per_step)
+    notes = [f"{MICRO}={fitted} ({why})"]
+    tree = {**tree, GLOBAL: total, MICRO: fitted}
+    tree.pop(ACCUMULATION, None)
+    if parallel.micro_batches:
+        sizes = [largest_fitting(size, per_rank, paths_per_step) for size in parallel.micro_batches]
+        parallel = parallel.model_copy(update={"micro_batches": tuple(sizes)})
+        notes.append(f"raptr_ds.parallel.micro_batches={sizes} ({why})")
+    return tree, parallel, notes
+
+
+def largest_fitting(size: int, per_rank: int, paths_per_step: int) -> int:
+    """Return the largest micro batch up to `size` that cuts a rank's sequences into equal parts for every path."""
+    fits = [one for one in divisors(per_rank) if one <= size and per_rank // one % paths_per_step == 0]
+    return fits[-1] if fits else 1
+
+
+def _batch_in(config: Path) -> tuple[int, int, int] | None:
+    """Return the batch of a run's config.json, (global, micro, accumulation), None where it cannot be read."""
+    try:
+        tree = json.loads(config.read_text(encoding="utf-8"))
+        return int(tree[GLOBAL]), int(tree[MICRO]), int(tree[ACCUMULATION])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
