@@ -22,7 +22,8 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu test-oldest-torch check format environment environment-dev system-packages hooks clean
+SOAK_ARGS ?=
+.PHONY: help quickstart test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
@@ -44,6 +45,10 @@ test: environment-dev system-packages check
 # Where torch sees no GPU each is skipped and says so.
 test-gpu: environment-dev
 	$(inside) KIT_DEVICE=cuda python -m pytest tests/gpu $(PYTEST_ARGS)
+
+# By hand: hours of faults at random, and whether the run comes out as the one that nobody disturbed (tests/soak.py).
+soak: environment-dev data
+	$(inside) python -m tests.soak --data $(DATA) $(SOAK_ARGS)
 
 # What torch compiles, on the oldest torch that is supported: an environment of its own, of some 5 GB.
 test-oldest-torch:

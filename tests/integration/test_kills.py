@@ -95,6 +95,7 @@ def _final_state(save: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         for key, tensor in load_file(path).items()
     }
     manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["run_state"]["identity"]["config"]["raptr_ds"]["train"]["save"]
     return tensors, {key: manifest[key] for key in ("step", "run_state", "loss_scaler", "step_counts", "entries")}
 
 
