@@ -12,6 +12,7 @@ PROCESSES ?= 2
 DATA ?= data/docs
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
+SOAK_ARGS ?=
 OLDEST_TESTS ?= $(addprefix tests/unit/,model/test_compile.py model/test_block_on_hopper.py \
 	model/test_kernels_on_hopper.py parallel/test_dropout.py)
 
@@ -22,7 +23,6 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-SOAK_ARGS ?=
 .PHONY: help quickstart test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
 
 help:

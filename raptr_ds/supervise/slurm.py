@@ -44,14 +44,14 @@ class Job:
         """
         refused = 0
         for _ in _back_off("requeue"):
-            told = self.show()
-            if not told:
+            job = self.show()
+            if not job:
                 continue
-            if int(told.get("Restarts", 0)) > self.start:  # by an operator, or an answer to us was lost
+            if int(job.get("Restarts", 0)) > self.start:  # by an operator, or an answer to us was lost
                 self.is_requeued = True
                 return None
-            if told.get("JobState") != "RUNNING" and not has_failed(told):
-                return f"the job is {told.get('JobState')}: cancelled"
+            if job.get("JobState") != "RUNNING" and not has_failed(job):
+                return f"the job is {job.get('JobState')}: cancelled"
             code, text = _slurm("scontrol", "requeue", str(self.number))
             if code == 0:
                 self.is_requeued = True
@@ -69,11 +69,11 @@ class Job:
 
     def exclude(self, node: str) -> str:
         """Keep the job, which waits in the queue, off a node if enough others are left. Returns what was done."""
-        told = self.show()
+        job = self.show()
         _, listed = _slurm(
-            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", told.get("Partition", "")
+            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", "")
         )
-        before = told.get("ExcNodeList", "(null)")
+        before = job.get("ExcNodeList", "(null)")
         excluded = set(hosts(before)) | {node} if before != "(null)" else {node}
         left = set(listed.split()) - excluded
         if len(left) < self.num_nodes:
@@ -82,13 +82,13 @@ class Job:
         return f"{node} failed before: excluded{f' was refused: {problem}' if problem else ''}"
 
 
-def has_failed(told: Mapping[str, str]) -> bool:
+def has_failed(job: Mapping[str, str]) -> bool:
     """Return whether a job is ending for another reason than that it was cancelled.
 
     Such a one may still be requeued. So might a cancelled one, whose tasks are asked to stop too, and leave with 75.
     While they do, both are COMPLETING; but one that was cancelled has no reason.
     """
-    reason = told.get("Reason", "None")
+    reason = job.get("Reason", "None")
     return reason in _FAILURES or reason.startswith("RaisedSignal")
 
 

@@ -67,7 +67,7 @@ class Supervised:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
         decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
-        told = {
+        ended = {
             "cause": cause,
             "code": ending.code,
             "node": failed_node(ending, cause),
@@ -75,7 +75,7 @@ class Supervised:
             "why": decision.why,
         }
         event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
-        self.write(event, start=number, **told)
+        self.write(event, start=number, **ended)
         return cause, decision
 
     def write(self, event: str, **fields: Any) -> None:
