@@ -70,9 +70,7 @@ class Job:
     def exclude(self, node: str) -> str:
         """Keep the job, which waits in the queue, off a node if enough others are left. Returns what was done."""
         job = self.show()
-        _, listed = _slurm(
-            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", "")
-        )
+        _, listed = _slurm("sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", ""))
         before = job.get("ExcNodeList", "(null)")
         excluded = set(hosts(before)) | {node} if before != "(null)" else {node}
         left = set(listed.split()) - excluded

@@ -18,6 +18,15 @@ from raptr_ds.user_paths import is_file, is_folder
 _ALIVE_SECONDS = 60.0
 """A running run renews its lock every ten seconds."""
 _RECENT_STEPS = 100
+_STATES_AFTER = {
+    "start": "failed",  # its process is gone, and wrote no end
+    "end": "failed",
+    "hang": "failed",
+    "launch": "starting",
+    "restart": "starting",
+    "give_up": "failed",
+    "done": "finished",
+}
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 60
 
@@ -26,11 +35,11 @@ _COLUMNS = 60
 class RunStatus:
     """How a run stands; None where nothing is known.
 
-    state: running, silent (its lock is there, and is not renewed), finished, stopped, failed or new. holder: the
-    process that works in the folder. step: of the last training line. losses: of all training lines. tokens_per_second,
-    mfu, step_seconds: medians of the last 100 steps. seconds_left: at that speed, without evaluations. flops_saved:
-    share of the full model's FLOPs not executed, up to the last checkpoint. checkpoint_age: in seconds. failed_saves:
-    since the last start. starts: since the run began.
+    state: running, silent (its lock is there, and is not renewed), starting (its supervisor tries it again), finished,
+    stopped, failed or new. holder: the process that works in the folder. step: of the last training line. losses: of
+    all training lines. tokens_per_second, mfu, step_seconds: medians of the last 100 steps. seconds_left: at that
+    speed, without evaluations. flops_saved: share of the full model's FLOPs not executed, up to the last checkpoint.
+    checkpoint_age: in seconds. failed_saves: since the last start. starts: since the run began.
     """
 
     folder: str
@@ -82,7 +91,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
     since_start = events[events.index(starts[-1]) :] if starts else []
     return RunStatus(
         folder=str(folder),
-        state=_state(holder, silent, step, num_steps, since_start),
+        state=_state(holder, silent, step == num_steps, events),
         holder=holder,
         silent_seconds=silent,
         step=step,
@@ -193,17 +202,16 @@ def _holder_of(path: Path, now: float) -> tuple[str | None, float | None]:
         return None, None
 
 
-def _state(
-    holder: str | None, silent: float | None, step: int, num_steps: int | None, since_start: list[dict[str, Any]]
-) -> str:
+def _state(holder: str | None, silent: float | None, is_trained: bool, events: list[dict[str, Any]]) -> str:
     if holder is not None and silent is not None:
         return "running" if silent < _ALIVE_SECONDS else "silent"
-    ends = [event["exit_code"] for event in since_start if event.get("event") == "end"]
-    if ends and ends[-1] in (Exit.DONE, Exit.CONTINUE_LATER):
-        return "finished" if ends[-1] == Exit.DONE else "stopped"
-    if since_start:
-        return "failed"
-    return "new" if not step else "finished" if step == num_steps else "stopped"
+    decisive = [event for event in events if event.get("event") in _STATES_AFTER]
+    if not decisive:  # no events: it has not begun, or is of a version without them
+        return "finished" if is_trained else "new"
+    last = decisive[-1]
+    if last["event"] == "end" and last.get("exit_code") in (Exit.DONE, Exit.CONTINUE_LATER):
+        return "finished" if last["exit_code"] == Exit.DONE else "stopped"
+    return _STATES_AFTER[last["event"]]
 
 
 def _holder_words(status: RunStatus) -> str:

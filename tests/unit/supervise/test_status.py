@@ -89,6 +89,10 @@ def test_a_running_run(running: Path) -> None:
         ([{"event": "start"}, {"event": "stop"}, {"event": "end", "exit_code": 75}], None, 10, "stopped"),
         ([{"event": "start"}, {"event": "end", "exit_code": 74}], None, 400, "failed"),
         ([{"event": "start"}, {"event": "end", "exit_code": 0}, {"event": "start"}], None, 10, "failed"),
+        ([{"event": "start"}, {"event": "restart"}], None, 10, "starting"),
+        ([{"event": "start"}, {"event": "restart"}, {"event": "launch"}], None, 10, "starting"),
+        ([{"event": "start"}, {"event": "hang"}, {"event": "give_up"}], None, 10, "failed"),
+        ([{"event": "end", "exit_code": 0}, {"event": "done"}], None, 400, "finished"),
         ([], None, 0, "new"),
         ([], None, 400, "finished"),  # of an earlier version, without events
     ],
