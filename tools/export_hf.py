@@ -7,11 +7,11 @@ the same ids as ours; and README.md, a model card with the run's numbers.
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import _command_line
 import torch
+from transformers.utils import logging
 
 from raptr_ds.hf.export import LARGEST_SHARD, export
 
@@ -34,7 +34,8 @@ def main() -> None:
         help=f"of a file of weights, as 500MB or 5GB (default {LARGEST_SHARD})",
     )
     arguments = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     dtype = DTYPES[arguments.precision]
     done = export(arguments.source, arguments.output, dtype, arguments.tokenizer, arguments.max_shard_size)
     print(f"wrote {done.kind} of {done.folder} (step {done.step:,}) to {arguments.output}")

@@ -20,20 +20,20 @@ for answer in fill("The value of the [MASK] is a name."):
 """
 _COMPLETE = """\
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 folder = "."  # or this model's name on the Hub
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
 tokens = tokenizer("[S2S] The value of the", return_tensors="pt").input_ids
-length = tokens.shape[1]
+length, cache = tokens.shape[1], DynamicCache()
 sees_all = torch.ones(1, 1, length, length, dtype=torch.bool)
 with torch.no_grad():
-    result = model(tokens, attention_mask=sees_all, use_cache=True)
+    logits = model(tokens, sees_all, None, cache).logits
     for _ in range(12):
-        tokens = torch.cat([tokens, result.logits[:, -1:].argmax(-1)], dim=1)
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
         if tokens[0, -1] == tokenizer.eos_token_id:
             break
-        result = model(tokens[:, -1:], past_key_values=result.past_key_values)
+        logits = model(tokens[:, -1:], None, None, cache).logits
 print(tokenizer.decode(tokens[0]))
 """
 _WEIGHTS = """\
