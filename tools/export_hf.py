@@ -1,18 +1,19 @@
 """Give a trained model to Hugging Face transformers: python tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT.
 
-Writes a folder for transformers' from_pretrained: BERT becomes MegatronBertForMaskedLM, UL2 LlamaForCausalLM (a prefix
-that is seen in both directions needs a 4-D attention mask there). The tokenizer goes with it, as tokenizer.json and as
-the sentencepiece model that it was, if it gives the same ids as ours.
+Writes a folder for transformers' from_pretrained: BERT becomes MegatronBertForMaskedLM, with rotary positions
+EsmForMaskedLM, UL2 LlamaForCausalLM (whose prefix is seen in both directions by tools/generate.py, or with a 4-D
+attention mask). The tokenizer goes with it, as tokenizer.json and as the sentencepiece model that it was, if it gives
+the same ids as ours; and README.md, a model card with the run's numbers.
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import _command_line
 import torch
+from transformers.utils import logging
 
-from raptr_ds.hf.export import export
+from raptr_ds.hf.export import LARGEST_SHARD, export
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,9 +27,17 @@ def main() -> None:
         "--tokenizer", metavar="FILE", help="default: the one that the run's data have; none: weights only"
     )
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the weights (default fp32)")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default=LARGEST_SHARD,
+        help=f"of a file of weights, as 500MB or 5GB (default {LARGEST_SHARD})",
+    )
     arguments = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    done = export(arguments.source, arguments.output, DTYPES[arguments.precision], arguments.tokenizer)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtype = DTYPES[arguments.precision]
+    done = export(arguments.source, arguments.output, dtype, arguments.tokenizer, arguments.max_shard_size)
     print(f"wrote {done.kind} of {done.folder} (step {done.step:,}) to {arguments.output}")
     if not done.has_tokenizer:
         print("without a tokenizer: name it with --tokenizer FILE to have it beside the model")

@@ -41,11 +41,14 @@ SAMPLE_TEXTS = (
 )
 
 
-def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_length: int) -> PreTrainedTokenizerFast:
+def tokenizer_to_hugging_face(
+    tokenizer: Tokenizer, architecture: str, max_length: int, has_token_types: bool = True
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer for transformers.
 
     For bert it makes [CLS] text [SEP], as pretraining did, and of a pair [CLS] text [SEP] other text [SEP] with token
-    types 0 and 1. For ul2 it adds nothing, and pads on the left, as generation needs.
+    types 0 and 1 where the model takes these (has_token_types). For ul2 it adds nothing, and pads on the left, as
+    generation needs.
     Unlike ours it takes the name of a special token in a text for that token: "[MASK]" is how one writes a mask. Like
     the piece that it stands for in pretraining it includes the word boundary before it: "a [MASK] b" is a, [MASK] and
     b, and in "a [MASK]b" the b continues the masked word.
@@ -82,7 +85,7 @@ def tokenizer_to_hugging_face(tokenizer: Tokenizer, architecture: str, max_lengt
     return PreTrainedTokenizerFast(
         tokenizer_object=rust,
         model_max_length=max_length,
-        model_input_names=["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"],
+        model_input_names=["input_ids", *(["token_type_ids"] if is_bert and has_token_types else []), "attention_mask"],
         padding_side="right" if is_bert else "left",
         clean_up_tokenization_spaces=False,
         pad_token=pad,

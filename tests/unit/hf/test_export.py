@@ -1,12 +1,6 @@
 """From a checkpoint to a transformers folder, through the tool itself: the model and the tokenizer that come back."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,73 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.data.indexed import write_index
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.hf.model import hugging_face_inputs
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
-from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
-from raptr_ds.runtime.identity import IDENTITY
+from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
 from tests.foreign_models import UNUSUAL
 
 ROOT = Path(__file__).parents[3]
 ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
-
-
-def model_of(architecture: str, vocab_size: int) -> ModelSection:
-    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 24}
-    return ModelSection(architecture=architecture, vocab_size=vocab_size, **shape)  # type: ignore[arg-type]
-
-
-def run_folder(folder: Path, groups: ProcessGroups, model: ModelSection, tokenizer: Tokenizer) -> Stage:
-    """Write a run with one checkpoint and return the model in it."""
-    stage = build_stage(model, groups, range(2), recompute=False, seed=1)
-    data = folder.parent / "data"
-    data.mkdir()
-    tokenizer.save(data / "tokenizer.model")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"raptr_ds": {"data": {"path": str(data)}}}))
-    checkpoints = Checkpoints(folder / "checkpoints", groups, keep=2)
-    recorded = {IDENTITY: {"tokenizer": tokenizer.digest}}
-    checkpoints.save(ReferenceEngine(stage, seed=1, skipped_update="freeze", max_norm=1.0), 3, model, recorded)
-    checkpoints.wait()
-    checkpoints.close()
-    return stage
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a call of the tool ended."""
-
-    code: object
-    printed: str
-    error: str
-
-
-Export = Callable[..., Done]
-
-
-@pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Export:
-    """Runs the tool in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / "tools" / "export_hf.py"), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 def a_batch(model: ModelSection) -> MicroBatch:
@@ -98,16 +39,16 @@ def a_batch(model: ModelSection) -> MicroBatch:
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "t5", "llama"], indirect=True)
-@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_exported_folder_is_the_trained_model(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, architecture: str, export: Export
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, kind: str, export: Tool
 ) -> None:
-    model = model_of(architecture, tokenizer.vocab_size)
+    model = model_of(kind, tokenizer.vocab_size)
     stage = run_folder(tmp_path / "run", groups, model, tokenizer)
     done = export(tmp_path / "run", tmp_path / "out")
     assert done.code == 0, done.error
     assert "step 3" in done.printed
-    loader = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
+    loader = AutoModelForMaskedLM if kind != "ul2" else AutoModelForCausalLM
     theirs = loader.from_pretrained(tmp_path / "out").eval()
     batch = a_batch(model)
     with torch.no_grad():
@@ -115,14 +56,14 @@ def test_the_exported_folder_is_the_trained_model(
         our_loss = stage(batch.tokens, batch, LayerPath.full(2), None).mean()
     assert abs(their_loss - our_loss) < 1e-5  # fp32, another order of sums
     special_ids = {"pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    files = ["config.json"] if architecture == "bert" else ["config.json", "generation_config.json"]
+    files = ["config.json"] if kind != "ul2" else ["config.json", "generation_config.json"]
     for file in files:
         written = json.loads((tmp_path / "out" / file).read_text())
         assert {key: written.get(key) for key in special_ids} == special_ids
 
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     ends = [tokenizer.cls_id], [tokenizer.sep_id]
-    around = ends if architecture == "bert" else ([], [])
+    around = ends if kind != "ul2" else ([], [])
     assert reloaded("the model")["input_ids"] == [*around[0], *tokenizer.encode("the model").tolist(), *around[1]]
     assert reloaded.mask_token_id == tokenizer.mask_id
     check_same_ids(tokenizer, reloaded, [*SAMPLE_TEXTS, *UNUSUAL])
@@ -144,35 +85,11 @@ def test_weights_come_back_bit_by_bit(tmp_path: Path, groups: ProcessGroups, tok
     assert all(torch.equal(trained.weights[name], weight) for name, weight in weights.items())
 
 
-CLEAN = """
-import sys
-sys.modules["raptr_ds"] = None  # as where it is not installed
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-tokenizer, model = (loader.from_pretrained(sys.argv[1]) for loader in (AutoTokenizer, AutoModelForMaskedLM))
-tokens = tokenizer("the [MASK] of", "a class", return_tensors="pt")
-print(tokens["input_ids"].tolist(), model(**tokens).logits.argmax(-1).tolist())
-"""
-
-
-@ONLY_BPE
-def test_transformers_alone_reads_the_folder(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
-) -> None:
-    run_folder(tmp_path / "run", groups, model_of("bert", tokenizer.vocab_size), tokenizer)
-    assert export(tmp_path / "run", tmp_path / "out").code == 0
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    clean = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=True, env=environment, cwd=tmp_path
-    )
-    reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert clean.stdout.startswith(str([reloaded("the [MASK] of", "a class")["input_ids"]]))
-
-
+@pytest.mark.parametrize("kind", ["bert", "rotary bert"])
 def test_fill_mask_predicts_what_our_model_does(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, kind: str, export: Tool
 ) -> None:
-    model = model_of("bert", tokenizer.vocab_size)
+    model = model_of(kind, tokenizer.vocab_size)
     stage = run_folder(tmp_path / "run", groups, model, tokenizer)
     assert export(tmp_path / "run", tmp_path / "out").code == 0
     answers = pipeline("fill-mask", model=str(tmp_path / "out"))("The value [MASK] a name.", top_k=10)
@@ -205,7 +122,7 @@ class AlwaysEnds(torch.nn.Module):
 
 @ONLY_BPE
 def test_generation_stops_at_the_end_of_a_text(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Tool
 ) -> None:
     run_folder(tmp_path / "run", groups, model_of("ul2", tokenizer.vocab_size), tokenizer)
     assert export(tmp_path / "run", tmp_path / "out").code == 0
@@ -230,21 +147,16 @@ def run(tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def is_refused(done: Done, *words: object) -> bool:
-    """Whether the tool ended by one message of ours that has all of the words."""
-    return done.code == 2 and done.error.startswith("error: ") and all(str(word) in done.error for word in words)
-
-
 @ONLY_BPE
 def test_another_size_of_vocabulary_is_refused(
-    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Export
+    tmp_path: Path, groups: ProcessGroups, tokenizer: Tokenizer, export: Tool
 ) -> None:
     run_folder(tmp_path / "run", groups, model_of("bert", 650), tokenizer)
     assert is_refused(export(tmp_path / "run", tmp_path / "out"), "700 entries, the model 650")
 
 
 @ONLY_BPE
-def test_another_tokenizer_of_the_same_size_is_refused(run: Path, tokenizer: Tokenizer, export: Export) -> None:
+def test_another_tokenizer_of_the_same_size_is_refused(run: Path, tokenizer: Tokenizer, export: Tool) -> None:
     other = run.parent / "other.model"
     other.write_bytes(tokenizer.model + b"\x12\x00")  # an empty trainer specification, which changes nothing else
     assert is_refused(export(run, run.parent / "out", "--tokenizer", other), other, Tokenizer.load(other).digest)
@@ -274,21 +186,21 @@ def test_another_tokenizer_of_the_same_size_is_refused(run: Path, tokenizer: Tok
     ],
     ids=range(14),
 )
-def test_a_damaged_configuration_is_refused(run: Path, export: Export, content: bytes) -> None:
+def test_a_damaged_configuration_is_refused(run: Path, export: Tool, content: bytes) -> None:
     (run / "config.json").write_bytes(content)
     assert is_refused(export(run, run.parent / "out"), run / "config.json", "damaged", "--tokenizer FILE")
     assert not (run.parent / "out").exists()
 
 
 @ONLY_BPE
-def test_a_run_without_its_configuration_needs_the_tokenizer_named(run: Path, export: Export) -> None:
+def test_a_run_without_its_configuration_needs_the_tokenizer_named(run: Path, export: Tool) -> None:
     (run / "config.json").unlink()
     assert export(run, run.parent / "out", "--tokenizer", run.parent / "data" / "tokenizer.model").code == 0
     assert (run.parent / "out" / "tokenizer.json").exists()
 
 
 @ONLY_BPE
-def test_incomplete_runs_are_refused(run: Path, export: Export) -> None:
+def test_incomplete_runs_are_refused(run: Path, export: Tool) -> None:
     out = run.parent / "out"
     step = run / "checkpoints" / "step-00000003"
     assert is_refused(export(run.parent / "nothing", out), "no such folder")
@@ -316,7 +228,7 @@ def test_incomplete_runs_are_refused(run: Path, export: Export) -> None:
 
 
 @ONLY_BPE
-def test_what_may_not_be_read_is_refused(run: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_read_is_refused(run: Path, export: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's refusal is made here: tests may run as root, who may read everything."""
     out = run.parent / "out"
 
@@ -340,14 +252,14 @@ def test_what_may_not_be_read_is_refused(run: Path, export: Export, monkeypatch:
 
 
 @ONLY_BPE
-def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Export) -> None:
+def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Tool) -> None:
     (run.parent / "file").write_text("")
     assert is_refused(export(run, run.parent / "file"), "cannot write")
     assert is_refused(export(run, run.parent / "file" / "out"), "cannot write")
 
 
 @ONLY_BPE
-def test_weights_without_a_tokenizer(run: Path, export: Export) -> None:
+def test_weights_without_a_tokenizer(run: Path, export: Tool) -> None:
     """Asked for, or where a checkpoint lies outside of its run."""
     asked = export(run, run.parent / "out", "--tokenizer", "none")
     assert asked.code == 0
@@ -362,7 +274,7 @@ def test_weights_without_a_tokenizer(run: Path, export: Export) -> None:
 
 @ONLY_BPE
 def test_validation_documents_are_compared(
-    run: Path, export: Export, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    run: Path, export: Tool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [np.append(tokenizer.encode(text), tokenizer.eos_id) for text in ("one document", "two\nlines")]
     data = run.parent / "data"

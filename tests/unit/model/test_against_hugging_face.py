@@ -12,12 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.errors import ConfigError
-from raptr_ds.hf.model import (
-    from_hugging_face,
-    hugging_face_inputs,
-    rename_from_hugging_face,
-    to_hugging_face,
-)
+from raptr_ds.hf.model import from_hugging_face, hugging_face_inputs, to_hugging_face
+from raptr_ds.hf.twins import rename_from_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
@@ -28,11 +24,18 @@ LOG_PROBABILITY_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-5
 # fp64 leaves only a difference of formulas, had there been one.
 EXACT = 1e-12
+# ESM rotates in fp32 whatever its type.
+ALMOST_EXACT = 2e-7
+KINDS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "ul2": {},
+    "rotary bert": {"architecture": "bert", "position_embedding": "rotary"},
+}
 
 
-def small(architecture: str, **changes: Any) -> ModelSection:
+def small(kind: str, **changes: Any) -> ModelSection:
     section = {
-        "architecture": architecture,
+        "architecture": kind,
         "num_layers": 3,
         "hidden_size": 32,
         "num_attention_heads": 4,
@@ -40,7 +43,7 @@ def small(architecture: str, **changes: Any) -> ModelSection:
         "vocab_size": 61,
         "init_method_std": 0.1,  # larger than usual, so that attention is far from uniform
     }
-    return ModelSection(**{**section, **changes})
+    return ModelSection(**{**section, **KINDS[kind], **changes})
 
 
 def stage_of(model: ModelSection, groups: ProcessGroups) -> Stage:
@@ -67,7 +70,7 @@ def batch_of(model: ModelSection, padded: bool, prefix: str = "some") -> MicroBa
         ul2_prefix = {"none": 0, "some": 1 + 2 * row, "all": length}[prefix]
         samples.append(
             Sample(
-                tokens=rng.integers(0, model.vocab_size, length).astype(np.int64),
+                tokens=rng.integers(1, model.vocab_size, length).astype(np.int64),  # 0 is padding
                 positions=positions,
                 targets=rng.integers(0, model.vocab_size, 4).astype(np.int64),
                 prefix_length=length if model.architecture == "bert" else ul2_prefix,
@@ -95,7 +98,8 @@ def twin_logits(twin: PreTrainedModel, model: ModelSection, batch: MicroBatch) -
 
 def compare(stage: Stage, model: ModelSection, batch: MicroBatch, path: LayerPath, dtype: torch.dtype) -> None:
     """Compare log-probabilities, loss and all gradients of a path with those of a twin of its active layers only."""
-    tolerance = EXACT if dtype == torch.float64 else None
+    is_esm = model.architecture == "bert" and model.position_embedding == "rotary"
+    tolerance = None if dtype == torch.float32 else ALMOST_EXACT if is_esm else EXACT
     stage.to(dtype)
     depth, weights = along(model, weights_of(stage), path)
     twin = to_hugging_face(depth, weights)
@@ -152,8 +156,11 @@ def along(
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_bert_is_megatron_bert(groups: ProcessGroups, tied: bool, padded: bool, dtype: torch.dtype) -> None:
-    model = small("bert", tie_word_embeddings=tied)
+@pytest.mark.parametrize("kind", ["bert", "rotary bert"])
+def test_bert_is_megatron_bert_or_esm(
+    groups: ProcessGroups, kind: str, tied: bool, padded: bool, dtype: torch.dtype
+) -> None:
+    model = small(kind, tie_word_embeddings=tied)
     compare(stage_of(model, groups), model, batch_of(model, padded), LayerPath.full(3), dtype)
 
 
@@ -175,10 +182,26 @@ def test_ul2_is_llama_with_a_prefix(groups: ProcessGroups, tied: bool, padded: b
     ],
     ids=["one-head", "odd-shape", "odd-ffn", "epsilon"],
 )
-@pytest.mark.parametrize("architecture", ["bert", "ul2"])
-def test_other_shapes(groups: ProcessGroups, architecture: str, changes: dict[str, Any]) -> None:
-    model = small(architecture, **changes)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_shapes(groups: ProcessGroups, kind: str, changes: dict[str, Any]) -> None:
+    model = small(kind, **changes)
     compare(stage_of(model, groups), model, batch_of(model, True), LayerPath.full(model.num_layers), torch.float32)
+
+
+def test_rotary_base_of_bert(groups: ProcessGroups) -> None:
+    model = small("rotary bert", rotary_base=100.0)
+    compare(stage_of(model, groups), model, batch_of(model, True), LayerPath.full(3), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["rotary bert", "ul2"])
+def test_weights_in_16_bits_leave_the_rotary_frequencies_as_they_are(groups: ProcessGroups, kind: str) -> None:
+    model = small(kind)
+    weights = {name: tensor.bfloat16() for name, tensor in weights_of(stage_of(model, groups)).items()}
+    twin = to_hugging_face(model, weights)
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.bfloat16}
+    frequencies = next(buffer for name, buffer in twin.named_buffers() if name.endswith(".inv_freq"))
+    exact = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    assert (frequencies / exact - 1).abs().max() < 1e-6  # fp32; bf16 would be off by 1e-3
 
 
 @pytest.mark.parametrize("changes", [{"add_bias_linear": True}, {"rotary_base": 100.0}], ids=["bias", "rotary-base"])
@@ -188,15 +211,15 @@ def test_ul2_options_that_llama_has(groups: ProcessGroups, changes: dict[str, An
 
 
 @pytest.mark.parametrize("layers", [(0, 4), (1, 2, 3), (0, 2, 4)])
-@pytest.mark.parametrize("architecture", ["bert", "ul2"])
-def test_a_path_is_the_model_of_its_layers(groups: ProcessGroups, architecture: str, layers: tuple[int, ...]) -> None:
-    model = small(architecture, num_layers=5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_is_the_model_of_its_layers(groups: ProcessGroups, kind: str, layers: tuple[int, ...]) -> None:
+    model = small(kind, num_layers=5)
     compare(stage_of(model, groups), model, batch_of(model, True), LayerPath(layers, 5), torch.float32)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "ul2"])
-def test_residual_scale_is_a_factor_on_the_branches(groups: ProcessGroups, architecture: str) -> None:
-    model = small(architecture, num_layers=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_scale_is_a_factor_on_the_branches(groups: ProcessGroups, kind: str) -> None:
+    model = small(kind, num_layers=4)
     stage, batch, path = stage_of(model, groups), batch_of(model, True), LayerPath((0, 3), 4, residual_scale=2**0.5)
     depth, weights = along(model, weights_of(stage), path)
     for name in weights:
@@ -207,14 +230,14 @@ def test_residual_scale_is_a_factor_on_the_branches(groups: ProcessGroups, archi
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("architecture", ["bert", "ul2"])
-def test_there_and_back_changes_nothing(groups: ProcessGroups, architecture: str, tied: bool) -> None:
-    model = small(architecture, tie_word_embeddings=tied, norm_epsilon=1e-6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_changes_nothing(groups: ProcessGroups, kind: str, tied: bool) -> None:
+    model = small(kind, tie_word_embeddings=tied, norm_epsilon=1e-6)
     weights = weights_of(stage_of(model, groups))
     back, returned = from_hugging_face(to_hugging_face(model, weights))
     # Llama knows no dropout of the stream; no other value gets lost.
     assert back == model.model_copy(update={"rotary_base": back.rotary_base})
-    assert architecture == "bert" or back.rotary_base == model.rotary_base
+    assert kind == "bert" or back.rotary_base == model.rotary_base
     assert returned.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.equal(returned[name], tensor), name
@@ -233,20 +256,34 @@ def test_token_types_of_a_foreign_bert_go_into_its_positions(groups: ProcessGrou
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "key"),
+    ("kind", "changes", "key"),
     [
         ("ul2", {"normalization": "layernorm"}, "normalization=rmsnorm"),
         ("ul2", {"position_embedding": "learned"}, "position_embedding=rotary"),
         ("ul2", {"activation": "gelu"}, "activation=swiglu"),
         ("bert", {"normalization": "rmsnorm"}, "normalization=layernorm"),
-        ("bert", {"position_embedding": "rotary"}, "position_embedding=learned"),
+        ("rotary bert", {"normalization": "rmsnorm"}, "EsmForMaskedLM .* normalization=layernorm"),
+        ("rotary bert", {"add_bias_linear": False}, "EsmForMaskedLM .* add_bias_linear=true"),
         ("bert", {"activation": "swiglu"}, "activation=gelu"),
         ("bert", {"add_bias_linear": False}, "add_bias_linear=true"),
     ],
 )
-def test_models_without_a_twin_are_refused(architecture: str, changes: dict[str, Any], key: str) -> None:
+def test_models_without_a_twin_are_refused(kind: str, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        to_hugging_face(small(architecture, **changes), {})
+        to_hugging_face(small(kind, **changes), {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"token_dropout": True}, {"emb_layer_norm_before": True}, {"position_embedding_type": "absolute"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_kinds_of_esm_are_refused(groups: ProcessGroups, changes: dict[str, Any]) -> None:
+    model = small("rotary bert")
+    twin = to_hugging_face(model, weights_of(stage_of(model, groups)))
+    twin.config.update(changes)
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        from_hugging_face(twin)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, PackedSample, Sample, collate
+from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import hugging_face_inputs, to_hugging_face
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
@@ -90,6 +91,13 @@ def test_the_transformers_twin_is_told_the_same(groups: ProcessGroups, architect
     with torch.no_grad():
         loss = stage(batch.tokens, batch, LayerPath.full(3), None).mean().item()
         assert twin(**hugging_face_inputs(model, batch)).loss.item() == pytest.approx(loss, abs=2e-5)
+
+
+def test_esm_has_no_mask_for_packed_documents() -> None:
+    model = model_of("bert", position_embedding="rotary")
+    batch = collate([PackedSample(tuple(row)) for row in examples("bert")], range(3), SEQ_LENGTH, pad_id=0)
+    with pytest.raises(ConfigError, match=r"EsmForMaskedLM .*raptr_ds\.data\.packing"):
+        hugging_face_inputs(model, batch)
 
 
 def test_a_batch_moves_with_its_segments() -> None:

@@ -1,0 +1,98 @@
+"""A prefix language model to generate with, from an exported folder, a run or a checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.hf.model import to_hugging_face
+from raptr_ds.hf.source import load_model, load_tokenizer, read_run_data, tokenizer_beside
+from raptr_ds.user_paths import is_file, is_folder
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class PrefixModel:
+    """A model in evaluation mode, with its tokenizer."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_prefix_model(where: Path, tokenizer: str | None = None, device: str | None = None) -> PrefixModel:
+    """Return the model in a folder that tools/export_hf.py wrote, of a run's newest checkpoint, or of one checkpoint.
+
+    tokenizer: a sentencepiece file, where a run's or a checkpoint's own is not to be found. device: by default a GPU if
+    there is one.
+    Raises: ConfigError, DataError or CheckpointError for a folder that holds no such model, or no tokenizer.
+    """
+    if not is_folder(where):
+        raise ConfigError(f"{where}: there is no such folder. Name an exported model, a run or a checkpoint.")
+    kind = _exported_kind(where)
+    loaded = _from_checkpoint(where, tokenizer) if kind is None else _from_export(where, kind, tokenizer)
+    loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    return loaded
+
+
+def _exported_kind(where: Path) -> str | None:
+    """Return the class that an exported folder names, None for a folder that is none."""
+    config = where / "config.json"
+    if not is_file(config):
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{config} cannot be read ({error}). Export the model again, or restore the file.") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        return None
+    kinds = content.get("architectures")
+    return str(kinds[0]) if isinstance(kinds, list) and kinds else str(content["model_type"])
+
+
+def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
+    if kind != LlamaForCausalLM.__name__:
+        raise ConfigError(
+            f"{where} holds a {kind}, and only {LlamaForCausalLM.__name__} continues a text. A BERT model fills in "
+            f"masked words: transformers' pipeline('fill-mask', model='{where}')."
+        )
+    if tokenizer is not None:
+        raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
+    if not any(is_file(where / name) for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{where} has no tokenizer: {' or '.join(_TOKENIZER_FILES)}. Export the model with it, by "
+            "tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT --tokenizer FILE."
+        )
+    try:
+        theirs = AutoTokenizer.from_pretrained(where, local_files_only=True)
+        model, found = LlamaForCausalLM.from_pretrained(  # type: ignore[misc]
+            where, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises what the damage happens to lead to
+        lines = str(error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+        raise ConfigError(f"the model in {where} cannot be loaded ({why}). Export it again.") from error
+    missing = sorted(str(name) for problem in ("missing_keys", "mismatched_keys") for name in found[problem])
+    if missing:  # which transformers would fill with random numbers
+        raise ConfigError(f"{where} lacks {len(missing)} of the model's tensors, {missing[0]} first. Export it again.")
+    return PrefixModel(model.eval(), theirs)
+
+
+def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
+    trained = load_model(where)
+    if trained.model.architecture != "ul2":
+        raise ConfigError(
+            f"{trained.folder} holds a BERT model, and only UL2 continues a text. BERT fills in masked words: export "
+            "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT)."
+        )
+    tokenizer = load_tokenizer(named, read_run_data(trained.folder, needed=named is None), trained, is_needed=True)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
+        )
+    model = to_hugging_face(trained.model, trained.weights, tokenizer)
+    assert isinstance(model, LlamaForCausalLM)
+    return PrefixModel(model, tokenizer_beside(trained, tokenizer))

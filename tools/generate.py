@@ -1,0 +1,77 @@
+"""Continue a text, or fill in its missing words, with a UL2 model: python tools/generate.py MODEL "PROMPT".
+
+MODEL: a folder of tools/export_hf.py, a run, or one checkpoint. Prints what follows the prompt as it comes; the prompt
+is seen in both directions. --infill prints the prompt with <extra_id_0>, <extra_id_1>, ... in it filled in.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import _command_line
+from transformers.utils import logging
+
+from raptr_ds.data.tokenizer import MODES
+from raptr_ds.errors import ConfigError
+from raptr_ds.hf.generation import Prompt, Sampling, generate
+from raptr_ds.hf.infilling import filled, infilling_prompt
+from raptr_ds.hf.load import load_prefix_model
+from raptr_ds.hf.text import TextStream, prompt_tokens, sentinel_ids
+
+MODE_CHOICES = [mode.strip("[]") for mode in MODES]
+
+
+def main() -> None:
+    """Parse the command line, generate, and print the text as it comes."""
+    arguments = parse()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    loaded = load_prefix_model(arguments.model, arguments.tokenizer)
+    tokenizer, end_id = loaded.tokenizer, loaded.tokenizer.eos_token_id
+    if not isinstance(end_id, int):
+        raise ConfigError(f"the tokenizer in {arguments.model} has no token that ends a text (eos_token).")
+    choice = arguments.mode or ("NLU" if arguments.infill else "S2S")
+    tokens = prompt_tokens(tokenizer, arguments.prompt, None if choice == "none" else f"[{choice}]")
+    sentinels = sentinel_ids(tokenizer)
+    prompt = infilling_prompt(tokens, sentinels) if arguments.infill else Prompt(tokens)
+    text, new = TextStream(tokenizer, () if arguments.infill else tokens), []
+
+    def show(is_complete: bool) -> None:
+        whole = filled(tokens, new, sentinels, is_complete) if arguments.infill else [*tokens, *new]
+        print(text.update(whole, is_complete), end="", flush=True)
+
+    def take(_: int, token: int) -> None:
+        new.append(token)
+        show(is_complete=False)
+
+    (continuation,) = generate(loaded.model, [prompt], arguments.max_new_tokens, end_id, sampling, take)
+    show(is_complete=True)
+    print()
+    if continuation.end == "longest sequence":
+        longest = loaded.model.config.max_position_embeddings
+        print(f"cut off at the model's longest sequence, {longest:,} tokens", file=sys.stderr)
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = partial(parser.add_argument, metavar="N")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="an exported folder, a run's folder, or a checkpoint")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or to fill in")
+    parser.add_argument("--infill", action="store_true", help="fill in <extra_id_0>, <extra_id_1>, ... of the prompt")
+    parser.add_argument(
+        "--mode", choices=[*MODE_CHOICES, "none"], help="UL2's mode token (default S2S; with --infill NLU)"
+    )
+    add("--max-new-tokens", type=int, default=128, help="default 128")
+    add("--temperature", type=float, default=0.0, help="default 0: the likeliest token at each place")
+    add("--top-k", type=int, help="draw among the N likeliest tokens")
+    add("--top-p", type=float, help="draw among the likeliest tokens that together have this probability")
+    add("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    _command_line.run(main)
