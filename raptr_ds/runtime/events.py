@@ -4,6 +4,7 @@ Each has `time` (UTC, ISO 8601), `event`, and what belongs to the event:
 start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, process, version, revision;
 changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
 checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
+slow_rank: step, rank, host, seconds, median: a rank took over 1.5 times the median in the last 20 steps;
 stop: step, reason; end: step, exit_code. slurm/ and tools/supervise.py add `restart` and `give_up`.
 Unlike metrics.jsonl it is never rewritten: a restart adds to it.
 """
