@@ -83,7 +83,7 @@ def train(session: Session) -> Exit:
         if growth := session.method.growth_at(state.step):  # stacking only
             session.engine.grow(growth)
         learning_rate = session.learning_rate_at(state.step)
-        batch = session.batches.at(state.step, state.next_sample)
+        batch = session.load(state)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
         before, state = state, session.cost.after(state, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)

@@ -26,6 +26,7 @@ from raptr_ds.engine.parameter_groups import parameter_groups
 from raptr_ds.engine.path_zero import follow_paths
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.tied_gradient import TiedGradient
+from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
@@ -69,10 +70,11 @@ class TensorParallelUnit:
 class PathAware:
     """What both of DeepSpeed's engines need to follow a path: a mixin before them.
 
-    stage: this rank's part of the model; its parameter names are canonical.
+    stage: this rank's part of the model; its parameter names are canonical. clock: of this rank's own work in a step.
     """
 
     stage: Stage
+    clock: WorkClock
     process_groups: ProcessGroups
     optimizer: Any
 
@@ -98,10 +100,11 @@ class PathAware:
                     dynamic_loss_args=self.dynamic_loss_scale_args(),
                 ),
                 accumulate_in_fp32=accumulation_dtype == torch.float32 and model_dtype != torch.float32,
+                clock=self.clock,
             )
         else:
             self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
-            follow_paths(self.optimizer, self.process_groups, self.stage)
+            follow_paths(self.optimizer, self.process_groups, self.stage, self.clock)
         # DeepSpeed raises when a dynamic loss scale reaches 1; raptr_ds.train.on_non_finite decides what happens then.
         self.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -144,7 +147,8 @@ class PathAwarePipelineEngine(PathAware, PipelineEngine):
         """Begin to receive the tied embedding's gradient before the last backward pass."""
         if self.tied is not None:
             self.tied.before_backward()
-        super()._exec_backward_pass(buffer_id)
+        with self.clock.working():
+            super()._exec_backward_pass(buffer_id)
 
     def _exec_reduce_tied_grads(self) -> None:
         """Sum the tied embedding's gradient over the first and the last stage.
@@ -185,7 +189,8 @@ def build_deepspeed_engine(
     engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
     engine = engine_class.__new__(engine_class)
     # DeepSpeed's constructor calls _configure_optimizer, which needs these; nn.Module refuses them before it has run.
-    engine.__dict__.update(process_groups=groups, stage=stage)
+    clock = WorkClock(groups.device, is_on=groups.topology.world_size > 1)
+    engine.__dict__.update(process_groups=groups, stage=stage, clock=clock)
     start_deepspeed_comm()
     config = _with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage)
     parsed = DeepSpeedConfig(config, unit)

@@ -12,6 +12,7 @@ from raptr_ds.engine.grow import copy_layers
 from raptr_ds.engine.parameter_groups import every_layer, layers_on, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
+from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
@@ -26,6 +27,7 @@ class DeepSpeedState:
 
     def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups, skipped_update: str) -> None:
         self.engine, self.stage, self.groups = engine, stage, groups
+        self.clock: WorkClock = engine.clock
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
         self.freezes = skipped_update == "freeze"
@@ -86,6 +88,7 @@ class DeepSpeedState:
             num_predictions=int(count),
             grad_norm=norm if norm >= 0 else float("nan"),
             skipped=bool(optimizer.overflow),
+            own_seconds=self.clock.end_step(),
         )
 
     def _holders(self) -> list[Holder]:

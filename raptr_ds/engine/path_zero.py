@@ -26,6 +26,7 @@ from raptr_ds.engine.fragments import Holder, Piece
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
 from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
+from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
@@ -60,6 +61,7 @@ _GROUP_LISTS_3 = (
     "sub_group_process_groups",
     "sub_group_to_group_id",
 )
+_PRIVATE_3 = "_DeepSpeedZeroOptimizer_Stage3__"
 
 
 class PathZero:
@@ -73,6 +75,7 @@ class PathZero:
     moves: Callable[[int], bool]
     """Whether this step changes a layer."""
     loss_check: LossCheck
+    clock: WorkClock
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
@@ -94,7 +97,8 @@ class PathZero:
         This takes one collective, where DeepSpeed has one for each group.
         """
         groups = self.process_groups
-        norm = global_norm(owned, self.loss_check, groups.device, groups.world)
+        with self.clock.waiting():
+            norm = global_norm(owned, self.loss_check, groups.device, groups.world)
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
@@ -130,6 +134,11 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     def _build_compact_grad_partition_buffer(self: Any, group_idx: int) -> Any:
         """Return the same when gradients of 16-bit weights accumulate in fp32."""
         return super()._build_compact_grad_partition_buffer(group_idx) if self._group_moves(group_idx) else []
+
+    def average_tensor(self, *args: Any, **more: Any) -> None:
+        """Reduce gradients as DeepSpeed does, with the other ranks."""
+        with self.clock.waiting():
+            super().average_tensor(*args, **more)
 
     def scaled_global_norm(self: Any, norm_type: int = 2) -> torch.Tensor:
         """Return the norm of the gradient partitions, each element of the model counted once."""
@@ -214,7 +223,7 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
     @property
     def _gradient_partitions(self) -> dict[int, torch.Tensor]:
         """The tensors in which ZeRO 3 accumulates gradients, by ds_id, DeepSpeed's number of a parameter."""
-        return vars(self)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
+        return vars(self)[_PRIVATE_3 + "param_id_to_grad_partition"]
 
     def follow_micro_batch(self, path: LayerPath) -> None:
         """Prefetch weights along `path` in the next micro batch."""
@@ -248,10 +257,25 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         persistent = self.persistent_parameters
         self.persistent_parameters = [p for p in persistent if self.runs(self.layers[p])]
         try:
-            with _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)):
+            with (
+                _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)),
+                self.clock.working(),
+            ):
                 super().step(closure)
         finally:
             self.persistent_parameters = persistent
+
+    def _post_step(self, timer_names: Any) -> None:
+        """Gather the small weights as DeepSpeed does, with the other ranks."""
+        with self.clock.waiting():
+            super()._post_step(timer_names)
+
+    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(  # noqa: N802 - DeepSpeed's private name
+        self, *args: Any
+    ) -> None:
+        """Reduce gradients as DeepSpeed does, with the other ranks."""
+        with self.clock.waiting():
+            getattr(super(), _PRIVATE_3 + "reduce_and_partition_ipg_grads")(*args)
 
     def gather(self, is_wanted: Callable[[int], bool]) -> None:
         """Do nothing: weights are gathered module by module as they are used."""
@@ -282,7 +306,7 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         return holders
 
 
-def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) -> None:
+def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage, clock: WorkClock) -> None:
     """Turn a ZeRO optimizer that DeepSpeed has built for `stage` into a PathZero12 or PathZero3.
 
     DeepSpeed's engine names the class that it builds (runtime/engine.py, _configure_zero_optimizer), so a subclass can
@@ -292,12 +316,13 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage) ->
     optimizer.__class__ = subclasses[type(optimizer)]
     optimizer.process_groups = process_groups
     optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
-    optimizer.loss_check = LossCheck()
+    optimizer.loss_check, optimizer.clock = LossCheck(), clock
     optimizer.check_grad_overflow = True  # in every precision: bf16.check_grad_overflow=false would apply a NaN
     if isinstance(optimizer, PathZero12):
         optimizer.stale = set()
     if isinstance(optimizer, PathZero3):
-        optimizer.coordinator = prefetch_along_paths(optimizer.parameter_offload.get_param_coordinator(), stage.layers)
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        optimizer.coordinator = prefetch_along_paths(coordinator, stage.layers, clock)
 
 
 @contextmanager

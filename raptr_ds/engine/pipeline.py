@@ -1,6 +1,7 @@
 """Pipeline-parallel training (with tensor and data parallel, ZeRO 0 and 1), on DeepSpeed's pipeline engine."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ class _StepBody(nn.Module):
         self.waiting: Iterator[tuple[MicroBatch, LayerPath]] = iter(())
         self.observe_loss: Callable[[torch.Tensor], None] = lambda _loss: None
         self.scale_gradient: Callable[[torch.Tensor], None] = lambda _loss: None
+        self.working: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         micro, path = next(self.waiting)
         streams = None if self.dropout_keys is None else DropoutStreams(self.dropout_keys, micro.sample_ids)
-        x = self.stage(x, micro, path, streams)
+        with self.working():
+            x = self.stage(x, micro, path, streams)
         if not self.stage.is_last:
             return x
         loss = x.sum() * self.weight
@@ -64,6 +67,7 @@ class PipelineEngine(DeepSpeedState):
             engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
         self.body.observe_loss = engine.observe_loss
         self.body.scale_gradient = self.scale_gradient
+        self.body.working = self.clock.working
 
     def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
         """Train step `step` along `path`."""
@@ -75,6 +79,7 @@ class PipelineEngine(DeepSpeedState):
         count = self.count_predictions(batch)
         keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
         self._prepare(batch, path, self.loss_weight(batch, count), keys)
+        self.clock.begin_step()
         # DeepSpeed averages the weighted losses over micro batches and data-parallel ranks, which gives the mean over
         # the global batch's predicted positions, and broadcasts it to all stages.
         loss = engine.train_batch(self._inputs(batch))

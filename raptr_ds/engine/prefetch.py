@@ -32,6 +32,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 )
 from torch import nn
 
+from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stack import Stack
 
 _PRIVATE = "_PartitionedParameterCoordinator__"
@@ -114,6 +115,7 @@ class PathCoordinator(PartitionedParameterCoordinator):
     modules: dict[int, dict[str, nn.Module]]
     recomputes: Callable[[int], bool]
     """Whether a training step along this number of layers recomputes their activations."""
+    clock: WorkClock
     orders: dict[bool, VisitOrder]
     """The pieces of steps that recompute (True) and of those that do not (False), as far as they are known."""
     _expected: tuple[tuple[int, ...], bool]
@@ -171,7 +173,8 @@ class PathCoordinator(PartitionedParameterCoordinator):
         """Fetch as DeepSpeed does, and note where the backward pass of a recorded step begins."""
         if not forward and self._first_backward is None and self.is_record_trace():
             self._first_backward = len(self._get("submodule_order")) - 1
-        super().fetch_sub_module(current_submodule, forward)
+        with self.clock.waiting():
+            super().fetch_sub_module(current_submodule, forward)
 
     def _invalidate_trace(self: Any) -> None:
         """Discard all orders: DeepSpeed has met a module that it did not expect, and will record again."""
@@ -226,14 +229,14 @@ def _weights_of(module: nn.Module) -> list[Any]:
     return sorted(set(iter_params(module)), key=attrgetter("ds_id"))
 
 
-def prefetch_along_paths(coordinator: Any, layers: Stack) -> PathCoordinator:
+def prefetch_along_paths(coordinator: Any, layers: Stack, clock: WorkClock) -> PathCoordinator:
     """Turn the coordinator that DeepSpeed has built into a PathCoordinator.
 
     DeepSpeed's offload code names the class that it builds, so a subclass can only be set afterwards.
     """
     coordinator.__class__ = PathCoordinator
     coordinator.modules = {int(name): dict(block.named_modules()) for name, block in layers.items()}
-    coordinator.recomputes = layers.recomputes
+    coordinator.recomputes, coordinator.clock = layers.recomputes, clock
     coordinator.orders = {}
     coordinator._expected = coordinator._recorded = (tuple(coordinator.modules), True)
     coordinator._installed, coordinator._first_backward = None, None

@@ -16,12 +16,14 @@ class StepResult:
 
     loss: mean over all num_predictions predicted positions of the global batch. grad_norm: of the whole model, before
     clipping. skipped: the loss or a gradient was not finite, so no weight changed on any rank.
+    own_seconds: how long this rank worked without waiting for others, 0 where that was not measured.
     """
 
     loss: float
     grad_norm: float
     num_predictions: int
     skipped: bool = False
+    own_seconds: float = 0.0
 
 
 class Engine(Protocol):

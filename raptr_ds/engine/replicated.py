@@ -17,6 +17,7 @@ from raptr_ds.engine.fragments import Holder
 from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
 from raptr_ds.engine.idle_parts import idle_parts_kept
 from raptr_ds.engine.parameter_groups import every_layer, layers_on
+from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import LayerPath
@@ -39,8 +40,10 @@ class ReplicatedOptimizer:
         max_norm: float,
         loss_scaler: Any,
         accumulate_in_fp32: bool,
+        clock: WorkClock,
     ) -> None:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
+        self.clock = clock
         self.moves: Callable[[int], bool] = every_layer
         self.freezes = True
         self.path: LayerPath | None = None
@@ -88,6 +91,10 @@ class ReplicatedOptimizer:
         """Average the gradients over the data-parallel ranks; skipped layers have none, so nothing is sent for them."""
         if self.groups.topology.data == 1:
             return
+        with self.clock.waiting():
+            self._reduce_in_buckets()
+
+    def _reduce_in_buckets(self) -> None:
         bucket: list[torch.Tensor] = []
         elements = 0
         for parameter, _, _ in self.pairs:
@@ -120,7 +127,8 @@ class ReplicatedOptimizer:
         # All data-parallel ranks have the same gradients: the first counts them, the others only their losses.
         is_counted = self.groups.data_rank == 0
         owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
-        norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
+        with self.clock.waiting():
+            norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
         self._global_grad_norm = norm
         self.overflow, self._is_unfinished = False, True
         if not self.decides_on_device:

@@ -31,6 +31,9 @@ class ZeroEngine(DeepSpeedState):
         self._accumulate_over(len(batch.micro_batches))
         batch = batch.to(self.groups.device)
         count = self.count_predictions(batch)
+        self.clock.begin_step()
+        if not (self.clock.is_on_device and engine.zero_optimization_stage() == 3):
+            self.clock.start()  # else each gather of a module's weights would have to be left out by two events
         weight = self.loss_weight(batch, count)
         total = torch.zeros((), device=self.groups.device)
         keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
@@ -44,6 +47,7 @@ class ZeroEngine(DeepSpeedState):
             engine.backward(loss)
             engine.step()
             total += loss.detach()
+        self.clock.stop()
         self.summed_over_data(total)
         return self.result(total, len(batch.micro_batches) * self.groups.topology.data, count)
 

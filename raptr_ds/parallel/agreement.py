@@ -3,7 +3,7 @@
 import queue
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,10 +21,14 @@ PathT = TypeVar("PathT")
 
 @dataclass(frozen=True)
 class Agreed(Generic[PathT]):
-    """What all ranks will do in a step: the path that they train, and whether to stop before it."""
+    """What all ranks will do in a step: the path that they train, and whether to stop before it.
+
+    reports: what each rank passed on with the request of this step, (world size, num_reported).
+    """
 
     path: PathT
     stop: bool
+    reports: np.ndarray
 
 
 class PathAgreement(Generic[PathT]):
@@ -42,33 +46,39 @@ class PathAgreement(Generic[PathT]):
         decode: Callable[[np.ndarray], PathT],
         stop_requested: Callable[[], bool],
         num_steps: int,
+        num_reported: int = 0,
     ) -> None:
-        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size; decode: its inverse."""
+        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size; decode: its inverse.
+
+        num_reported: how many numbers each rank passes on with a step's exchange.
+        """
+        self._num_reported = num_reported
         self._rank, self._world_size = groups.rank, groups.topology.world_size
         self._words_at, self._decode = words_at, decode
         self._stop_requested, self._num_steps = stop_requested, num_steps
         self._group = dist.new_group(backend="gloo")
-        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[int, Agreed[PathT] | Exception]] = queue.SimpleQueue()
         self._under_way: int | None = None
         # A daemon: a rank that leaves must not wait for an exchange whose other side is gone.
         threading.Thread(target=self._serve, name="path-agreement", daemon=True).start()
 
-    def at(self, step: int) -> Agreed[PathT]:
+    def at(self, step: int, report: Sequence[float] = ()) -> Agreed[PathT]:
         """Return what was agreed for `step` (0-based), and start on the next one.
 
+        report: numbers that all ranks get with what is agreed for the next step, zeros if left out.
         Raises: AgreementError, on every rank, naming the step and the ranks whose path differs.
         """
         if self._under_way != step:
             assert self._under_way is None, f"agreement on step {self._under_way} is under way, not on {step}"
-            self._wanted.put(step)
+            self._wanted.put((step, ()))
         answered, answer = self._answers.get()
         self._under_way = None
         assert answered == step, (answered, step)
         if isinstance(answer, Exception):
             raise answer
         if step + 1 < self._num_steps and not answer.stop:
-            self._wanted.put(step + 1)
+            self._wanted.put((step + 1, report))
             self._under_way = step + 1
         return answer
 
@@ -88,28 +98,29 @@ class PathAgreement(Generic[PathT]):
 
     def _serve(self) -> None:
         while True:
-            step = self._wanted.get()
+            step, report = self._wanted.get()
             try:
-                self._answers.put((step, self._agree(step)))
+                self._answers.put((step, self._agree(step, report)))
             except Exception as error:  # handed to the loop, which raises it
                 self._answers.put((step, error))
 
-    def _agree(self, step: int) -> Agreed[PathT]:
+    def _agree(self, step: int, report: Sequence[float]) -> Agreed[PathT]:
         own = torch.from_numpy(np.concatenate([[step], self._words_at(step)]).astype(np.int64))
         leader = own.clone()
         dist.broadcast(leader, src=0, group=self._group)
-        votes = torch.zeros(self._world_size + 1, dtype=torch.int32)
-        votes[self._rank] = int(not torch.equal(own, leader))
-        votes[-1] = int(self._stop_requested())
-        dist.all_reduce(votes, group=self._group)
-        differing = votes[:-1].nonzero().flatten().tolist()
+        # A row for each rank: whether its path differs, whether it asks to stop, its report.
+        table = np.zeros((self._world_size, 2 + self._num_reported))
+        table[self._rank, :2] = not torch.equal(own, leader), self._stop_requested()
+        table[self._rank, 2:] = report or 0.0
+        dist.all_reduce(torch.from_numpy(table), group=self._group)
+        differing = table[:, 0].nonzero()[0].tolist()
         if differing:
             raise AgreementError(
                 f"step {step + 1}: rank(s) {listed(differing)} would train another path than rank 0. "
                 "All ranks must run the same code, run file, seed and library versions. Compare them on these ranks; "
                 "nothing of this step has been trained."
             )
-        return Agreed(self._decode(leader.numpy()[1:]), stop=bool(votes[-1]))
+        return Agreed(self._decode(leader.numpy()[1:]), bool(table[:, 1].any()), table[:, 2:])
 
 
 def together(groups: ProcessGroups, action: Callable[[], T]) -> T:

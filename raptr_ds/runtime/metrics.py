@@ -7,6 +7,10 @@ corpus_before, the digests of its tokens.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
 Once checkpoints could not be written since the run was last started, "failed_saves" is their number.
+With several ranks, from the fourth step since a start on, "slowest_rank" is the one that takes longest for its own work
+in a step, "slowest_rank_seconds" its time, and "median_rank_seconds" that of the ranks it is compared with (ranks.py):
+means over the steps since the last line, of at most 20. "host_memory_bytes", "host_memory_peak_bytes" and on GPUs
+"device_memory_peak_bytes" are of the rank that has most.
 Where parts of layers run (path.method width), "width" is the number of heads of each layer that run; where a step takes
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
@@ -20,6 +24,7 @@ from typing import Any
 from raptr_ds import paths
 from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
 from raptr_ds.runtime.progress import Progress, ProgressState
+from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 from raptr_ds.user_paths import write_error
@@ -32,7 +37,7 @@ class TrainingStep:
     step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
     clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
     skipped: the step moved no weight, as a number was not finite; skipped_steps: the number of such steps so far.
-    failed_saves: checkpoints that could not be written since the run was last started.
+    failed_saves: checkpoints that could not be written since the run was last started. ranks: what they report.
     """
 
     step: int
@@ -50,6 +55,7 @@ class TrainingStep:
     skipped: bool = False
     skipped_steps: int = 0
     failed_saves: int = 0
+    ranks: Ranks | None = None
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -173,6 +179,8 @@ class Metrics(AbstractContextManager["Metrics"]):
             line["width"] = len(step.path.parts.heads[0])
         if step.failed_saves:
             line["failed_saves"] = step.failed_saves
+        if step.ranks is not None:
+            line |= step.ranks.line()
         return {**line, "non_finite": True} if step.skipped else line
 
     def _report_delay(self) -> None:
@@ -192,6 +200,7 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:
         flops_left = None if self._flops_left is None else self._flops_left(step.step)
+        slow = None if step.ranks is None else step.ranks.slow()
         return ProgressState(
             step=step.step,
             num_steps=self._num_steps,
@@ -203,6 +212,7 @@ class Metrics(AbstractContextManager["Metrics"]):
             flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,
             seconds_left=self._throughput.seconds_left(self._num_steps - step.step, flops_left),
             failed_saves=step.failed_saves,
+            slow_rank="" if slow is None else f"rank {slow.rank} slow ({slow.ratio:.1f} x)",
         )
 
 

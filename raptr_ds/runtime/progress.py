@@ -28,6 +28,8 @@ class ProgressState:
     seconds_left: float | None
     failed_saves: int = 0
     """Checkpoints that could not be written."""
+    slow_rank: str = ""
+    """The rank that the others wait for, if one is slow."""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -40,6 +42,7 @@ class ProgressState:
             "speed": "- tok/s" if speed is None else f"{short_number(speed)} tok/s",
             "saved": "" if saved is None else f"saved {saved:.1%}",
             "left": "" if self.seconds_left is None else f"left {short_time(self.seconds_left)}",
+            "slow": self.slow_rank,
             "failed": f"{self.failed_saves} checkpoints NOT written" if self.failed_saves else "",
         }
 

@@ -1,7 +1,8 @@
 """A run set up: everything the loop works with, and what it does around a step."""
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
+from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
@@ -45,6 +47,7 @@ class Session:
     engine: Engine
     batches: Loader
     agreement: PathAgreement[LayerPath]
+    ranks: Ranks
     checkpoints: Checkpoints
     metrics: Metrics
     signals: StopSignals
@@ -60,7 +63,8 @@ class Session:
 
     def agreed_path(self, step: int) -> tuple[LayerPath, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
-        agreed = self.agreement.at(step)
+        agreed = self.agreement.at(step, self.ranks.report())
+        self.ranks.receive(agreed.reports)
         return agreed.path, agreed.stop
 
     def learning_rate_at(self, step: int) -> float:
@@ -68,11 +72,19 @@ class Session:
         scheduled = learning_rate_at(self.config.scheduler, self.config.optimizer["params"]["lr"], step)
         return scheduled * self.method.learning_rate_factor_at(step)
 
+    def load(self, state: RunState) -> StepBatch:
+        """Return this rank's share of the next step's batch."""
+        started = time.perf_counter()
+        batch = self.batches.at(state.step, state.next_sample)
+        self.ranks.loaded(time.perf_counter() - started)
+        return batch
+
     def record(
         self, state: RunState, result: StepResult, path: LayerPath, learning_rate: float, seconds: float
     ) -> None:
         """Record one step."""
         self.num_trained += 1
+        self.ranks.step_done(state.step, result.own_seconds)
         self.metrics.record_step(
             TrainingStep(
                 step=state.step,
@@ -89,8 +101,11 @@ class Session:
                 skipped=result.skipped,
                 skipped_steps=state.skipped_steps,
                 failed_saves=self.failed_saves,
+                ranks=self.ranks,
             )
         )
+        if slow := self.ranks.slow_event(state.step):
+            self.events.record("slow_rank", step=state.step, **asdict(slow))
         self._report_saved(self.checkpoints.poll())
         self.signals.progressed()
         self.watchdog.step_done(state.step, seconds)

@@ -36,6 +36,7 @@ from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
 from raptr_ds.runtime.progress import Progress
+from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
 from raptr_ds.runtime.signals import StopSignals, exit_now
@@ -103,13 +104,15 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         events = together(groups, lambda: EventLog(folder if groups.rank == 0 else None))
         stack.callback(events.close)
-        _record_start(events, groups, launch, state, changes, metrics)
+        hosts = _hosts(groups)
+        _record_start(events, hosts, groups, launch, state, changes, metrics)
         agreement = PathAgreement(
             groups,
             lambda step: method.path_at(step).encode(),
             LayerPath.decode,
             lambda: signals.requested,
             config.train.steps,
+            NUM_REPORTED,
         )
         meet(groups.control, _MEETING, "the first step")
         signals.progressed()
@@ -122,6 +125,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             engine=engine,
             batches=batches,
             agreement=agreement,
+            ranks=Ranks(groups.topology, hosts, groups.device, config.log.interval),
             checkpoints=checkpoints,
             metrics=metrics,
             signals=signals,
@@ -240,8 +244,16 @@ def _open_metrics(
     )
 
 
+def _hosts(groups: ProcessGroups) -> list[str]:
+    """Return the host of each rank; all ranks call it."""
+    hosts: list[Any] = [None] * groups.topology.world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=groups.control)
+    return hosts
+
+
 def _record_start(
     events: EventLog,
+    hosts: list[str],
     groups: ProcessGroups,
     launch: Launch,
     state: RunState,
@@ -249,8 +261,6 @@ def _record_start(
     metrics: Metrics,
 ) -> None:
     """Write down how the run was started, and what is not as it was when its checkpoint was written."""
-    hosts: list[Any] = [None] * launch.world_size
-    dist.all_gather_object(hosts, socket.gethostname(), group=groups.control)
     if groups.rank:
         return
     topology = groups.topology

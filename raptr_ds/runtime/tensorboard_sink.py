@@ -20,6 +20,12 @@ _TRAINING_TAGS = {
     "step_seconds": "speed/step_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
+    "slowest_rank": "speed/slowest_rank",
+    "slowest_rank_seconds": "speed/slowest_rank_seconds",
+    "median_rank_seconds": "speed/median_rank_seconds",
+    "host_memory_bytes": "memory/host_bytes",
+    "host_memory_peak_bytes": "memory/host_peak_bytes",
+    "device_memory_peak_bytes": "memory/device_peak_bytes",
 }
 _MAX_UNFLUSHED = 2000  # scalars
 

@@ -111,3 +111,18 @@ def fail_on(launch: Launch, failing: tuple[int, ...]) -> str:
 def test_a_failure_anywhere_is_a_failure_everywhere() -> None:
     assert run_distributed(fail_on, 3, (2, 1)) == ["wrong on rank 1"] * 3
     assert run_distributed(fail_on, 3, ()) == ["0", "1", "2"]
+
+
+def agree_with_reports(launch: Launch) -> list[list[list[float]]]:
+    """Return the reports that came with steps 0 to 3; each rank passes on (its rank, the step) at each."""
+    groups = initialize_process_groups(launch, 1, 1)
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), LayerPath.decode, lambda: False, 6, 2)
+    found = [agreement.at(step, (launch.rank, step)).reports.tolist() for step in range(4)]
+    agreement.restart()
+    return [*found, agreement.at(1).reports.tolist()]
+
+
+def test_reports_come_with_the_next_step_to_all_ranks() -> None:
+    nothing = [[0, 0]] * 3
+    expected = [nothing, *([[rank, step] for rank in range(3)] for step in range(3)), nothing]
+    assert run_distributed(agree_with_reports, 3) == [expected] * 3

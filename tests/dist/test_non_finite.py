@@ -25,6 +25,7 @@ from raptr_ds.pretrain import train
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
+from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.session import OPTIMIZER, Session
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
@@ -228,8 +229,14 @@ def open_loop(
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
         agreement=PathAgreement(
-            groups, lambda step: method.path_at(step).encode(), LayerPath.decode, lambda: False, case.steps
+            groups,
+            lambda step: method.path_at(step).encode(),
+            LayerPath.decode,
+            lambda: False,
+            case.steps,
+            NUM_REPORTED,
         ),
+        ranks=Ranks(groups.topology, ["here"] * groups.topology.world_size, groups.device, 1),
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
         metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
         signals=StopSignals(watch_launcher=False),
