@@ -5,6 +5,7 @@ a name that is too long, and one with a NUL byte. Every path from a run file or 
 """
 
 import errno
+import shlex
 import stat
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def is_stream(path: str | Path) -> bool:
 def exists(path: str | Path) -> bool:
     """Return whether there is anything at the path; not a link to nothing. Raises: PathError."""
     return _mode(path) is not None
+
+
+def open_to_all(folder: str | Path) -> str | None:
+    """Return a warning, with the fix, if every user may write to a folder; else None. Raises: PathError."""
+    mode = _mode(folder)
+    if mode is None or not mode & stat.S_IWOTH:
+        return None
+    return (
+        f"every user may write to {_printable(folder)} (mode {stat.S_IMODE(mode):o}), and so replace the run's "
+        f"checkpoints: chmod o-w {shlex.quote(str(folder))}"
+    )
 
 
 def path_error(path: str | Path, error: OSError | ValueError) -> PathError:

@@ -2,7 +2,8 @@
 #
 # Sourced by them inside a job, with RAPTR_CONFIG set; arguments are passed on to pretrain.py. Users' variables are
 # described in docs/slurm.md: RAPTR_CONFIG, RAPTR_ARGS, RAPTR_VENV, RAPTR_SETUP, RAPTR_HOME, RAPTR_SRUN_ARGS,
-# RAPTR_MAX_RETRIES, RAPTR_RETRY_DELAY.
+# RAPTR_SIGNAL_LEAD, RAPTR_MAX_RETRIES, RAPTR_RETRY_DELAY. The batch files of tools/submit.py also set RAPTR_CODE, the
+# copy of the repository that is run, and step_options and task_words, arrays of words for a container.
 # Runs under bash 4.2 or newer and needs nothing but Slurm's commands: no ssh, no host file.
 
 readonly USER_ERROR=2 # raptr_ds/errors.py: Exit
@@ -44,6 +45,9 @@ choose_tasks() {
 set_defaults() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export PYTHONUNBUFFERED=1
+    # $0 is Slurm's copy of the batch file, which has the lead unless it was given on the command line.
+    local lead='s/^#SBATCH .*--signal[= ][^@ ]*@\([0-9]\{1,\}\).*/\1/p'
+    export RAPTR_SIGNAL_LEAD=${RAPTR_SIGNAL_LEAD:-$(sed -n "$lead" "$0" | head -n 1)}
     # When one task is gone the others wait for it in a collective: end them after this many seconds. Not at once
     # (--kill-on-bad-exit): all tasks leave with 75 after a signal, not in the same instant, and the last ones would be
     # killed by the first one's 75, which turns the step's code, the largest of all tasks', into 143.
@@ -73,11 +77,13 @@ run_supervised() {
     local more_options more_arguments # lists of words; `read` leaves a * or [1,2] in them as it is
     IFS=$' \t\n' read -r -d '' -a more_options <<<"${RAPTR_SRUN_ARGS:-}"
     IFS=$' \t\n' read -r -d '' -a more_arguments <<<"${RAPTR_ARGS:-}"
+    local sources=${RAPTR_CODE:+$RAPTR_CODE/}
     unset RANK WORLD_SIZE LOCAL_RANK # of the shell that submitted: each task reads its own from srun
     (
         trap '' USR1 TERM # until Python listens
-        exec python tools/supervise.py --slurm ${asked:+--stopped} -- srun "${options[@]}" "${more_options[@]}" \
-            python raptr_ds/pretrain.py --deepspeed_config "$RAPTR_CONFIG" "${more_arguments[@]}" "$@"
+        exec python "${sources}tools/supervise.py" --slurm ${asked:+--stopped} -- \
+            srun "${options[@]}" "${step_options[@]}" "${more_options[@]}" \
+            "${task_words[@]}" python "${sources}raptr_ds/pretrain.py" --deepspeed_config "$RAPTR_CONFIG" "${more_arguments[@]}" "$@"
     ) &
     supervisor=$!
     [ -z "$asked" ] || stop "$asked" # meanwhile

@@ -5,8 +5,11 @@ start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, vers
 changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
 checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
 slow_rank: step, rank, host, seconds, median: a rank took over 1.5 times the median in the last 20 steps;
-stop: reason; hang: ranks, missing: where each rank stood, and those that did not answer; end: exit_code.
-tools/supervise.py, under Slurm too, adds launch, restart, give_up and done (docs/slurm.md).
+stop: reason; hang: ranks, missing: where each rank stood, and those that did not answer; end: exit_code;
+signal_lead: lead, needed, write: the seconds between the signal to stop and the time limit, those that steps, an
+evaluation's batch and saves were measured to take, and those to ask for.
+tools/submit.py adds submit; tools/supervise.py, under Slurm too, adds launch, restart, give_up and done
+(docs/slurm.md).
 Unlike metrics.jsonl it is never rewritten: a restart adds to it.
 """
 
@@ -20,7 +23,9 @@ from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.user_paths import write_error
 
 EVENTS = "events.jsonl"
-_SOURCES = Path(__file__).parent
+REVISION_FILE = "revision.txt"
+"""In the copy of the code that tools/submit.py makes: the revision that it was made of."""
+_SOURCES = Path(__file__).resolve().parents[2]
 
 
 class EventLog:
@@ -52,6 +57,8 @@ class EventLog:
 
 def code_revision() -> str | None:
     """Return git's description of the code that runs, with "-dirty" where it was edited; None outside a clone."""
+    if (_SOURCES / REVISION_FILE).is_file():
+        return (_SOURCES / REVISION_FILE).read_text(encoding="utf-8").strip()
     words = ["git", "-C", str(_SOURCES), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)

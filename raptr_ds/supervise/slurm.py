@@ -124,7 +124,7 @@ def supervise_job(
     if is_stopped:
         return _go_back(job, run, Decision(True, "stopped before it started"))
     say(beginning.why)
-    _warn_of_time_limit(job)
+    _warn_of_time_limit(job, env.get("RAPTR_SIGNAL_LEAD", ""))
     ending = Ending(Exit.FAULT)
     for attempt in range(_PORT_TRIES):
         port = free_rendezvous_port(job.number, job.start, attempt)
@@ -192,13 +192,11 @@ def _end(job: Job, decision: Decision, code: int) -> int:
     return code
 
 
-def _warn_of_time_limit(job: Job) -> None:
-    """Print what to write if the signal to stop comes at once or hardly later. Says nothing without an answer."""
-    code, script = _slurm("scontrol", "write", "batch_script", str(job.number), "-")
-    lead = re.search(r"^#SBATCH\s.*--signal[= ]\S*@(\d+)", script, re.MULTILINE)
+def _warn_of_time_limit(job: Job, lead: str) -> None:
+    """Print what to write if the signal to stop comes at once or hardly later. Says nothing where one is not known."""
     limit = _seconds(job.show().get("TimeLimit", ""))
-    if code == 0 and lead and limit and limit <= 2 * int(lead[1]):
-        seconds = int(lead[1])
+    if lead.isdecimal() and limit and limit <= 2 * int(lead):
+        seconds = int(lead)
         say(
             f"warning: the time limit is {limit} s, and the signal to save comes {seconds} s before its end, so that "
             f"a start trains {max(0, limit - seconds)} s at most. Give --time={-(-10 * seconds // 60)} (minutes) or "

@@ -86,7 +86,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
     num_steps, num_layers = block.get("train", {}).get("steps"), block.get("model", {}).get("num_layers")
     step, step_seconds = last.get("step", 0), _median(line["step_seconds"] for line in recent)
     checkpoint, checkpoint_age, saved = _newest_checkpoint(folder / "checkpoints", now)
-    holder, silent = _holder_of(folder / "run.lock", now)
+    holder, silent = holder_of(folder / "run.lock", now)
     starts = [event for event in events if event.get("event") == "start"]
     since_start = events[events.index(starts[-1]) :] if starts else []
     return RunStatus(
@@ -191,7 +191,7 @@ def _newest_checkpoint(folder: Path, now: float) -> tuple[int | None, float | No
     return None, None, None
 
 
-def _holder_of(path: Path, now: float) -> tuple[str | None, float | None]:
+def holder_of(path: Path, now: float) -> tuple[str | None, float | None]:
     """Return who works in the folder, and the seconds since its last sign of life."""
     try:
         silent = now - path.stat().st_mtime

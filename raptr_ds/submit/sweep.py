@@ -1,0 +1,91 @@
+"""Sweeps: the settings of each run of a Slurm array, and the folder that it works in."""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from raptr_ds.errors import ConfigError
+from raptr_ds.user_paths import is_file
+
+_MAX_NAME = 100
+_MAX_RUNS = 1000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep. name: of its folder, inside that of the sweep."""
+
+    settings: tuple[str, ...]
+    name: str
+
+
+def sweep(words: Sequence[str]) -> list[Point]:
+    """Return the runs of --array: of a file with a run's settings in each line, or of all combinations of KEY=V1,V2.
+
+    Raises: ConfigError.
+    """
+    if len(words) == 1 and is_file(words[0]):
+        settings = _lines_of(Path(words[0]))
+    else:
+        settings = [tuple(point) for point in product(*(_values_of(word) for word in words))]
+    if not 1 <= len(settings) <= _MAX_RUNS:
+        raise ConfigError(f"--array makes {len(settings)} runs; a sweep has 1 to {_MAX_RUNS}.")
+    for setting in (setting for point in settings for setting in point):
+        if setting.partition("=")[0].strip() in {"raptr_ds.train.save", "raptr_ds.train", "raptr_ds"}:
+            raise ConfigError(
+                f"--array {setting!r}: each run's folder is made inside raptr_ds.train.save. Set that by --set."
+            )
+    names = [_name_of(point) for point in settings]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"--array has two runs with the settings {twice}. Give each run settings of its own.")
+    return [Point(point, name) for point, name in zip(settings, names, strict=True)]
+
+
+def run_settings(point: Point, folder: Path) -> list[str]:
+    """Return the settings of one run, its folder inside that of the sweep; none for a run that is alone."""
+    if not point.name:
+        return []
+    return [*point.settings, f"raptr_ds.train.save={json.dumps(str(folder / point.name))}"]
+
+
+def _lines_of(file: Path) -> list[tuple[str, ...]]:
+    try:
+        lines = [shlex.split(line, comments=True) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a quote without its other
+        raise ConfigError(f"--array {file} cannot be read: {error}. Each line holds the settings of a run.") from error
+    for word in (word for line in lines for word in line):
+        if not word.partition("=")[1]:
+            raise ConfigError(f"--array {file}: {word!r} is not KEY=VALUE. Each line holds the settings of a run.")
+    return [tuple(line) for line in lines if line]
+
+
+def _values_of(word: str) -> list[str]:
+    key, equals, values = word.partition("=")
+    if not equals or not key or not all(values.split(",")):
+        raise ConfigError(
+            f"--array {word!r} is neither a file nor KEY=V1,V2. Write --array optimizer.params.lr=1e-4,2e-4, or name a "
+            "file with the settings of a run in each line."
+        )
+    if values[0] in "[{":
+        raise ConfigError(
+            f"--array {word!r}: lists and objects have commas of their own. Put each run's settings in a file."
+        )
+    return [f"{key}={value}" for value in values.split(",")]
+
+
+def _name_of(settings: Sequence[str]) -> str:
+    """Return a folder's name: the settings, or their beginning and a digest where they have other characters."""
+    plain = ",".join(
+        f"{key.rpartition('.')[2]}={value}" for key, _, value in (word.partition("=") for word in settings)
+    )
+    name = re.sub(r"[^\w.,=+-]", "_", plain, flags=re.ASCII).lstrip(".-")[:_MAX_NAME]
+    keys = [word.partition("=")[0].rpartition(".")[2] for word in settings]
+    if name == plain and len(set(keys)) == len(keys):
+        return name
+    return f"{name}-{hashlib.sha256(chr(0).join(settings).encode(errors='surrogateescape')).hexdigest()[:8]}"

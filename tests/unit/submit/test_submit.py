@@ -1,0 +1,247 @@
+"""Submitting: what is checked on the login node, the words for sbatch and containers, sweeps, and the code's copy."""
+
+import json
+import os
+import re
+import subprocess
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raptr_ds.config.load import load_run_config
+from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.submit import checks
+from raptr_ds.submit.checks import check_disk, check_folder, check_memory, checkpoint_bytes, complete_run_file
+from raptr_ds.submit.container import ContainerWords, container_words
+from raptr_ds.submit.job import Submission
+from raptr_ds.submit.layout import check_more_options, job_layout, limit_seconds
+from raptr_ds.submit.snapshot import code_files, copy_code, free_number
+from raptr_ds.submit.sweep import run_settings, sweep
+
+NASTY = "a b \"c\" 'd' $(touch ran) `touch ran`; touch ran & #[1]*?"
+MODEL = {"architecture": "bert", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 2, "seq_length": 32}
+
+
+def run_file(folder: Path, **sections: Any) -> Path:
+    block = {"model": {**MODEL, "vocab_size": 1000}, "data": {"path": "none"}, "train": {"steps": 10}} | sections
+    path = folder / "run.json"
+    path.write_text(json.dumps({"train_batch_size": 8, "raptr_ds": block}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:0:1", 7201),
+        ("2-0", 172800),
+        ("1-1:1", 90060),
+        ("0-0:0:5", 5),
+        ("infinite", None),
+    ],
+)
+def test_time_limits_are_slurm_s(text: str, seconds: int | None) -> None:
+    assert limit_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2h", "1:2:3:4", "-1", "1:", "2-", "1-1:1:1:1", "$(x)"])
+def test_other_time_limits_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a time limit"):
+        limit_seconds(text)
+
+
+@pytest.mark.parametrize("nodes", ["0", "4-2", "x", "", "1-", "-3", "2 "])
+def test_wrong_numbers_of_nodes_are_refused(nodes: str) -> None:
+    with pytest.raises(ConfigError, match="--nodes"):
+        job_layout(nodes, None, None, None, 120)
+
+
+def test_layouts() -> None:
+    layout = job_layout("2-4", 8, None, "2-0", 300)
+    assert layout.world_sizes == [32, 24, 16]
+    assert layout.words() == [
+        *("--nodes=2-4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=2-0", "--signal=B:USR1@300")
+    ]
+    assert job_layout("3", None, None, None, 120).words()[:2] == ["--nodes=3", "--ntasks-per-node=1"]
+    for gpus, tasks, time, lead, message in [
+        (8, 4, None, 120, "one process drives one GPU"),
+        (0, None, None, 120, "0 processes"),
+        (None, None, None, 0, "--signal-lead 0"),
+        (None, None, None, 70000, "--signal-lead 70000"),
+        (None, None, "4", 120, "Give --time 20"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            job_layout("1", gpus, tasks, time, lead)
+
+
+def test_further_options_of_sbatch() -> None:
+    assert check_more_options(["--account=a", "--exclusive", "-A", "a", "--qos", "high"])[-1] == "high"
+    for words in (["--signal=USR1"], ["-N4"], ["--time", "3"], ["-o", "x"], ["x"], ["--account=a", "script.sh"]):
+        with pytest.raises(ConfigError, match="after --"):
+            check_more_options(words)
+
+
+def test_sweeps(tmp_path: Path) -> None:
+    points = sweep(["optimizer.params.lr=1e-3,2e-3", "raptr_ds.train.seed=1,2"])
+    assert [point.name for point in points] == [
+        f"lr={rate},seed={seed}" for rate in ("1e-3", "2e-3") for seed in (1, 2)
+    ]
+    save = run_settings(points[0], tmp_path / NASTY)[-1]
+    config = load_run_config(run_file(tmp_path), [save])
+    assert config.train.save == str(tmp_path / NASTY / "lr=1e-3,seed=1")
+    (tmp_path / "points").write_text("a.b=1 'c.d=[1, 2]'  # two\n\ne.f=../$(x)\n")
+    first, second = sweep([str(tmp_path / "points")])
+    assert first.settings == ("a.b=1", "c.d=[1, 2]")
+    assert re.fullmatch(r"[\w=.,-]+", first.name)
+    assert "/" not in second.name
+    same_end = sweep(["a.x=1", "b.x=1,2"])
+    assert len({point.name for point in same_end}) == 2
+    (tmp_path / "wrong").write_text("a.b 1\n")
+    for words in (
+        ["x"],
+        ["k="],
+        ["k=1,,2"],
+        ["k=[1,2]"],
+        ["raptr_ds.train.save=a,b"],
+        ["k=1,1"],
+        [str(tmp_path / "wrong")],
+    ):
+        with pytest.raises(ConfigError, match="--array"):
+            sweep(words)
+
+
+def test_the_copied_run_file_serves_other_sizes(tmp_path: Path) -> None:
+    """It has every value, also those that --set made useless are gone, and no batch size that was derived."""
+    file = run_file(tmp_path, path={"method": "raptr", "schedule": "2-3-4"})
+    overrides = ["raptr_ds.path.method=full", "raptr_ds.train.save=a b"]
+    config = load_run_config(file, overrides, 2)
+    copied = tmp_path / "copied.json"
+    copied.write_text(complete_run_file(config, file, overrides))
+    tree = json.loads(copied.read_text())
+    assert "train_batch_size" in tree
+    assert "gradient_accumulation_steps" not in tree
+    assert load_run_config(copied, (), 2).resolved() == config.resolved()
+    assert load_run_config(copied, (), 4).resolved() == load_run_config(file, overrides, 4).resolved()
+
+
+def test_memory_disk_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run_config(run_file(tmp_path, train={"steps": 10, "save": str(tmp_path / "run" / "x")}), (), 8)
+    layout = job_layout("1", 8, None, None, 120)
+    assert "--device-memory" in check_memory(config, layout, None)
+    assert "GiB of each GPU" in check_memory(config, layout, 80.0)
+    with pytest.raises(ConfigError, match="fullest rank needs about"):
+        check_memory(config, layout, 0.01)
+    matrices = 4 * (12 * 64 * 64)
+    assert (
+        12 * matrices < checkpoint_bytes(config) < 12 * (matrices + 1100 * 64 + 20 * 64 * 64)
+    )  # weights and two moments
+
+    def room(free: int) -> None:
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
+
+    room(6 * checkpoint_bytes(config))
+    assert f"free at {tmp_path}" in check_disk([config] * 2, tmp_path / "run" / "x")
+    room(6 * checkpoint_bytes(config) - 1)
+    with pytest.raises(ConfigError, match="3 checkpoints"):
+        check_disk([config] * 2, tmp_path / "run" / "x")
+    with pytest.raises(DataError, match="no folder none"):
+        checks.load_checked(run_file(tmp_path), (), layout)
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        checks.load_checked(run_file(tmp_path), (), job_layout("3", None, None, None, 120))
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new", 0.0)
+    lock = {"process": 7, "host": "node5", "job": "77", "since": "noon"}
+    (tmp_path / "run.lock").write_text(json.dumps(lock))
+    written = (tmp_path / "run.lock").stat().st_mtime
+    with pytest.raises(ConfigError, match="process 7 on node5, Slurm job 77"):
+        check_folder(tmp_path, written + 5)
+    check_folder(tmp_path, written + 3600)  # of a run that is gone
+    for name in ("50%", "a\\b", "a\nb"):
+        with pytest.raises(ConfigError, match="which Slurm replaces"):
+            check_folder(tmp_path / name, 0.0)
+
+
+def test_the_code_is_copied_once_and_follows_its_content(tmp_path: Path) -> None:
+    files = code_files()
+    assert {Path("raptr_ds/pretrain.py"), Path("slurm/training_job.sh"), Path("tools/supervise.py")} <= set(files)
+    assert not [file for file in files if "__pycache__" in file.parts]
+    clone = tmp_path / "clone"
+    for name in ("slurm/training_job.sh", "raptr_ds/a.py", "raptr_ds/__pycache__/a.pyc"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(name)
+    before = os.umask(0o027)
+    try:
+        code = copy_code(tmp_path, clone)
+    finally:
+        os.umask(before)
+    assert copy_code(tmp_path, clone) == code
+    assert sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()) == [
+        *("raptr_ds/a.py", "revision.txt", "slurm/training_job.sh")
+    ]
+    assert (code.stat().st_mode & 0o777, (code / "raptr_ds/a.py").stat().st_mode & 0o777) == (0o750, 0o640)
+    (clone / "raptr_ds" / "a.py").write_text("edited")
+    assert copy_code(tmp_path, clone) != code
+    assert [path.name for path in tmp_path.glob(".code-*")] == []
+    with pytest.raises(ConfigError, match="training_job"):
+        copy_code(tmp_path, tmp_path / "empty")
+    (tmp_path / "submitted-3.json").touch()
+    assert free_number(tmp_path) == 4
+
+
+def submission(folder: Path) -> Submission:
+    layout = job_layout("2", None, None, None, 120)
+    return Submission("name", folder, layout, folder, folder / "code", "", (folder / "1", folder / "2"))
+
+
+def test_the_batch_file_quotes_every_name(tmp_path: Path) -> None:
+    folder = tmp_path / NASTY
+    (folder / "code" / "slurm").mkdir(parents=True)
+    show = 'printf "%s\\n" "$RAPTR_HOME" "$RAPTR_CODE" "$RAPTR_CONFIG" "${step_options[@]}" "${task_words[@]}"\n'
+    (folder / "code" / "slurm" / "training_job.sh").write_text(show)
+    words = ContainerWords((f"--x={NASTY}",), (NASTY, "two"))
+    batch = folder / "file"
+    batch.write_text(replace(submission(folder), container=words, is_array=True).batch_file())
+    env = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "RAPTR_ARGS": "touch"}
+    done = subprocess.run(["bash", str(batch)], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    expected = [folder, folder / "code", folder / "2", f"--x={NASTY}", NASTY, "two"]
+    assert done.stdout.splitlines() == list(map(str, expected))
+    assert list(tmp_path.rglob("ran")) == []
+
+
+def test_sbatch_s_words(tmp_path: Path) -> None:
+    words = replace(submission(tmp_path), chain=2, partition="long", more_options=("--qos=x",)).command(tmp_path / "f")
+    assert {"--no-requeue", "--dependency=singleton", "--partition=long", f"--chdir={tmp_path}"} <= set(words)
+    assert words[-2:] == ["--qos=x", str(tmp_path / "f")]
+    words = replace(submission(tmp_path), is_array=True).command(tmp_path / "f")
+    assert {"--array=0-1", "--requeue", "--output=slurm-%A_%a.out"} <= set(words)
+
+
+def test_words_of_containers() -> None:
+    home, data = Path("/home/me"), Path("/data")
+    env = {"NCCL_DEBUG": "INFO", "TOKEN": "secret", "PYTORCH_ALLOC_CONF": "x"}
+
+    def words(runtime: str, *folders: Path, image: str = "image.sif") -> ContainerWords:
+        return container_words(image, runtime, folders, has_gpus=True, home=home, env=env)
+
+    bind = "/home/me:/home/me,/data:/data"
+    expected = ("apptainer", "exec", "--nv", "--bind", bind, "--pwd", "/home/me", "image.sif")
+    assert words("apptainer", data, data) == ContainerWords(task=expected)
+    expected = ("--container-image=image.sif", f"--container-mounts={bind}", "--container-workdir=/home/me")
+    assert words("pyxis", data) == ContainerWords(step=expected)
+    task = words("enroot", data).task
+    assert task[:2] == ("enroot", "start")
+    assert task[-1] == "image.sif"
+    named = {value for option, value in pairwise(task) if option == "--env"}
+    assert {"SLURM_PROCID", "MASTER_PORT", "NCCL_DEBUG", "PYTORCH_ALLOC_CONF", "RAPTR_SIGNAL_LEAD"} <= named
+    assert not [word for word in task if "secret" in word or "INFO" in word or word == "TOKEN"]
+    for folder in (Path("/a,b"), Path("/a:b"), Path("/a b")):
+        with pytest.raises(ConfigError, match="cannot be mounted"):
+            words("apptainer", folder)
+    with pytest.raises(ConfigError, match="begins with a dash"):
+        words("apptainer", data, image="--writable")
