@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run fil
     from raptr_ds.runtime.session import Session
 
 
+# Launchers kill all ranks when the first one ends: the rank that prints the error must not be behind the others.
+_FIRST_WORD_SECONDS = 2.0
+
+
 def main(arguments: Sequence[str] | None = None) -> Exit:
     """Run the command line and return the exit code; one rank prints a user's mistake."""
     options = parse(arguments)
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
     except RaptrError as error:
         if launch is None or error.is_printed_by(launch.rank):
             print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_FIRST_WORD_SECONDS)
         return error.exit_code
 
 

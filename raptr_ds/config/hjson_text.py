@@ -13,7 +13,7 @@ import hjson
 from raptr_ds.errors import ConfigError
 from raptr_ds.user_paths import is_file
 
-MOST = 2**63 - 1
+MOST, MOST_FLOAT = 2**63 - 1, 1e38
 """Largest magnitude of a number."""
 
 _ADVICE = (
@@ -93,11 +93,11 @@ def check_limits(value: Any, source: str, text: str = "", key: str = "", depth: 
     elif isinstance(value, list):
         for inner in value:
             check_limits(inner, source, text, key, depth + 1)
-    elif isinstance(value, int | float) and not abs(value) <= MOST:
+    elif isinstance(value, int | float) and not abs(value) <= (MOST if isinstance(value, int) else MOST_FLOAT):
         much = f"{value:.3g}" if abs(value) < sys.float_info.max else "beyond floating point"
         raise ConfigError(
-            f"{_place(source, text, key)} has a number that is too large ({much}); at most {MOST:.3g} fits into "
-            "64 bits. Write a smaller one."
+            f"{_place(source, text, key)} has a number that is too large ({much}): integers are at most {MOST:.3g}, "
+            f"other numbers {MOST_FLOAT:.0e}. Write a smaller one."
         )
     elif isinstance(value, str) and (bad := re.search("[\\0\ud800-\udfff]", value)):
         raise ConfigError(

@@ -15,24 +15,31 @@ def global_norm(
     tensors are taken in fp32 and their squares summed in fp64, so that the layout hardly shows. The norm is not finite
     if one of the losses in `losses`, which are consumed, is not.
     """
-    norms = [*_norms(gradients), *(loss.abs().float() for loss in losses.take())]
+    norms = [*_norms(gradients), *(loss.abs().float().view(1) for loss in losses.take())]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
-        total = torch.cat([norm.view(-1) for norm in norms]).double().square().sum()
+        total = torch.cat(norms).double().square().sum()
     if group.size() > 1:
         dist.all_reduce(total, group=group)
     return total.sqrt().float()
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return L2 norms, taken in fp32, whose squares add up to that of all elements, with a few kernels for all.
+    """Return L2 norms, (n,) each, taken in fp32, whose squares add up to that of all elements.
 
     torch's norm on a CPU adds up squares in a few fp32 sums as long as the tensor (2.13: off by 2e-4 at 8 million
     elements; tests/upstream): there it is taken of rows.
     """
-    if tensors and tensors[0].device.type == "cpu":
-        return [norm for tensor in tensors for norm in _norms_of_rows(tensor.detach().reshape(-1))]
-    return list(torch._foreach_norm(tensors, 2, torch.float32)) if tensors else []  # type: ignore[reportPrivateUsage]
+    if not tensors or tensors[0].device.type != "cpu":
+        return _norms_at_once(tensors)
+    return [norm for tensor in tensors for norm in _norms_of_rows(tensor.detach().reshape(-1))]
+
+
+def _norms_at_once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the norm of each tensor, all in one, with a few kernels for all of them."""
+    if not tensors:
+        return []
+    return [torch.stack(torch._foreach_norm(tensors, 2, torch.float32))]  # type: ignore[reportPrivateImportUsage]
 
 
 def _norms_of_rows(flat: torch.Tensor) -> list[torch.Tensor]:

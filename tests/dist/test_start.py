@@ -108,7 +108,7 @@ def test_whoever_is_there_says_who_is_not(
         raise AbsentRankError("ranks 2 of 3 did not come within 3 s")
 
     monkeypatch.setattr(pretrain, "detect_launch", lambda: Launch(rank, rank, 3, "127.0.0.1", 1, "tests"))
-    monkeypatch.setattr(pretrain, "load_run_config", lambda *_arguments: None)
+    monkeypatch.setattr(pretrain, "load_run_config", lambda *_arguments, **_options: None)
     monkeypatch.setattr(pretrain, "pretrain", pretend)
     assert pretrain.main(["--deepspeed_config", "x.json"]) == Exit.FAULT
     assert "ranks 2 of 3 did not come" in capsys.readouterr().err
