@@ -1,11 +1,12 @@
 """A prefix language model to generate with, from an exported folder, a run or a checkpoint."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import to_hugging_face
@@ -32,13 +33,13 @@ def load_prefix_model(where: Path, tokenizer: str | None = None, device: str | N
     """
     if not is_folder(where):
         raise ConfigError(f"{where}: there is no such folder. Name an exported model, a run or a checkpoint.")
-    kind = _exported_kind(where)
+    kind = exported_kind(where)
     loaded = _from_checkpoint(where, tokenizer) if kind is None else _from_export(where, kind, tokenizer)
     loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     return loaded
 
 
-def _exported_kind(where: Path) -> str | None:
+def exported_kind(where: Path) -> str | None:
     """Return the class that an exported folder names, None for a folder that is none."""
     config = where / "config.json"
     if not is_file(config):
@@ -68,17 +69,37 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
         )
     try:
         theirs = AutoTokenizer.from_pretrained(where, local_files_only=True)
-        model, found = LlamaForCausalLM.from_pretrained(  # type: ignore[misc]
+    except Exception as error:  # as below
+        raise _not_loaded(where, "tokenizer", error) from error
+    model = load_exported(where, LlamaForCausalLM)
+    assert isinstance(model, LlamaForCausalLM)
+    return PrefixModel(model, theirs)
+
+
+def load_exported(where: Path, kind: type[PreTrainedModel], may_lack: Collection[str] = ()) -> PreTrainedModel:
+    """Return the model in a folder of transformers, in evaluation mode, in the precision that it is stored in.
+
+    may_lack: names of tensors that need not be there.
+    Raises: ConfigError if it cannot be loaded, or tensors are missing: transformers would fill these with random ones.
+    """
+    try:
+        model, found = kind.from_pretrained(  # type: ignore[misc]
             where, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises what the damage happens to lead to
-        lines = str(error).strip().splitlines()
-        why = lines[0] if lines else type(error).__name__
-        raise ConfigError(f"the model in {where} cannot be loaded ({why}). Export it again.") from error
-    missing = sorted(str(name) for problem in ("missing_keys", "mismatched_keys") for name in found[problem])
-    if missing:  # which transformers would fill with random numbers
-        raise ConfigError(f"{where} lacks {len(missing)} of the model's tensors, {missing[0]} first. Export it again.")
-    return PrefixModel(model.eval(), theirs)
+        raise _not_loaded(where, "model", error) from error
+    missing = {str(name) for problem in ("missing_keys", "mismatched_keys") for name in found[problem]}
+    if lacking := sorted(missing - set(may_lack)):
+        raise ConfigError(
+            f"{where} lacks {len(lacking)} of the tensors of a {kind.__name__}, {lacking[0]} first. Restore its files."
+        )
+    return model.eval()
+
+
+def _not_loaded(where: Path, what: str, error: Exception) -> ConfigError:
+    lines = str(error).strip().splitlines()
+    why = lines[0] if lines else type(error).__name__
+    return ConfigError(f"the {what} in {where} cannot be loaded ({why}). Restore its files, or export it again.")
 
 
 def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:

@@ -195,7 +195,7 @@ def test_damaged_folders_are_refused(exported: Path, tool: Tool) -> None:
     assert is_refused(tool("generate.py", exported, PROMPT), exported, "cannot be loaded")
     weights.write_bytes(whole)
     for changes, word in (
-        ({"num_hidden_layers": 3}, "lacks 9 of the model's tensors"),
+        ({"num_hidden_layers": 3}, "lacks 9 of the tensors"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"hidden_size": "wide"}, "cannot be loaded"),
     ):

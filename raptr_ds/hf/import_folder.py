@@ -1,0 +1,67 @@
+"""A folder of transformers as a checkpoint to start from: the inverse of an export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
+from raptr_ds.checkpoint.manager import Checkpoints
+from raptr_ds.config.sections import ModelSection
+from raptr_ds.engine.reference import ReferenceEngine
+from raptr_ds.errors import ConfigError
+from raptr_ds.hf.load import exported_kind, load_exported
+from raptr_ds.hf.model import from_hugging_face
+from raptr_ds.hf.twins import TWINS
+from raptr_ds.model.stage import build_stage
+from raptr_ds.parallel.groups import lone_process_groups
+from raptr_ds.runtime.session import OPTIMIZER
+from raptr_ds.runtime.state import RunState
+from raptr_ds.user_paths import exists, is_folder
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written. kind: transformers' class; model: ours; checkpoint: its folder, of step 0."""
+
+    kind: str
+    model: ModelSection
+    checkpoint: Path
+
+
+def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
+    """Write the model of a transformers folder as the checkpoint of step 0 of a run.
+
+    optimizer: the type that the run file names; it has no state yet.
+    Raises: ConfigError for a folder that holds no model that one of ours computes the same as, or an output that holds
+    a run; PathError or StorageError for an output that cannot be written.
+    """
+    if not is_folder(folder):
+        raise ConfigError(f"{folder}: there is no such folder. Name one that save_pretrained has written.")
+    kind = exported_kind(folder)
+    twin = next((twin for twin in TWINS if twin.kind.__name__ == kind), None)
+    if twin is None:
+        holds = f"holds a {kind}" if kind else "has no config.json of transformers"
+        known = ", ".join(twin.kind.__name__ for twin in TWINS)
+        raise ConfigError(f"{folder} {holds}, and what can be imported is {known}.")
+    if exists(output / CHECKPOINTS):
+        raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
+    theirs = load_exported(folder, twin.kind, may_lack=twin.lacks)
+    model, weights = from_hugging_face(theirs)
+    _write(output, model, {name: tensor.float() for name, tensor in weights.items()}, optimizer)
+    return Imported(kind or "", model, step_folder(output / CHECKPOINTS, 0))
+
+
+def _write(output: Path, model: ModelSection, weights: dict[str, torch.Tensor], optimizer: str) -> None:
+    with lone_process_groups() as groups:
+        stage = build_stage(model, groups, range(model.num_layers), recompute=False, seed=0)
+        stage.load_state_dict(weights)
+        engine = ReferenceEngine(stage, seed=0, skipped_update="freeze", max_norm=0.0)
+        checkpoints = Checkpoints(output / CHECKPOINTS, groups, keep=1)
+        try:
+            checkpoints.save(engine, 0, model, {**RunState().to_dict(), OPTIMIZER: optimizer})
+            (report,) = checkpoints.wait()
+        finally:
+            checkpoints.close()
+    if report.error is not None:
+        raise ConfigError(f"the checkpoint could not be written: {report.error}. Name another folder.")
