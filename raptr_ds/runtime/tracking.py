@@ -1,7 +1,7 @@
 """Weights & Biases and MLflow: sinks whose server may be slow, or away for hours, without a step noticing.
 
-A thread does all that needs the server, the connection included; records wait in memory meanwhile. tracking.json in the
-run's folder keeps which run of the server this is, so that a resume continues it.
+A thread for each does all that needs its server, the connection included; records wait in memory meanwhile. A file in
+the run's folder keeps which run of the server this is, so that a resume continues it.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ from raptr_ds.config.sections import LogSection, MlflowSection, WandbSection
 from raptr_ds.errors import ConfigError
 from raptr_ds.runtime.sinks import evaluation_scalars, training_scalars
 
-TRACKING = "tracking.json"
+TRACKING = "tracking_{}.json"
+"""A file for each package: their threads write at the same time."""
+
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0  # between two attempts
 _CLOSE_SECONDS = 20.0
 
@@ -194,20 +196,20 @@ class MlflowTracker:
 
 
 class _RunIds:
-    """The id of a tracker's run, kept in the folder's tracking.json with where that run is.
+    """The id of a tracker's run, kept in the run's folder with where that run is.
 
     id: that of a resumed run, None if there is none or it is somewhere else.
     """
 
     def __init__(self, folder: Path, tracker: str, where: list[str | None], is_resumed: bool) -> None:
-        self._path, self._tracker, self._where = folder / TRACKING, tracker, where
-        known = self._read().get(tracker, {})
+        self._path, self._where = folder / TRACKING.format(tracker), where
+        known = self._read()
         self.id: str | None = known.get("id") if is_resumed and known.get("where") == where else None
 
     def keep(self, run_id: str) -> None:
         """Keep the id for a resume; without a disk that takes it, the resume begins another run there."""
         self.id = run_id
-        known = {**self._read(), self._tracker: {"id": run_id, "where": self._where}}
+        known = {"id": run_id, "where": self._where}
         with contextlib.suppress(OSError):
             write_atomically(self._path, json.dumps(known, indent=2) + "\n")
 
