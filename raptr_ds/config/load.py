@@ -145,8 +145,11 @@ def _derived_lines(before: dict[str, Any], after: dict[str, Any], prefix: str = 
 
 def _is_derived(dotted: str) -> bool:
     block, _, rest = dotted.partition(".")
-    section, _, key = rest.partition(".")
-    return block != BLOCK or keys_of(section)[key].default is None or key == "full_warmup_steps"
+    section, _, rest = rest.partition(".")
+    key, _, inner = rest.partition(".")
+    if block != BLOCK:
+        return True
+    return not inner and (keys_of(section)[key].default is None or key == "full_warmup_steps")
 
 
 def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:

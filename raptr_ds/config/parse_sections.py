@@ -11,7 +11,7 @@ from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
 from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
-from raptr_ds.config.sections import SECTIONS, UNION_TAGS, Denoiser, Section, keys_of
+from raptr_ds.config.sections import INNER, SECTIONS, UNION_TAGS, Section, keys_of
 from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
@@ -90,17 +90,19 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         model = PATH_SECTIONS[method]
     parts = [part for part in location if part not in UNION_TAGS]
     dotted, field = ".".join([section, *parts]), parts[0]
+    if len(parts) > 1:
+        model = INNER.get(field, model)
     if dotted == _GROW_MICRO_BATCH:
         return _replaced_by_micro_batches(value, place)
     if kind == "extra_forbidden":
-        prefix, names = ".".join([section, *parts[:-1], ""]), list((Denoiser if len(parts) > 1 else model).model_fields)
-        return unknown_key(prefix, parts[-1], names, place)
+        return unknown_key(".".join([section, *parts[:-1], ""]), parts[-1], list(model.model_fields), place)
     if kind == "missing":
-        about = (model.model_fields[field].description or "") if len(parts) == 1 else ""
+        key = model.model_fields.get(parts[-1])
+        about = (key and key.description) or ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
     where = place(dotted) or place(f"{section}.{field}")
     if kind == "literal_error":
-        return _wrong_choice(dotted, value, _choices(model if len(parts) == 1 else Denoiser, parts[-1]), where)
+        return _wrong_choice(dotted, value, _choices(model, parts[-1]), where)
     must = _TYPES.get(kind)
     rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
     return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"

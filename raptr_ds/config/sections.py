@@ -276,6 +276,32 @@ class CheckpointSection(Section):
         return self.interval > 0 and step // self.interval > since // self.interval
 
 
+class WandbSection(Section):
+    """`raptr_ds.log.wandb`: a run of Weights & Biases."""
+
+    project: Text
+    """The project that the run belongs to."""
+    name: Text | None = None
+    """Name of the run; left out: that of the run's folder."""
+    entity: Text | None = None
+    """User or team; left out: that of the login."""
+    group: Text | None = None
+    """What runs are grouped by, for example the seeds of one method."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: written into the run's folder only, and sent by `wandb sync` at any time."""
+
+
+class MlflowSection(Section):
+    """`raptr_ds.log.mlflow`: a run of MLflow."""
+
+    experiment: Text
+    """The experiment that the run belongs to; made if there is none of this name."""
+    tracking_uri: Text | None = None
+    """The server; left out: MLflow's environment variable MLFLOW_TRACKING_URI, or a local folder."""
+    name: Text | None = None
+    """Name of the run; left out: that of the run's folder."""
+
+
 class LogSection(Section):
     """`raptr_ds.log`: what is written and shown."""
 
@@ -283,11 +309,18 @@ class LogSection(Section):
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
+    wandb: WandbSection | None = None
+    """Also record in Weights & Biases: an object with the keys of WandbSection."""
+    mlflow: MlflowSection | None = None
+    """Also record in MLflow: an object with the keys of MlflowSection."""
     progress: Literal["auto", "rich", "plain", "none"] = "auto"
     """auto: a live line on a terminal, plain lines elsewhere."""
     peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, for model FLOPs utilization; left out: looked up, or mfu is null."""
 
+
+INNER: dict[str, type[Section]] = {"denoisers": Denoiser, "wandb": WandbSection, "mlflow": MlflowSection}
+"""Sections inside sections, by the key that holds one or several."""
 
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "model": (ModelSection,),

@@ -15,7 +15,7 @@ Where parts of layers run (path.method width), "width" is the number of heads of
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from raptr_ds import paths
 from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
 from raptr_ds.runtime.progress import Progress, ProgressState
 from raptr_ds.runtime.ranks import Ranks
+from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 from raptr_ds.user_paths import write_error
@@ -63,7 +64,7 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
     run. interval: steps between training lines; the last step always has one. peak: FLOP/s of one device, None if not
-    known. flops_left(step): FLOPs expected after a 1-based step, for the time left.
+    known. flops_left(step): FLOPs expected after a 1-based step, for the time left. sinks: others than TensorBoard.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         resume_step: int = 0,
         interval: int = 1,
         tensorboard: bool = True,
+        sinks: Sequence[Sink] = (),
         progress: Progress | None = None,
         num_devices: int = 1,
         peak: float | None = None,
@@ -85,10 +87,10 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
         self._is_delayed = False
-        self._file = self._tensorboard = None
+        self._file, self._sinks = None, list(sinks)
         if folder is not None:
             self._file = MetricsFile(folder / METRICS, resume_step)
-            self._tensorboard = _open_tensorboard(folder, resume_step) if tensorboard else None
+            self._sinks += [_open_tensorboard(folder, resume_step)] if tensorboard else []
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""
@@ -98,8 +100,8 @@ class Metrics(AbstractContextManager["Metrics"]):
         if step.step % self._interval == 0 or step.step == self._num_steps:
             line = self._training_line(step)
             self._file.append(line)
-            if self._tensorboard is not None:
-                self._tensorboard.record_training(line)
+            for sink in self._sinks:
+                sink.record_training(line)
             self._report_delay()
         self._progress.show(self._progress_state(step))
 
@@ -109,8 +111,8 @@ class Metrics(AbstractContextManager["Metrics"]):
             return
         line = {"step": int(step), "eval_loss": float(eval_loss), "path_length": int(path_length)}
         self._file.append(line)
-        if self._tensorboard is not None:
-            self._tensorboard.record_evaluation(line)
+        for sink in self._sinks:
+            sink.record_evaluation(line)
         self._report_delay()
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
 
@@ -123,8 +125,8 @@ class Metrics(AbstractContextManager["Metrics"]):
         """Remove what was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
         if self._file is not None:
             self._file.rewind(step)
-        if self._tensorboard is not None:
-            self._tensorboard.rewind(step)
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def say(self, message: str) -> None:
         """Print a message above the live line; on rank 0 only."""
@@ -134,22 +136,24 @@ class Metrics(AbstractContextManager["Metrics"]):
         """Write all that was recorded to disk; called before a checkpoint is written."""
         if self._file is not None:
             self._file.sync()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def finish_writing(self) -> str | None:
         """Write all that was recorded to disk; return why a part of it is not there, None if all is."""
         self.sync()
-        return self._failure()
+        return self._failure(of_run_only=True)
 
     def close(self) -> None:
-        """Close all sinks."""
-        self._progress.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Close all sinks, and name those that lack something."""
+        for sink in self._sinks:
+            sink.close()
+            if sink.failure is not None and not sink.is_part_of_run:
+                self.say(f"{sink.failure}: it has not all of the run's metrics; {METRICS} has")
         if self._file is not None:
             self._file.close()
-        self._file = self._tensorboard = None
+        self._progress.close()
+        self._file, self._sinks = None, []
 
     def __exit__(self, *exception: object) -> None:
         """Close, whatever happened."""
@@ -187,15 +191,18 @@ class Metrics(AbstractContextManager["Metrics"]):
         failure = self._failure()
         if failure and not self._is_delayed:
             self._progress.say(
-                f"metrics cannot be written ({failure}): they are kept in memory, and written when the disk takes "
-                "them; training goes on"
+                f"metrics cannot be written ({failure}): they are kept in memory, and written when "
+                "that works again; training goes on"
             )
         elif self._is_delayed and not failure:
             self._progress.say("metrics are written again, those of the time between included")
         self._is_delayed = bool(failure)
 
-    def _failure(self) -> str | None:
-        failures = (sink.failure for sink in (self._file, self._tensorboard) if sink is not None)
+    def _failure(self, of_run_only: bool = False) -> str | None:
+        """Return why records wait; of_run_only: not those of trackers, which a complete run may lack."""
+        failures = [sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only]
+        if self._file is not None:
+            failures.insert(0, self._file.failure)
         return next(filter(None, failures), None)
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:

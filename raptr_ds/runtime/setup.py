@@ -41,6 +41,7 @@ from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
 from raptr_ds.user_paths import write_error
 
@@ -236,6 +237,7 @@ def _open_metrics(
             resume_step=state.step,
             interval=config.log.interval,
             tensorboard=config.log.tensorboard,
+            sinks=open_trackers(config.log, folder, state.step) if groups.rank == 0 else (),
             progress=progress,
             num_devices=groups.topology.world_size,
             peak=device_peak(config, groups),

@@ -6,27 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.runtime.sinks import evaluation_scalars, training_scalars
 
-_TRAINING_TAGS = {
-    "loss": "train/loss",
-    "lr": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "path_length": "path/length",
-    "phase": "path/phase",
-    "tokens": "progress/tokens",
-    "flops": "progress/executed_flops",
-    "skipped_steps": "progress/skipped_steps",
-    "failed_saves": "progress/failed_saves",
-    "step_seconds": "speed/step_seconds",
-    "tokens_per_second": "speed/tokens_per_second",
-    "mfu": "speed/mfu",
-    "slowest_rank": "speed/slowest_rank",
-    "slowest_rank_seconds": "speed/slowest_rank_seconds",
-    "median_rank_seconds": "speed/median_rank_seconds",
-    "host_memory_bytes": "memory/host_bytes",
-    "host_memory_peak_bytes": "memory/host_peak_bytes",
-    "device_memory_peak_bytes": "memory/device_peak_bytes",
-}
 _MAX_UNFLUSHED = 2000  # scalars
 
 
@@ -38,6 +19,8 @@ class TensorBoardSink:
     failure: why scalars wait in memory, None while none do.
     Raises: ConfigError if TensorBoard is not installed; OSError if the folder cannot be written at first.
     """
+
+    is_part_of_run = True
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         try:
@@ -54,11 +37,11 @@ class TensorBoardSink:
 
     def record_training(self, line: Mapping[str, Any]) -> None:
         """Write the scalars of a training line."""
-        self._add([(tag, line[key], line["step"]) for key, tag in _TRAINING_TAGS.items() if line.get(key) is not None])
+        self._add(training_scalars(line), line["step"])
 
     def record_evaluation(self, line: Mapping[str, Any]) -> None:
         """Write the loss of an evaluation line, under its path length."""
-        self._add([(f"eval/loss_of_{line['path_length']}_layers", line["eval_loss"], line["step"])])
+        self._add(evaluation_scalars(line), line["step"])
 
     def rewind(self, step: int) -> None:
         """Purge the events after a 1-based step."""
@@ -87,7 +70,8 @@ class TensorBoardSink:
         if self._writer is not None:
             self._writer.close()
 
-    def _add(self, scalars: list[tuple[str, float, int]]) -> None:
+    def _add(self, values: Mapping[str, float], step: int) -> None:
+        scalars = [(tag, value, step) for tag, value in values.items()]
         self._unflushed += scalars
         try:
             self._write(scalars)
