@@ -18,7 +18,8 @@ class Launch:
 
     restart_count: how often the run was started again without its user: by Slurm's requeueing, by torchrun, or by
     tools/supervise.py. store_attempt: where the launcher itself serves the store at the address (torchrun), which
-    attempt this is. slurm_job: the number of the job around the launcher, empty without one.
+    attempt this is. slurm_job: the number of the job around the launcher, empty without one. signal_lead: seconds
+    between the signal to stop and the time limit (RAPTR_SIGNAL_LEAD), None where nobody has set it.
     """
 
     rank: int
@@ -30,12 +31,13 @@ class Launch:
     restart_count: int = 0
     store_attempt: int | None = None
     slurm_job: str = ""
+    signal_lead: float | None = None
 
 
 def detect_launch() -> Launch:
     """Return this process's launch, from the variables that its launcher set; a lone process is a run of one.
 
-    Raises: ConfigError if a launcher gave some but not all of what is needed.
+    Raises: ConfigError if a launcher gave some but not all of what is needed, or the signal's lead is no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun, and anything that imitates them
@@ -50,7 +52,9 @@ def detect_launch() -> Launch:
         found = _mpirun_launch()
     else:
         found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")
-    found = replace(found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""))
+    found = replace(
+        found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""), signal_lead=_signal_lead()
+    )
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
     env.update(
         RANK=str(found.rank),
@@ -77,6 +81,16 @@ def prepare_imports(has_gpu: bool) -> None:
 def _restart_count() -> int:
     counters = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in counters)
+
+
+def _signal_lead() -> float | None:
+    text = os.environ.get("RAPTR_SIGNAL_LEAD") or None
+    if text is None or text.isdecimal():
+        return None if text is None else float(text)
+    raise ConfigError(
+        f"RAPTR_SIGNAL_LEAD={text!r} must be a whole number: the seconds between the signal to stop and the time "
+        "limit, as in sbatch's --signal=B:USR1@120. Unset it if nobody sends such a signal."
+    )
 
 
 def _store_attempt() -> int | None:

@@ -89,8 +89,8 @@ def job_layout(nodes: str, gpus: int | None, tasks: int | None, time: str | None
         least, most_lead = -(-10 * lead_seconds // 60), max(1, limit // 5)
         raise ConfigError(
             f"--time {time} is {limit} s, and the signal to save comes {lead_seconds} s before its end, so that a "
-            f"start trains {max(0, limit - lead_seconds)} s at most. Give --time {least} (minutes) or more, or a shorter "
-            f"lead that one step and one save fit into: --signal-lead {most_lead}."
+            f"start trains {max(0, limit - lead_seconds)} s at most. Give --time {least} (minutes) or more, or a "
+            f"shorter lead that one step and one save fit into: --signal-lead {most_lead}."
         )
     return JobLayout(most, fewest, per_node, gpus is not None, time, lead_seconds)
 

@@ -14,7 +14,7 @@ _READ_OR_SET = (
     *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
-    *("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
+    *("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "RAPTR_SIGNAL_LEAD"),
 )
 
 
@@ -112,3 +112,12 @@ def test_memory_of_a_gpu_is_kept_in_segments_that_grow(monkeypatch: pytest.Monke
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     prepare_imports(has_gpu=True)
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_the_signals_lead_reaches_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch(monkeypatch).signal_lead is None
+    assert launch(monkeypatch, RAPTR_SIGNAL_LEAD="").signal_lead is None
+    assert launch(monkeypatch, RAPTR_SIGNAL_LEAD="600").signal_lead == 600
+    for text in ("soon", "-1", "1.5", "nan", "B:USR1@120"):
+        with pytest.raises(ConfigError, match="RAPTR_SIGNAL_LEAD"):
+            launch(monkeypatch, RAPTR_SIGNAL_LEAD=text)
