@@ -1,10 +1,14 @@
 """How this process was started: its rank from deepspeed, torchrun, srun or mpirun. The one reader of os.environ."""
 
+import contextlib
 import os
 import socket
+import stat
 import subprocess
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from raptr_ds.errors import ConfigError
 
@@ -73,9 +77,29 @@ def prepare_imports(has_gpu: bool) -> None:
         # Paths change in length, and blocks cut for one do not fit the next. torch reads this when it first allocates
         # on a GPU (c10/cuda/CUDAAllocatorConfig.h, instance), not when it is imported.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    _keep_compiled_code_private()
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
+
+
+def _keep_compiled_code_private() -> None:
+    """Give torch.compile a folder that no other user can have filled: it unpickles and runs what it finds there.
+
+    torch's own default is a name in /tmp that anybody may take first (torch/_inductor/runtime/cache_dir_utils.py).
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir(), f"torchinductor_raptr_{os.getuid()}")
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+            folder = Path(tempfile.mkdtemp(prefix="torchinductor_"))
+    except OSError:  # no room or no permission there: if the run compiles, torch says so
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _restart_count() -> int:
