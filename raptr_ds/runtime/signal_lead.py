@@ -20,9 +20,9 @@ class ShortLead:
     def __str__(self) -> str:
         """Return a warning that names the number to write."""
         return (
-            f"warning: the signal to stop comes {self.lead:g} s before the time limit, but a checkpoint is on the disk "
-            f"only {self.needed:.1f} s after a signal, as measured: two steps, a batch of an evaluation, a save that is "
-            f"under way and one more. Submit with tools/submit.py --signal-lead {self.write}, or with sbatch "
+            f"warning: the signal to stop comes {self.lead:g} s before the time limit, but a checkpoint is on the "
+            f"disk only {self.needed:.1f} s after a signal, as measured: two steps, a batch of an evaluation, a save "
+            f"that is under way and one more. Submit with tools/submit.py --signal-lead {self.write}, or with sbatch "
             f"--signal=B:USR1@{self.write} and RAPTR_SIGNAL_LEAD={self.write}."
         )
 
