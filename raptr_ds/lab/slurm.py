@@ -23,14 +23,14 @@ _FOLDER = "slurm"
 _TRAINING = """\
 #!/bin/bash
 # {what}, made by tools/experiment.py --slurm. Job N of the array is run N of the comparison.
-#SBATCH --job-name={name}
+#SBATCH --job-name="{name}"
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={tasks}
 #SBATCH --array={array}
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={output}/%x-%a.out
+#SBATCH --output="{output}/%x-%a.out"
 {options}
 export RAPTR_HOME={home}
 export RAPTR_CONFIG={base}
@@ -42,10 +42,10 @@ source "$RAPTR_HOME/slurm/training_job.sh" || exit 2
 _REPORT = """\
 #!/bin/bash
 # The report, made by tools/experiment.py --slurm.
-#SBATCH --job-name={name}
+#SBATCH --job-name="{name}"
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --output={output}/%x-%j.out
+#SBATCH --output="{output}/%x-%j.out"
 cd {home} && {ask} --report
 """
 
@@ -68,6 +68,7 @@ def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> Jobs:
     if Path.cwd().resolve() != REPOSITORY:
         raise ConfigError(f"--slurm works from the repository, which its jobs' paths are relative to: cd {REPOSITORY}")
     planner.check()
+    _check_names([str(planner.output.resolve()), file.stem, *planner.experiment.slurm.options])
     runs = array_runs(planner)
     refuse_other_runs([run for run in runs if run is not None])
     wanted: dict[str, list[int]] = {"probe": [], "tuning": [], "comparison": []}
@@ -161,6 +162,16 @@ def _training_file(planner: Planner, purpose: str, numbers: Sequence[int], folde
         base=shlex.quote(base),
         ask=ask,
     )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises: ConfigError for what no quotes keep in its #SBATCH line."""
+    for name in names:
+        if unfit := [character for character in name if character in '%"\\' or not character.isprintable()]:
+            raise ConfigError(
+                f"{name!r} holds {unfit[0]!r}, which a line of a batch file cannot hold. Give the file, its output or "
+                "slurm.options other names."
+            )
 
 
 def _is_finished(run: PlannedRun) -> bool:

@@ -1,10 +1,14 @@
 """How this process was started: its rank from deepspeed, torchrun, srun or mpirun. The one reader of os.environ."""
 
+import contextlib
 import os
 import socket
+import stat
 import subprocess
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from raptr_ds.errors import ConfigError
 
@@ -18,7 +22,8 @@ class Launch:
 
     restart_count: how often the run was started again without its user: by Slurm's requeueing, by torchrun, or by
     tools/supervise.py. store_attempt: where the launcher itself serves the store at the address (torchrun), which
-    attempt this is. slurm_job: the number of the job around the launcher, empty without one.
+    attempt this is. slurm_job: the number of the job around the launcher, empty without one. signal_lead: seconds
+    between the signal to stop and the time limit (RAPTR_SIGNAL_LEAD), None where nobody has set it.
     """
 
     rank: int
@@ -30,12 +35,13 @@ class Launch:
     restart_count: int = 0
     store_attempt: int | None = None
     slurm_job: str = ""
+    signal_lead: float | None = None
 
 
 def detect_launch() -> Launch:
     """Return this process's launch, from the variables that its launcher set; a lone process is a run of one.
 
-    Raises: ConfigError if a launcher gave some but not all of what is needed.
+    Raises: ConfigError if a launcher gave some but not all of what is needed, or the signal's lead is no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun, and anything that imitates them
@@ -50,7 +56,9 @@ def detect_launch() -> Launch:
         found = _mpirun_launch()
     else:
         found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")
-    found = replace(found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""))
+    found = replace(
+        found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""), signal_lead=_signal_lead()
+    )
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
     env.update(
         RANK=str(found.rank),
@@ -69,14 +77,44 @@ def prepare_imports(has_gpu: bool) -> None:
         # Paths change in length, and blocks cut for one do not fit the next. torch reads this when it first allocates
         # on a GPU (c10/cuda/CUDAAllocatorConfig.h, instance), not when it is imported.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    _keep_compiled_code_private()
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)
 
 
+def _keep_compiled_code_private() -> None:
+    """Give torch.compile a folder that no other user can have filled: it unpickles and runs what it finds there.
+
+    torch's own default is a name in /tmp that anybody may take first (torch/_inductor/runtime/cache_dir_utils.py).
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir(), f"torchinductor_raptr_{os.getuid()}")
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+            folder = Path(tempfile.mkdtemp(prefix="torchinductor_"))
+    except OSError:  # no room or no permission there: if the run compiles, torch says so
+        return
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
 def _restart_count() -> int:
     counters = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in counters)
+
+
+def _signal_lead() -> float | None:
+    text = os.environ.get("RAPTR_SIGNAL_LEAD") or None
+    if text is None or text.isdecimal():
+        return None if text is None else float(text)
+    raise ConfigError(
+        f"RAPTR_SIGNAL_LEAD={text!r} must be a whole number: the seconds between the signal to stop and the time "
+        "limit, as in sbatch's --signal=B:USR1@120. Unset it if nobody sends such a signal."
+    )
 
 
 def _store_attempt() -> int | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
+from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
@@ -56,6 +57,7 @@ class Session:
     non_finite: NonFinitePolicy
     state: RunState
     recorded: dict[str, Any]
+    lead: SignalLead = field(default_factory=SignalLead)
     has_open_evaluation: bool = False
     num_trained: int = 0  # steps since this start
     failed_saves: int = 0  # since this start
@@ -106,6 +108,7 @@ class Session:
         )
         if slow := self.ranks.slow_event(state.step):
             self.events.record("slow_rank", step=state.step, **asdict(slow))
+        self.lead.step_done(seconds)
         self._report_saved(self.checkpoints.poll())
         self.signals.progressed()
         self.watchdog.step_done(state.step, seconds)
@@ -183,6 +186,10 @@ class Session:
                 f"checkpoint of step {report.step}: {report.num_bytes / 1e6:.1f} MB, training stood still for "
                 f"{report.stop_seconds:.3f} s, written in {report.write_seconds:.3f} s"
             )
+            self.lead.saved(report.stop_seconds + report.write_seconds)
+        if short := self.lead.shortage():
+            self.metrics.say(str(short))
+            self.events.record("signal_lead", lead=short.lead, needed=round(short.needed, 3), write=short.write)
 
 
 def evaluate(session: Session, state: RunState) -> bool:
@@ -202,8 +209,10 @@ def evaluate(session: Session, state: RunState) -> bool:
             session.watchdog.moved("evaluating")
             yield session.batches.validation(index)
 
+    started = time.perf_counter()
     loss = 0.0 if stopped else session.engine.evaluate(batches(), model)
     if not stopped:
+        session.lead.evaluated(time.perf_counter() - started, session.config.eval.batches)
         session.record_evaluation(state, loss, model.length)
     return not stopped
 

@@ -39,11 +39,12 @@ from raptr_ds.runtime.progress import Progress
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
+from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import open_to_all, write_error
 
 _ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
 _MEETING = timedelta(minutes=30)
@@ -84,8 +85,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
         folder = Path(str(config.train.save))
         progress = introduce(config, groups, method)
-        _lock(folder, groups, launch, stack)
         report = progress.say if progress is not None else print
+        _lock(folder, groups, launch, stack, report)
         checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
         stack.callback(checkpoints.close)
         with memory_errors_explained(config, groups, lambda: 0):
@@ -141,13 +142,16 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 IDENTITY: identity.to_dict(),
                 **_origin(config.checkpoint.load),
             },
+            lead=SignalLead(launch.signal_lead),
             has_open_evaluation=on_first_rank(groups, lambda: _has_open_evaluation(config, method, folder, state)),
         )
 
 
-def _lock(folder: Path, groups: ProcessGroups, launch: Launch, stack: ExitStack) -> None:
+def _lock(folder: Path, groups: ProcessGroups, launch: Launch, stack: ExitStack, report: Callable[[str], None]) -> None:
     def lock() -> None:
         stack.callback(RunLock(folder, launch, _end_at_once).release)
+        if warning := open_to_all(folder):
+            report(f"warning: {warning}")
 
     on_first_rank(groups, lock)
 

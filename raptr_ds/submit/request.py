@@ -97,8 +97,15 @@ class Checked:
                 raise write_error(path, error, "Give your user permission to write it.") from error
         command = submission.command(batch)
         lines = [f"code: {code}", f"batch file: {batch}", f"command: {shlex.join(command)}"]
-        for _ in range(submission.chain):
-            job = submit(command, env)
+        for count in range(submission.chain):
+            try:
+                job = submit(command, env)
+            except ConfigError as error:
+                if count:
+                    raise ConfigError(
+                        f"{error}\n{count} of {submission.chain} jobs are submitted: see squeue --me"
+                    ) from error
+                raise
             lines.append(f"submitted job {job}")
             for index, run in enumerate(self.runs):
                 name = f"{job}_{index}" if submission.is_array else job

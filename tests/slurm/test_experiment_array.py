@@ -10,6 +10,7 @@ from raptr_ds.lab.slurm import write_jobs
 from tests.slurm.lab import SlurmLab
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+NAME = "out; 'touch' $(touch ran) #1"
 BASE = REPOSITORY / "deepspeed_configs" / "bert_quickstart_full.json"
 
 
@@ -20,7 +21,7 @@ def test_each_job_of_the_array_runs_its_own_run(lab: SlurmLab, tmp_path: Path, m
         "base": str(BASE),
         "contestants": [{"name": "standard"}, {"name": "raptr", "method": "raptr"}],
         "seeds": [1, 2],
-        "output": str(tmp_path / "out"),
+        "output": str(tmp_path / NAME),
         "slurm": {"at_once": 2, "options": ["--time=5"]},
     }
     (tmp_path / "mine.json").write_text(json.dumps(comparison))
@@ -44,7 +45,8 @@ def test_each_job_of_the_array_runs_its_own_run(lab: SlurmLab, tmp_path: Path, m
     after = lab.command("sbatch", "--parsable", f"--dependency=afterany:{array}", str(report), env=env)
     told = lab.wait_for(int(after))
     outputs = sorted(path for path in file.parent.glob("*.out") if "report" not in path.name)
-    assert [path.name for path in outputs] == [f"out-comparison-{number}.out" for number in range(4)]
+    assert [path.name for path in outputs] == [f"{NAME}-comparison-{number}.out" for number in range(4)]
     for number, path in enumerate(outputs):
         assert f"settings: --set run of job {number} x=1\n" in path.read_text(), path.read_text()
     assert told["JobState"] == "COMPLETED"
+    assert list(tmp_path.rglob("ran")) == []

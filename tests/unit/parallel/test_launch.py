@@ -14,7 +14,13 @@ _READ_OR_SET = (
     *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
-    *("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"),
+    *(
+        "SLURM_STEP_NODELIST",
+        "SLURM_JOB_NODELIST",
+        "SLURM_RESTART_COUNT",
+        "RAPTR_SIGNAL_LEAD",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ),
 )
 
 
@@ -112,3 +118,34 @@ def test_memory_of_a_gpu_is_kept_in_segments_that_grow(monkeypatch: pytest.Monke
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     prepare_imports(has_gpu=True)
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_the_signals_lead_reaches_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch(monkeypatch).signal_lead is None
+    assert launch(monkeypatch, RAPTR_SIGNAL_LEAD="").signal_lead is None
+    assert launch(monkeypatch, RAPTR_SIGNAL_LEAD="600").signal_lead == 600
+    for text in ("soon", "-1", "1.5", "nan", "B:USR1@120"):
+        with pytest.raises(ConfigError, match="RAPTR_SIGNAL_LEAD"):
+            launch(monkeypatch, RAPTR_SIGNAL_LEAD=text)
+
+
+def test_compiled_code_lies_where_no_other_user_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usual = tmp_path / f"torchinductor_raptr_{os.getuid()}"
+
+    def chosen() -> Path:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        prepare_imports(has_gpu=False)
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    assert (chosen(), chosen()) == (usual, usual)
+    assert stat.S_IMODE(usual.stat().st_mode) == 0o700
+    usual.chmod(0o777)
+    other = chosen()
+    assert (other != usual, stat.S_IMODE(other.stat().st_mode)) == (True, 0o700)
+    usual.rmdir()
+    usual.symlink_to(other)  # whose folder it leads to may change
+    assert chosen() not in (usual, other)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    prepare_imports(has_gpu=False)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
