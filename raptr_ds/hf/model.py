@@ -162,8 +162,9 @@ def _check_frequencies(esm: Any) -> None:
     exact = rotary.compute_default_rope_parameters(esm.config)[0].to(rotary.inv_freq.device)
     if not torch.allclose(rotary.inv_freq.float(), exact, rtol=1e-6, atol=0.0):
         raise ConfigError(
-            f"an EsmForMaskedLM whose rotary frequencies (inv_freq) are not those of rope_theta={esm.config.rope_theta}, "
-            "but changed or rounded to 16 bits, cannot be imported: save it with its frequencies in fp32."
+            f"an EsmForMaskedLM whose rotary frequencies (inv_freq) are not "
+            f"those of rope_theta={esm.config.rope_theta}, but changed or rounded to 16 bits, cannot be "
+            "imported: save it with its frequencies in fp32."
         )
 
 
