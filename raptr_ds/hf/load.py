@@ -73,6 +73,11 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
         raise _not_loaded(where, "tokenizer", error) from error
     model = load_exported(where, LlamaForCausalLM)
     assert isinstance(model, LlamaForCausalLM)
+    if len(theirs) > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {where} has {len(theirs):,} entries, the model {model.config.vocab_size:,}: it is "
+            "another model's. Export the model with its own."
+        )
     return PrefixModel(model, theirs)
 
 

@@ -141,6 +141,8 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
     for key, (value, wanted) in refused.items():
         if value != wanted:
             raise ConfigError(f"a {kind} with {key}={value} cannot be imported: {key} must be {wanted}.")
+    if twin is ESM:
+        _check_frequencies(theirs)
     return ModelSection(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -152,6 +154,18 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
         init_method_std=config.initializer_range,
         **extra,
     )
+
+
+def _check_frequencies(esm: Any) -> None:
+    """Check that frequencies that are stored as weights are those of rope_theta. Raises: ConfigError."""
+    rotary = esm.esm.rotary_embeddings
+    exact = rotary.compute_default_rope_parameters(esm.config)[0].to(rotary.inv_freq.device)
+    if not torch.allclose(rotary.inv_freq.float(), exact, rtol=1e-6, atol=0.0):
+        raise ConfigError(
+            f"an EsmForMaskedLM whose rotary frequencies (inv_freq) are not "
+            f"those of rope_theta={esm.config.rope_theta}, but changed or rounded to 16 bits, cannot be "
+            "imported: save it with its frequencies in fp32."
+        )
 
 
 _Refused = Mapping[str, tuple[object, object]]  # by their key: what a model has and what it must have

@@ -15,7 +15,9 @@ from raptr_ds.hf.load import load_prefix_model
 from raptr_ds.hf.text import TextStream, mode_ids, prompt_tokens, sentinel_ids
 from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
 from tests.exported_runs import Done, Tool, is_refused, model_of, run_folder
+from tests.made_up_text import TextSource
 
 ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
 PROMPT = "The value of the"
@@ -203,6 +205,13 @@ def test_damaged_folders_are_refused(exported: Path, tool: Tool) -> None:
         assert is_refused(tool("generate.py", exported, PROMPT), exported, word)
     config.write_text("{")
     assert is_refused(tool("generate.py", exported, PROMPT), config, "cannot be read")
+
+
+@ONLY_BPE
+def test_a_tokenizer_of_another_model_is_refused(exported: Path, prose: list[str], tool: Tool) -> None:
+    larger = train_tokenizer([TextSource(["\n".join(prose[:30])])], TokenizerSettings(vocab_size=710, num_sentinels=8))
+    tokenizer_to_hugging_face(larger, "ul2", 48).save_pretrained(exported)
+    assert is_refused(tool("generate.py", exported, PROMPT), "710 entries, the model 700")
 
 
 @ONLY_BPE
