@@ -175,7 +175,7 @@ INSTEAD: dict[str, str] = {
     "tensorboard": _METRICS,
     "torch_autocast": _PRECISION,
     "vocabulary_size": "Use raptr_ds.model.vocab_size, or leave it to the tokenizer",
-    "wandb": _METRICS,
+    "wandb": "Use raptr_ds.log.wandb, an object with project, name, entity, group and mode",
     "optimizer.params.max_grad_norm": "Use gradient_clipping",
     "zero_optimization.cpu_offload": _OFFLOAD,
     "zero_optimization.offload_optimizer": _OFFLOAD,

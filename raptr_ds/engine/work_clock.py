@@ -65,8 +65,11 @@ class WorkClock:
                 self.stop()
 
     def end_step(self) -> float:
-        """Return the seconds that were counted, 0 if none; the device has passed the last mark. Evaluations follow."""
-        self.stop()
+        """Return the seconds that were counted, 0 if none, once the device has passed the last mark.
+
+        Until the next step nothing is counted: evaluations make the same calls.
+        """
+        assert not self._is_running, "no stop"
         self._is_in_step = False
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self.is_on_device:

@@ -1,4 +1,4 @@
-"""The clock of a rank's own work, on the host's clock; tests/gpu has the device's."""
+"""The clock of a rank's own work, by the host's time; tests/gpu has the device's."""
 
 import time
 
@@ -50,6 +50,7 @@ def test_a_wait_that_fails_leaves_the_clock_running() -> None:
             raise RuntimeError
     except RuntimeError:
         time.sleep(WORK)
+    own.stop()
     assert own.end_step() >= WORK
 
 
@@ -71,4 +72,5 @@ def test_a_rank_without_others_measures_nothing() -> None:
     own.start()
     with own.working():
         time.sleep(WORK)
+    own.stop()
     assert own.end_step() == 0
