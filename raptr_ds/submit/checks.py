@@ -16,7 +16,7 @@ from raptr_ds.data.loader import build_objective, folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.setting import setting_of
-from raptr_ds.planner.shortage import MemoryNeed, shortage
+from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
@@ -54,16 +54,20 @@ def check_memory(config: RunConfig, layout: JobLayout, device_gib: float | None)
 
     device_gib: memory of a GPU; None if it is not known here. Raises: ConfigError if the plan does not fit.
     """
-    if layout.has_gpus and device_gib is not None:
+    if device_gib is not None and not (layout.has_gpus and 0 < device_gib < 1e6):
+        raise ConfigError(
+            f"--device-memory {device_gib:g} must be the GiB of one GPU, with --gpus-per-node: --device-memory 80."
+        )
+    if device_gib is not None:
         lines = shortage(config, DeviceMemory("a GPU of --device-memory", int(device_gib * _GIB)))
         if lines:
             raise ConfigError("\n".join([lines[0].removeprefix("**Warning.** "), *lines[1:]]))
     stages = range(config.parallel.pipeline_model_parallel_size)
     most = max(MemoryNeed.of(config, stage, on_gpu=layout.has_gpus).memory.total for stage in stages)
     if not layout.has_gpus:
-        return f"memory: about {most / _GIB:.2f} GiB for each process, {layout.tasks_per_node} on a node"
+        return f"memory: about {gib(most)} for each process, {layout.tasks_per_node} on a node"
     known = "" if device_gib is not None else "; not compared with the GPU's, which --device-memory GIB does"
-    return f"memory: about {most / _GIB:.2f} GiB of each GPU{known}"
+    return f"memory: about {gib(most)} of each GPU{known}"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -89,11 +93,11 @@ def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
     if needed > free + there:
         keep = configs[0].checkpoint.keep
         raise ConfigError(
-            f"{place} has {free / _GIB:.2f} GiB free, and {keep + 1} checkpoints (raptr_ds.checkpoint.keep={keep}, and "
+            f"{place} has {gib(free)} free, and {keep + 1} checkpoints (raptr_ds.checkpoint.keep={keep}, and "
             f"the one that is being written) of {len(configs)} run{'s' * (len(configs) > 1)} take "
-            f"{needed / _GIB:.2f} GiB. Make room, lower keep, or set raptr_ds.train.save to another disk."
+            f"{gib(needed)}. Make room, lower keep, or set raptr_ds.train.save to another disk."
         )
-    return f"disk: {needed / _GIB:.2f} GiB for checkpoints, {free / _GIB:,.2f} GiB free at {place}"
+    return f"disk: {gib(needed)} for checkpoints, {gib(free)} free at {place}"
 
 
 def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
