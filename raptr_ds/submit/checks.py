@@ -1,6 +1,7 @@
 """What can be found wrong with a run before it is submitted: the data, the memory, the disk, and the run's folder."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
         for checkpoint in checkpoints_in(Path(str(config.train.save)) / CHECKPOINTS)
         for path in checkpoint.iterdir()
     )
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if exists(parent))
+    place = _nearest(folder)
     free = shutil.disk_usage(place).free
     if needed > free + there:
         keep = configs[0].checkpoint.keep
@@ -111,6 +112,13 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
         raise ConfigError(
             f"the run's folder {place!r} holds {unfit[0]!r}, which Slurm replaces in the name of a job's output. Set "
             "raptr_ds.train.save to a folder without it."
+        )
+    nearest = _nearest(folder)
+    if not is_folder(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "you may not write to it" if is_folder(nearest) else "it is no folder"
+        raise ConfigError(
+            f"the run's folder {folder} cannot be made or written at {nearest}: {why}. Set raptr_ds.train.save to another "
+            "folder."
         )
     holder, silent = holder_of(folder / "run.lock", now) if is_folder(folder) else (None, None)
     if holder is not None and silent is not None and silent < _ALIVE_SECONDS:
@@ -141,6 +149,11 @@ def make_folder(folder: Path) -> None:
         raise write_error(folder, error, "Set raptr_ds.train.save to a folder that you may create.") from error
     except ValueError as error:
         raise path_error(folder, error) from error
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or what there is of the path to it."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
 
 
 def _still_in_queue(jobs: Sequence[str]) -> list[str]:

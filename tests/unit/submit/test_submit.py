@@ -167,6 +167,8 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="process 7 on node5, Slurm job 77"):
         check_folder(tmp_path, written + 5)
     check_folder(tmp_path, written + 3600)  # of a run that is gone
+    with pytest.raises(ConfigError, match="it is no folder"):
+        check_folder(tmp_path / "run.lock" / "run", 0.0)
     for name in ("50%", "a\\b", "a\nb"):
         with pytest.raises(ConfigError, match="which Slurm replaces"):
             check_folder(tmp_path / name, 0.0)
