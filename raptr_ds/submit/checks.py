@@ -117,8 +117,8 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
     if not is_folder(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         why = "you may not write to it" if is_folder(nearest) else "it is no folder"
         raise ConfigError(
-            f"the run's folder {folder} cannot be made or written at {nearest}: {why}. Set raptr_ds.train.save to another "
-            "folder."
+            f"the run's folder {folder} cannot be made or written at {nearest}: {why}. Set raptr_ds.train.save to "
+            "another folder."
         )
     holder, silent = holder_of(folder / "run.lock", now) if is_folder(folder) else (None, None)
     if holder is not None and silent is not None and silent < _ALIVE_SECONDS:
