@@ -58,7 +58,7 @@ class MemoryNeed:
         what = f"activations of {self.num_active} layers and {layout.micro_batch} sequences"
         if self.stage == layout.num_stages - 1:
             logits = logits_bytes(setting.shape, layout, setting.predicted_per_sequence)
-            what += f", of them logits {_gib(logits)}"
+            what += f", of them logits {gib(logits)}"
         parts = {
             "weights": memory.weights,
             "gradients": memory.gradients,
@@ -67,7 +67,7 @@ class MemoryNeed:
             "context and workspaces (an estimate)": memory.context,
         }
         ordered = sorted(parts.items(), key=lambda part: -part[1])
-        return [f"{_gib(size)} {name}" for name, size in ordered if size]
+        return [f"{gib(size)} {name}" for name, size in ordered if size]
 
     def remedies(self) -> list[str]:
         """Return the settings that would lower the peak, each with by how much, the best first."""
@@ -75,7 +75,7 @@ class MemoryNeed:
         saved = [
             (now - setting.memory(self.stage, self.num_active).total, text) for text, setting in self._alternatives()
         ]
-        return [f"{text}: {_gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
+        return [f"{text}: {gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
 
     def _alternatives(self) -> Iterator[tuple[str, Setting]]:
         layout, model = self.setting.layout, self.config.model
@@ -122,8 +122,8 @@ def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
     if need.memory.total <= device.total:
         return []
     return [
-        f"**Warning.** By the plan the fullest rank needs about {_gib(need.memory.total)} of memory, and {device.name} "
-        f"has {_gib(device.total)} ({'; '.join(need.parts())}). What would help:",
+        f"**Warning.** By the plan the fullest rank needs about {gib(need.memory.total)} of memory, and {device.name} "
+        f"has {gib(device.total)} ({'; '.join(need.parts())}). What would help:",
         *(f"- {line}" for line in need.remedies()),
     ]
 
@@ -131,21 +131,22 @@ def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
 def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> list[str]:
     """Return what a device that ran out of memory needed by the plan, and what would help."""
     need = MemoryNeed.of(config, stage, on_gpu=device is not None)
-    there = "" if device is None else f" of {_gib(device.total)} ({device.name})"
+    there = "" if device is None else f" of {gib(device.total)} ({device.name})"
     lines = [
-        f"By the plan this rank needs about {_gib(need.memory.total)}{there}: {'; '.join(need.parts())}.",
+        f"By the plan this rank needs about {gib(need.memory.total)}{there}: {'; '.join(need.parts())}.",
         "What would help, by the same plan:",
         *(f"  {line}" for line in need.remedies()),
     ]
     if device is not None and (unused := device.reserved - device.allocated) > _FRAGMENTED * device.total:
         lines.append(
-            f"  the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True: torch held {_gib(unused)} that "
+            f"  the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True: torch held {gib(unused)} that "
             "no tensor used"
         )
     return lines
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Return a size in bytes for people."""
     return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 

@@ -1,6 +1,7 @@
 """What can be found wrong with a run before it is submitted: the data, the memory, the disk, and the run's folder."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from raptr_ds.data.loader import build_objective, folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.setting import setting_of
-from raptr_ds.planner.shortage import MemoryNeed, shortage
+from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
@@ -54,16 +55,20 @@ def check_memory(config: RunConfig, layout: JobLayout, device_gib: float | None)
 
     device_gib: memory of a GPU; None if it is not known here. Raises: ConfigError if the plan does not fit.
     """
-    if layout.has_gpus and device_gib is not None:
+    if device_gib is not None and not (layout.has_gpus and 0 < device_gib < 1e6):
+        raise ConfigError(
+            f"--device-memory {device_gib:g} must be the GiB of one GPU, with --gpus-per-node: --device-memory 80."
+        )
+    if device_gib is not None:
         lines = shortage(config, DeviceMemory("a GPU of --device-memory", int(device_gib * _GIB)))
         if lines:
             raise ConfigError("\n".join([lines[0].removeprefix("**Warning.** "), *lines[1:]]))
     stages = range(config.parallel.pipeline_model_parallel_size)
     most = max(MemoryNeed.of(config, stage, on_gpu=layout.has_gpus).memory.total for stage in stages)
     if not layout.has_gpus:
-        return f"memory: about {most / _GIB:.2f} GiB for each process, {layout.tasks_per_node} on a node"
+        return f"memory: about {gib(most)} for each process, {layout.tasks_per_node} on a node"
     known = "" if device_gib is not None else "; not compared with the GPU's, which --device-memory GIB does"
-    return f"memory: about {most / _GIB:.2f} GiB of each GPU{known}"
+    return f"memory: about {gib(most)} of each GPU{known}"
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -84,16 +89,16 @@ def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
         for checkpoint in checkpoints_in(Path(str(config.train.save)) / CHECKPOINTS)
         for path in checkpoint.iterdir()
     )
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if exists(parent))
+    place = _nearest(folder)
     free = shutil.disk_usage(place).free
     if needed > free + there:
         keep = configs[0].checkpoint.keep
         raise ConfigError(
-            f"{place} has {free / _GIB:.2f} GiB free, and {keep + 1} checkpoints (raptr_ds.checkpoint.keep={keep}, and "
+            f"{place} has {gib(free)} free, and {keep + 1} checkpoints (raptr_ds.checkpoint.keep={keep}, and "
             f"the one that is being written) of {len(configs)} run{'s' * (len(configs) > 1)} take "
-            f"{needed / _GIB:.2f} GiB. Make room, lower keep, or set raptr_ds.train.save to another disk."
+            f"{gib(needed)}. Make room, lower keep, or set raptr_ds.train.save to another disk."
         )
-    return f"disk: {needed / _GIB:.2f} GiB for checkpoints, {free / _GIB:,.2f} GiB free at {place}"
+    return f"disk: {gib(needed)} for checkpoints, {gib(free)} free at {place}"
 
 
 def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
@@ -107,6 +112,13 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
         raise ConfigError(
             f"the run's folder {place!r} holds {unfit[0]!r}, which Slurm replaces in the name of a job's output. Set "
             "raptr_ds.train.save to a folder without it."
+        )
+    nearest = _nearest(folder)
+    if not is_folder(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "you may not write to it" if is_folder(nearest) else "it is no folder"
+        raise ConfigError(
+            f"the run's folder {folder} cannot be made or written at {nearest}: {why}. Set raptr_ds.train.save to "
+            "another folder."
         )
     holder, silent = holder_of(folder / "run.lock", now) if is_folder(folder) else (None, None)
     if holder is not None and silent is not None and silent < _ALIVE_SECONDS:
@@ -137,6 +149,11 @@ def make_folder(folder: Path) -> None:
         raise write_error(folder, error, "Set raptr_ds.train.save to a folder that you may create.") from error
     except ValueError as error:
         raise path_error(folder, error) from error
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or what there is of the path to it."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
 
 
 def _still_in_queue(jobs: Sequence[str]) -> list[str]:

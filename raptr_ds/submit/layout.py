@@ -8,6 +8,7 @@ from raptr_ds.errors import ConfigError
 
 DEFAULT_LEAD_SECONDS = 120
 _MAX_LEAD_SECONDS = 65535  # sbatch's own limit
+_MAX_SIZES = 64
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|(?P<plain>[\d:]+))")
 # What this tool gives sbatch itself, as it has checked it or depends on it.
 _OWN_OPTIONS = {
@@ -69,6 +70,8 @@ def job_layout(nodes: str, gpus: int | None, tasks: int | None, time: str | None
     """Return a checked layout. Raises: ConfigError."""
     match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", nodes)
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if most - fewest > _MAX_SIZES:
+        raise ConfigError(f"--nodes {nodes}: a range has {_MAX_SIZES} numbers at most, as each of them is checked.")
     if not 1 <= fewest <= most:
         raise ConfigError(f"--nodes {nodes!r} is not a number of nodes. Write --nodes 4, or --nodes 2-4 for a range.")
     if gpus is not None and tasks is not None and gpus != tasks:

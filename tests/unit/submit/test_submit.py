@@ -54,7 +54,7 @@ def test_other_time_limits_are_refused(text: str) -> None:
         limit_seconds(text)
 
 
-@pytest.mark.parametrize("nodes", ["0", "4-2", "x", "", "1-", "-3", "2 "])
+@pytest.mark.parametrize("nodes", ["0", "4-2", "x", "", "1-", "-3", "2 ", "1-9999"])
 def test_wrong_numbers_of_nodes_are_refused(nodes: str) -> None:
     with pytest.raises(ConfigError, match="--nodes"):
         job_layout(nodes, None, None, None, 120)
@@ -135,6 +135,11 @@ def test_memory_disk_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "GiB of each GPU" in check_memory(config, layout, 80.0)
     with pytest.raises(ConfigError, match="fullest rank needs about"):
         check_memory(config, layout, 0.01)
+    for memory in (float("nan"), 0.0, -1.0, float("inf")):
+        with pytest.raises(ConfigError, match="--device-memory"):
+            check_memory(config, layout, memory)
+    with pytest.raises(ConfigError, match="with --gpus-per-node"):
+        check_memory(config, job_layout("1", None, None, None, 120), 80.0)
     matrices = 4 * (12 * 64 * 64)
     assert (
         12 * matrices < checkpoint_bytes(config) < 12 * (matrices + 1100 * 64 + 20 * 64 * 64)
@@ -162,6 +167,8 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="process 7 on node5, Slurm job 77"):
         check_folder(tmp_path, written + 5)
     check_folder(tmp_path, written + 3600)  # of a run that is gone
+    with pytest.raises(ConfigError, match="it is no folder"):
+        check_folder(tmp_path / "run.lock" / "run", 0.0)
     for name in ("50%", "a\\b", "a\nb"):
         with pytest.raises(ConfigError, match="which Slurm replaces"):
             check_folder(tmp_path / name, 0.0)
