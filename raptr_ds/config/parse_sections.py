@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
-from raptr_ds.config.deepspeed_part import BLOCK, unknown_key
+from raptr_ds.config.deepspeed_part import BLOCK, auto_value, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
 from raptr_ds.config.sections import INNER, SECTIONS, UNION_TAGS, Section, keys_of
@@ -105,6 +105,8 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         return _wrong_choice(dotted, value, _choices(model, parts[-1]), where)
     must = _TYPES.get(kind)
     rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
+    if value == "auto":
+        return auto_value(dotted, place, rule)
     return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"
 
 

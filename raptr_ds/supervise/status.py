@@ -27,6 +27,7 @@ _STATES_AFTER = {
     "give_up": "failed",
     "done": "finished",
 }
+_SLOWEST = ("slowest_rank", "slowest_rank_seconds", "median_rank_seconds")
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 60
 
@@ -39,7 +40,8 @@ class RunStatus:
     stopped, failed or new. holder: the process that works in the folder. step: of the last training line. losses: of
     all training lines. tokens_per_second, mfu, step_seconds: medians of the last 100 steps. seconds_left: at that
     speed, without evaluations. flops_saved: share of the full model's FLOPs not executed, up to the last checkpoint.
-    checkpoint_age: in seconds. failed_saves: since the last start. starts: since the run began.
+    checkpoint_age: in seconds. failed_saves: since the last start. slowest_rank: (rank, its seconds of own work in a
+    step, the median of the ranks it is compared with). starts: since the run began.
     """
 
     folder: str
@@ -62,6 +64,7 @@ class RunStatus:
     checkpoint_step: int | None
     checkpoint_age: float | None
     failed_saves: int
+    slowest_rank: tuple[int, float, float] | None
     starts: int
     events: list[dict[str, Any]] = field(repr=False)
 
@@ -110,6 +113,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
         checkpoint_step=checkpoint,
         checkpoint_age=checkpoint_age,
         failed_saves=sum(event.get("event") == "checkpoint_failed" for event in since_start),
+        slowest_rank=tuple(last[key] for key in _SLOWEST) if _SLOWEST[0] in last else None,  # type: ignore[arg-type]
         starts=len(starts),
         events=events,
     )
@@ -131,6 +135,9 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
     if status.step_seconds is not None and status.tokens_per_second is not None:
         mfu = "" if status.mfu is None else f", {status.mfu:.1%} of the peak"
         lines.append(f"speed        {status.tokens_per_second:,.0f} tokens/s, {status.step_seconds:.3g} s a step{mfu}")
+    if status.slowest_rank is not None:
+        rank, seconds, usual = status.slowest_rank
+        lines.append(f"slowest      rank {rank}: {seconds:.3g} s of own work in a step, the median is {usual:.3g} s")
     if status.flops_saved is not None:
         lines.append(f"saved        {status.flops_saved:.1%} of the full model's FLOPs up to the last checkpoint")
     if status.checkpoint_step is not None and status.checkpoint_age is not None:

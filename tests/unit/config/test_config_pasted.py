@@ -49,6 +49,7 @@ def test_a_key_twice_in_an_override(load):
 
 
 AUTO = ["train_batch_size", "gradient_clipping", "bf16.enabled", "zero_optimization.reduce_bucket_size", "fp16"]
+AUTO += ["raptr_ds.train.steps", "raptr_ds.model.hidden_dropout", "raptr_ds.parallel.tensor_model_parallel_size"]
 AUTO += ["optimizer.type", "optimizer.params.lr", "scheduler.type", "optimizer.params.betas"]
 
 

@@ -41,6 +41,7 @@ def touch(path: Path, content: Any, age: float) -> None:
 @pytest.fixture
 def running(tmp_path: Path) -> Path:
     lines = [training(step) for step in range(1, 201)]
+    lines[-1] |= {"slowest_rank": 3, "slowest_rank_seconds": 0.4, "median_rank_seconds": 0.2}
     lines += [{"step": 100, "eval_loss": 7.25, "path_length": 4}, {"step": 200, "eval_loss": 9.0, "path_length": 2}]
     events = [
         {"event": "start", "step": 0},
@@ -72,6 +73,7 @@ def test_a_running_run(running: Path) -> None:
         "7.99 to 6.495",
         "held-out     7.2500 after step 100",
         "speed        1,000 tokens/s, 0.5 s a step",
+        "slowest      rank 3: 0.4 s of own work in a step, the median is 0.2 s",
         "saved        25.0%",
         "checkpoint   step 150, 10 min old; 1 could NOT be written",
         "left         100 s",
