@@ -22,6 +22,9 @@ from tests.dist.workers import run_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+# Optional keys of a training line: measured anew by each start, of several ranks, or on GPUs.
+RANK_KEYS = {"slowest_rank", "slowest_rank_seconds", "median_rank_seconds"}
+RANK_KEYS |= {"host_memory_bytes", "host_memory_peak_bytes", "device_memory_peak_bytes"}
 PATIENCE = 200.0  # seconds; a start takes 10 where nothing else runs
 
 Command = Callable[..., list[str]]

@@ -14,10 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, forked, lines_of, tiny_run, torchrun_command
+from tests.integration.conftest import (
+    ENV,
+    PATIENCE,
+    RANK_KEYS,
+    REPOSITORY,
+    forked,
+    lines_of,
+    tiny_run,
+    torchrun_command,
+)
 
 STEPS = 60
-TIMES = {"step_seconds", "tokens_per_second", "mfu"}  # what two runs of the same steps need not share
+TIMES = {"step_seconds", "tokens_per_second", "mfu", *RANK_KEYS}  # what two runs of the same steps need not share
 
 
 def _children_of() -> dict[int, list[int]]:
