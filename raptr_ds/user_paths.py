@@ -30,6 +30,8 @@ _PASSING = {
     errno.EHOSTUNREACH,
 }
 
+FIX_SAVE = "Set raptr_ds.train.save to a folder that this user may create or write."
+
 
 class PathError(RaptrError):
     """A path that the user named cannot be looked at: no permission, a name that is too long, a failing disk."""
@@ -78,6 +80,16 @@ def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
     else:
         why, fix = "it holds a NUL byte, which no path may hold", "Name another path."
     return PathError(f"{_printable(path)} cannot be used: {why}. {fix}".rstrip())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder, or one in it, and those above it. Raises: PathError or StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error, FIX_SAVE) from error
+    except ValueError as error:
+        raise path_error(folder, error) from error
 
 
 def write_error(path: str | Path, error: OSError, fix: str) -> RaptrError:

@@ -43,7 +43,7 @@ from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.agreement import on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.user_paths import is_folder, write_error
+from raptr_ds.user_paths import FIX_SAVE, is_folder, make_folder, write_error
 
 _WAIT_SECONDS = 0.02
 
@@ -88,27 +88,19 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
     Raises: PathError, StorageError or CheckpointError, on all ranks, for the first rank that cannot.
     """
 
-    def make() -> None:
-        _try_to_write(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-
     def probe() -> None:
         if not is_folder(folder):
             raise CheckpointError(
                 f"rank {groups.rank} does not see {folder}, which rank 0 has created. Set raptr_ds.train.save to a "
                 "folder on a file system that all nodes share."
             )
-        _try_to_write(folder, lambda: tempfile.TemporaryFile(dir=folder).close())
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise write_error(folder, error, FIX_SAVE) from error
 
-    on_first_rank(groups, make)
+    on_first_rank(groups, lambda: make_folder(folder))
     together(groups, probe)
-
-
-def _try_to_write(folder: Path, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except OSError as error:
-        fix = "Set raptr_ds.train.save to a folder that this user may create or write."
-        raise write_error(folder, error, fix) from error
 
 
 class Checkpoints:

@@ -14,8 +14,9 @@ def keep_global_batch(
 ) -> tuple[dict[str, Any], ParallelSection, list[str]]:
     """Return the run file's tree and its layout fitted to `world_size` processes, and a line for each changed key.
 
-    The run's own config.json, in `folder`, holds the batch that it began with. The same number of data-parallel ranks,
-    or none on record, change nothing. Micro batches become no larger than they were, as memory was planned for them.
+    The run's own config.json, in `folder`, holds the batch of its last start. The same number of data-parallel ranks,
+    or none on record, change nothing. Micro batches become no larger than the run file's, or than they were where it
+    leaves them out, as memory was planned for them.
     Raises: ConfigError, with the numbers of processes that fit, if the global batch cannot be divided among the ranks.
     """
     copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -34,7 +35,7 @@ def keep_global_batch(
         )
     per_rank = total // ranks
     why = f"started again on {ranks} data-parallel ranks; the global batch stays {total}"
-    fitted = largest_fitting(micro, per_rank, paths_per_step)
+    fitted = largest_fitting(int(tree.get(MICRO, micro)), per_rank, paths_per_step)
     notes = [f"{MICRO}={fitted} ({why})"]
     tree = {**tree, GLOBAL: total, MICRO: fitted}
     tree.pop(ACCUMULATION, None)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from raptr_ds.errors import DataError
 
-_BLOCK_BYTES = 1 << 16
-_MAX_BLOCKS = 1024
+_BLOCK_BYTES = 1 << 14
+_MAX_BLOCKS = 512
 _FILES = ("train.idx", "train.bin", "validation.idx", "validation.bin")
 
 
 def corpus_digest(folders: Mapping[str, float]) -> str:
     """Return the hexadecimal digest of a run's data: its folders' tokens, their weights and their order.
 
-    Of each file its size and at most 1,024 blocks of 64 KiB, spread evenly, the first and the last among them: all of a
-    file up to 64 MiB. Raises: DataError if a file cannot be read.
+    Of each file its size and at most 512 blocks of 16 KiB, spread evenly, the first and the last among them: all of a
+    file up to 8 MiB. Raises: DataError if a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     for folder, weight in folders.items():

@@ -49,10 +49,32 @@ class EventLog:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             self._lines.append(json.dumps({"time": now, "event": event, **what}) + "\n")
 
+    @property
+    def failure(self) -> str | None:
+        """Why events wait in memory, None while none do."""
+        return None if self._lines is None else self._lines.failure
+
     def close(self) -> None:
         """Close the file."""
         if self._lines is not None:
             self._lines.close()
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return a run's events, oldest first; lines that a full disk or a crash cut short are left out."""
+    try:
+        lines = (folder / EVENTS).read_bytes().splitlines()
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
 
 
 def code_revision() -> str | None:

@@ -9,14 +9,17 @@ from pathlib import Path
 class LinesFile:
     """Appends lines; those that the disk does not take are kept, and written, in order, with later ones.
 
+    A line that a crash has cut short is ended before the first one.
     failure: why lines wait in memory, None while none do.
     Raises: OSError if the file cannot be opened at first.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._waiting = bytearray()
-        self._stream: FileIO | None = FileIO(path, "ab")
+        self._stream: FileIO | None = FileIO(path, "ab+")
+        size = self._stream.seek(0, os.SEEK_END)
+        is_torn = size > 0 and os.pread(self._stream.fileno(), 1, size - 1) != b"\n"
+        self._waiting = bytearray(b"\n" if is_torn else b"")
         self.failure: str | None = None
 
     def append(self, line: str) -> None:

@@ -26,9 +26,7 @@ from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
 from raptr_ds.runtime.progress import Progress, ProgressState
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
-from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
-from raptr_ds.user_paths import write_error
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
     run. interval: steps between training lines; the last step always has one. peak: FLOP/s of one device, None if not
-    known. flops_left(step): FLOPs expected after a 1-based step, for the time left. sinks: others than TensorBoard.
+    known. flops_left(step): FLOPs expected after a 1-based step, for the time left. sinks: where lines go besides
+    metrics.jsonl.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Metrics(AbstractContextManager["Metrics"]):
         num_steps: int,
         resume_step: int = 0,
         interval: int = 1,
-        tensorboard: bool = True,
         sinks: Sequence[Sink] = (),
         progress: Progress | None = None,
         num_devices: int = 1,
@@ -90,7 +88,6 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._file, self._sinks = None, list(sinks)
         if folder is not None:
             self._file = MetricsFile(folder / METRICS, resume_step)
-            self._sinks += [_open_tensorboard(folder, resume_step)] if tensorboard else []
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""
@@ -221,10 +218,3 @@ class Metrics(AbstractContextManager["Metrics"]):
             failed_saves=step.failed_saves,
             slow_rank="" if slow is None else f"rank {slow.rank} slow ({slow.ratio:.1f} x)",
         )
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> TensorBoardSink:
-    try:
-        return TensorBoardSink(folder / "tensorboard", resume_step)
-    except OSError as error:
-        raise write_error(folder / "tensorboard", error, "Give this user permission to write there.") from error

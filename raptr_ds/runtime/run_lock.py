@@ -20,7 +20,7 @@ from uuid import uuid4
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import FIX_SAVE, make_folder, write_error
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -88,12 +88,11 @@ class RunLock:
     def __init__(self, folder: Path, launch: Launch, lost: Callable[[str], None]) -> None:
         self._path = folder / LOCK
         self._holder, self._beat, self._lost = Holder.of(launch), 0, lost
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
         except OSError as error:
-            fix = "Set raptr_ds.train.save to a folder that this user may create or write."
-            raise write_error(folder, error, fix) from error
+            raise write_error(folder, error, FIX_SAVE) from error
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="run-lock", daemon=True)
         self._thread.start()

@@ -41,7 +41,9 @@ from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals, exit_now
+from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.tensorboard_sink import open_tensorboard
 from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
 from raptr_ds.user_paths import open_to_all, write_error
@@ -116,7 +118,6 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             config.train.steps,
             NUM_REPORTED,
         )
-        meet(groups.control, _MEETING, "the first step")
         signals.progressed()
         watchdog.moved("starting", START_SECONDS)
         yield Session(
@@ -240,14 +241,18 @@ def _open_metrics(
             num_steps=config.train.steps,
             resume_step=state.step,
             interval=config.log.interval,
-            tensorboard=config.log.tensorboard,
-            sinks=open_trackers(config.log, folder, state.step) if groups.rank == 0 else (),
+            sinks=_open_sinks(config, folder, state.step) if groups.rank == 0 else (),
             progress=progress,
             num_devices=groups.topology.world_size,
             peak=device_peak(config, groups),
             flops_left=flops_left,
         ),
     )
+
+
+def _open_sinks(config: RunConfig, folder: Path, resume_step: int) -> list[Sink]:
+    sinks: list[Sink] = list(open_trackers(config.log, folder, resume_step))
+    return [*sinks, open_tensorboard(folder, resume_step)] if config.log.tensorboard else sinks
 
 
 def _hosts(groups: ProcessGroups) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.runtime.sinks import evaluation_scalars, training_scalars
+from raptr_ds.user_paths import write_error
 
 _MAX_UNFLUSHED = 2000  # scalars
 
@@ -91,3 +92,11 @@ class TensorBoardSink:
             with contextlib.suppress(OSError):
                 self._writer.close()
         self._writer = None
+
+
+def open_tensorboard(folder: Path, resume_step: int) -> TensorBoardSink:
+    """Return the sink of a run's folder. Raises: ConfigError, and PathError or StorageError if it cannot be written."""
+    try:
+        return TensorBoardSink(folder / "tensorboard", resume_step)
+    except OSError as error:
+        raise write_error(folder / "tensorboard", error, "Give this user permission to write there.") from error

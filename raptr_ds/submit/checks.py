@@ -19,15 +19,14 @@ from raptr_ds.paths.cost import num_parameters
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
 from raptr_ds.planner.step_time import Device
+from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
-from raptr_ds.supervise.record import read_events
-from raptr_ds.supervise.status import holder_of
-from raptr_ds.user_paths import exists, is_folder, path_error, write_error
+from raptr_ds.supervise.status import ALIVE_SECONDS, holder_of
+from raptr_ds.user_paths import exists, is_folder
 
 _GIB = 1 << 30
 _WEIGHT_BYTES = 4  # checkpoints hold fp32
-_ALIVE_SECONDS = 60.0
 
 
 def load_checked(file: Path, overrides: Sequence[str], layout: JobLayout) -> RunConfig:
@@ -120,8 +119,8 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
             f"the run's folder {folder} cannot be made or written at {nearest}: {why}. Set raptr_ds.train.save to "
             "another folder."
         )
-    holder, silent = holder_of(folder / "run.lock", now) if is_folder(folder) else (None, None)
-    if holder is not None and silent is not None and silent < _ALIVE_SECONDS:
+    holder, silent = holder_of(folder, now)
+    if holder is not None and silent is not None and silent < ALIVE_SECONDS:
         raise ConfigError(
             f"another run works in {folder}: {holder}. Set raptr_ds.train.save to another folder, or wait for that run "
             "to end."
@@ -139,16 +138,6 @@ def measured_lead(folder: Path) -> int | None:
     """Return the signal's lead that an earlier start of the run found necessary, in seconds."""
     leads = [event.get("write") for event in read_events(folder) if event.get("event") == "signal_lead"]
     return next((lead for lead in reversed(leads) if isinstance(lead, int)), None)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a run's folder as the umask has it. Raises: PathError, StorageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error, "Set raptr_ds.train.save to a folder that you may create.") from error
-    except ValueError as error:
-        raise path_error(folder, error) from error
 
 
 def _nearest(folder: Path) -> Path:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.supervise.time_limit import limit_seconds, short_limit
 
 DEFAULT_LEAD_SECONDS = 120
 _MAX_LEAD_SECONDS = 65535  # sbatch's own limit
 _MAX_SIZES = 64
-_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|(?P<plain>[\d:]+))")
 # What this tool gives sbatch itself, as it has checked it or depends on it.
 _OWN_OPTIONS = {
     "--signal": "--signal-lead SECONDS",
@@ -88,33 +88,9 @@ def job_layout(nodes: str, gpus: int | None, tasks: int | None, time: str | None
             "one save before the time limit."
         )
     limit = None if time is None else limit_seconds(time)
-    if limit is not None and limit <= 2 * lead_seconds:
-        least, most_lead = -(-10 * lead_seconds // 60), max(1, limit // 5)
-        raise ConfigError(
-            f"--time {time} is {limit} s, and the signal to save comes {lead_seconds} s before its end, so that a "
-            f"start trains {max(0, limit - lead_seconds)} s at most. Give --time {least} (minutes) or more, or a "
-            f"shorter lead that one step and one save fit into: --signal-lead {most_lead}."
-        )
+    if limit is not None and (problem := short_limit(limit, lead_seconds)):
+        raise ConfigError(f"--time {time}: {problem}")
     return JobLayout(most, fewest, per_node, gpus is not None, time, lead_seconds)
-
-
-def limit_seconds(time: str) -> int | None:
-    """Return a time limit as sbatch takes it in seconds; None for UNLIMITED. Raises: ConfigError."""
-    if time.upper() in {"UNLIMITED", "INFINITE"}:
-        return None
-    match = _TIME.fullmatch(time)
-    numbers = match["plain"].split(":") if match and match["plain"] else []
-    if match is None or not all(numbers) or len(numbers) > 3:
-        raise ConfigError(
-            f"--time {time!r} is not a time limit. Slurm takes MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS and "
-            "DAYS-HOURS:MINUTES:SECONDS: --time 2-0 for two days."
-        )
-    if not numbers:
-        days, hours, minutes, seconds = (int(match[part] or 0) for part in ("days", "hours", "minutes", "seconds"))
-    else:
-        days = 0
-        hours, minutes, seconds = ([0, *map(int, numbers), 0] if len(numbers) < 3 else list(map(int, numbers)))[:3]
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def check_more_options(words: Sequence[str]) -> list[str]:

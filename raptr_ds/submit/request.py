@@ -16,7 +16,6 @@ from raptr_ds.submit.checks import (
     check_memory,
     complete_run_file,
     load_checked,
-    make_folder,
     measured_lead,
 )
 from raptr_ds.submit.container import ContainerWords, container_words
@@ -25,7 +24,7 @@ from raptr_ds.submit.layout import DEFAULT_LEAD_SECONDS, job_layout
 from raptr_ds.submit.snapshot import copy_code, free_number
 from raptr_ds.submit.sweep import Point, run_settings, sweep
 from raptr_ds.supervise.record import append_event, run_folder
-from raptr_ds.user_paths import open_to_all, write_error
+from raptr_ds.user_paths import make_folder, open_to_all, write_error
 
 _MAX_CHAIN = 1000
 

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from raptr_ds.errors import Exit
+from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.supervise.command import StopRequests, run_command
 from raptr_ds.supervise.policy import Cause, Decision, Ending, cause_of, failed_node
 from raptr_ds.supervise.supervisor import Supervised, say, whose
+from raptr_ds.supervise.time_limit import limit_seconds, short_limit
 
 _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below the ports that the kernel hands out by itself (32768 and more)
 _PORTS_OF_A_JOB = 61
@@ -194,23 +195,12 @@ def _end(job: Job, decision: Decision, code: int) -> int:
 
 def _warn_of_time_limit(job: Job, lead: str) -> None:
     """Print what to write if the signal to stop comes at once or hardly later. Says nothing where one is not known."""
-    limit = _seconds(job.show().get("TimeLimit", ""))
-    if lead.isdecimal() and limit and limit <= 2 * int(lead):
-        seconds = int(lead)
-        say(
-            f"warning: the time limit is {limit} s, and the signal to save comes {seconds} s before its end, so that "
-            f"a start trains {max(0, limit - seconds)} s at most. Give --time={-(-10 * seconds // 60)} (minutes) or "
-            f"more, or a shorter lead that one step and one save fit into: --signal=B:USR1@{max(1, limit // 5)}."
-        )
-
-
-def _seconds(limit: str) -> int | None:
-    """Return a time limit as scontrol prints it, [DAYS-]HH:MM:SS, in seconds; None if it is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    try:
+        limit = limit_seconds(job.show().get("TimeLimit", ""))
+    except ConfigError:  # no answer, or the partition's limit
+        return
+    if lead.isdecimal() and limit and (problem := short_limit(limit, int(lead))):
+        say(f"warning: {problem}")
 
 
 def _slurm(*words: str) -> tuple[int, str]:

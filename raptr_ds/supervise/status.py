@@ -11,12 +11,14 @@ from statistics import median
 from typing import Any
 
 from raptr_ds.errors import DataError, Exit
+from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
-from raptr_ds.supervise.record import read_events
+from raptr_ds.supervise.record import complete_checkpoints
 from raptr_ds.user_paths import is_file, is_folder
 
-_ALIVE_SECONDS = 60.0
+ALIVE_SECONDS = 60.0
 """A running run renews its lock every ten seconds."""
+_LOCK = "run.lock"  # raptr_ds/runtime/run_lock.py, whose imports would take longer than all the rest here
 _RECENT_STEPS = 100
 _STATES_AFTER = {
     "start": "failed",  # its process is gone, and wrote no end
@@ -88,8 +90,8 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
     block = config.get("raptr_ds", {})
     num_steps, num_layers = block.get("train", {}).get("steps"), block.get("model", {}).get("num_layers")
     step, step_seconds = last.get("step", 0), _median(line["step_seconds"] for line in recent)
-    checkpoint, checkpoint_age, saved = _newest_checkpoint(folder / "checkpoints", now)
-    holder, silent = holder_of(folder / "run.lock", now)
+    checkpoint, checkpoint_age, saved = _newest_checkpoint(folder, now)
+    holder, silent = holder_of(folder, now)
     starts = [event for event in events if event.get("event") == "start"]
     since_start = events[events.index(starts[-1]) :] if starts else []
     return RunStatus(
@@ -184,22 +186,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _newest_checkpoint(folder: Path, now: float) -> tuple[int | None, float | None, float | None]:
-    """Return (step, age in seconds, share of FLOPs saved) of the newest checkpoint."""
-    if not is_folder(folder):
-        return None, None, None
-    for path in sorted(folder.glob("step-*/manifest.json"), reverse=True):
+    """Return (step, age in seconds, share of FLOPs saved) of the newest checkpoint whose manifest can be read."""
+    for step, manifest in complete_checkpoints(folder):
         try:
-            state = json.loads(path.read_bytes())["run_state"]
-            age = now - path.stat().st_mtime
+            state = json.loads(manifest.read_bytes())["run_state"]
+            age = now - manifest.stat().st_mtime
             saved = 1 - state["flops"] / state["full_flops"] if state.get("full_flops") else None
         except (OSError, ValueError, LookupError, TypeError):
             continue
-        return int(path.parent.name.removeprefix("step-")), age, saved
+        return step, age, saved
     return None, None, None
 
 
-def holder_of(path: Path, now: float) -> tuple[str | None, float | None]:
-    """Return who works in the folder, and the seconds since its last sign of life."""
+def holder_of(folder: Path, now: float) -> tuple[str | None, float | None]:
+    """Return who works in a run's folder, and the seconds since its last sign of life."""
+    path = folder / _LOCK
     try:
         silent = now - path.stat().st_mtime
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -211,7 +212,7 @@ def holder_of(path: Path, now: float) -> tuple[str | None, float | None]:
 
 def _state(holder: str | None, silent: float | None, is_trained: bool, events: list[dict[str, Any]]) -> str:
     if holder is not None and silent is not None:
-        return "running" if silent < _ALIVE_SECONDS else "silent"
+        return "running" if silent < ALIVE_SECONDS else "silent"
     decisive = [event for event in events if event.get("event") in _STATES_AFTER]
     if not decisive:  # no events: it has not begun, or is of a version without them
         return "finished" if is_trained else "new"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import Exit
+from raptr_ds.runtime.events import read_events
 from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
 from raptr_ds.supervise.policy import (
     Cause,
@@ -22,7 +23,7 @@ from raptr_ds.supervise.policy import (
     failed_node,
     starts_without_progress,
 )
-from raptr_ds.supervise.record import append_event, newest_step, read_events
+from raptr_ds.supervise.record import append_event, newest_step
 
 # A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
 _ORPHANS_SECONDS = 120.0
@@ -38,7 +39,7 @@ class Supervised:
 
     def __init__(self, folder: Path | None, job: str, limits: Limits) -> None:
         self.folder, self.job, self.limits = folder, job, limits
-        events = [event for event in read_events(folder) if event.get("job") == job]
+        events = [event for event in (read_events(folder) if folder else []) if event.get("job") == job]
         ends = [index for index, event in enumerate(events) if event["event"] in ("done", "give_up")]
         # Given up, and started again: people had a look at it in between.
         self._first = int(events[ends[-1]].get("start", -1)) + 1 if ends else 0

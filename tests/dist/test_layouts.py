@@ -109,10 +109,10 @@ LAYOUTS = {
 FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "TP2 SP DP2 ZeRO 3", "PP2 DP2 ZeRO 1, recompute", "PP2 TP2 SP", "PP4")
 
 LONG = ("DP2 ZeRO 1", "DP2 ZeRO 3", "PP2 TP2 SP")
-# Where growth copies between ranks, or between parts that are cut otherwise.
+# Where growth copies between ranks, or between parts that are cut in another way.
 GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
 
-# Where gradients accumulate otherwise; there must be a multiple of three micro batches.
+# Where gradients accumulate in another way; there must be a multiple of three micro batches.
 SEVERAL_PATHS = {
     "bert-3-paths": (
         "DP2",

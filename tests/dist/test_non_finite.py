@@ -1,4 +1,4 @@
-"""Numbers that are not finite, from one rank only: all ranks skip, stop and roll back alike, and nothing else moves."""
+"""Numbers that are not finite, from one rank only: all ranks skip, stop and roll back, and nothing else moves."""
 
 import hashlib
 import json
@@ -238,7 +238,7 @@ def open_loop(
         ),
         ranks=Ranks(groups.topology, ["here"] * groups.topology.world_size, groups.device, 1),
         checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
-        metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps, tensorboard=False),
+        metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps),
         signals=StopSignals(watch_launcher=False),
         watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
         non_finite=NonFinitePolicy(

@@ -1,4 +1,4 @@
-"""Packed sequences in layouts: every stage and rank masks the examples alike."""
+"""Packed sequences in layouts: every stage and rank masks the same examples."""
 
 from dataclasses import replace
 from typing import Any

@@ -146,16 +146,16 @@ def test_no_more_than_asked_for_is_whole_at_once() -> None:
 
 
 def test_a_wrong_order_is_recorded_anew() -> None:
-    """A path that was not told beforehand is trained all the same: DeepSpeed fetches when needed and records anew."""
+    """A path that was not known beforehand is trained all the same: DeepSpeed fetches when needed and records anew."""
     case = Case(zero=3, micro_batch=6)
     losses, restarts = run_distributed(train_untold, 2, case)[0]
-    told = run_distributed(train_untold, 2, replace(case, recompute=True))[0]
+    known = run_distributed(train_untold, 2, replace(case, recompute=True))[0]
     assert restarts > 0
-    assert losses == pytest.approx(told[0], rel=1e-6)
+    assert losses == pytest.approx(known[0], rel=1e-6)
 
 
 def train_untold(launch: Launch, case: Case) -> tuple[list[float], int]:
-    """Train with the coordinator told the full path always; return losses and how often it was wrong."""
+    """Train with the coordinator given the full path always; return losses and how often it was wrong."""
     groups = initialize_process_groups(launch, case.tensor, case.pipeline)
     engine: Any = build_engine(case, groups)
     coordinator = engine.engine.optimizer.coordinator

@@ -1,4 +1,4 @@
-"""Mistakes in run files and data: exit code 2, one message that says what and how to mend it, nothing trained."""
+"""Mistakes in run files and data: exit code 2, one message with what is wrong and how to fix it, nothing trained."""
 
 import json
 import shutil

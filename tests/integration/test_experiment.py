@@ -66,7 +66,7 @@ def test_two_contestants_on_two_seeds_and_again(data_folder: Path, tmp_path: Pat
 def test_a_mistake_in_the_file_ends_with_2_and_starts_nothing(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"base": "nowhere.json", "contestants": [{"name": "a"}], "seeds": [1], "seed": 2}))
-    told = call(experiment(file, "--set", f"output={tmp_path}/out"))
-    assert told.returncode == 2
-    assert "seed (line 1) is an unknown key; did you mean 'seeds'?" in told.stderr
+    refused = call(experiment(file, "--set", f"output={tmp_path}/out"))
+    assert refused.returncode == 2
+    assert "seed (line 1) is an unknown key; did you mean 'seeds'?" in refused.stderr
     assert not (tmp_path / "out").exists()

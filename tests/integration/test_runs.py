@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what a run leaves behind, layouts and launchers alike, and continuing."""
+"""Whole runs through the command line: what a run leaves behind, in all layouts, by all launchers, and continuing."""
 
 import json
 import shutil

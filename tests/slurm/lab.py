@@ -177,18 +177,18 @@ class SlurmLab:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def job(self, job: int) -> dict[str, str]:
-        """Return what scontrol tells of the job: JobState, ExitCode, Restarts and so on."""
+        """Return what scontrol shows of the job: JobState, ExitCode, Restarts and so on."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "show", "job", "-o", str(job))))
 
     def wait_for(self, job: int, *states: str, seconds: float = 50) -> dict[str, str]:
         """Wait until the job is in one of `states`, by default a final one. Raises: TimeoutError with its output."""
         wanted = frozenset(states) or FINAL_STATES
         deadline = time.monotonic() + seconds
-        while (told := self.job(job))["JobState"] not in wanted:
+        while (ended := self.job(job))["JobState"] not in wanted:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job} is {told['JobState']} ({told.get('Reason')})\n{self.output(job)}")
+                raise TimeoutError(f"job {job} is {ended['JobState']} ({ended.get('Reason')})\n{self.output(job)}")
             time.sleep(0.1)
-        return told
+        return ended
 
     def wait_for_output(self, job: int, text: str, seconds: float = 50, final: Collection[str] = FINAL_STATES) -> None:
         """Wait until the job has printed `text`. Raises: TimeoutError with its output, at once in a final state."""

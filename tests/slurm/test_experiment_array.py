@@ -43,10 +43,10 @@ def test_each_job_of_the_array_runs_its_own_run(lab: SlurmLab, tmp_path: Path, m
     # Not lab.submit, which says where the output goes: here the batch files do.
     array = lab.command("sbatch", "--parsable", str(file), env=env)
     after = lab.command("sbatch", "--parsable", f"--dependency=afterany:{array}", str(report), env=env)
-    told = lab.wait_for(int(after))
+    ended = lab.wait_for(int(after))
     outputs = sorted(path for path in file.parent.glob("*.out") if "report" not in path.name)
     assert [path.name for path in outputs] == [f"{NAME}-comparison-{number}.out" for number in range(4)]
     for number, path in enumerate(outputs):
         assert f"settings: --set run of job {number} x=1\n" in path.read_text(), path.read_text()
-    assert told["JobState"] == "COMPLETED"
+    assert ended["JobState"] == "COMPLETED"
     assert list(tmp_path.rglob("ran")) == []

@@ -20,8 +20,8 @@ dist.init_process_group("gloo", rank=at.rank, world_size=at.world_size, timeout=
 total = torch.tensor([at.rank + 1])
 dist.all_reduce(total)
 dist.destroy_process_group()
-told = [at.rank, at.local_rank, at.world_size, at.launcher, total.item()]
-pathlib.Path(sys.argv[1], f"{at.rank}.json").write_text(json.dumps(told))
+ended = [at.rank, at.local_rank, at.world_size, at.launcher, total.item()]
+pathlib.Path(sys.argv[1], f"{at.rank}.json").write_text(json.dumps(ended))
 """
 
 
@@ -44,7 +44,7 @@ def test_two_processes_of_mpirun_meet(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name not in unwanted}
     env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     options = ["--oversubscribe", "--timeout", "50"] + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
-    # Each rank tells in a file of its own: mpirun may join what two ranks print into one line.
+    # Each rank writes into a file of its own: mpirun may join what two ranks print into one line.
     started = subprocess.run(
         ["mpirun", *options, "-n", "2", sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)],
         env=env,
@@ -54,5 +54,5 @@ def test_two_processes_of_mpirun_meet(tmp_path: Path) -> None:
         check=False,
     )
     assert started.returncode == 0, started.stdout + started.stderr
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert told == [[0, 0, 2, "mpirun", 3], [1, 1, 2, "mpirun", 3]]
+    ended = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ended == [[0, 0, 2, "mpirun", 3], [1, 1, 2, "mpirun", 3]]

@@ -106,9 +106,9 @@ def test_stopped_and_requeued_it_continues_as_if_never_stopped(lab: SlurmLab, ru
     job = lab.submit(str(SCRIPT), env=ENV | {"RAPTR_CONFIG": str(run_file)})
     _wait_for_steps(run_file, 5, lab, job)
     lab.command("scancel", "--signal=USR1", "--batch", str(job))
-    told = lab.wait_for(job, seconds=PATIENCE)
+    ended = lab.wait_for(job, seconds=PATIENCE)
     output = lab.output(job)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output
     assert "stopped with a checkpoint: back to the queue" in output
     assert "continuing after step" in output
 
@@ -139,9 +139,9 @@ def test_a_rank_killed_by_9_costs_a_restart_and_no_bit(lab: SlurmLab, run_file: 
     job = lab.submit(str(SCRIPT), "--set", "raptr_ds.checkpoint.interval=3", env=env)
     _wait_for_steps(run_file, 8, lab, job)
     os.kill(_process_of(job, 1), signal.SIGKILL)
-    told = lab.wait_for(job, seconds=PATIENCE)
+    ended = lab.wait_for(job, seconds=PATIENCE)
     output = lab.output(job)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output
     events = [json.loads(line) for line in (run_file.parent / "run" / "events.jsonl").read_text().splitlines()]
     (restart,) = [event for event in events if event["event"] == "restart"]
     assert (restart["cause"], restart["node"]) == ("fault", "node2"), output
@@ -165,8 +165,8 @@ def test_two_nodes_of_two_tasks_tensor_by_data_parallel(lab: SlurmLab, run_file:
     job = lab.submit(
         "--ntasks-per-node=2", str(SCRIPT), "--set", *overrides.split(), env=ENV | {"RAPTR_CONFIG": str(run_file)}
     )
-    told = lab.wait_for(job, seconds=PATIENCE)
-    assert told["JobState"] == "COMPLETED", lab.output(job)
+    ended = lab.wait_for(job, seconds=PATIENCE)
+    assert ended["JobState"] == "COMPLETED", lab.output(job)
     assert [line["step"] for line in _training(run_file)] == list(range(1, 7))
     assert [line["path_length"] for line in _training(run_file)] == [2, 2, 3, 3, 4, 4]
     config = json.loads((run_file.parent / "run" / "config.json").read_text())
@@ -175,8 +175,8 @@ def test_two_nodes_of_two_tasks_tensor_by_data_parallel(lab: SlurmLab, run_file:
 
 def test_a_wrong_run_file_fails_the_job_with_2(lab: SlurmLab, run_file: Path) -> None:
     job = lab.submit(str(SCRIPT), "--set", "raptr_ds.model.num_layer=4", env=ENV | {"RAPTR_CONFIG": str(run_file)})
-    told = lab.wait_for(job, seconds=PATIENCE)
+    ended = lab.wait_for(job, seconds=PATIENCE)
     output = lab.output(job)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0"), output
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), output
     assert output.count("num_layers") >= 1
     assert output.count("ConfigError") == 1, "one message, from one rank"

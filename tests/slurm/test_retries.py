@@ -158,74 +158,74 @@ def jobs(_cluster: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_a_killed_rank_is_retried_as_often_as_checkpoints_advance(jobs: Jobs) -> None:
-    told = jobs.end("advancing")
+    ended = jobs.end("advancing")
     output = jobs.output("advancing")
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "2"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), output
     assert [event["step"] for event in jobs.events("advancing", "launch")] == [0, 10, 20]
     restarts = jobs.events("advancing", "restart")
     assert [(event["cause"], event["node"], event["step"]) for event in restarts] == [
         ("fault", "node2", 10),
         ("fault", "node2", 20),
     ]
-    assert {event["job"] for event in restarts} == {told["JobId"]}
+    assert {event["job"] for event in restarts} == {ended["JobId"]}
     # Without an excluded one there would be one node for two tasks.
     assert "node2 failed before, but without it there are 1 nodes for 2: kept" in output
 
 
 def test_a_rank_that_dies_every_time_ends_the_job_with_the_reason(jobs: Jobs) -> None:
-    told = jobs.end("dying")
+    ended = jobs.end("dying")
     why = "a fault ended the step: not tried again, since 2 starts brought no new checkpoint (RAPTR_MAX_RETRIES=1)."
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "137:0", "1"), jobs.output("dying")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "137:0", "1"), jobs.output("dying")
     assert why in jobs.output("dying")
-    assert why in jobs.lab.command("scontrol", "show", "job", told["JobId"]), "the job's comment"
+    assert why in jobs.lab.command("scontrol", "show", "job", ended["JobId"]), "the job's comment"
     assert [event["why"] for event in jobs.events("dying", "give_up")] == [why]
 
 
 def test_a_retry_without_progress_waits(jobs: Jobs) -> None:
     number = jobs.numbers["delayed"]
     jobs.lab.wait_for_output(number, "the next start waits 3000 s or more")
-    told = jobs.lab.wait_for(number, "PENDING")
-    assert told["Reason"] == "BeginTime"
-    begins = time.mktime(time.strptime(told["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+    ended = jobs.lab.wait_for(number, "PENDING")
+    assert ended["Reason"] == "BeginTime"
+    begins = time.mktime(time.strptime(ended["StartTime"], "%Y-%m-%dT%H:%M:%S"))
     assert begins - time.time() == pytest.approx(3000, abs=150)
 
 
 def test_a_mistake_of_one_rank_is_not_retried_though_the_others_are_killed(jobs: Jobs) -> None:
-    told = jobs.end("mistaken")
-    assert (told["JobState"], told["Restarts"]) == ("FAILED", "0"), jobs.output("mistaken")
+    ended = jobs.end("mistaken")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), jobs.output("mistaken")
     assert "the run file or its data is wrong" in jobs.output("mistaken")
 
 
 def test_stops_without_progress_end_too(jobs: Jobs) -> None:
-    told = jobs.end("stopping")
-    assert (told["JobState"], told["Restarts"]) == ("FAILED", "1"), jobs.output("stopping")
+    ended = jobs.end("stopping")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), jobs.output("stopping")
     assert "The time limit may be too short" in jobs.output("stopping")
 
 
 def test_a_job_that_may_not_be_requeued_says_so(jobs: Jobs) -> None:
-    told = jobs.end("chained")
-    assert (told["JobState"], told["ExitCode"], told["Requeue"]) == ("FAILED", "75:0", "0"), jobs.output("chained")
+    ended = jobs.end("chained")
+    assert (ended["JobState"], ended["ExitCode"], ended["Requeue"]) == ("FAILED", "75:0", "0"), jobs.output("chained")
     assert "docs/slurm.md shows how to submit a chain" in jobs.output("chained")
     assert [event["cause"] for event in jobs.events("chained", "give_up")] == ["not requeued"]
 
 
 def test_a_controller_that_does_not_answer_is_waited_for(jobs: Jobs) -> None:
-    told = jobs.end("deaf")
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), jobs.output("deaf")
+    ended = jobs.end("deaf")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), jobs.output("deaf")
     assert "requeue: no success yet, again in 2 s" in jobs.output("deaf")
 
 
 def test_a_port_that_is_taken_is_left_for_another_in_the_same_start(jobs: Jobs) -> None:
-    told = jobs.end("taken")
+    ended = jobs.end("taken")
     output = jobs.output("taken")
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "0"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), output
     assert len({line.split()[-1] for line in output.splitlines() if line.startswith("task 1 ")}) == 2
     assert [event["cause"] for event in jobs.events("taken", "restart")] == ["port taken"]
 
 
 def test_the_time_limit_without_an_early_signal_requeues_the_job(jobs: Jobs) -> None:
-    told = jobs.end("limited")
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), jobs.output("limited")
+    ended = jobs.end("limited")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), jobs.output("limited")
     assert "the time limit is reached: back to the queue" in jobs.output("limited")
     assert [event["step"] for event in jobs.events("limited", "launch")] == [0, 10]
 
@@ -233,8 +233,8 @@ def test_the_time_limit_without_an_early_signal_requeues_the_job(jobs: Jobs) -> 
 @pytest.mark.parametrize("killed", ["slurm_script", "tools/supervise.py"])
 def test_a_killed_batch_script_is_requeued(jobs: Jobs, killed: str) -> None:
     jobs.lab.wait_for_output(jobs.numbers[killed], "task 0 start 1", final=())  # it is FAILED for a moment
-    told = jobs.end(killed)
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), jobs.output(killed)
+    ended = jobs.end(killed)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), jobs.output(killed)
     assert {event["code"] for event in jobs.events(killed, "restart")} <= {137, 143}
     assert len(jobs.events(killed, "done")) == 1
     assert jobs.events(killed, "give_up") == []
@@ -246,10 +246,10 @@ def test_a_node_on_which_a_rank_died_twice_is_excluded(jobs: Jobs, tmp_path: Pat
             jobs.end(name)
     dying = BEGINNING + "if socket.gethostname() == 'node1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     number = stand_in_job(tmp_path, jobs.lab).submit(dying, "--nodes=1")
-    told = jobs.lab.wait_for(number)
+    ended = jobs.lab.wait_for(number)
     output = jobs.lab.output(number)
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "2"), output
-    assert told["ExcNodeList"] == "node1"
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), output
+    assert ended["ExcNodeList"] == "node1"
     assert "node1 failed before: excluded" in output
     assert [event["nodes"] for event in events_in(tmp_path, "launch")] == ["node1", "node1", "node2"]
 

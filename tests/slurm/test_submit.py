@@ -107,9 +107,9 @@ def test_a_container_gets_its_words(lab: SlurmLab, place: Path) -> None:
 def test_a_chain_and_an_array(lab: SlurmLab, place: Path) -> None:
     jobs = jobs_of(submit(lab, place, "run.json", "--nodes", "1", "--chain", "3", "--", "--begin=now+1hour"))
     assert len(jobs) == 3
-    told = [lab.job(job) for job in jobs]
-    assert [(job["Requeue"], job["JobName"]) for job in told] == [("0", "run")] * 3
-    assert ["singleton" in job["Dependency"] for job in told] == [False, True, True]  # nothing is before the first
+    ended = [lab.job(job) for job in jobs]
+    assert [(job["Requeue"], job["JobName"]) for job in ended] == [("0", "run")] * 3
+    assert ["singleton" in job["Dependency"] for job in ended] == [False, True, True]  # nothing is before the first
     refused = submit(lab, place, "run.json", "--nodes", "1")
     assert (refused.returncode, f"job {jobs[0]}, {jobs[1]}, {jobs[2]} is in the queue" in refused.stderr) == (2, True)
     words = ["--array", "optimizer.params.lr=1e-3,2e-3", "--set", "raptr_ds.train.save=sweep", "--", "--hold"]

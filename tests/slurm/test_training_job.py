@@ -25,7 +25,7 @@ place = f"rank {at.rank} local {at.local_rank} of {at.world_size} on {socket.get
 print(f"{place} by {at.launcher}: {total.item()} arguments", *sys.argv[1:], flush=True)
 """
 
-# On SIGUSR1 leaves with 75, rank 1 later than rank 0; a second start finishes at once. TERM is told apart from USR1.
+# On SIGUSR1 leaves with 75, rank 1 later than rank 0; a second start finishes at once. TERM is not taken for USR1.
 STOPPING = """\
 import os, signal, sys, time
 rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -63,7 +63,7 @@ def _lines(text: str, word: str) -> list[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_task_on_each_of_two_nodes_as_the_file_stands(job: Job, script: str) -> None:
     number = job.submit(RANKS, script=script, RAPTR_ARGS="--set a.b=1 c=2")
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     run_file = {SCRIPTS[0]: "bert_base_raptr", SCRIPTS[1]: "ul2_1b_raptr"}[script]
     arguments = f"arguments --deepspeed_config deepspeed_configs/{run_file}.json --set a.b=1 c=2"
     output = job.lab.output(number)
@@ -71,7 +71,7 @@ def test_one_task_on_each_of_two_nodes_as_the_file_stands(job: Job, script: str)
         f"rank 0 local 0 of 2 on node1 by srun: 3 {arguments}",
         f"rank 1 local 0 of 2 on node2 by srun: 3 {arguments}",
     ], output
-    assert (told["JobState"], told["ExitCode"]) == ("COMPLETED", "0:0")
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
 
 
 def test_two_tasks_on_each_node_whatever_the_submitting_shell_had_set(job: Job) -> None:
@@ -100,8 +100,8 @@ def test_arguments_after_the_file_reach_the_run_and_the_repository_is_found_by_t
         (tmp_path / "slurm" / file.name).symlink_to(file)
     script = str(tmp_path / "slurm" / SCRIPTS[0])
     number = lab.submit("--nodes=1", script, "--set", "name=two words", "x=1", env=job.env)
-    told = lab.wait_for(number)
-    assert told["JobState"] == "COMPLETED", lab.output(number)
+    ended = lab.wait_for(number)
+    assert ended["JobState"] == "COMPLETED", lab.output(number)
     assert f"{tmp_path} --set name=two words x=1" in lab.output(number)
 
 
@@ -110,7 +110,7 @@ def test_a_stop_request_requeues_the_job_which_then_finishes(job: Job) -> None:
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.wait_for_output(number, "task 1 start 0")
     job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     output = job.lab.output(number)
     assert _lines(output, "task 0 leaves") + _lines(output, "task 1 leaves") == [
         "task 0 leaves start 0 after ['SIGUSR1']",
@@ -118,7 +118,7 @@ def test_a_stop_request_requeues_the_job_which_then_finishes(job: Job) -> None:
         "task 1 leaves start 0 after ['SIGUSR1']",
         "task 1 leaves start 1 after []",
     ], output
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     ports = {line.split()[-1] for line in output.splitlines() if " start " in line and " port " in line}
     assert len(ports) == 2, "the requeued job must not meet at the port of its first start"
 
@@ -127,18 +127,18 @@ def test_a_stop_request_that_meets_unready_tasks_requeues_the_job(job: Job) -> N
     number = job.submit(NOT_READY)
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
-    told = job.lab.wait_for(number)
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
+    ended = job.lab.wait_for(number)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.lab.output(number)
 
 
 def test_a_stop_request_before_the_tasks_start_requeues_the_job(job: Job, tmp_path: Path) -> None:
     (tmp_path / "setup.sh").write_text('[ -n "$SLURM_RESTART_COUNT" ] || kill -USR1 $$\n')
     number = job.submit(STOPPING, RAPTR_SETUP=str(tmp_path / "setup.sh"))
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     output = job.lab.output(number)
     assert "stopped before it started" in output
     assert "start 0 port" not in output
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
 
 
 def test_a_stop_request_that_srun_drops_is_made_again(job: Job, tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_a_stop_request_that_srun_drops_is_made_again(job: Job, tmp_path: Path) 
     number = job.submit(STOPPING, PATH=f"{slow.parent}{os.pathsep}{job.env['PATH']}")
     job.lab.wait_for_output(number, "waiting")
     job.lab.command("scancel", "--signal=USR1", "--batch", str(number))
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     output = job.lab.output(number)
     assert "task 1 leaves start 0 after ['SIGUSR1']" in output
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
 
 
 def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job) -> None:
@@ -165,11 +165,11 @@ def test_a_cancelled_job_stays_cancelled_though_its_tasks_leave_with_75(job: Job
     job.lab.command("scancel", str(number))
     job.lab.wait_for(number)
     job.lab.clear()
-    told = job.lab.job(number)
+    ended = job.lab.job(number)
     output = job.lab.output(number)
     assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
     assert "not requeued: the job is COMPLETING: cancelled" in output
-    assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), output
 
 
 def test_a_job_that_an_operator_requeues_is_requeued_once(job: Job) -> None:
@@ -177,24 +177,24 @@ def test_a_job_that_an_operator_requeues_is_requeued_once(job: Job) -> None:
     job.lab.wait_for_output(number, "task 0 start 0")
     job.lab.wait_for_output(number, "task 1 start 0")
     job.lab.command("scontrol", "requeue", str(number))
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     output = job.lab.output(number)
     assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
-    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), output
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
 
 
 @pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])
 def test_mistakes_and_faults_fail_the_job_with_their_code(job: Job, code: int, message: str) -> None:
     number = job.submit(LEAVING.format(code=code, others_wait=0), RAPTR_MAX_RETRIES="0")
-    told = job.lab.wait_for(number)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    ended = job.lab.wait_for(number)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert message in job.lab.output(number)
 
 
 def test_a_lost_task_ends_the_others(job: Job) -> None:
     number = job.submit(LEAVING.format(code=1, others_wait=300), SLURM_WAIT="2", RAPTR_MAX_RETRIES="0")
-    told = job.lab.wait_for(number, seconds=20)
-    assert (told["JobState"], told["Restarts"]) == ("FAILED", "0"), job.lab.output(number)
+    ended = job.lab.wait_for(number, seconds=20)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), job.lab.output(number)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_a_lost_task_ends_the_others(job: Job) -> None:
         ({"SLURM_GPUS_ON_NODE": "8"}, "8 GPUs but 1 tasks on each node"),
     ],
 )
-def test_mistakes_of_the_submission_are_told_before_any_task_starts(
+def test_mistakes_of_the_submission_are_printed_before_any_task_starts(
     job: Job, env: dict[str, str], message: str
 ) -> None:
     number = job.submit("print('a task ran')", **env)
-    told = job.lab.wait_for(number)
+    ended = job.lab.wait_for(number)
     output = job.lab.output(number)
-    assert (told["JobState"], told["ExitCode"]) == ("FAILED", "2:0"), output
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), output
     assert message in output
     assert "a task ran" not in output

@@ -1,6 +1,6 @@
 """Each test asserts an upstream fault that we work around; one that fails says that its work-around can go.
 
-docs/upstream.md tells what, where and how we work around it.
+docs/upstream.md describes each, and how we work around it.
 """
 
 import inspect

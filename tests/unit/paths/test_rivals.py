@@ -96,7 +96,7 @@ def test_widths_follow_the_schedule_and_draw_heads_and_blocks_apart():
         for kind in ("heads", "blocks"):
             drawn = np.array([[n in getattr(path.parts, kind)[layer] for n in range(4)] for path in narrow])
             assert np.abs(drawn.mean(axis=0) - 0.5).max() < 4 * math.sqrt(0.25 / 2000)
-    # Of 6 pairs of heads and 6 of blocks all 36 combinations come alike: the same pair in one of six.
+    # Of 6 pairs of heads and 6 of blocks all 36 combinations come equally often: the same pair in one of six.
     same = np.mean([path.parts.heads[1] == path.parts.blocks[1] for path in narrow])
     assert abs(same - 1 / 6) < 4 * math.sqrt(5 / 36 / 2000)
 

@@ -1,4 +1,4 @@
-"""What is freed stays with the process, unless the user's environment says otherwise; what is imported is kept."""
+"""What is freed stays with the process, unless the user's environment sets something else; what is imported is kept."""
 
 import gc
 import os

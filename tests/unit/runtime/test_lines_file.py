@@ -12,7 +12,7 @@ from raptr_ds.runtime import lines_file
 from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.progress import Progress
-from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink, open_tensorboard
 
 
 class Disk:
@@ -80,6 +80,16 @@ def test_a_file_that_is_replaced_is_gone_on_with(tmp_path: Path) -> None:
     assert path.read_text() == "kept\ntwo\n"
 
 
+def test_a_line_that_a_crash_cut_short_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for before, after in (("whole\n", "whole\nnew\n"), ("ha", "ha\nnew\n"), ("", "new\n")):
+        path.write_text(before)
+        lines = LinesFile(path)
+        lines.append("new\n")
+        lines.close()
+        assert path.read_text() == after
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB; skipped where it cannot be mounted."""
@@ -110,7 +120,7 @@ class Said(Progress):
 def test_metrics_survive_a_full_disk(small_disk: Path) -> None:
     """All lines and all events, with a message when it begins and when it is over."""
     said = Said()
-    metrics = Metrics(small_disk, num_steps=300, progress=said)
+    metrics = Metrics(small_disk, num_steps=300, sinks=[open_tensorboard(small_disk, 0)], progress=said)
     ballast = small_disk / "ballast"
     metrics.record_evaluation(1, 1.5, 4)
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize

@@ -12,6 +12,7 @@ from raptr_ds.paths import LayerPath
 from raptr_ds.paths.path import Parts
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.progress import PlainProgress
+from raptr_ds.runtime.tensorboard_sink import open_tensorboard
 
 TRAINING_KEYS = [
     "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops",
@@ -32,7 +33,7 @@ def lines_of(folder):
 
 
 def test_lines_have_exactly_the_contracts_keys(tmp_path):
-    with Metrics(tmp_path, num_steps=2, tensorboard=False, num_devices=2, peak=12e3) as metrics:
+    with Metrics(tmp_path, num_steps=2, num_devices=2, peak=12e3) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_evaluation(1, 0.25, 6)
     training, evaluation = lines_of(tmp_path)
@@ -47,7 +48,7 @@ def test_lines_have_exactly_the_contracts_keys(tmp_path):
 
 def test_scalars_of_torch_and_numpy_are_written_with_the_digits_of_their_double(tmp_path):
     loss = torch.tensor(1 / 3, dtype=torch.float32)
-    with Metrics(tmp_path, num_steps=1, tensorboard=False) as metrics:
+    with Metrics(tmp_path, num_steps=1) as metrics:
         metrics.record_step(training_step(1, loss=loss, grad_norm=np.float64(0.1), flops=np.int64(7)))
     (line,) = lines_of(tmp_path)
     assert (line["loss"], line["grad_norm"], line["flops"], line["mfu"]) == (loss.item(), 0.1, 7, None)
@@ -64,7 +65,7 @@ def test_not_finite_and_missing_values(tmp_path):
 
 
 def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
-    with Metrics(tmp_path, num_steps=3, tensorboard=False) as metrics:
+    with Metrics(tmp_path, num_steps=3) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_step(training_step(2, skipped=True, skipped_steps=1))
         metrics.record_step(training_step(3, skipped_steps=1))
@@ -75,7 +76,7 @@ def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
 
 def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
     parts = Parts(4, ((0, 2, 3),) * 2, ((0, 1, 2),) * 2)
-    with Metrics(tmp_path, num_steps=2, tensorboard=False) as metrics:
+    with Metrics(tmp_path, num_steps=2) as metrics:
         metrics.record_step(training_step(1, path=LayerPath((0, 1), 2, parts=parts)))
         metrics.record_step(training_step(2))
     assert [(line["path"], line.get("width")) for line in lines_of(tmp_path)] == [([0, 1], 3), ([0, 2, 5], None)]
@@ -83,14 +84,14 @@ def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
 
 def test_the_paths_of_a_step_that_takes_several_are_told(tmp_path):
     shares = LayerPath((0, 1, 5), 6), LayerPath((0, 3), 6)
-    with Metrics(tmp_path, num_steps=1, tensorboard=False) as metrics:
+    with Metrics(tmp_path, num_steps=1) as metrics:
         metrics.record_step(training_step(1, path=LayerPath.of_shares(shares)))
     (line,) = lines_of(tmp_path)
     assert (line["path"], line["path_length"], line["paths"]) == ([0, 1, 3, 5], 2.5, [[0, 1, 5], [0, 3]])
 
 
 def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
-    with Metrics(tmp_path, num_steps=8, interval=3, tensorboard=False) as metrics:
+    with Metrics(tmp_path, num_steps=8, interval=3) as metrics:
         for step in range(1, 9):
             metrics.record_step(training_step(step))
             if step == 4:
@@ -114,7 +115,7 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
     output = io.StringIO()
     progress = PlainProgress(output)
     flops_left = {1: 60000.0}.__getitem__
-    with Metrics(tmp_path, num_steps=5, tensorboard=False, progress=progress, flops_left=flops_left) as metrics:
+    with Metrics(tmp_path, num_steps=5, progress=progress, flops_left=flops_left) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_evaluation(1, 1.5, 6)
     assert output.getvalue() == (
@@ -124,7 +125,7 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
 
 
 def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step), skipped_steps=step))
         metrics.record_evaluation(3, 8.0, 6)
@@ -162,12 +163,12 @@ def events():
 
 
 def test_resume_continues_file_and_events_as_if_the_lost_steps_had_not_been(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step)))
         metrics.record_evaluation(5, 9.0, 6)
         metrics.sync()
-    with Metrics(tmp_path, num_steps=6, resume_step=3) as metrics:
+    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[open_tensorboard(tmp_path, 3)]) as metrics:
         for step in range(4, 7):
             metrics.record_step(training_step(step, loss=float(10 * step)))
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [

@@ -155,7 +155,7 @@ def test_a_server_that_does_not_answer_holds_nothing_up(
     progress = io.StringIO()
     started = time.monotonic()
     sinks = open_trackers(LogSection.model_validate({kind: SECTIONS[kind]}), tmp_path, 0)
-    metrics = Metrics(tmp_path, num_steps=9, tensorboard=False, sinks=sinks, progress=PlainProgress(progress))
+    metrics = Metrics(tmp_path, num_steps=9, sinks=sinks, progress=PlainProgress(progress))
     for step in range(1, 10):
         metrics.record_step(training_step(step))
     metrics.sync()
@@ -172,7 +172,7 @@ def test_a_run_that_ends_during_an_outage_says_so_and_is_complete(kind: str, ser
     server.is_away = True
     progress = io.StringIO()
     sinks = open_trackers(LogSection.model_validate({kind: SECTIONS[kind]}), tmp_path, 0)
-    with Metrics(tmp_path, num_steps=2, tensorboard=False, sinks=sinks, progress=PlainProgress(progress)) as metrics:
+    with Metrics(tmp_path, num_steps=2, sinks=sinks, progress=PlainProgress(progress)) as metrics:
         metrics.record_step(training_step(1))
         until(lambda: sinks[0].failure)
         metrics.record_step(training_step(2))

@@ -17,7 +17,7 @@ from raptr_ds.submit import checks
 from raptr_ds.submit.checks import check_disk, check_folder, check_memory, checkpoint_bytes, complete_run_file
 from raptr_ds.submit.container import ContainerWords, container_words
 from raptr_ds.submit.job import Submission
-from raptr_ds.submit.layout import check_more_options, job_layout, limit_seconds
+from raptr_ds.submit.layout import check_more_options, job_layout
 from raptr_ds.submit.snapshot import code_files, copy_code, free_number
 from raptr_ds.submit.sweep import run_settings, sweep
 
@@ -30,28 +30,6 @@ def run_file(folder: Path, **sections: Any) -> Path:
     path = folder / "run.json"
     path.write_text(json.dumps({"train_batch_size": 8, "raptr_ds": block}))
     return path
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("90", 5400),
-        ("1:30", 90),
-        ("2:0:1", 7201),
-        ("2-0", 172800),
-        ("1-1:1", 90060),
-        ("0-0:0:5", 5),
-        ("infinite", None),
-    ],
-)
-def test_time_limits_are_slurm_s(text: str, seconds: int | None) -> None:
-    assert limit_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "2h", "1:2:3:4", "-1", "1:", "2-", "1-1:1:1:1", "$(x)"])
-def test_other_time_limits_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a time limit"):
-        limit_seconds(text)
 
 
 @pytest.mark.parametrize("nodes", ["0", "4-2", "x", "", "1-", "-3", "2 ", "1-9999"])
@@ -72,7 +50,7 @@ def test_layouts() -> None:
         (0, None, None, 120, "0 processes"),
         (None, None, None, 0, "--signal-lead 0"),
         (None, None, None, 70000, "--signal-lead 70000"),
-        (None, None, "4", 120, "Give --time 20"),
+        (None, None, "4", 120, "Give --time=20"),
     ]:
         with pytest.raises(ConfigError, match=message):
             job_layout("1", gpus, tasks, time, lead)

@@ -1,10 +1,10 @@
-"""Where the ranks of a job meet, what a job's state allows, and time limits as Slurm prints them."""
+"""Where the ranks of a job meet, and what a job's state allows."""
 
 import socket
 
 import pytest
 
-from raptr_ds.supervise.slurm import _seconds, free_rendezvous_port, has_failed, rendezvous_port
+from raptr_ds.supervise.slurm import free_rendezvous_port, has_failed, rendezvous_port
 
 
 def test_ports_differ_between_the_starts_of_neighbouring_jobs() -> None:
@@ -38,11 +38,3 @@ def test_a_port_with_a_listener_is_passed_over(family: socket.AddressFamily, hos
 def test_a_job_without_a_reason_for_its_end_was_cancelled(reason: str, failed: bool) -> None:
     assert has_failed({"JobState": "COMPLETING", "Reason": reason}) == failed
     assert not has_failed({})
-
-
-@pytest.mark.parametrize(
-    ("limit", "seconds"),
-    [("00:01:00", 60), ("1-02:03:04", 93784), ("UNLIMITED", None), ("Partition_Limit", None), ("", None)],
-)
-def test_time_limits_are_read(limit: str, seconds: int | None) -> None:
-    assert _seconds(limit) == seconds
