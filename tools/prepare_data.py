@@ -8,6 +8,7 @@ finished work.
 
 import argparse
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import get_args
@@ -171,7 +172,7 @@ def print_counts(manifest: Manifest, output: Path, console: Console) -> None:
         console.print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     for reason, count in manifest.skipped.items():
         console.print(f"  skipped: {count:,} {reason}")
-    console.print(f"train on it with --set raptr_ds.data.path={output}")
+    console.print(f"train on it with --set {shlex.quote(f'raptr_ds.data.path={output}')}")
 
 
 def main() -> None:
@@ -200,7 +201,7 @@ def main() -> None:
             )
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} must be at least 1")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
     sources = corpus_sources(arguments, arguments.workers, console)
     columns = (

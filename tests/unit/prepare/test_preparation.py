@@ -2,9 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -23,7 +23,9 @@ from raptr_ds.prepare.encoding import is_validation
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.readers import ReadingCounts
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
+from raptr_ds.user_paths import PathError
 from tests.made_up_text import SETTINGS, TextSource, documents_of, made_up_text, text_of
+from tests.unprivileged import closed
 
 ROOT = Path(__file__).parents[3]
 SMALL = PreparationSettings(TokenizerSettings(num_sentinels=8), validation_fraction=0.1)
@@ -206,10 +208,12 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_line(tmp_path: Path, text_files: list[Path]) -> None:
-    done = run_tool("--input", *text_files[:20], "--output", tmp_path / "data", "--workers", 1, "--sentinels", 10)
+    output = tmp_path / "not [red] markup"
+    done = run_tool("--input", *text_files[:20], "--output", output, "--workers", 1, "--sentinels", 10)
     assert done.returncode == 0, done.stderr
     assert "20 documents" in done.stdout
-    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["documents"] == 20
+    assert shlex.split(done.stdout)[-1] == f"raptr_ds.data.path={output}"
+    assert json.loads((output / "manifest.json").read_text())["documents"] == 20
     failed = run_tool("--input", tmp_path / "none", "--output", tmp_path / "other")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == f"error: the input {tmp_path / 'none'} does not exist. Give files or folders to --input.\n"
@@ -222,11 +226,8 @@ def test_unwritable_output(tmp_path: Path, sources: list[FileSource]) -> None:
         Preparation(sources, tmp_path / "file", SMALL, report=quiet).run()
     folder = tmp_path / "folder"
     folder.mkdir()
-    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write everywhere")
-    with pytest.raises(DataError, match="cannot write to"):
-        Preparation(sources, folder, SMALL, report=quiet).run()
+    with closed(folder, 0o500), pytest.raises((DataError, PathError), match="Permission denied"):
+        Preparation([TextSource(["some text"])], folder, SMALL, report=quiet).run()
 
 
 def test_a_killed_command_leaves_no_worker_and_can_be_resumed(tmp_path: Path) -> None:
