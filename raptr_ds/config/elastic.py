@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, divisors
+from raptr_ds.config.batch import ACCUMULATION, BATCH_KEYS, GLOBAL, MICRO, BatchGeometry, divisors, solve_batch
 from raptr_ds.config.sections import ParallelSection
 from raptr_ds.errors import ConfigError
 
@@ -14,18 +14,20 @@ def keep_global_batch(
 ) -> tuple[dict[str, Any], ParallelSection, list[str]]:
     """Return the run file's tree and its layout fitted to `world_size` processes, and a line for each changed key.
 
-    The run's own config.json, in `folder`, holds the batch of its last start. The same number of data-parallel ranks,
-    or none on record, change nothing. Micro batches become no larger than the run file's, or than they were where it
-    leaves them out, as memory was planned for them.
+    The run's own config.json, in `folder`, holds the batch of its last start; train_batch_size in the run file goes
+    before it. Nothing changes without a record, nor on as many ranks as in that start if the run file gives this batch
+    on them. Micro batches become no larger than the run file's, or than they were where it leaves them out, as memory
+    was planned for them.
     Raises: ConfigError, with the numbers of processes that fit, if the global batch cannot be divided among the ranks.
     """
     copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     began = _batch_in(folder / "config.json")
     if began is None or world_size % copy:  # the latter is refused where the batch is solved
         return tree, parallel, []
-    total, micro, accumulation = began
-    ranks = world_size // copy
-    if ranks * micro * accumulation == total:
+    recorded, micro, accumulation = began
+    total, most, ranks = int(tree.get(GLOBAL, recorded)), int(tree.get(MICRO, micro)), world_size // copy
+    given = _batch_of(tree, ranks) if ranks * micro * accumulation == recorded else None
+    if given is not None and given.global_batch == total and given.micro_batch <= most:
         return tree, parallel, []
     if total % ranks:
         fits = ", ".join(str(size * copy) for size in divisors(total) if size <= 2 * ranks)
@@ -35,7 +37,7 @@ def keep_global_batch(
         )
     per_rank = total // ranks
     why = f"started again on {ranks} data-parallel ranks; the global batch stays {total}"
-    fitted = largest_fitting(int(tree.get(MICRO, micro)), per_rank, paths_per_step)
+    fitted = largest_fitting(most, per_rank, paths_per_step)
     notes = [f"{MICRO}={fitted} ({why})"]
     tree = {**tree, GLOBAL: total, MICRO: fitted}
     tree.pop(ACCUMULATION, None)
@@ -50,6 +52,14 @@ def largest_fitting(size: int, per_rank: int, paths_per_step: int) -> int:
     """Return the largest micro batch up to `size` that cuts a rank's sequences into equal parts for every path."""
     fits = [one for one in divisors(per_rank) if one <= size and per_rank // one % paths_per_step == 0]
     return fits[-1] if fits else 1
+
+
+def _batch_of(tree: dict[str, Any], ranks: int) -> BatchGeometry | None:
+    """Return the batch that a run file gives on a number of ranks, None if it gives none that is whole."""
+    try:
+        return solve_batch(*(int(tree[key]) if key in tree else None for key in BATCH_KEYS), ranks)
+    except ConfigError:
+        return None
 
 
 def _batch_in(config: Path) -> tuple[int, int, int] | None:

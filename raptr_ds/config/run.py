@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from raptr_ds.config.batch import BatchGeometry
+from raptr_ds.config.batch import ACCUMULATION, MICRO, BatchGeometry
 from raptr_ds.config.deepspeed_part import BLOCK
 from raptr_ds.config.path_sections import AnyPathSection, RunSizes
 from raptr_ds.config.sections import (
@@ -86,6 +86,18 @@ class RunConfig:
                 f"Remove vocab_size (the tokenizer's is taken), set it to {vocab_size}, or use the other tokenizer."
             )
         return self
+
+    def with_memory_sizes(self, zero_stage: int, micro_batch: int) -> "RunConfig":
+        """Return the run with another ZeRO stage and micro batch; its global batch stays."""
+        accumulation = self.batch.accumulation * self.batch.micro_batch // micro_batch
+        deepspeed = {
+            **self.deepspeed,
+            "zero_optimization": {**self.zero, "stage": zero_stage},
+            MICRO: micro_batch,
+            ACCUMULATION: accumulation,
+        }
+        batch = replace(self.batch, micro_batch=micro_batch, accumulation=accumulation)
+        return replace(self, batch=batch, deepspeed=deepspeed)
 
     def compiles(self, on_gpu: bool) -> bool:
         """Return whether to compile layers on such a device: as the run file says, else on GPUs that can."""

@@ -47,6 +47,12 @@ class MemoryNeed:
         setting = replace(setting, layout=replace(layout, recompute=recompute))
         return cls(config, setting, stage, num_active)
 
+    @classmethod
+    def fullest(cls, config: RunConfig) -> "MemoryNeed":
+        """Return the need of the pipeline stage that needs most of a GPU."""
+        stages = range(config.parallel.pipeline_model_parallel_size)
+        return max((cls.of(config, stage, on_gpu=True) for stage in stages), key=lambda need: need.memory.total)
+
     @property
     def memory(self) -> RankMemory:
         """The bytes, by kind."""
@@ -116,9 +122,7 @@ class MemoryNeed:
 
 def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
     """Return a warning if the plan of the run's fullest rank needs more memory than a GPU has; else nothing."""
-    stages = range(config.parallel.pipeline_model_parallel_size)
-    needs = [MemoryNeed.of(config, stage, on_gpu=True) for stage in stages]
-    need = max(needs, key=lambda need: need.memory.total)
+    need = MemoryNeed.fullest(config)
     if need.memory.total <= device.total:
         return []
     return [
@@ -166,11 +170,15 @@ def main() -> None:
     if arguments.gpu is not None:
         name, *sizes = arguments.gpu
         device = DeviceMemory(name, *map(int, sizes))
+    print("\n".join(explanation(run_on_standard_input(arguments.processes), arguments.stage, device)))
+
+
+def run_on_standard_input(processes: int) -> RunConfig:
+    """Return the run whose resolved run file the trainer writes to this process."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(sys.stdin.read(), encoding="utf-8")
-        config = load_run_config(file, world_size=arguments.processes)
-    print("\n".join(explanation(config, arguments.stage, device)))
+        return load_run_config(file, world_size=processes)
 
 
 if __name__ == "__main__":

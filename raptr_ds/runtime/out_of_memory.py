@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +12,7 @@ import torch.distributed as dist
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
-from raptr_ds.parallel.launch import environment_without_gpus
+from raptr_ds.runtime.planner_process import PlannerError, ask_planner
 
 if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's import
     from raptr_ds.parallel.groups import ProcessGroups
@@ -24,10 +20,6 @@ if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's imp
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _RANKS, _CODE = "raptr_ds/out_of_memory/ranks", "raptr_ds/out_of_memory/code"
-
-_PLANNER = "raptr_ds.planner.shortage"  # a program, as the trainer imports nothing of the planner
-_PLANNER_SECONDS = 60.0
-_SOURCES = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -82,26 +74,16 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
     The planner runs in a process of its own that sees no GPU. device: None for a CPU. If it fails or takes more than a
     minute, there is one line instead, with the command to run by hand.
     """
-    command = [sys.executable, "-m", _PLANNER, "--stage", str(stage), "--processes", str(num_processes)]
+    arguments = ["--stage", str(stage), "--processes", str(num_processes)]
     if device is not None:
-        command += ["--gpu", device.name, *map(str, (device.total, device.allocated, device.reserved))]
+        arguments += ["--gpu", device.name, *map(str, (device.total, device.allocated, device.reserved))]
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(config.resolved()),
-            cwd=_SOURCES,
-            env=environment_without_gpus(),
-            capture_output=True,
-            text=True,
-            timeout=_PLANNER_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        return ask_planner("raptr_ds.planner.shortage", arguments, config).splitlines()
+    except PlannerError:
         return [
             f"`python tools/plan.py RUN_FILE --processes {num_processes}`, with the same --set, prints how much memory "
             "a rank needs."
         ]
-    return done.stdout.splitlines()
 
 
 def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: RuntimeError) -> DeviceMemoryError:

@@ -27,6 +27,7 @@ from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, l
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.roll_call import meet
 from raptr_ds.paths import LayerPath, PathMethod
+from raptr_ds.runtime.elastic_memory import fitted_to_memory
 from raptr_ds.runtime.events import EventLog, code_revision
 from raptr_ds.runtime.identity import IDENTITY, Changes, Identity, changes_since
 from raptr_ds.runtime.introduction import device_peak, introduce, standing
@@ -83,6 +84,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         stack.callback(watchdog.close)
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
+        config = fitted_to_memory(config, groups, launch, print)
         method = together(groups, lambda: path_method_of(config))
         batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
         folder = Path(str(config.train.save))

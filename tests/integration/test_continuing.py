@@ -14,6 +14,7 @@ import torch.distributed as dist
 from raptr_ds.checkpoint import manager
 from raptr_ds.data.loader import Loader
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.engine import deepspeed_state
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
@@ -212,6 +213,40 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(data_folder: Path, tm
         for save in (tmp_path / "run", tmp_path / "whole")
     )
     assert [step for step, _ in whole] == [4, 8, 12]
+    assert stopped_run == whole
+
+
+def _stop_in_a_growth(launch: Launch) -> None:
+    copy = deepspeed_state.copy_layers
+
+    def stopping(*arguments: Any) -> None:
+        if launch.rank == launch.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        copy(*arguments)
+
+    deepspeed_state.copy_layers = stopping
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_stop_while_the_model_grows_is_noticed_one_step_later(
+    pipeline: int, data_folder: Path, tmp_path: Path
+) -> None:
+    """The grown model is saved with the step that it then trained; the run goes on as one that was not stopped."""
+    sections = {"path": {"method": "stacking", "schedule": "2-4"}, "eval": {"batches": 0}}
+    sections["parallel"] = {"pipeline_model_parallel_size": pipeline}
+    undisturbed = run_with(tmp_path, data_folder, train={"save": str(tmp_path / "whole")}, **sections)
+    assert forked(undisturbed, processes=2).returncode == 0
+    run = run_with(tmp_path, data_folder, **sections)
+    stopped = forked(run, processes=2, spoil=_stop_in_a_growth)
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    last = training_lines(tmp_path / "run")[-1]
+    assert last["path"] == [0, 1, 2, 3]
+    assert sum(line["path"] == last["path"] for line in training_lines(tmp_path / "run")) <= 2
+    assert forked(run, processes=2).returncode == 0
+    stopped_run, whole = (
+        [(line["step"], line["path"], line["loss"], line["grad_norm"]) for line in training_lines(save)]
+        for save in (tmp_path / "run", tmp_path / "whole")
+    )
     assert stopped_run == whole
 
 

@@ -74,6 +74,24 @@ def test_a_run_that_comes_back_to_fewer_ranks_has_its_micro_batches_again(starte
         (tmp_path / "run" / "config.json").write_text(json.dumps(config.resolved()))
 
 
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_second_start_on_the_other_number_of_ranks_keeps_the_batch_too(
+    given: dict[str, int], started: Started, tmp_path: Path
+) -> None:
+    """A run file of micro batches and accumulation alone would give half of the batch on half of the ranks."""
+    path = started(4, **given)
+    first = load_run_config(path, (), 2, is_restart=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(first.resolved()))
+    assert load_run_config(path, (), 2, is_restart=True).batch == first.batch
+    assert first.batch.global_batch == 48
+
+
+def test_a_batch_that_the_user_has_changed_since_is_taken(started: Started) -> None:
+    path = started(4, train_batch_size=48, train_micro_batch_size_per_gpu=6)
+    assert load_run_config(path, ["train_batch_size=96"], 4, is_restart=True).batch.global_batch == 96
+    assert load_run_config(path, ["train_batch_size=96"], 16, is_restart=True).batch.global_batch == 96
+
+
 def test_copies_of_the_model_take_several_processes(started: Started) -> None:
     tensor = "raptr_ds.parallel.tensor_model_parallel_size=2"
     path = started(8, tensor, train_batch_size=48, train_micro_batch_size_per_gpu=6)
