@@ -1,7 +1,8 @@
 """events.jsonl: what happened to a run besides its steps, for whoever looks after it. One JSON object a line.
 
 Each has `time` (UTC, ISO 8601), `event`, and what belongs to the event:
-start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, version, revision;
+start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, version, revision, seconds: of rank 0, by
+part of the start;
 changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
 checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
 slow_rank: step, rank, host, seconds, median: a rank took over 1.5 times the median in the last 20 steps;

@@ -43,6 +43,7 @@ from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.sinks import Sink
+from raptr_ds.runtime.start_times import StartTimes
 from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.tensorboard_sink import open_tensorboard
 from raptr_ds.runtime.tracking import open_trackers
@@ -70,12 +71,14 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     have come to the end: the first one serves the store.
     Raises: ConfigError, DataError, CheckpointError, PathError, StorageError, DeviceMemoryError.
     """
+    times = StartTimes()
     groups = initialize_process_groups(
         launch,
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
     )
+    times.done("rendezvous")
     with ExitStack() as stack:
         stack.push(lambda _, error, __: _leave(groups, error))
         watchdog = Watchdog(
@@ -93,11 +96,14 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         _lock(folder, groups, launch, stack, report)
         checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
         stack.callback(checkpoints.close)
+        times.done("data")
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
+        times.done("engine")
         identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
         load = on_first_rank(groups, lambda: _where_from(config, launch, folder, report))
         state, changes = _restore(config, checkpoints, engine, load, identity)
+        times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
         if progress is not None and state.step:
             progress.say(standing(config, folder, state.step))
@@ -111,7 +117,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         events = together(groups, lambda: EventLog(folder if groups.rank == 0 else None))
         stack.callback(events.close)
         hosts = _hosts(groups)
-        _record_start(events, hosts, groups, launch, state, changes, metrics)
+        times.done("metrics")
+        _record_start(events, hosts, groups, launch, state, changes, metrics, times)
         agreement = PathAgreement(
             groups,
             lambda step: method.path_at(step).encode(),
@@ -272,6 +279,7 @@ def _record_start(
     state: RunState,
     changes: Changes | None,
     metrics: Metrics,
+    times: StartTimes,
 ) -> None:
     """Write down how the run was started, and what is not as it was when its checkpoint was written."""
     if groups.rank:
@@ -288,6 +296,7 @@ def _record_start(
         slurm_job=launch.slurm_job or None,
         version=raptr_ds.__version__,
         revision=code_revision(),
+        seconds=times.seconds,
     )
     for line in changes.lines if changes is not None else ():
         metrics.say(line)
