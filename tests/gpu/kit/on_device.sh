@@ -6,6 +6,9 @@
 # Results land in OUT: summary.txt, results.jsonl, profile_*.txt, bench_bert_base.md and logs.tgz, up to date after each step, so
 # that a run that is cut off loses one step only. No step stops the next. The exit code is 1 if anything was bad.
 #
+# ul2_125m and bert_base_raptr, which run only if they are named, train the comparisons of experiments/gpu on KIT_TOKENS
+# (.gpu/data/small: prepared tokens).
+#
 # Variables: OUT (.gpu/out), KIT_SECONDS (530), KIT_DEVICE (cuda; cpu for a dry run, tiny), KIT_DATA (.gpu/data/docs: prepared
 # data), KIT_PATIENCE (1: what every limit is multiplied by), KIT_JOBS (8 training runs at a time), KIT_PYTHON (python3),
 # KIT_SITE (a folder where carried wheels are installed; in a dry run they are not without it).
@@ -22,11 +25,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 logs=$work/logs
 mkdir -p "$out" "$logs" "$work/tmp"
+rm -rf "$out/ul2_125m" "$out/bert_base_raptr"
 rm -f "$out"/profile_*.txt "$out/bench_bert_base.md" "$out/logs.tgz"
 : >"$out/summary.txt"
 : >"$out/results.jsonl"
 export KIT_RESULTS=$out/results.jsonl
 [ -n "${KIT_DATA:-}" ] || [ ! -d "$carried/data/docs" ] || export KIT_DATA=$carried/data/docs
+tokens=${KIT_TOKENS:-$carried/data/small}
 wanted=" $* "
 
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -44,11 +49,13 @@ save() {
     tar -C "$logs" -czf "$work/logs.tgz" . && mv "$work/logs.tgz" "$out/logs.tgz"
 }
 
+is_wanted() { [[ "$wanted" == *" $1 "* ]]; }
+
 # step NAME LIMIT NEEDS COMMAND...: run it for at most LIMIT seconds, if it is wanted and at least NEEDS are left.
 step() {
     local name=$1 limit=$(($2 * KIT_PATIENCE)) needs=$3
     shift 3
-    [ "$wanted" = "  " ] || [[ "$wanted" == *" $name "* ]] || return 0
+    is_wanted "$name" || [ "$wanted" = "  " ] || return 0
     local left=$((seconds - SECONDS)) begin=$SECONDS code pid ending=
     if [ "$left" -lt "$needs" ]; then
         note "== $name: skipped, $left s left and $needs needed"
@@ -125,6 +132,12 @@ step compare     100 45 "$python" tools/bench.py "${compared[@]}" --output "$rep
 step blocks      60 30 "$python" -m tests.gpu.kit.measure_blocks
 [ "$KIT_DEVICE" = cpu ] ||
     step fused_adam 100 60 "${tests[@]}" tests/gpu/test_training_runs.py -k fused_adam
+
+# Only by name: each fills the time of a whole call.
+for name in ul2_125m bert_base_raptr; do
+    ! is_wanted "$name" ||
+        step "$name" 520 60 "$python" -m tests.gpu.kit.run_comparison "experiments/gpu/$name.json" --data "$tokens" --output "$out/$name"
+done
 
 if [ -n "$monitor" ]; then kill "$monitor" 2>/dev/null; fi
 num_bad=$(grep -c '^BAD ' "$out/summary.txt")

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Make .gpu/: what a GPU machine without network lacks (wheels, prepared data), and the command that runs there.
 #
-#   make environment && bash tests/gpu/kit/prepare.sh      about a minute; needs a package registry
+#   make environment && bash tests/gpu/kit/prepare.sh [FOLDER]      about a minute; needs a package registry
+#
+# FOLDER: prepared tokens for the comparisons of experiments/gpu, which are carried packed.
 #
 # VENV (.venv) is the environment whose versions are carried.
 set -euo pipefail
@@ -34,6 +36,13 @@ missing=$("$python" -m tests.gpu.kit.carried missing)
 for package in $missing; do fetch "$package"; done
 
 [ -e "$carried/data/docs/manifest.json" ] || "$python" tools/prepare_data.py --embedded --output "$carried/data/docs" >/dev/null
+
+if [ $# -gt 0 ]; then
+    rm -rf "$carried/data/small"
+    mkdir -p "$carried/data/small"
+    find "$1" -maxdepth 1 -type f ! -name train.bin -exec cp {} "$carried/data/small/" \;
+    bzip2 -9 -c "$1/train.bin" >"$carried/data/small/train.bin.bz2"
+fi
 
 cat >"$carried/on_device.sh" <<'STUB'
 #!/usr/bin/env bash
