@@ -80,8 +80,10 @@ class _NothingSkipped(PathSection):
 class SkippingSection(PathSection):
     """Methods that skip layers or parts of them."""
 
-    residual_scale: Literal["none", "sqrt"] = "none"
-    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
+    residual_scale: Literal["none", "sqrt", "inverse"] = "none"
+    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads). inverse
+    divides it by its layer's probability of being in the path; width: by the share of heads that run. layer_dropout's
+    default is inverse."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
     """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients, in which AdamW's
     moments shrink and move the weights, and these decay. zero_grad reproduces the paper and is slower."""
@@ -324,6 +326,16 @@ class LayerDropSection(DrawingSection):
         return update
 
 
+class LayerDropoutSection(DrawingSection):
+    """layer_dropout: the deeper a layer, the more often it is dropped; all less often with time, at the end never."""
+
+    method: Literal["layer_dropout"] = "layer_dropout"
+    residual_scale: Literal["none", "sqrt", "inverse"] = "inverse"
+    layer_dropout: OpenFraction = 0.8
+    """Probability of dropping the last layer at the first step; linear in depth, from 0 for the first layer, and in
+    time, to 0 at the end. A quarter of it is what the run saves of its layers' work."""
+
+
 class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
     """stacking: the first layers alone, then copies of them on top."""
 
@@ -345,7 +357,14 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
 
 
 AnyPathSection = (
-    FullSection | RaptrSection | PldSection | ConstantSection | LayerDropSection | StackingSection | WidthSection
+    FullSection
+    | RaptrSection
+    | PldSection
+    | ConstantSection
+    | LayerDropSection
+    | LayerDropoutSection
+    | StackingSection
+    | WidthSection
 )
 PATH_SECTIONS: dict[str, type[AnyPathSection]] = {
     section.model_fields["method"].default: section for section in get_args(AnyPathSection)

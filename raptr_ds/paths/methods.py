@@ -8,6 +8,7 @@ from raptr_ds.config.path_sections import (
     AnyPathSection,
     ConstantSection,
     FullSection,
+    LayerDropoutSection,
     LayerDropSection,
     PldSection,
     RaptrSection,
@@ -16,7 +17,7 @@ from raptr_ds.config.path_sections import (
     WidthSection,
 )
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.baselines import FullPaths, LayerDrop, ProgressiveLayerDropping
+from raptr_ds.paths.baselines import FullPaths, LayerDrop, LayerDropout, ProgressiveLayerDropping
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
@@ -43,6 +44,8 @@ def _one_path(section: AnyPathSection, sizes: RunSizes, seed: int, stages: Balan
             return RandomPaths.from_section(section, sizes, seed, stages)
         case PldSection():
             return ProgressiveLayerDropping.from_section(section, sizes, seed)
+        case LayerDropoutSection():
+            return LayerDropout.from_section(section, sizes, seed)
         case LayerDropSection():
             return LayerDrop.from_section(section, sizes, seed)
         case StackingSection():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from raptr_ds.paths import LayerPath
 from raptr_ds.paths.growth import Growth
 from tests.path_methods import path_method
 
@@ -79,6 +80,49 @@ def test_layerdrop_scales_by_the_actual_length():
         assert path.residual_scale == math.sqrt(12 / path.length)
 
 
+def test_layer_dropout_is_linear_in_depth_and_falls_linearly_to_none():
+    method = build("layer_dropout", num_layers=4, num_steps=4000, layer_dropout=0.6)
+    for step in (0, 1000, 3999):
+        falling = 1 - step / 4000
+        assert method.marginals_at(step) == pytest.approx([1 - 0.6 * i / 3 * falling for i in range(4)], rel=1e-14)
+    assert method.path_at(4000) == LayerPath.full(4)
+    for step in (0, 1234, 3999, 4000):
+        rest = sum(method.marginals_at(later).sum() for later in range(step, 4000))
+        assert method.expected_layers_from(step) == pytest.approx(rest, rel=1e-12)
+    assert 1 - method.expected_layers_from(0) / 16000 == pytest.approx(0.6 / 4, rel=1e-3)
+    paths = [method.path_at(step) for step in range(400)]
+    assert paths == [method.path_at(step) for step in range(400)]
+    drawn = np.array([[path.is_active(layer) for layer in range(4)] for path in paths])
+    expected = np.mean([method.marginals_at(step) for step in range(400)], axis=0)
+    assert np.abs(drawn.mean(axis=0) - expected).max() < 4 * math.sqrt(0.25 / 400)
+    assert build("layer_dropout", num_layers=1).path_at(0) == LayerPath.full(1)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("layer_dropout", {}),
+        ("pld", {"pld_gamma": 0.02, "residual_scale": "inverse"}),
+        ("layerdrop", {"residual_scale": "inverse"}),
+        ("constant", {"residual_scale": "inverse"}),
+        ("raptr", {"residual_scale": "inverse", "schedule": "6-8-12"}),
+        ("raptr", {"residual_scale": "inverse", "schedule": "6-8-12", "sampling": "bernoulli", "fixed_layers": (0,)}),
+    ],
+)
+def test_inverse_scales_make_each_branch_right_in_expectation(method, keys):
+    built = build(method, num_layers=12, num_steps=90, **keys)
+    for step in range(0, 90, 8):
+        path, marginals = built.path_at(step), built.marginals_at(step)
+        factors = np.array([path.scale_of(layer) for layer in range(12)])
+        assert factors * marginals == pytest.approx([1.0] * 12, rel=1e-14)
+    assert build(method, **{**keys, "residual_scale": "none"}).path_at(1).layers == built.path_at(1).layers
+
+
+def test_inverse_scales_of_widths_are_the_heads_by_those_that_run():
+    method = build("width", num_layers=2, num_steps=20, num_heads=4, schedule="1-4", residual_scale="inverse")
+    assert [method.path_at(step).residual_scale for step in (0, 19)] == [4.0, 1.0]
+
+
 def test_widths_follow_the_schedule_and_draw_heads_and_blocks_apart():
     method = build("width", num_layers=3, num_steps=4000, num_heads=4, schedule="2-4", residual_scale="sqrt")
     paths = [method.path_at(step) for step in range(4000)]
@@ -107,7 +151,7 @@ def test_widths_can_be_warmed_up_on_the_full_model():
     assert [phase.path_length for phase in method.phases.phases] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("method", ["full", "raptr", "pld", "constant", "layerdrop", "width"])
+@pytest.mark.parametrize("method", ["full", "raptr", "pld", "constant", "layerdrop", "layer_dropout", "width"])
 def test_other_methods_never_grow(method):
     built = build(method, num_heads=12)
     for step in range(0, 90, 7):
