@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Parts, Positive, Probability, Section, Whole
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, nearest
 
 NAMED_SCHEDULES = {
     "paper": (6, 8, 10, 12),
@@ -150,25 +150,40 @@ def _schedule_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _split_form(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "preset"
+
+
+Split = Annotated[
+    Annotated[str, Tag("preset")] | Annotated[tuple[OpenFraction, ...], Field(strict=False), Tag("list")],
+    Discriminator(_split_form),
+]
+
+
 class ScheduledSection(PathSection):
     """Methods whose paths grow by phases."""
 
     default_schedule: ClassVar[str] = "paper"
     parts: ClassVar[str] = "layers"
     """What the schedule counts: the model's layers, or each layer's heads."""
+    may_begin_empty: ClassVar[bool] = False
+    """Whether the first phase may have none of them."""
 
     schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
     `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
     of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
     `doubling` 1/4, 1/2 and all."""
-    split: Literal["uniform", "proportional"] = "uniform"
-    """Phases of equal length in steps, or in proportion to their path length."""
+    split: Split = "uniform"
+    """Phases of equal length in steps (`uniform`), in proportion to their path length (`proportional`) or to a power of
+    their number (`power:1` gives the third phase three times the steps of the first), or by their fractions of the
+    steps, as [0.8, 0.2]."""
 
     @property
     def phase_lengths(self) -> tuple[int, ...]:
         """Layers, or heads, of each phase of a completed schedule; empty if it cannot be read."""
-        is_readable = re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", self.schedule or "")
+        first = r"(0|[1-9]\d{0,8})" if self.may_begin_empty else r"[1-9]\d{0,8}"
+        is_readable = re.fullmatch(first + r"(-[1-9]\d{0,8})*", self.schedule or "")
         return tuple(int(part) for part in (self.schedule or "").split("-")) if is_readable else ()
 
     def least_length(self, sizes: RunSizes) -> int:
@@ -210,6 +225,23 @@ class ScheduledSection(PathSection):
             yield (
                 f"{schedule} shrinks from one phase to the next; path lengths must grow or stay. Write "
                 f"{'-'.join(map(str, sorted(lengths)))!r}, or use method 'pld' to drop more with time."
+            )
+        yield from self._broken_split(len(lengths))
+
+    def _broken_split(self, num_phases: int) -> Iterator[str]:
+        split = self.split
+        if isinstance(split, str):
+            if split not in ("uniform", "proportional") and not re.fullmatch(r"power:\d{1,2}(\.\d{1,9})?", split):
+                guess = nearest(split, ["uniform", "proportional", "power:1"]) or "."
+                yield (
+                    f"raptr_ds.path.split={split!r} must be uniform, proportional, power:A with a number A, as power:1, "
+                    f"or a list of fractions of the steps, as [0.8, 0.2]{guess}"
+                )
+        elif len(split) != num_phases or abs(sum(split) - 1) > 1e-6:
+            yield (
+                f"raptr_ds.path.split={list(split)} must have a fraction of the steps for each of the {num_phases} phases "
+                f"of schedule={self.schedule!r}, which add up to 1; it has {len(split)}, which add up to "
+                f"{sum(split):.6g}. Correct it, or write uniform, proportional or power:1."
             )
 
     def _num_parts(self, sizes: RunSizes) -> int:
@@ -337,15 +369,41 @@ class LayerDropoutSection(DrawingSection):
 
 
 class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
-    """stacking: the first layers alone, then copies of them on top."""
+    """stacking: some layers alone, then new ones on top of them or in their middle."""
 
     default_schedule: ClassVar[str] = "gradual"
+    may_begin_empty: ClassVar[bool] = True
 
     method: Literal["stacking"] = "stacking"
-    growth_optimizer_state: Literal["copied", "fresh"] = "copied"
-    """What optimizer state a new layer begins with: that of the layer it is a copy of, or none."""
+    growth_position: Literal["top", "middle"] = "top"
+    """Where new layers are put: on top, or behind the middle one of the blocks of as many layers that the model has."""
+    growth_init: Literal["copied", "zero", "random"] = "copied"
+    """What a new layer begins with: a copy of the layers that it is put behind; its initial weights, but zeros in the
+    two projections that end its branches, so that the model computes what it did; its initial weights."""
+    growth_optimizer_state: Literal["copied", "fresh"] | None = None
+    """What optimizer state a new layer begins with: that of the layer it is a copy of, or none. Derived: copied for
+    copies."""
     growth_warmup_steps: CountOrZero = 0
     """Steps after each growth over which the learning rate rises again, from nothing to the scheduler's."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Copies have a copied optimizer state."""
+        state = "copied" if self.growth_init == "copied" else "fresh"
+        return super().derived(sizes) | ({} if self.growth_optimizer_state else {"growth_optimizer_state": state})
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """Only copies have something to copy."""
+        yield from super().broken_rules(sizes)
+        if self.growth_init != "copied" and self.growth_optimizer_state == "copied":
+            yield (
+                f"raptr_ds.path.growth_optimizer_state='copied' has no use with growth_init={self.growth_init!r}: the "
+                "new layers are no copies. Remove it, or set growth_init to 'copied'."
+            )
+        if self.growth_init == "copied" and self.phase_lengths[:1] == (0,):
+            yield (
+                f"raptr_ds.path.schedule={self.schedule!r} begins without layers, so that growth_init='copied' has none "
+                "to copy. Set growth_init to 'random' or 'zero', or begin with a layer."
+            )
 
 
 class WidthSection(_OnePath, WarmedUpSection, SkippingSection):

@@ -33,6 +33,39 @@ def test_malformed_schedules_are_refused(load, text):
         load(f'{P}schedule="{text}"')
 
 
+@pytest.mark.parametrize(
+    ("split", "read"),
+    [("power:1", "power:1"), ("power:0.5", "power:0.5"), ("[0.25,0.25,0.5]", (0.25, 0.25, 0.5))],
+)
+def test_phases_may_be_split_in_several_ways(load, split, read):
+    assert load(f"{P}method=stacking", f"{P}split={split}").path.split == read
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (f"{P}split=uniformly", "must be uniform, proportional, power:A .*did you mean 'uniform'"),
+        (f"{P}split=power", "must be uniform, proportional, power:A"),
+        (f"{P}split=power:-1", "must be uniform, proportional, power:A"),
+        (f"{P}split=[0.8,0.2]", r"each of the 4 phases of schedule='6-8-10-12'.*it has 2, which add up to 1\."),
+        (f"{P}split=[0.8,0.3] {P}schedule=6-12", "which add up to 1; it has 2, which add up to 1.1"),
+        (f"{P}split=[1,0] {P}schedule=6-12", r"split.0=1.* must be less than 1"),
+        (f"{P}split=3", r"split=3.* must be a string"),
+        (f"{P}method=stacking {P}schedule=0-12", "begins without layers.*Set growth_init to 'random' or 'zero'"),
+        (f"{P}schedule=0-12", "must be path lengths"),
+        (f"{P}method=stacking {P}growth_init=zero {P}growth_optimizer_state=copied", "new layers are no copies"),
+    ],
+)
+def test_splits_and_growths_that_do_not_fit_are_refused(load, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load(*overrides.split())
+
+
+@pytest.mark.parametrize(("init", "state"), [("copied", "copied"), ("zero", "fresh"), ("random", "fresh")])
+def test_the_optimizer_state_of_new_layers_is_that_of_what_they_are_copies_of(load, init, state):
+    assert load(f"{P}method=stacking", f"{P}growth_init={init}").path.growth_optimizer_state == state
+
+
 def test_fixed_layers_count_from_the_end_and_meet():
     assert RaptrSection().fixed_in(12) == (0, 11)
     assert RaptrSection().fixed_in(1) == (0,)

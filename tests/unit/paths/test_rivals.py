@@ -25,7 +25,7 @@ def build(method, num_layers=12, num_steps=90, **values):
     ],
 )
 def test_new_layers_are_copies_of_the_topmost(before, after, sources):
-    assert Growth(before, after).sources == sources
+    assert Growth(tuple(range(before)), tuple(range(after))).sources == sources
 
 
 def test_stacking_trains_the_first_layers_and_grows_between_phases():
@@ -35,7 +35,11 @@ def test_stacking_trains_the_first_layers_and_grows_between_phases():
     assert method.path_at(0).layers == tuple(range(6))
     assert method.path_at(45) == method.model_at(45)
     growths = {step: method.growth_at(step) for step in range(92) if method.growth_at(step)}
-    assert growths == {30: Growth(6, 9, copies_optimizer_state=False), 60: Growth(9, 12, copies_optimizer_state=False)}
+    six, nine, twelve = (tuple(range(length)) for length in (6, 9, 12))
+    assert growths == {
+        30: Growth(six, nine, copies_optimizer_state=False),
+        60: Growth(nine, twelve, copies_optimizer_state=False),
+    }
     assert method.expected_layers_from(0) == sum(lengths)
     assert method.expected_layers_from(50) == sum(lengths[50:])
     assert method.marginals_at(40).tolist() == [1.0] * 9 + [0.0] * 3
@@ -45,9 +49,53 @@ def test_stacking_trains_the_first_layers_and_grows_between_phases():
 def test_phases_without_steps_are_grown_over_and_equal_ones_do_not_grow():
     method = build("stacking", num_steps=2, schedule="3-6-9-12")
     assert [phase.num_steps for phase in method.phases.phases] == [1, 0, 1, 0]
-    assert method.growth_at(1) == Growth(3, 9)
+    assert method.growth_at(1) == Growth((0, 1, 2), tuple(range(9)))
     twice = build("stacking", schedule="6-6-12")
     assert [step for step in range(90) if twice.growth_at(step)] == [60]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "order"),
+    [
+        ("3-6-9-12", "0 1 2 0 1 2 0 1 2 0 1 2"),
+        ("1-2-3-4-5-6", "0 0 0 0 0 0"),
+        ("4-6-8", "0 1 0 1 0 1 2 3"),
+        ("6-8-10", "0 1 2 3 2 3 2 3 4 5"),
+        ("3-4-5", "0 1 1 1 2"),
+        ("2-7", "0 1 0 1 0 1 0"),
+    ],
+)
+def test_the_middle_block_is_repeated_in_its_place(schedule, order):
+    """Against lists of layers into which copies of the middle block are inserted."""
+    lengths = [int(length) for length in schedule.split("-")]
+    method = build("stacking", num_layers=lengths[-1], schedule=schedule, growth_position="middle")
+    held = {layer: str(number) for number, layer in enumerate(method.path_at(0).layers)}
+    for phase in method.phases.phases[1:]:
+        growth = method.growth_at(phase.first_step)
+        assert growth is not None
+        held |= {layer: held[source] for layer, source in growth.sources.items()}
+        assert tuple(sorted(held)) == method.path_at(phase.first_step).layers
+    assert " ".join(held[layer] for layer in sorted(held)) == order
+
+
+def test_midas_keeps_the_outer_blocks_outside_and_repeats_the_middle_one():
+    """By hand, four layers by one: A; A A'; A A'' A' with the first of two as the middle; then the second of three."""
+    method = build("stacking", num_layers=4, num_steps=100, schedule="1-2-3-4", growth_position="middle", split="power:1")
+    assert [phase.first_step for phase in method.phases.phases] == [0, 10, 30, 60]
+    assert [method.path_at(step).layers for step in (0, 10, 30, 60)] == [(0,), (0, 3), (0, 1, 3), (0, 1, 2, 3)]
+    growths = [method.growth_at(step) for step in (10, 30, 60)]
+    assert [growth.sources if growth else None for growth in growths] == [{3: 0}, {1: 0}, {2: 1}]
+    assert method.marginals_at(30).tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert method.expected_layers_from(0) == 10 + 40 + 90 + 160
+
+
+def test_new_layers_may_begin_afresh_even_without_any_before():
+    method = build("stacking", schedule="0-12", split=[0.8, 0.2], growth_init="random", num_steps=50)
+    assert [method.path_at(step).length for step in (0, 39, 40)] == [0, 0, 12]
+    growth = method.growth_at(40)
+    assert growth is not None
+    assert (growth.new_layers, growth.sources) == (tuple(range(12)), {})
+    assert (growth.init, growth.copies_optimizer_state) == ("random", False)
 
 
 def test_the_learning_rate_rises_again_after_each_growth():
