@@ -4,32 +4,24 @@ A key is written once, in the class that all methods with it share: its default,
 left out, and the rules that it obeys. Each of these classes adds its own part to `derived` and to `broken_rules`.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Field
 
+from raptr_ds.config.schedules import (
+    NAMED_SCHEDULES,
+    Schedule,
+    Split,
+    broken_schedule,
+    broken_split,
+    named_schedule,
+    numbers_of,
+    read_schedule,
+)
 from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Parts, Positive, Probability, Section, Whole
-from raptr_ds.errors import ConfigError, nearest
-
-NAMED_SCHEDULES = {
-    "paper": (6, 8, 10, 12),
-    "half": (2, 3, 7, 12),
-    "gradual": (6, 9, 12),
-    "doubling": (3, 6, 12),
-}
-"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
-gradual and progressive stacking."""
-
-
-def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:
-    """Return the phases of a named schedule for a model of num_parts layers, or for layers of num_parts heads.
-
-    Rounded half up, and at least `least`: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
-    """
-    return tuple(min(num_parts, max(least, 1, (num_parts * share + 6) // 12)) for share in NAMED_SCHEDULES[name])
+from raptr_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,11 @@ class RunSizes:
 
 class PathSection(Section):
     """What the methods' sections have in common."""
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""
+        return None
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """Return the values of keys that follow from others."""
@@ -145,21 +142,6 @@ class RandomSection(DrawingSection):
             )
 
 
-def _schedule_text(value: Any) -> Any:
-    """Let a single phase be written as a bare number: `--set raptr_ds.path.schedule=12`."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _split_form(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else "preset"
-
-
-Split = Annotated[
-    Annotated[str, Tag("preset")] | Annotated[tuple[OpenFraction, ...], Field(strict=False), Tag("list")],
-    Discriminator(_split_form),
-]
-
-
 class ScheduledSection(PathSection):
     """Methods whose paths grow by phases."""
 
@@ -169,7 +151,7 @@ class ScheduledSection(PathSection):
     may_begin_empty: ClassVar[bool] = False
     """Whether the first phase may have none of them."""
 
-    schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
+    schedule: Schedule | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
     `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
     of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
@@ -182,9 +164,7 @@ class ScheduledSection(PathSection):
     @property
     def phase_lengths(self) -> tuple[int, ...]:
         """Layers, or heads, of each phase of a completed schedule; empty if it cannot be read."""
-        first = r"(0|[1-9]\d{0,8})" if self.may_begin_empty else r"[1-9]\d{0,8}"
-        is_readable = re.fullmatch(first + r"(-[1-9]\d{0,8})*", self.schedule or "")
-        return tuple(int(part) for part in (self.schedule or "").split("-")) if is_readable else ()
+        return read_schedule(self.schedule, self.may_begin_empty)
 
     def least_length(self, sizes: RunSizes) -> int:
         """Return the shortest length that a phase may have."""
@@ -195,54 +175,17 @@ class ScheduledSection(PathSection):
         name = self.schedule or self.default_schedule
         update = super().derived(sizes)
         if name in NAMED_SCHEDULES:
-            phases = named_schedule(name, self._num_parts(sizes), self.least_length(sizes))
-            update["schedule"] = "-".join(map(str, phases))
+            update["schedule"] = numbers_of(name, self._num_parts(sizes), self.least_length(sizes))
         return update
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
-        """The schedule is lengths that grow to the whole model."""
+        """The schedule is lengths that grow to the whole model, and the split has a part for each."""
         yield from super().broken_rules(sizes)
-        lengths, most, parts = self.phase_lengths, self._num_parts(sizes), self.parts
-        schedule = f"raptr_ds.path.schedule={self.schedule!r}"
+        lengths = self.phase_lengths
+        yield from broken_schedule("schedule", self.schedule, lengths, self._num_parts(sizes), self.parts)
         if not lengths:
-            yield (
-                f"{schedule} must be path lengths, whole numbers from 1, joined by '-', one for each phase, or "
-                f"{' or '.join(map(repr, NAMED_SCHEDULES))}. Write it as '6-8-10-12', or remove it: one is derived."
-            )
             return
-        if max(lengths) > most or lengths[-1] != most:
-            key = "num_layers" if parts == "layers" else "num_attention_heads"
-            wrong = (
-                f"asks for more than the model has: {max(lengths)} {parts}"
-                if max(lengths) > most
-                else f"must end with the full model, not at {lengths[-1]} {parts}"
-            )
-            yield (
-                f"{schedule} {wrong}; raptr_ds.model.{key}={most}. End it with {most} and keep the other phases at "
-                "most that, or remove it: one for the model is derived."
-            )
-        if list(lengths) != sorted(lengths):
-            yield (
-                f"{schedule} shrinks from one phase to the next; path lengths must grow or stay. Write "
-                f"{'-'.join(map(str, sorted(lengths)))!r}, or use method 'pld' to drop more with time."
-            )
-        yield from self._broken_split(len(lengths))
-
-    def _broken_split(self, num_phases: int) -> Iterator[str]:
-        split = self.split
-        if isinstance(split, str):
-            if split not in ("uniform", "proportional") and not re.fullmatch(r"power:\d{1,2}(\.\d{1,9})?", split):
-                guess = nearest(split, ["uniform", "proportional", "power:1"]) or "."
-                yield (
-                    f"raptr_ds.path.split={split!r} must be uniform, proportional, power:A with a number A, as power:1, "
-                    f"or a list of fractions of the steps, as [0.8, 0.2]{guess}"
-                )
-        elif len(split) != num_phases or abs(sum(split) - 1) > 1e-6:
-            yield (
-                f"raptr_ds.path.split={list(split)} must have a fraction of the steps for each of the {num_phases} phases "
-                f"of schedule={self.schedule!r}, which add up to 1; it has {len(split)}, which add up to "
-                f"{sum(split):.6g}. Correct it, or write uniform, proportional or power:1."
-            )
+        yield from broken_split(self.split, self.schedule, len(lengths))
 
     def _num_parts(self, sizes: RunSizes) -> int:
         return sizes.num_layers if self.parts == "layers" else sizes.num_heads
@@ -286,23 +229,59 @@ class FullSection(_OnePath, _NothingSkipped):
 
 
 class RaptrSection(WarmedUpSection, RandomSection):
-    """raptr: random paths that grow by phases."""
+    """raptr: random paths that grow by phases, in depth or in depth and width."""
 
     method: Literal["raptr"] = "raptr"
+    width_schedule: Schedule | None = None
+    """Heads that run of each layer of a path in each phase of the schedule, of num_attention_heads, and as many blocks
+    of its MLP; by numbers or by name, as a schedule. Left out: all."""
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """Return the key of the widths."""
+        return self.width_schedule and f"raptr_ds.path.width_schedule={self.width_schedule!r}"
+
+    @property
+    def phase_widths(self) -> tuple[int, ...]:
+        """Heads of each phase of a completed width_schedule; empty without one, and if it cannot be read."""
+        return read_schedule(self.width_schedule)
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Widths by name get numbers."""
+        name = self.width_schedule
+        update = super().derived(sizes)
+        return update | ({"width_schedule": numbers_of(name, sizes.num_heads, 1)} if name in NAMED_SCHEDULES else {})
 
     def least_length(self, sizes: RunSizes) -> int:
         """Return the number of fixed layers, which are in every path."""
         return len(self.fixed_in(sizes.num_layers))
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
-        """Every phase has room for the fixed layers."""
+        """Every phase has room for the fixed layers, and a width if there are any."""
         yield from super().broken_rules(sizes)
+        yield from self._broken_widths(sizes)
         lengths, fixed = self.phase_lengths, self.least_length(sizes)
         if lengths and min(lengths) < fixed:
             yield (
                 f"raptr_ds.path.schedule={self.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} "
                 f"of raptr_ds.path.fixed_layers={list(self.fixed_layers)}, which are in every path. "
                 f"Raise the schedule to at least {fixed}, or fix fewer layers."
+            )
+
+    def _broken_widths(self, sizes: RunSizes) -> Iterator[str]:
+        if self.width_schedule is None:
+            return
+        widths, lengths, written = self.phase_widths, self.phase_lengths, self.narrowed_by
+        yield from broken_schedule("width_schedule", self.width_schedule, widths, sizes.num_heads, "heads")
+        if widths and lengths and len(widths) != len(lengths):
+            yield (
+                f"{written} has {len(widths)} phases and raptr_ds.path.schedule={self.schedule!r} has {len(lengths)}: "
+                "a phase has a length and a width. Write as many of both."
+            )
+        if self.paths_per_step > 1:
+            yield (
+                f"{written} with raptr_ds.path.paths_per_step={self.paths_per_step}: heads and blocks are drawn for a "
+                "whole step. Remove one."
             )
 
 
@@ -401,8 +380,8 @@ class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
             )
         if self.growth_init == "copied" and self.phase_lengths[:1] == (0,):
             yield (
-                f"raptr_ds.path.schedule={self.schedule!r} begins without layers, so that growth_init='copied' has none "
-                "to copy. Set growth_init to 'random' or 'zero', or begin with a layer."
+                f"raptr_ds.path.schedule={self.schedule!r} begins without layers: growth_init='copied' has none to "
+                "copy. Set growth_init to 'random' or 'zero', or begin with a layer."
             )
 
 
@@ -412,6 +391,11 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
     parts: ClassVar[str] = "heads"
 
     method: Literal["width"] = "width"
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """Return the method."""
+        return f"raptr_ds.path.method={self.method!r}"
 
 
 AnyPathSection = (

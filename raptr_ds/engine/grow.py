@@ -16,10 +16,11 @@ from raptr_ds.paths.growth import Growth
 def grow_layers(
     holders: Sequence[Holder], optimizer: torch.optim.Optimizer, growth: Growth, groups: ProcessGroups
 ) -> None:
-    """Give a growth's new layers in `holders` the fp32 weights and the optimizer state that they begin with. Collective.
+    """Give a growth's new layers in `holders` the weights (fp32) and optimizer state that they begin with. Collective.
 
-    A layer that is no copy has its initial weights, as nothing has trained it yet. All layers have the same shapes and the same parameter groups, so every layout cuts them in the same way: the part
-    of the old layer that a rank needs is on this rank or on the rank at the same place in another pipeline stage.
+    A layer that is no copy has its initial weights, as nothing has trained it yet. All layers have the same shapes
+    and the same parameter groups, so every layout cuts them in the same way: the part of the old layer that a rank
+    needs is on this rank or on the rank at the same place in another pipeline stage.
     """
     sources = growth.sources
     involved = {*growth.new_layers, *sources.values()}

@@ -78,7 +78,7 @@ class ReferenceEngine:
         self, path: LayerPath, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
     ) -> None:
         for name, parameter in self.parameters.items():
-            if parameter not in before or not hasattr(parameter, "parts"):
+            if parameter not in before or not hasattr(parameter, "parts") or not path.is_active(layer_of(name)):
                 continue
             kind, dim = parameter.parts  # type: ignore[attr-defined]
             assert path.parts is not None

@@ -11,6 +11,7 @@ from raptr_ds.config.path_sections import (
     LayerDropoutSection,
     LayerDropSection,
     RandomSection,
+    RaptrSection,
     ScheduledSection,
     SkippingSection,
     StackingSection,
@@ -218,6 +219,8 @@ def _describe_path(config: RunConfig) -> str:
     words: list[object] = [path.method]
     if isinstance(path, ScheduledSection):
         words += [path.schedule, *([] if path.split == "uniform" else [path.split])]
+    if isinstance(path, RaptrSection) and path.width_schedule:
+        words.append(f"by {path.width_schedule} heads")
     if isinstance(path, ConstantSection):
         words.append(path.constant_length)
     if isinstance(path, LayerDropSection):

@@ -22,7 +22,7 @@ from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.stacking import Stacking
-from raptr_ds.paths.width import RandomWidths
+from raptr_ds.paths.width import RandomParts, RandomWidths
 from raptr_ds.rng import stream_key
 
 
@@ -40,6 +40,8 @@ def _one_path(section: AnyPathSection, sizes: RunSizes, seed: int, stages: Balan
     match section:
         case FullSection():
             return FullPaths.from_section(sizes)
+        case RaptrSection(width_schedule=str()):
+            return RandomParts.from_section(section, sizes, seed, stages)
         case RaptrSection() | ConstantSection():
             return RandomPaths.from_section(section, sizes, seed, stages)
         case PldSection():

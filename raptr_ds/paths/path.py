@@ -12,7 +12,8 @@ _HEADER = 5  # phase, length, bits of the residual scale, parts of a layer, draw
 class Parts:
     """The parts that run of each layer: attention heads, and as many blocks of the MLP's inner features.
 
-    number: heads of a layer. heads, blocks: for each layer of the model, 0-based, strictly increasing.
+    number: heads of a layer. heads, blocks: for each layer of the model, 0-based, strictly increasing; none of a layer
+    that is skipped.
     """
 
     number: int
@@ -59,7 +60,10 @@ class LayerPath:
         assert 0.0 < self.residual_scale < float("inf"), f"residual_scale={self.residual_scale}"
         assert len(self.layer_scales) in (0, self.num_layers), self.layer_scales
         assert all(0.0 < scale < float("inf") for scale in self.layer_scales), self.layer_scales
-        assert self.parts is None or (len(self.parts.heads) == self.length == self.num_layers), "parts of some layers"
+        if self.parts is not None:
+            idle = set(range(self.num_layers)) - set(self.layers)
+            assert len(self.parts.heads) == self.num_layers, "parts of some layers"
+            assert not any(self.parts.heads[layer] or self.parts.blocks[layer] for layer in idle), "parts of no layer"
 
     @classmethod
     def full(cls, num_layers: int, phase: int = 0) -> "LayerPath":

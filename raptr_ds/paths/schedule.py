@@ -76,8 +76,9 @@ def split_phases(
 
     The warm-up is a phase of its own before the schedule's, and no longer than the run. The remaining R steps are
     divided by weights: 1 for each phase (uniform), its path length (proportional: a phase of twice the length gets
-    twice the steps), its number from 1 to a power (power:A), or its own of `split`. Phase s ends R * (w_0 + ... + w_s) / (w_0 + ... + w_last) steps after the warm-up, rounded to
-    the nearest whole step, halves up; rounding the cumulative sums, not the parts, covers all steps exactly.
+    twice the steps), its number from 1 to a power (power:A), or its own of `split`. Phase s ends R * (w_0 + ... +
+    w_s) / (w_0 + ... + w_last) steps after the warm-up, rounded to the nearest whole step, halves up; rounding the
+    cumulative sums, not the parts, covers all steps exactly.
     """
     assert lengths
     assert num_steps >= 1, f"num_steps={num_steps}"

@@ -20,7 +20,7 @@ ALL: Parts = tuple(range(NUM_HEADS))
 
 @dataclass(frozen=True)
 class Taken:
-    """A layer that a sequence takes: its place in the model's list, the factor on its branches, its heads and blocks."""
+    """A layer that a sequence takes: its place in the model, the factor on its branches, its heads and blocks."""
 
     place: int
     scale: float = 1.0
@@ -129,11 +129,13 @@ def train(
     model: PlainModel,
     taken_at: Callable[[int, int], list[Taken]],
     before_step: Callable[[int], None] = lambda step: None,
+    moves_idle: bool = False,
 ) -> tuple[list[float], list[float]]:
     """Train, and return each step's loss and gradient norm.
 
     taken_at: the layers of a step that its i-th sequence takes. before_step: what changes the model before a step.
-    Weights without a gradient are left alone; so are heads and blocks that no sequence of a step takes.
+    Layers, heads and blocks that no sequence of a step takes are left alone, or get a step with zero gradients
+    (moves_idle).
     """
     losses, norms = [], []
     for step in range(case.steps):
@@ -144,15 +146,20 @@ def train(
         loss = sum(model.loss(case, number, layers) for number, layers in zip(numbers, taken, strict=True)) / count
         assert isinstance(loss, torch.Tensor)
         parts = {layer.place: (layer.heads, layer.blocks) for layers in taken for layer in layers}
-        weights = [*model.outer.values(), *(weight for place in sorted(parts) for weight in model.layers[place].values())]
+        inner = [weight for place in sorted(parts) for weight in model.layers[place].values()]
+        weights = [*model.outer.values(), *inner]
         gradients = torch.autograd.grad(loss, weights)
         total = float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
         factor = min(1.0, case.max_norm / (total + 1e-6))
+        if moves_idle:
+            idle_layers = [layer for place, layer in enumerate(model.layers) if place not in parts]
+            still = [weight for layer in idle_layers for weight in layer.values()]
+            weights, gradients = [*weights, *still], [*gradients, *map(torch.zeros_like, still)]
         idle = {
             weight: slices
             for place, (heads, blocks) in parts.items()
             for name, weight in model.layers[place].items()
-            if (slices := idle_slices(name, weight, heads, blocks))
+            if not moves_idle and (slices := idle_slices(name, weight, heads, blocks))
         }
         for weight, gradient in zip(weights, gradients, strict=True):
             adam_step(model, weight, gradient * factor, case.learning_rate, idle.get(weight, []))

@@ -3,6 +3,7 @@
 Tolerances are those of test_layouts.py: fp32 rounding, over nine steps.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -47,7 +48,9 @@ def compare(case: Case, layouts: tuple[str, ...], model: PlainModel, losses: lis
 def test_layer_dropout_masks_blocks_and_divides_them_by_their_keep_probability(
     paths: int, layouts: tuple[str, ...]
 ) -> None:
-    case = Case(method="layer_dropout", num_layers=3, dropout=0.0, paths_per_step=paths, micro_batch=12 // max(paths, 6))
+    case = Case(
+        method="layer_dropout", num_layers=3, dropout=0.0, paths_per_step=paths, micro_batch=12 // max(paths, 6)
+    )
     case = replace(case, path_keys=(("layer_dropout", 0.7), ("residual_scale", "inverse")))
     method, model = path_method(case), PlainModel.of(case, (0, 1, 2))
 
@@ -122,3 +125,35 @@ def test_midas_repeats_the_middle_layer_in_a_list(state: str) -> None:
 
     losses, norms = train(case, model, lambda step, sequence: [Taken(i) for i in range(len(model.layers))], grow)
     compare(case, ("one process", "DP2 ZeRO 3", "TP2", "PP2", "PP2 DP2 ZeRO 1"), model, losses, norms)
+
+
+@pytest.mark.parametrize(
+    ("update", "scale", "layouts"),
+    [
+        ("freeze", "none", ("one process", "DP2", "TP2", "PP2", "PP2 TP2")),
+        ("freeze", "inverse", ("DP2", "PP2 TP2")),
+        ("zero_grad", "sqrt", ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "PP2 DP2 ZeRO 1")),
+    ],
+)
+def test_random_parts_in_depth_and_width(update: str, scale: str, layouts: tuple[str, ...]) -> None:
+    """Paths of two, three and all of four layers, of whose heads and blocks one, three and all of four run."""
+    keys = (("width_schedule", "1-3-4"), ("residual_scale", scale))
+    case = Case(schedule="2-3-4", num_layers=4, dropout=0.0, skipped_update=update, path_keys=keys)
+    method, model = path_method(case), PlainModel.of(case, (0, 1, 2, 3))
+
+    def taken_at(step: int, sequence: int) -> list[Taken]:
+        path, length, width = method.path_at(step), 2 + step // 3, (1, 3, 4)[step // 3]
+        assert path.parts is not None
+        assert len(path.layers) == length
+        drawn = [parts[layer] for layer in path.layers for parts in (path.parts.heads, path.parts.blocks)]
+        assert {len(part) for part in drawn} == {width}
+        keep = {0: 1.0, 1: (length - 2) / 2, 2: (length - 2) / 2, 3: 1.0}
+        factor = {
+            "none": lambda layer: 1.0,
+            "sqrt": lambda layer: math.sqrt(4 / length * 4 / width),
+            "inverse": lambda layer: 4 / width / keep[layer],
+        }[scale]
+        return [Taken(i, factor(i), path.parts.heads[i], path.parts.blocks[i]) for i in path.layers]
+
+    losses, norms = train(case, model, taken_at, moves_idle=update == "zero_grad")
+    compare(case, layouts, model, losses, norms)

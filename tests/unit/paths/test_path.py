@@ -53,6 +53,17 @@ def test_parts_of_layers_are_encoded_too():
     assert all(LayerPath.decode(other.encode()) == other for other in others)
 
 
+def test_parts_are_of_active_layers():
+    heads, blocks = ((0, 2), (), (0, 1)), ((1, 2), (), (0, 2))
+    path = LayerPath((0, 2), 3, parts=Parts(3, heads, blocks))
+    assert LayerPath.decode(path.encode()) == path
+    assert path.work == pytest.approx(4 / 3)
+    with pytest.raises(AssertionError, match="parts of no layer"):
+        LayerPath((0,), 3, parts=Parts(3, heads, blocks))
+    with pytest.raises(AssertionError, match="parts of some layers"):
+        LayerPath((0,), 3, parts=Parts(3, heads[:2], blocks[:2]))
+
+
 def test_layers_may_have_scales_of_their_own():
     path = LayerPath((0, 2), 3, 1, layer_scales=(1.0, 4.0, 1.25))
     assert [path.scale_of(layer) for layer in path.layers] == [1.0, 1.25]

@@ -80,7 +80,9 @@ def test_the_middle_block_is_repeated_in_its_place(schedule, order):
 
 def test_midas_keeps_the_outer_blocks_outside_and_repeats_the_middle_one():
     """By hand, four layers by one: A; A A'; A A'' A' with the first of two as the middle; then the second of three."""
-    method = build("stacking", num_layers=4, num_steps=100, schedule="1-2-3-4", growth_position="middle", split="power:1")
+    method = build(
+        "stacking", num_layers=4, num_steps=100, schedule="1-2-3-4", growth_position="middle", split="power:1"
+    )
     assert [phase.first_step for phase in method.phases.phases] == [0, 10, 30, 60]
     assert [method.path_at(step).layers for step in (0, 10, 30, 60)] == [(0,), (0, 3), (0, 1, 3), (0, 1, 2, 3)]
     growths = [method.growth_at(step) for step in (10, 30, 60)]
@@ -191,6 +193,28 @@ def test_widths_follow_the_schedule_and_draw_heads_and_blocks_apart():
     # Of 6 pairs of heads and 6 of blocks all 36 combinations come equally often: the same pair in one of six.
     same = np.mean([path.parts.heads[1] == path.parts.blocks[1] for path in narrow])
     assert abs(same - 1 / 6) < 4 * math.sqrt(5 / 36 / 2000)
+
+
+def test_random_parts_are_paths_of_whose_layers_parts_run():
+    keys = {"schedule": "2-3-4", "full_warmup_steps": 10, "residual_scale": "sqrt"}
+    both = build("raptr", num_layers=4, num_steps=100, num_heads=4, width_schedule="1-2-4", **keys)
+    alone = build("raptr", num_layers=4, num_steps=100, num_heads=4, **keys)
+    paths = [both.path_at(step) for step in range(100)]
+    assert paths == [both.path_at(step) for step in range(100)]
+    assert all(LayerPath.decode(path.encode()) == path for path in paths)
+    for step, path in enumerate(paths):
+        length, width = (4, 4) if step < 10 else (2 + (step - 10) // 30, (1, 2, 4)[(step - 10) // 30])
+        assert path.layers == alone.path_at(step).layers
+        assert [len(drawn) for drawn in path.parts.heads] == [width * path.is_active(layer) for layer in range(4)]
+        assert [len(drawn) for drawn in path.parts.blocks] == [width * path.is_active(layer) for layer in range(4)]
+        assert path.work == pytest.approx(length * width / 4) == pytest.approx(both.marginals_at(step).sum())
+        assert path.residual_scale == pytest.approx(math.sqrt(4 / length * 4 / width))
+    assert both.expected_layers_from(0) == sum(path.work for path in paths)
+    assert both.expected_layers_from(33) == sum(path.work for path in paths[33:])
+    inverse = build("raptr", num_layers=4, num_steps=90, num_heads=4, schedule="3-3-4", width_schedule="2-4-4",
+                    residual_scale="inverse")  # fmt: skip
+    assert [inverse.path_at(0).scale_of(layer) for layer in range(4)] == [2.0, 4.0, 4.0, 2.0]
+    assert [inverse.path_at(89).scale_of(layer) for layer in range(4)] == [1.0] * 4
 
 
 def test_widths_can_be_warmed_up_on_the_full_model():
