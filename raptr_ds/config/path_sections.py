@@ -16,6 +16,7 @@ from raptr_ds.config.schedules import (
     Split,
     broken_schedule,
     broken_split,
+    broken_widths,
     named_schedule,
     numbers_of,
     read_schedule,
@@ -248,8 +249,7 @@ class RaptrSection(WarmedUpSection, RandomSection):
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """Widths by name get numbers."""
-        name = self.width_schedule
-        update = super().derived(sizes)
+        update, name = super().derived(sizes), self.width_schedule
         return update | ({"width_schedule": numbers_of(name, sizes.num_heads, 1)} if name in NAMED_SCHEDULES else {})
 
     def least_length(self, sizes: RunSizes) -> int:
@@ -259,29 +259,14 @@ class RaptrSection(WarmedUpSection, RandomSection):
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
         """Every phase has room for the fixed layers, and a width if there are any."""
         yield from super().broken_rules(sizes)
-        yield from self._broken_widths(sizes)
+        if self.width_schedule is not None:
+            yield from broken_widths(self.width_schedule, self.schedule, sizes.num_heads, self.paths_per_step)
         lengths, fixed = self.phase_lengths, self.least_length(sizes)
         if lengths and min(lengths) < fixed:
             yield (
                 f"raptr_ds.path.schedule={self.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} "
                 f"of raptr_ds.path.fixed_layers={list(self.fixed_layers)}, which are in every path. "
                 f"Raise the schedule to at least {fixed}, or fix fewer layers."
-            )
-
-    def _broken_widths(self, sizes: RunSizes) -> Iterator[str]:
-        if self.width_schedule is None:
-            return
-        widths, lengths, written = self.phase_widths, self.phase_lengths, self.narrowed_by
-        yield from broken_schedule("width_schedule", self.width_schedule, widths, sizes.num_heads, "heads")
-        if widths and lengths and len(widths) != len(lengths):
-            yield (
-                f"{written} has {len(widths)} phases and raptr_ds.path.schedule={self.schedule!r} has {len(lengths)}: "
-                "a phase has a length and a width. Write as many of both."
-            )
-        if self.paths_per_step > 1:
-            yield (
-                f"{written} with raptr_ds.path.paths_per_step={self.paths_per_step}: heads and blocks are drawn for a "
-                "whole step. Remove one."
             )
 
 
