@@ -149,6 +149,7 @@ def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) 
 
     shared = (RaptrSection.model_fields.keys() & type(config.path).model_fields.keys()) - {"method"}
     raptr = RaptrSection(**{key: getattr(config.path, key) for key in shared})
+    raptr.model_copy(update={"schedule": "-".join([str(layers)] * 4)}).checked(config.sizes)  # a split of four phases
 
     def saved_by(lengths: tuple[int, ...]) -> float:
         path = raptr.model_copy(update={"schedule": "-".join(map(str, lengths))})
@@ -192,6 +193,8 @@ def _fraction(text: str) -> float:
 def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]) -> list[str]:
     layout, path = setting.layout, config.path
     schedule = f" {path.schedule}" if isinstance(path, ScheduledSection) else ""
+    if isinstance(path, RaptrSection) and path.width_schedule:
+        schedule += f" by {path.width_schedule} of {config.model.num_attention_heads} heads"
     sampling = f", {path.sampling} sampling" if isinstance(path, RandomSection) else ""
     over = f" over {path.balance_stages} stages" if isinstance(path, RandomSection) and path.balance_stages else ""
     lines = [

@@ -4,32 +4,25 @@ A key is written once, in the class that all methods with it share: its default,
 left out, and the rules that it obeys. Each of these classes adds its own part to `derived` and to `broken_rules`.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from raptr_ds.config.schedules import (
+    NAMED_SCHEDULES,
+    Schedule,
+    Split,
+    broken_schedule,
+    broken_split,
+    broken_widths,
+    named_schedule,
+    numbers_of,
+    read_schedule,
+)
 from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Parts, Positive, Probability, Section, Whole
 from raptr_ds.errors import ConfigError
-
-NAMED_SCHEDULES = {
-    "paper": (6, 8, 10, 12),
-    "half": (2, 3, 7, 12),
-    "gradual": (6, 9, 12),
-    "doubling": (3, 6, 12),
-}
-"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
-gradual and progressive stacking."""
-
-
-def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:
-    """Return the phases of a named schedule for a model of num_parts layers, or for layers of num_parts heads.
-
-    Rounded half up, and at least `least`: `paper` gives 6-8-10-12 for 12 layers, 12-16-20-24 for 24.
-    """
-    return tuple(min(num_parts, max(least, 1, (num_parts * share + 6) // 12)) for share in NAMED_SCHEDULES[name])
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,11 @@ class RunSizes:
 
 class PathSection(Section):
     """What the methods' sections have in common."""
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""
+        return None
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """Return the values of keys that follow from others."""
@@ -80,8 +78,10 @@ class _NothingSkipped(PathSection):
 class SkippingSection(PathSection):
     """Methods that skip layers or parts of them."""
 
-    residual_scale: Literal["none", "sqrt"] = "none"
-    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads)."""
+    residual_scale: Literal["none", "sqrt", "inverse"] = "none"
+    """sqrt multiplies each active residual branch by sqrt(L / path length); width: sqrt(heads / active heads). inverse
+    divides it by its layer's probability of being in the path; width: by the share of heads that run. layer_dropout's
+    default is inverse."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
     """What the optimizer does to a skipped layer: nothing at all, or a step with zero gradients, in which AdamW's
     moments shrink and move the weights, and these decay. zero_grad reproduces the paper and is slower."""
@@ -143,31 +143,29 @@ class RandomSection(DrawingSection):
             )
 
 
-def _schedule_text(value: Any) -> Any:
-    """Let a single phase be written as a bare number: `--set raptr_ds.path.schedule=12`."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 class ScheduledSection(PathSection):
     """Methods whose paths grow by phases."""
 
     default_schedule: ClassVar[str] = "paper"
     parts: ClassVar[str] = "layers"
     """What the schedule counts: the model's layers, or each layer's heads."""
+    may_begin_empty: ClassVar[bool] = False
+    """Whether the first phase may have none of them."""
 
-    schedule: Annotated[str, BeforeValidator(_schedule_text)] | None = None
+    schedule: Schedule | None = None
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
     `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
     of each layer that run, of num_attention_heads; derived: `paper`. Two more names: `half` is 1/6, 1/4, 7/12 and all,
     `doubling` 1/4, 1/2 and all."""
-    split: Literal["uniform", "proportional"] = "uniform"
-    """Phases of equal length in steps, or in proportion to their path length."""
+    split: Split = "uniform"
+    """Phases of equal length in steps (`uniform`), in proportion to their path length (`proportional`) or to a power of
+    their number (`power:1` gives the third phase three times the steps of the first), or by their fractions of the
+    steps, as [0.8, 0.2]."""
 
     @property
     def phase_lengths(self) -> tuple[int, ...]:
         """Layers, or heads, of each phase of a completed schedule; empty if it cannot be read."""
-        is_readable = re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", self.schedule or "")
-        return tuple(int(part) for part in (self.schedule or "").split("-")) if is_readable else ()
+        return read_schedule(self.schedule, self.may_begin_empty)
 
     def least_length(self, sizes: RunSizes) -> int:
         """Return the shortest length that a phase may have."""
@@ -178,37 +176,17 @@ class ScheduledSection(PathSection):
         name = self.schedule or self.default_schedule
         update = super().derived(sizes)
         if name in NAMED_SCHEDULES:
-            phases = named_schedule(name, self._num_parts(sizes), self.least_length(sizes))
-            update["schedule"] = "-".join(map(str, phases))
+            update["schedule"] = numbers_of(name, self._num_parts(sizes), self.least_length(sizes))
         return update
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
-        """The schedule is lengths that grow to the whole model."""
+        """The schedule is lengths that grow to the whole model, and the split has a part for each."""
         yield from super().broken_rules(sizes)
-        lengths, most, parts = self.phase_lengths, self._num_parts(sizes), self.parts
-        schedule = f"raptr_ds.path.schedule={self.schedule!r}"
+        lengths = self.phase_lengths
+        yield from broken_schedule("schedule", self.schedule, lengths, self._num_parts(sizes), self.parts)
         if not lengths:
-            yield (
-                f"{schedule} must be path lengths, whole numbers from 1, joined by '-', one for each phase, or "
-                f"{' or '.join(map(repr, NAMED_SCHEDULES))}. Write it as '6-8-10-12', or remove it: one is derived."
-            )
             return
-        if max(lengths) > most or lengths[-1] != most:
-            key = "num_layers" if parts == "layers" else "num_attention_heads"
-            wrong = (
-                f"asks for more than the model has: {max(lengths)} {parts}"
-                if max(lengths) > most
-                else f"must end with the full model, not at {lengths[-1]} {parts}"
-            )
-            yield (
-                f"{schedule} {wrong}; raptr_ds.model.{key}={most}. End it with {most} and keep the other phases at "
-                "most that, or remove it: one for the model is derived."
-            )
-        if list(lengths) != sorted(lengths):
-            yield (
-                f"{schedule} shrinks from one phase to the next; path lengths must grow or stay. Write "
-                f"{'-'.join(map(str, sorted(lengths)))!r}, or use method 'pld' to drop more with time."
-            )
+        yield from broken_split(self.split, self.schedule, len(lengths))
 
     def _num_parts(self, sizes: RunSizes) -> int:
         return sizes.num_layers if self.parts == "layers" else sizes.num_heads
@@ -252,17 +230,37 @@ class FullSection(_OnePath, _NothingSkipped):
 
 
 class RaptrSection(WarmedUpSection, RandomSection):
-    """raptr: random paths that grow by phases."""
+    """raptr: random paths that grow by phases, in depth or in depth and width."""
 
     method: Literal["raptr"] = "raptr"
+    width_schedule: Schedule | None = None
+    """Heads that run of each layer of a path in each phase of the schedule, of num_attention_heads, and as many blocks
+    of its MLP; by numbers or by name, as a schedule. Left out: all."""
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """Return the key of the widths."""
+        return self.width_schedule and f"raptr_ds.path.width_schedule={self.width_schedule!r}"
+
+    @property
+    def phase_widths(self) -> tuple[int, ...]:
+        """Heads of each phase of a completed width_schedule; empty without one, and if it cannot be read."""
+        return read_schedule(self.width_schedule)
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Widths by name get numbers."""
+        update, name = super().derived(sizes), self.width_schedule
+        return update | ({"width_schedule": numbers_of(name, sizes.num_heads, 1)} if name in NAMED_SCHEDULES else {})
 
     def least_length(self, sizes: RunSizes) -> int:
         """Return the number of fixed layers, which are in every path."""
         return len(self.fixed_in(sizes.num_layers))
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
-        """Every phase has room for the fixed layers."""
+        """Every phase has room for the fixed layers, and a width if there are any."""
         yield from super().broken_rules(sizes)
+        if self.width_schedule is not None:
+            yield from broken_widths(self.width_schedule, self.schedule, sizes.num_heads, self.paths_per_step)
         lengths, fixed = self.phase_lengths, self.least_length(sizes)
         if lengths and min(lengths) < fixed:
             yield (
@@ -324,16 +322,52 @@ class LayerDropSection(DrawingSection):
         return update
 
 
+class LayerDropoutSection(DrawingSection):
+    """layer_dropout: the deeper a layer, the more often it is dropped; all less often with time, at the end never."""
+
+    method: Literal["layer_dropout"] = "layer_dropout"
+    residual_scale: Literal["none", "sqrt", "inverse"] = "inverse"
+    layer_dropout: OpenFraction = 0.8
+    """Probability of dropping the last layer at the first step; linear in depth, from 0 for the first layer, and in
+    time, to 0 at the end. A quarter of it is what the run saves of its layers' work."""
+
+
 class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
-    """stacking: the first layers alone, then copies of them on top."""
+    """stacking: some layers alone, then new ones on top of them or in their middle."""
 
     default_schedule: ClassVar[str] = "gradual"
+    may_begin_empty: ClassVar[bool] = True
 
     method: Literal["stacking"] = "stacking"
-    growth_optimizer_state: Literal["copied", "fresh"] = "copied"
-    """What optimizer state a new layer begins with: that of the layer it is a copy of, or none."""
+    growth_position: Literal["top", "middle"] = "top"
+    """Where new layers are put: on top, or behind the middle one of the blocks of as many layers that the model has."""
+    growth_init: Literal["copied", "zero", "random"] = "copied"
+    """What a new layer begins with: a copy of the layers that it is put behind; its initial weights, but zeros in the
+    two projections that end its branches, so that the model computes what it did; its initial weights."""
+    growth_optimizer_state: Literal["copied", "fresh"] | None = None
+    """What optimizer state a new layer begins with: that of the layer it is a copy of, or none. Derived: copied for
+    copies."""
     growth_warmup_steps: CountOrZero = 0
     """Steps after each growth over which the learning rate rises again, from nothing to the scheduler's."""
+
+    def derived(self, sizes: RunSizes) -> dict[str, Any]:
+        """Copies have a copied optimizer state."""
+        state = "copied" if self.growth_init == "copied" else "fresh"
+        return super().derived(sizes) | ({} if self.growth_optimizer_state else {"growth_optimizer_state": state})
+
+    def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
+        """Only copies have something to copy."""
+        yield from super().broken_rules(sizes)
+        if self.growth_init != "copied" and self.growth_optimizer_state == "copied":
+            yield (
+                f"raptr_ds.path.growth_optimizer_state='copied' has no use with growth_init={self.growth_init!r}: the "
+                "new layers are no copies. Remove it, or set growth_init to 'copied'."
+            )
+        if self.growth_init == "copied" and self.phase_lengths[:1] == (0,):
+            yield (
+                f"raptr_ds.path.schedule={self.schedule!r} begins without layers: growth_init='copied' has none to "
+                "copy. Set growth_init to 'random' or 'zero', or begin with a layer."
+            )
 
 
 class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
@@ -343,9 +377,21 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
 
     method: Literal["width"] = "width"
 
+    @property
+    def narrowed_by(self) -> str | None:
+        """Return the method."""
+        return f"raptr_ds.path.method={self.method!r}"
+
 
 AnyPathSection = (
-    FullSection | RaptrSection | PldSection | ConstantSection | LayerDropSection | StackingSection | WidthSection
+    FullSection
+    | RaptrSection
+    | PldSection
+    | ConstantSection
+    | LayerDropSection
+    | LayerDropoutSection
+    | StackingSection
+    | WidthSection
 )
 PATH_SECTIONS: dict[str, type[AnyPathSection]] = {
     section.model_fields["method"].default: section for section in get_args(AnyPathSection)

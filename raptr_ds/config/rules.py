@@ -9,7 +9,7 @@ from collections.abc import Callable
 from raptr_ds.config.batch import divisors
 from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.optimization import broken_optimization_rules
-from raptr_ds.config.path_sections import RandomSection, ScheduledSection, WidthSection
+from raptr_ds.config.path_sections import RandomSection, ScheduledSection
 from raptr_ds.config.run import RunConfig
 
 Rule = Callable[[RunConfig], str | None]
@@ -100,9 +100,9 @@ def pipeline_layers_fit(config: RunConfig) -> str | None:
 def width_divides_the_mlp(config: RunConfig) -> str | None:
     """Under width the MLP has as many blocks as the layer has heads."""
     heads, ffn = config.model.num_attention_heads, config.model.ffn_hidden_size
-    if not isinstance(config.path, WidthSection):
+    if config.path.narrowed_by is None:
         return None
-    why = ": raptr_ds.path.method='width' cuts the MLP into as many blocks as there are heads"
+    why = f": {config.path.narrowed_by} cuts the MLP into as many blocks as there are heads"
     return _multiple("model.ffn_hidden_size", ffn, "model.num_attention_heads", heads, why)
 
 
@@ -110,10 +110,10 @@ def width_freezes_whole_tensors(config: RunConfig) -> str | None:
     """Parts of a tensor can be frozen where a process has all of its optimizer state."""
     path, data = config.path, config.batch.data_parallel
     is_whole = config.zero_stage == 0 or (config.zero_stage < 3 and data == 1)
-    if not isinstance(path, WidthSection) or path.skipped_update != "freeze" or is_whole:
+    if path.narrowed_by is None or path.skipped_update != "freeze" or is_whole:
         return None
     return (
-        f"raptr_ds.path.method='width' with skipped_update='freeze' needs whole tensors in the optimizer, and "
+        f"{path.narrowed_by} with skipped_update='freeze' needs whole tensors in the optimizer, and "
         f"zero_optimization.stage={config.zero_stage} cuts them over {data} data-parallel processes. Set "
         "zero_optimization.stage to 0, or raptr_ds.path.skipped_update to 'zero_grad'."
     )
@@ -121,10 +121,10 @@ def width_freezes_whole_tensors(config: RunConfig) -> str | None:
 
 def width_is_not_compiled(config: RunConfig) -> str | None:
     """A compiled layer has one width."""
-    if not isinstance(config.path, WidthSection) or not config.train.compile:
+    if config.path.narrowed_by is None or not config.train.compile:
         return None
     return (
-        "raptr_ds.train.compile=true makes one graph for layers of one width, and raptr_ds.path.method='width' changes "
+        f"raptr_ds.train.compile=true makes one graph for layers of one width, and {config.path.narrowed_by} changes "
         "it. Change one of the two."
     )
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
-from raptr_ds.engine.grow import copy_layers
+from raptr_ds.engine.grow import grow_layers
 from raptr_ds.engine.parameter_groups import every_layer, layers_on, set_learning_rate
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
@@ -99,9 +99,9 @@ class DeepSpeedState:
         return fragments_of(self._holders(), self.engine.basic_optimizer)
 
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from, with or without optimizer state."""
-        copy_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
-        self.engine.optimizer.refresh(growth.sources.__contains__)
+        """Give the new layers the weights and the optimizer state that they begin with."""
+        grow_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
+        self.engine.optimizer.refresh(growth.new_layers.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
         """Whether this rank writes the fragment: ZeRO's partitions have one owner each; of replicas it is rank 0."""

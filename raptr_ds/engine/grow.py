@@ -1,4 +1,4 @@
-"""Growing a model: new layers become copies of other layers, on whatever ranks these are."""
+"""Growing a model: new layers become copies of other layers, on whatever ranks these are, or begin afresh."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,27 +8,30 @@ import torch.distributed as dist
 
 from raptr_ds.engine.fragments import WEIGHT, Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.parameter_groups import layer_of
+from raptr_ds.model.initialization import ends_branch
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.growth import Growth
 
 
-def copy_layers(
+def grow_layers(
     holders: Sequence[Holder], optimizer: torch.optim.Optimizer, growth: Growth, groups: ProcessGroups
 ) -> None:
-    """Copy the fp32 weights of a growth's layers in `holders`, with or without their optimizer state. Collective.
+    """Give a growth's new layers in `holders` the weights (fp32) and optimizer state that they begin with. Collective.
 
-    All layers have the same shapes and the same parameter groups, so every layout cuts them in the same way: the part
-    of the old layer that a rank needs is on this rank or on the rank at the same place in another pipeline stage.
+    A layer that is no copy has its initial weights, as nothing has trained it yet. All layers have the same shapes
+    and the same parameter groups, so every layout cuts them in the same way: the part of the old layer that a rank
+    needs is on this rank or on the rank at the same place in another pipeline stage.
     """
     sources = growth.sources
-    involved = {*sources, *sources.values()}
+    involved = {*growth.new_layers, *sources.values()}
     holders = [holder for holder in holders if holder.group["layer"] in involved]
     if growth.copies_optimizer_state:
         kinds, counts = _layer_states(holders, optimizer, groups)
     else:
         kinds, counts = {}, {}
-    for layer, source in sources.items():
+    for layer in growth.new_layers:
         new = [holder for holder in holders if holder.group["layer"] == layer]
+        source = sources.get(layer, layer)
         names = {name: _in_layer(name, source) for holder in new for name in holder.names}
         create_state(
             new,
@@ -37,6 +40,10 @@ def copy_layers(
             {name: counts[original] for name, original in names.items() if original in counts},
         )
     fragments = fragments_of(holders, optimizer)
+    if growth.init == "zero":
+        for fragment in fragments:
+            if fragment.kind == WEIGHT and layer_of(fragment.name) in growth.new_layers and ends_branch(fragment.name):
+                fragment.data.zero_()
     places = _stages_of(holders, groups)
     for layer, source in sources.items():  # in the same order on all ranks, so that sends and receives match
         from_stage, to_stage = places[source], places[layer]

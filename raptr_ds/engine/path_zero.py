@@ -227,6 +227,8 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
 
     def follow_micro_batch(self, path: LayerPath) -> None:
         """Prefetch weights along `path` in the next micro batch."""
+        if path.parts is not None:
+            self.coordinator.read_in_parts()
         self.coordinator.expect(path.layers, training=True)
 
     def follow_forward(self, path: LayerPath) -> None:

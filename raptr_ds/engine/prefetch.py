@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator,
     ZeRoTraceMode,
@@ -116,6 +117,8 @@ class PathCoordinator(PartitionedParameterCoordinator):
     recomputes: Callable[[int], bool]
     """Whether a training step along this number of layers recomputes their activations."""
     clock: WorkClock
+    reads_in_parts: bool
+    """Whether `read_in_parts` has been called."""
     orders: dict[bool, VisitOrder]
     """The pieces of steps that recompute (True) and of those that do not (False), as far as they are known."""
     _expected: tuple[tuple[int, ...], bool]
@@ -134,6 +137,23 @@ class PathCoordinator(PartitionedParameterCoordinator):
     def expect(self, layers: tuple[int, ...], training: bool) -> None:
         """Set the layers of the next forward passes, and whether backward passes follow them."""
         self._expected = (layers, training)
+
+    def read_in_parts(self: Any) -> None:
+        """Fetch the weights of which branches read rows and columns with the branch, as they visit no module for it.
+
+        DeepSpeed finds such weights when they are read, one module at a time: a layer that a path first takes later on
+        would then not be as the recorded one.
+        """
+        if self.reads_in_parts:
+            return
+        self.reads_in_parts, self._installed = True, None
+        for inside in self.modules.values():
+            for branch in inside.values():
+                for child in branch.children():
+                    weights = list(child.parameters(recurse=False))
+                    if any(hasattr(weight, "parts") for weight in weights):
+                        for weight in weights:
+                            register_external_parameter(branch, weight)
 
     def reset_step(self: Any) -> None:
         """Begin a forward pass: DeepSpeed calls this before the model's first module."""
@@ -237,7 +257,7 @@ def prefetch_along_paths(coordinator: Any, layers: Stack, clock: WorkClock) -> P
     coordinator.__class__ = PathCoordinator
     coordinator.modules = {int(name): dict(block.named_modules()) for name, block in layers.items()}
     coordinator.recomputes, coordinator.clock = layers.recomputes, clock
-    coordinator.orders = {}
+    coordinator.orders, coordinator.reads_in_parts = {}, False
     coordinator._expected = coordinator._recorded = (tuple(coordinator.modules), True)
     coordinator._installed, coordinator._first_backward = None, None
     return coordinator

@@ -38,7 +38,7 @@ class Engine(Protocol):
         ...
 
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from, with or without optimizer state. Collective."""
+        """Give the new layers the weights and the optimizer state that they begin with. Collective."""
         ...
 
     def fragments(self) -> list[Fragment]:

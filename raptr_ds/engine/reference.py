@@ -15,6 +15,7 @@ from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
 from raptr_ds.engine.protocol import StepResult
+from raptr_ds.model.initialization import ends_branch
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.paths.growth import Growth
@@ -77,7 +78,7 @@ class ReferenceEngine:
         self, path: LayerPath, before: Mapping[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
     ) -> None:
         for name, parameter in self.parameters.items():
-            if parameter not in before or not hasattr(parameter, "parts"):
+            if parameter not in before or not hasattr(parameter, "parts") or not path.is_active(layer_of(name)):
                 continue
             kind, dim = parameter.parts  # type: ignore[attr-defined]
             assert path.parts is not None
@@ -103,10 +104,15 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def grow(self, growth: Growth) -> None:
-        """Make the new layers copies of those they grow from, with or without optimizer state."""
-        for layer, source in growth.sources.items():
+        """Give the new layers the weights and the optimizer state that they begin with."""
+        for layer in growth.new_layers:
             for name, parameter in self.stage.layers[str(layer)].named_parameters(prefix=f"layers.{layer}"):
-                original = self.parameters[name.replace(f"layers.{layer}.", f"layers.{source}.", 1)]
+                if layer not in growth.sources:
+                    self.optimizer.state.pop(parameter, None)
+                    if growth.init == "zero" and ends_branch(name):
+                        parameter.zero_()
+                    continue
+                original = self.parameters[name.replace(f"layers.{layer}.", f"layers.{growth.sources[layer]}.", 1)]
                 parameter.copy_(original)
                 self.optimizer.state.pop(parameter, None)
                 if growth.copies_optimizer_state and original in self.optimizer.state:

@@ -8,8 +8,10 @@ from typing import Any
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import (
     ConstantSection,
+    LayerDropoutSection,
     LayerDropSection,
     RandomSection,
+    RaptrSection,
     ScheduledSection,
     SkippingSection,
     StackingSection,
@@ -216,15 +218,21 @@ def _describe_path(config: RunConfig) -> str:
     path = config.path
     words: list[object] = [path.method]
     if isinstance(path, ScheduledSection):
-        words.append(path.schedule)
+        words += [path.schedule, *([] if path.split == "uniform" else [path.split])]
+    if isinstance(path, RaptrSection) and path.width_schedule:
+        words.append(f"by {path.width_schedule} heads")
     if isinstance(path, ConstantSection):
         words.append(path.constant_length)
     if isinstance(path, LayerDropSection):
         words.append(f"{path.layerdrop:.4g}")
+    if isinstance(path, LayerDropoutSection):
+        words.append(path.layer_dropout)
     if isinstance(path, RandomSection) and path.sampling != "uniform":
         words.append(path.sampling)
     if isinstance(path, StackingSection):
-        words.append(f"optimizer state {path.growth_optimizer_state}")
+        words += ["in the middle"] * (path.growth_position == "middle")
+        is_copy = path.growth_init == "copied"
+        words.append(f"optimizer state {path.growth_optimizer_state}" if is_copy else f"{path.growth_init} layers")
     if isinstance(path, SkippingSection):
         words += [path.skipped_update, *([] if path.residual_scale == "none" else [path.residual_scale])]
     return " ".join(map(str, words))

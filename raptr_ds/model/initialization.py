@@ -11,6 +11,11 @@ from raptr_ds.parallel.layers import shard_of
 from raptr_ds.rng import stream_key
 
 
+def ends_branch(name: str) -> bool:
+    """Whether a parameter is the projection that ends a residual branch: with zeros in it a new branch adds nothing."""
+    return name.endswith(("attention.output.weight", "mlp.contract.weight"))
+
+
 def initialize(module: nn.Module, model: ModelSection, seed: int) -> None:
     """Fill every parameter in place.
 
@@ -29,8 +34,7 @@ def initialize(module: nn.Module, model: ModelSection, seed: int) -> None:
         elif "norm" in name:
             parameter.fill_(1.0)
         else:
-            ends_a_branch = name.endswith(("attention.output.weight", "mlp.contract.weight"))
-            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if ends_a_branch else 1.0)
+            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if ends_branch(name) else 1.0)
             generator = torch.Generator().manual_seed(stream_key(seed, "init", name))
             full = torch.empty(shard.full_shape).normal_(0.0, std, generator=generator)
             parameter.copy_(shard.of_full(full, parameter.shape))

@@ -53,14 +53,12 @@ class Stack(nn.ModuleDict):
         streams: DropoutStreams | None,
     ) -> torch.Tensor:
         """Run the layers of the path that are here, in order; the others do no work. Shapes: x (b, T, H)."""
-        # Tensors on the CPU, whose values no graph contains and no device waits for; fp64 leaves x's type alone.
-        scale = None if path.residual_scale == 1.0 else torch.tensor(path.residual_scale, dtype=torch.float64)
         active = path.active_in(map(int, self))
         recompute = self.recomputes(len(active)) and torch.is_grad_enabled()
         for layer in active:
             block = self[str(layer)]
             masks = streams.of_layer(layer) if streams is not None and self.has_dropout else None
-            arguments = (mask, rotary, masks, scale, *self._local_parts(path, layer, x.device))
+            arguments = (mask, rotary, masks, _scale_of(path, layer), *self._local_parts(path, layer, x.device))
             if recompute:
                 # Path and dropout are arguments, never drawn inside: the recomputation sees the same ones.
                 x = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -81,3 +79,12 @@ class Stack(nn.ModuleDict):
             without_waiting(torch.tensor([p - self.first_part for p in parts[layer] if p in here]).long(), device)
             for parts in (path.parts.heads, path.parts.blocks)
         ]
+
+
+def _scale_of(path: LayerPath, layer: int) -> torch.Tensor | None:
+    """Return the factor on a layer's branches, None for 1.
+
+    It lies on the CPU, so that no graph contains its value and no device waits for it; fp64 leaves x's type alone.
+    """
+    scale = path.scale_of(layer)
+    return None if scale == 1.0 else torch.tensor(scale, dtype=torch.float64)

@@ -1,15 +1,16 @@
-"""Baselines on the same terms as RaPTr: the full model at each step, LayerDrop, and progressive layer dropping."""
+"""Baselines on the same terms as RaPTr: the full model at each step, LayerDrop, and dropping that follows the depth."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from raptr_ds.config.path_sections import LayerDropSection, PldSection, RunSizes
+from raptr_ds.config.path_sections import LayerDropoutSection, LayerDropSection, PldSection, RunSizes
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
-from raptr_ds.paths.raptr import residual_scale_of
+from raptr_ds.paths.raptr import scaled_path
 from raptr_ds.paths.schedule import one_phase
 from raptr_ds.rng import stream
 
@@ -72,24 +73,61 @@ class LayerDrop(PathMethod):
         while not layers:
             kept = generator.random(self.num_layers) >= self.drop_probability
             layers = tuple(np.flatnonzero(kept).tolist())
-        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return LayerPath(layers, self.num_layers, phase.index, scale)
+        return scaled_path(layers, phase.index, self.residual_scale, self.marginals_at(step))
 
 
 @dataclass(frozen=True)
-class ProgressiveLayerDropping(PathMethod):
-    """Progressive layer dropping: deeper layers are dropped more often, and all more often as time goes on.
+class DepthDropping(PathMethod):
+    """Layers are dropped independently, the deeper the more often, at a rate that changes with time.
 
-    Layer i (0-based, so layer 0 is always kept and no path is empty) is kept at step t with probability
-    1 - i/L (1 - theta(t)), where theta(t) = (1 - theta) exp(-gamma t) + theta. The paper's further scaling of each
-    branch by its own keep probability is not applied; residual_scale is this repository's one rule for all methods.
-    Source: Zhang and He 2020, arXiv 2010.13369.
+    Layer i is kept at step t with probability 1 - d_i r(t): d_i grows linearly with depth from 0, so that layer 0 is
+    always kept and no path is empty.
     """
 
     seed: int
+    residual_scale: str
+
+    @abstractmethod
+    def depth_shares(self) -> np.ndarray:
+        """Return d_i of each layer, (num_layers,) float64."""
+
+    @abstractmethod
+    def drop_rate_at(self, step: int) -> float:
+        """Return r(t) of a 0-based step."""
+
+    @abstractmethod
+    def drop_rates_from(self, step: int) -> float:
+        """Return the sum of r(t) over this step and all later ones, in closed form."""
+
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""
+        return 1.0 - self.depth_shares() * self.drop_rate_at(step)
+
+    def expected_layers_from(self, step: int) -> float:
+        """Return the sum of the expected path lengths of this step and all later ones."""
+        steps_left = max(0, self.num_steps - step)
+        dropped = float(self.depth_shares().sum()) * self.drop_rates_from(step) if steps_left else 0.0
+        return self.num_layers * steps_left - dropped
+
+    def path_at(self, step: int) -> LayerPath:
+        """Return the path of a 0-based step, a pure function of (seed, step)."""
+        phase, marginals = self.phase_at(step), self.marginals_at(step)
+        uniforms = stream(self.seed, "path", step).random(self.num_layers)
+        layers = tuple(np.flatnonzero(uniforms < marginals).tolist())
+        return scaled_path(layers, phase.index, self.residual_scale, marginals)
+
+
+@dataclass(frozen=True)
+class ProgressiveLayerDropping(DepthDropping):
+    """Progressive layer dropping: deeper layers are dropped more often, and all more often as time goes on.
+
+    Layer i is kept at step t with probability 1 - i/L (1 - theta(t)), where theta(t) = (1 - theta) exp(-gamma t) +
+    theta. The paper also divides each branch by its keep probability, which is residual_scale inverse.
+    Source: Zhang and He 2020, arXiv 2010.13369.
+    """
+
     gamma: float = 0.001
     theta: float = 0.5
-    residual_scale: str = "none"
 
     def __post_init__(self) -> None:
         assert 0.0 <= self.theta <= 1.0, f"theta={self.theta}"
@@ -99,29 +137,51 @@ class ProgressiveLayerDropping(PathMethod):
     def from_section(cls, section: PldSection, sizes: RunSizes, seed: int) -> Self:
         """Return the method of a section."""
         phases = one_phase(None, sizes.num_steps)
-        return cls(phases, sizes.num_layers, seed, section.pld_gamma, section.pld_theta, section.residual_scale)
+        return cls(phases, sizes.num_layers, seed, section.residual_scale, section.pld_gamma, section.pld_theta)
 
-    def marginals_at(self, step: int) -> np.ndarray:
-        """Return the probability that each layer runs at a 0-based step, (num_layers,) float64."""
-        theta = (1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta
-        return 1.0 - np.arange(self.num_layers) / self.num_layers * (1.0 - theta)
+    def depth_shares(self) -> np.ndarray:
+        """Return i/L of each layer, (num_layers,) float64."""
+        return np.arange(self.num_layers) / self.num_layers
 
-    def expected_layers_from(self, step: int) -> float:
-        """Return the sum of the expected path lengths of this step and all later ones.
+    def drop_rate_at(self, step: int) -> float:
+        """Return 1 - theta(t) of a 0-based step."""
+        return 1.0 - ((1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta)
 
-        The mean of i/L over the layers is (L - 1) / 2L, and the exponentials of theta(t) form a geometric series.
-        """
-        steps_left = max(0, self.num_steps - step)
-        if steps_left == 0:
-            return 0.0
+    def drop_rates_from(self, step: int) -> float:
+        """Return the sum over this step and all later ones: the exponentials of theta(t) form a geometric series."""
+        steps_left = self.num_steps - step
         exponentials = math.exp(-self.gamma * step) * math.expm1(-self.gamma * steps_left) / math.expm1(-self.gamma)
-        dropped = (self.num_layers - 1) / 2 * (1.0 - self.theta) * (steps_left - exponentials)
-        return self.num_layers * steps_left - dropped
+        return (1.0 - self.theta) * (steps_left - exponentials)
 
-    def path_at(self, step: int) -> LayerPath:
-        """Return the path of a 0-based step, a pure function of (seed, step)."""
-        phase = self.phase_at(step)
-        uniforms = stream(self.seed, "path", step).random(self.num_layers)
-        layers = tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
-        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return LayerPath(layers, self.num_layers, phase.index, scale)
+
+@dataclass(frozen=True)
+class LayerDropout(DepthDropping):
+    """Layer dropout that ends: deeper layers are dropped more often, and all less often as time goes on, to never.
+
+    Layer i of L is dropped at step t of T with probability p i/(L - 1) (1 - t/T): the last one with p at first.
+    Source: Elhoushi et al. 2026, arXiv 2609.05275 (docs/methods.md says what is second-hand).
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        assert 0.0 < self.rate < 1.0, f"rate={self.rate}"
+
+    @classmethod
+    def from_section(cls, section: LayerDropoutSection, sizes: RunSizes, seed: int) -> Self:
+        """Return the method of a section."""
+        phases = one_phase(None, sizes.num_steps)
+        return cls(phases, sizes.num_layers, seed, section.residual_scale, section.layer_dropout)
+
+    def depth_shares(self) -> np.ndarray:
+        """Return i/(L - 1) of each layer, 0 of a single one, (num_layers,) float64."""
+        return np.arange(self.num_layers) / max(1, self.num_layers - 1)
+
+    def drop_rate_at(self, step: int) -> float:
+        """Return the last layer's rate at a 0-based step; 0 beyond the end."""
+        return self.rate * max(0, self.num_steps - step) / self.num_steps
+
+    def drop_rates_from(self, step: int) -> float:
+        """Return the sum over this step and all later ones, of which n have rates of 1/T to n/T of the first."""
+        steps_left = self.num_steps - step
+        return self.rate * steps_left * (steps_left + 1) / 2 / self.num_steps

@@ -8,6 +8,7 @@ from raptr_ds.config.path_sections import (
     AnyPathSection,
     ConstantSection,
     FullSection,
+    LayerDropoutSection,
     LayerDropSection,
     PldSection,
     RaptrSection,
@@ -16,12 +17,12 @@ from raptr_ds.config.path_sections import (
     WidthSection,
 )
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.baselines import FullPaths, LayerDrop, ProgressiveLayerDropping
+from raptr_ds.paths.baselines import FullPaths, LayerDrop, LayerDropout, ProgressiveLayerDropping
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.stacking import Stacking
-from raptr_ds.paths.width import RandomWidths
+from raptr_ds.paths.width import RandomParts, RandomWidths
 from raptr_ds.rng import stream_key
 
 
@@ -39,10 +40,14 @@ def _one_path(section: AnyPathSection, sizes: RunSizes, seed: int, stages: Balan
     match section:
         case FullSection():
             return FullPaths.from_section(sizes)
+        case RaptrSection(width_schedule=str()):
+            return RandomParts.from_section(section, sizes, seed, stages)
         case RaptrSection() | ConstantSection():
             return RandomPaths.from_section(section, sizes, seed, stages)
         case PldSection():
             return ProgressiveLayerDropping.from_section(section, sizes, seed)
+        case LayerDropoutSection():
+            return LayerDropout.from_section(section, sizes, seed)
         case LayerDropSection():
             return LayerDrop.from_section(section, sizes, seed)
         case StackingSection():

@@ -12,7 +12,8 @@ _HEADER = 5  # phase, length, bits of the residual scale, parts of a layer, draw
 class Parts:
     """The parts that run of each layer: attention heads, and as many blocks of the MLP's inner features.
 
-    number: heads of a layer. heads, blocks: for each layer of the model, 0-based, strictly increasing.
+    number: heads of a layer. heads, blocks: for each layer of the model, 0-based, strictly increasing; none of a layer
+    that is skipped.
     """
 
     number: int
@@ -36,6 +37,7 @@ class LayerPath:
 
     layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for metrics.
     residual_scale: factor on the output of each active residual branch. A path may be empty (a Bernoulli draw can be).
+    layer_scales: such a factor for each layer of the model, where layers differ; empty: residual_scale for all.
     parts: what runs of each layer; None for all of it.
     shares: where a step takes several paths, those, each taken by an equal share of its micro batches; `layers` are
     then all that are active in any of them, which is what the optimizer moves. See `of_shares`.
@@ -47,6 +49,7 @@ class LayerPath:
     residual_scale: float = 1.0
     parts: Parts | None = None
     shares: tuple["LayerPath", ...] = ()
+    layer_scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_layers >= 1, f"num_layers={self.num_layers}"
@@ -55,7 +58,12 @@ class LayerPath:
             f"layers {self.layers} outside 0..{self.num_layers - 1}"
         )
         assert 0.0 < self.residual_scale < float("inf"), f"residual_scale={self.residual_scale}"
-        assert self.parts is None or (len(self.parts.heads) == self.length == self.num_layers), "parts of some layers"
+        assert len(self.layer_scales) in (0, self.num_layers), self.layer_scales
+        assert all(0.0 < scale < float("inf") for scale in self.layer_scales), self.layer_scales
+        if self.parts is not None:
+            idle = set(range(self.num_layers)) - set(self.layers)
+            assert len(self.parts.heads) == self.num_layers, "parts of some layers"
+            assert not any(self.parts.heads[layer] or self.parts.blocks[layer] for layer in idle), "parts of no layer"
 
     @classmethod
     def full(cls, num_layers: int, phase: int = 0) -> "LayerPath":
@@ -97,6 +105,10 @@ class LayerPath:
         """Return whether the layer of this 0-based global index runs."""
         return layer in self.layers
 
+    def scale_of(self, layer: int) -> float:
+        """Return the factor on the residual branches of an active layer."""
+        return self.layer_scales[layer] if self.layer_scales else self.residual_scale
+
     def active_in(self, layers: Iterable[int]) -> tuple[int, ...]:
         """Return those of `layers` (a pipeline stage's range, say) that are active, in their order."""
         active = set(self.layers)
@@ -105,9 +117,9 @@ class LayerPath:
     def encode(self) -> np.ndarray:
         """Return the path as int64 numbers: phase, layers, residual scale's bits, parts of a layer, shares, and flags.
 
-        Shape: (5 + num_layers,), one flag per layer, and with parts as many for each head and block of every layer
-        besides; the same again for each share. The size is one for all paths of a method, so that a broadcast needs no
-        size beforehand.
+        Shape: (5 + 2 * num_layers,), one flag per layer and the bits of its own scale, 0 for none, and with parts as
+        many flags for each head and block of every layer besides; the same again for each share. The size is one for
+        all paths of a method, so that a broadcast needs no size beforehand.
         """
         parts = self.parts or Parts(0, (), ())
         flags = np.zeros((1 + 2 * parts.number, self.num_layers), dtype=np.int64)
@@ -117,7 +129,8 @@ class LayerPath:
                 flags[[first + number for number in numbers], layer] = 1
         scale = int(np.float64(self.residual_scale).view(np.int64))
         header = np.array([self.phase, self.length, scale, parts.number, len(self.shares)])
-        return np.concatenate([header, flags.ravel(), *(share.encode() for share in self.shares)])
+        scales = np.array(self.layer_scales or (0.0,) * self.num_layers, dtype=np.float64).view(np.int64)
+        return np.concatenate([header, flags.ravel(), scales, *(share.encode() for share in self.shares)])
 
     @classmethod
     def decode(cls, words: np.ndarray) -> "LayerPath":
@@ -127,13 +140,15 @@ class LayerPath:
         """
         if words.dtype == np.int64 and words.ndim == 1 and words.size > _HEADER and words[4] != 0:
             return cls._decode_shares(words, int(words[4]))
-        flags = words[_HEADER:]
-        if words.dtype != np.int64 or words.ndim != 1 or flags.size < 1 or not np.isin(flags, (0, 1)).all():
+        if words.dtype != np.int64 or words.ndim != 1 or words.size <= _HEADER:
             raise ValueError(f"not an encoded path: {words!r}")
-        number = int(words[3])
-        if number < 0 or flags.size % (1 + 2 * number):
-            raise ValueError(f"encoded path has {number} parts of a layer in {flags.size} flags")
-        flags = flags.reshape(1 + 2 * number, -1)
+        rows, number = words[_HEADER:], int(words[3])
+        if number < 0 or rows.size % (2 + 2 * number):
+            raise ValueError(f"encoded path has {number} parts of a layer in {rows.size} numbers")
+        *flags, scales = rows.reshape(2 + 2 * number, -1)
+        flags = np.stack(flags)
+        if not np.isin(flags, (0, 1)).all():
+            raise ValueError(f"not an encoded path: {words!r}")
         if int(words[1]) != int(flags[0].sum()):
             raise ValueError(f"encoded path has {int(words[1])} layers and flags {int(flags[0].sum())}")
         scale = float(words[2:3].view(np.float64)[0])
@@ -146,7 +161,11 @@ class LayerPath:
                 for first in (1, 1 + number)
             )
             parts = Parts(number, heads, blocks)
-        return cls(_numbers(flags[0]), flags.shape[1], int(words[0]), scale, parts)
+        layer_scales = tuple(scales.view(np.float64).tolist()) if scales.any() else ()
+        if not all(0.0 < scale < float("inf") for scale in layer_scales):
+            raise ValueError(f"encoded path has layer scales {layer_scales}")
+        layers, num_layers = _numbers(flags[0]), flags.shape[1]
+        return cls(layers, num_layers, int(words[0]), scale, parts, layer_scales=layer_scales)
 
     @classmethod
     def _decode_shares(cls, words: np.ndarray, number: int) -> "LayerPath":

@@ -65,8 +65,7 @@ class RandomPaths(PathMethod):
             return self.model_at(step)
         generator = stream(self.seed, "path", step)
         layers = self._draw(generator, length)
-        scale = residual_scale_of(self.residual_scale, len(layers), self.num_layers)
-        return LayerPath(layers, self.num_layers, phase.index, scale)
+        return scaled_path(layers, phase.index, self.residual_scale, self.marginals_at(step))
 
     def _draw(self, generator: np.random.Generator, length: int) -> tuple[int, ...]:
         if self.sampling == "balanced":
@@ -99,14 +98,30 @@ def draw_bernoulli(
     return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
 
 
+def scaled_path(layers: tuple[int, ...], phase: int, rule: str, marginals: np.ndarray) -> LayerPath:
+    """Return the path through drawn layers with the factors that a rule gives its branches.
+
+    marginals: each layer's probability of being drawn, (num_layers,). Under `inverse` a branch is divided by it, so
+    that what it adds to the stream is in expectation what it adds in the full model; the other rules are those of
+    `residual_scale_of`. A layer that is never drawn needs no factor.
+    """
+    num_layers = len(marginals)
+    if rule == "inverse":
+        scales = tuple((1.0 / np.where(marginals > 0.0, marginals, 1.0)).tolist())
+        return LayerPath(layers, num_layers, phase, layer_scales=() if set(scales) == {1.0} else scales)
+    return LayerPath(layers, num_layers, phase, residual_scale_of(rule, len(layers), num_layers))
+
+
 def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:
-    """Return the factor on each active residual branch: 1 for none, sqrt(L / k) for sqrt.
+    """Return the factor on each active residual branch: 1 for none, sqrt(L / k) for sqrt, L / k for inverse.
 
     k is the path's actual length, which under Bernoulli sampling differs from the scheduled one. Reason: in a
     pre-layer-norm network at initialization the residual stream's norm grows like the square root of its depth.
     An empty path has no branch to scale and gets 1.
     """
-    return math.sqrt(num_layers / path_length) if rule == "sqrt" and path_length else 1.0
+    if rule == "none" or not path_length:
+        return 1.0
+    return num_layers / path_length if rule == "inverse" else math.sqrt(num_layers / path_length)
 
 
 def _free_share(num_layers: int, path_length: int, fixed_layers: tuple[int, ...]) -> float:

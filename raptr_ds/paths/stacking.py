@@ -1,12 +1,13 @@
-"""Stacking: train the first layers alone, then put copies of them on top, until the model has its full depth."""
+"""Stacking: train some layers alone, then put new ones on top or in the middle, until the model has its full depth."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 
 from raptr_ds.config.path_sections import RunSizes, StackingSection
-from raptr_ds.paths.growth import Growth
+from raptr_ds.paths.growth import Growth, layers_of_phases
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import split_phases
@@ -14,13 +15,16 @@ from raptr_ds.paths.schedule import split_phases
 
 @dataclass(frozen=True)
 class Stacking(PathMethod):
-    """Gradual stacking (6-9-12) and progressive stacking, which doubles (3-6-12): the schedule is all that differs.
+    """Growing models: gradual stacking (6-9-12), progressive stacking, which doubles (3-6-12), MIDAS, one expansion.
 
-    Each phase trains its first path_length layers and no others. After a growth the learning rate rises again over
-    warmup_steps steps, linearly, from nothing to the run's schedule; with 0 it follows the schedule alone.
-    Source: Reddi et al. 2023; Gong et al. 2019.
+    Each phase trains the layers that the model has by then and no others; position, init and copies_optimizer_state
+    are those of Growth. After a growth the learning rate rises again over warmup_steps steps, linearly, from nothing
+    to the run's schedule; with 0 it follows the schedule alone.
+    Source: Reddi et al. 2023; Gong et al. 2019; Saunshi et al. 2024 (MIDAS); Bu 2025, arXiv 2511.04981.
     """
 
+    position: str = "top"
+    init: str = "copied"
     copies_optimizer_state: bool = True
     warmup_steps: int = 0
 
@@ -33,8 +37,14 @@ class Stacking(PathMethod):
     def from_section(cls, section: StackingSection, sizes: RunSizes) -> Self:
         """Return the method of a completed section."""
         phases = split_phases(section.phase_lengths, sizes.num_layers, sizes.num_steps, section.split)
+        position, init = section.growth_position, section.growth_init
         copies = section.growth_optimizer_state == "copied"
-        return cls(phases, sizes.num_layers, copies, section.growth_warmup_steps)
+        return cls(phases, sizes.num_layers, position, init, copies, section.growth_warmup_steps)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each phase, by their places in the full model."""
+        return layers_of_phases([phase.fixed_length for phase in self.phases.phases], self.position)
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a step: all layers that the model has by then."""
@@ -43,11 +53,11 @@ class Stacking(PathMethod):
     def model_at(self, step: int) -> LayerPath:
         """Return the path through the layers that the model has at a step."""
         phase = self.phase_at(step)
-        return LayerPath(tuple(range(phase.fixed_length)), self.num_layers, phase.index)
+        return LayerPath(self.layers[phase.index], self.num_layers, phase.index)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return one for each layer that the model has at a step, zero for the others, (num_layers,) float64."""
-        return (np.arange(self.num_layers) < self.phase_at(step).fixed_length).astype(np.float64)
+        return np.isin(np.arange(self.num_layers), self.model_at(step).layers).astype(np.float64)
 
     def growth_at(self, step: int) -> Growth | None:
         """Return how the model grows before a step, None where it does not.
@@ -56,8 +66,10 @@ class Stacking(PathMethod):
         """
         if not 0 < step < self.num_steps:
             return None
-        before, after = self.phase_at(step - 1).fixed_length, self.phase_at(step).fixed_length
-        return Growth(before, after, self.copies_optimizer_state) if before < after else None
+        before, after = self.model_at(step - 1).layers, self.model_at(step).layers
+        if before == after:
+            return None
+        return Growth(before, after, self.position, self.init, self.copies_optimizer_state)
 
     def learning_rate_factor_at(self, step: int) -> float:
         """Return the share of the schedule's learning rate at a step: less than 1 while it rises after a growth."""

@@ -59,7 +59,8 @@ def scheduled_lengths(config: RunConfig) -> list[int]:
     phases = path_method_of(config).phases.phases
     path = config.path
     scheduled = phases[1:] if isinstance(path, WarmedUpSection) and path.full_warmup_steps else phases
-    return [phase.path_length or config.model.num_layers for phase in scheduled]
+    lengths = [phase.path_length for phase in scheduled]
+    return [config.model.num_layers if length is None else length for length in lengths]
 
 
 def proposed_micro_batches(config: RunConfig, on_gpu: bool) -> tuple[int, ...]:

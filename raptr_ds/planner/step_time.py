@@ -110,7 +110,7 @@ def trained_table(paths: Iterable[LayerPath]) -> np.ndarray:
 
 def _activity(path: LayerPath) -> np.ndarray:
     row = np.zeros(path.num_layers)
-    row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.num_layers
+    row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.length
     return row
 
 

@@ -177,7 +177,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         if step.path.shares:
             line["paths"] = [list(share.layers) for share in step.path.shares]
         if step.path.parts is not None:
-            line["width"] = len(step.path.parts.heads[0])
+            line["width"] = max(map(len, step.path.parts.heads))
         if step.failed_saves:
             line["failed_saves"] = step.failed_saves
         if step.ranks is not None:

@@ -62,7 +62,7 @@ class ResidualNetwork(nn.Module):
             branch = F.linear(self._normalized(h) if self.shape.norm else h, self.first[layer])
             if self.shape.branch == "mlp":
                 branch = F.linear(F.relu(branch + self.biases[layer]), self.second[layer])
-            branch = branch * path.residual_scale
+            branch = branch * path.scale_of(layer)
             h = h + branch if self.shape.residual else branch
         return F.linear(self._normalized(h), self.head)
 

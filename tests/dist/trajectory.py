@@ -56,6 +56,7 @@ class Case:
     growth_optimizer_state: str = "copied"
     growth_warmup_steps: int = 0
     paths_per_step: int = 1
+    path_keys: tuple[tuple[str, Any], ...] = ()  # further keys of the path section
     steps: int = 9
     skipped_update: str = "freeze"
     max_norm: float = 1.0
@@ -111,6 +112,7 @@ def path_method(case: Case) -> PathMethod:
         "paths_per_step": case.paths_per_step,
         "growth_optimizer_state": case.growth_optimizer_state,
         "growth_warmup_steps": case.growth_warmup_steps,
+        **dict(case.path_keys),
     }
     sizes = RunSizes(case.num_layers, case.steps, NUM_HEADS, case.pipeline)
     kind = PATH_SECTIONS[case.method]

@@ -183,6 +183,44 @@ def test_a_stacked_run_goes_on_from_a_growth_in_another_layout(data_folder: Path
     assert rates == [1e-3] * 4 + [5e-4, 1e-3, 1e-3, 1e-3] * 2
 
 
+@pytest.mark.parametrize(
+    ("path", "lengths"),
+    [
+        ({"schedule": "0-4", "split": [0.7, 0.3], "growth_init": "random"}, [0] * 8 + [4] * 4),
+        ({"schedule": "1-4", "split": [0.7, 0.3], "growth_init": "zero"}, [1] * 8 + [4] * 4),
+        ({"schedule": "1-2-4", "split": "power:1", "growth_position": "middle"}, [1] * 2 + [2] * 4 + [4] * 6),
+    ],
+    ids=["zero layers", "one layer", "midas"],
+)
+def test_later_ways_to_grow_go_on_in_another_layout(
+    path: dict[str, Any], lengths: list[int], data_folder: Path, tmp_path: Path
+) -> None:
+    """With a warm-up, stable, decay rate, which goes on as if nothing had been between."""
+    run, save = tmp_path / "run.json", tmp_path / "run"
+    changes = {"path": {"method": "stacking", **path}, "checkpoint": {"interval": lengths.count(lengths[0]), "keep": 9}}
+    tree = tiny_run(data_folder, save, **changes)
+    params = {"warmup_num_steps": 2, "warmup_type": "linear", "decay_num_steps": 3}
+    run.write_text(json.dumps({**tree, "scheduler": {"type": "WarmupStableDecayLR", "params": params}}))
+    whole = forked(run)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    expected = lines_of(save)
+    assert [line["path_length"] for line in expected if "loss" in line] == lengths
+    growth = lengths.count(lengths[0])
+    for folder in (save / "checkpoints").iterdir():
+        if folder.name > f"step-{growth:08}":
+            shutil.rmtree(folder)
+    again = forked(run, "raptr_ds.parallel.pipeline_model_parallel_size=2", processes=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"continuing after step {growth}" in again.stdout
+    found = lines_of(save)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert [line[key] for line in found if key in line] == pytest.approx(
+            [line[key] for line in expected if key in line], rel=6e-6
+        )
+    rates = [line["lr"] for line in found if "loss" in line]
+    assert rates == pytest.approx([5e-4, *[1e-3] * 9, 2e-3 / 3, 1e-3 / 3])
+
+
 def test_the_loss_at_a_runs_phase_transitions_is_measured(data_folder: Path, tmp_path: Path) -> None:
     run, save = tmp_path / "run.json", tmp_path / "run"
     changes = {"eval": {"interval": 4, "batches": 2}, "checkpoint": {"interval": 4, "keep": 3}}

@@ -60,7 +60,15 @@ def test_components_read_no_none(load):
     config = load(world_size=2)
     for section in (config.model, config.parallel, config.path, config.train):
         left = {key for key, value in section if value is None}
-        assert left <= {"vocab_size", "full_warmup_ratio", "constant_length", "balance_stages", "layerdrop", "compile"}
+        assert left <= {
+            "vocab_size",
+            "full_warmup_ratio",
+            "constant_length",
+            "balance_stages",
+            "layerdrop",
+            "compile",
+            "width_schedule",
+        }
     assert config.parallel.pipeline_layers == (12,)
     assert config.train.save == "runs/run"
     assert (config.precision, config.zero_stage, config.gradient_clipping) == ("fp32", 0, 1.0)
@@ -128,6 +136,10 @@ RESOLVABLE = {
     "constant": f"{P}method=constant {P}fixed_layers=[0]",
     "layerdrop": f"{P}method=layerdrop {P}residual_scale=sqrt",
     "stacking": f"{P}method=stacking {P}schedule=3-6-12 {P}growth_warmup_steps=5",
+    "random parts": f"{P}width_schedule=paper {P}schedule=6-8-10-12",
+    "one expansion": f"{P}method=stacking {P}schedule=0-12 {P}split=[0.8,0.2] {P}growth_init=random",
+    "midas": f"{P}method=stacking {P}schedule=4-8-12 {P}split=power:1.5 {P}growth_position=middle",
+    "layer_dropout": f"{P}method=layer_dropout {P}paths_per_step=2 train_micro_batch_size_per_gpu=2",
     "width": f"{P}method=width {P}full_warmup_ratio=0.1 {P}skipped_update=zero_grad",
     "ul2": f"{M}architecture=ul2 raptr_ds.objective.denoisers=causal_prefix_span",
     "denoisers": f'{M}architecture=ul2 raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}}]',
@@ -165,7 +177,11 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("path.method=full", ["it belongs in raptr_ds: raptr_ds.path"]),
         (
             f"{P}method=stack",
-            ["'stack'", "full, raptr, pld, constant, layerdrop, stacking, width", "did you mean 'stacking'?"],
+            [
+                "'stack'",
+                "full, raptr, pld, constant, layerdrop, layer_dropout, stacking, width",
+                "did you mean 'stacking'?",
+            ],
         ),
         ('raptr_ds.path={"method": "layerdrop", "layerdrop": 1}', ["raptr_ds.path.layerdrop=1", "less than 1"]),
         (

@@ -33,6 +33,56 @@ def test_malformed_schedules_are_refused(load, text):
         load(f'{P}schedule="{text}"')
 
 
+@pytest.mark.parametrize(
+    ("split", "read"),
+    [("power:1", "power:1"), ("power:0.5", "power:0.5"), ("[0.25,0.25,0.5]", (0.25, 0.25, 0.5))],
+)
+def test_phases_may_be_split_in_several_ways(load, split, read):
+    assert load(f"{P}method=stacking", f"{P}split={split}").path.split == read
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (f"{P}split=uniformly", "must be uniform, proportional, power:A .*did you mean 'uniform'"),
+        (f"{P}split=power", "must be uniform, proportional, power:A"),
+        (f"{P}split=power:-1", "must be uniform, proportional, power:A"),
+        (f"{P}split=[0.8,0.2]", r"each of the 4 phases of schedule='6-8-10-12'.*it has 2, which add up to 1\."),
+        (f"{P}split=[0.8,0.3] {P}schedule=6-12", "which add up to 1; it has 2, which add up to 1.1"),
+        (f"{P}split=[1,0] {P}schedule=6-12", r"split.0=1.* must be less than 1"),
+        (f"{P}split=3", r"split=3.* must be a string"),
+        (f"{P}method=stacking {P}schedule=0-12", "begins without layers.*Set growth_init to 'random' or 'zero'"),
+        (f"{P}schedule=0-12", "must be path lengths"),
+        (f"{P}width_schedule=1-2-4", "width_schedule='1-2-4' has 3 phases and .*'6-8-10-12' has 4"),
+        (f"{P}width_schedule=1-2-3", r"width_schedule='1-2-3' must end with the full model, not at 3 heads; .*heads=4"),
+        (f"{P}width_schedule=2-1-4-4", "width_schedule='2-1-4-4' shrinks"),
+        (f"{P}width_schedule=4-", "width_schedule='4-' must be path lengths"),
+        (
+            f"{P}width_schedule=paper {P}paths_per_step=2 train_micro_batch_size_per_gpu=2",
+            "width_schedule='2-3-3-4' with raptr_ds.path.paths_per_step=2: .*Remove one",
+        ),
+        (f"{P}width_schedule=paper {M}ffn_hidden_size=130", "width_schedule='2-3-3-4' cuts the MLP"),
+        (f"{P}width_schedule=paper raptr_ds.train.compile=true", "width_schedule='2-3-3-4' changes it"),
+        (f"{P}width_schedule=paper zero_optimization.stage=3", "width_schedule='2-3-3-4' with skipped_update='freeze'"),
+        (f"{P}method=width {P}width_schedule=paper", "width_schedule='paper'.* has no use with .*method='width'"),
+        (f"{P}method=stacking {P}growth_init=zero {P}growth_optimizer_state=copied", "new layers are no copies"),
+    ],
+)
+def test_splits_and_growths_that_do_not_fit_are_refused(load, overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load(*overrides.split())
+
+
+def test_widths_have_the_names_of_schedules(load):
+    assert load(f"{P}width_schedule=paper").path.width_schedule == "2-3-3-4"
+    assert load().path.width_schedule is None
+
+
+@pytest.mark.parametrize(("init", "state"), [("copied", "copied"), ("zero", "fresh"), ("random", "fresh")])
+def test_the_optimizer_state_of_new_layers_is_that_of_what_they_are_copies_of(load, init, state):
+    assert load(f"{P}method=stacking", f"{P}growth_init={init}").path.growth_optimizer_state == state
+
+
 def test_fixed_layers_count_from_the_end_and_meet():
     assert RaptrSection().fixed_in(12) == (0, 11)
     assert RaptrSection().fixed_in(1) == (0,)

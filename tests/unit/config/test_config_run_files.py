@@ -77,7 +77,9 @@ def test_only_what_differs_has_to_be_said(file, layout):
     assert config.batch.accumulation * config.batch.data_parallel == 4
 
 
-@pytest.mark.parametrize("method", ["full", "raptr", "pld", "constant", "layerdrop", "stacking", "width"])
+@pytest.mark.parametrize(
+    "method", ["full", "raptr", "pld", "constant", "layerdrop", "layer_dropout", "stacking", "width"]
+)
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_one_word_makes_it_another_model_or_method(file, architecture, method):

@@ -31,7 +31,7 @@ def test_encoding_has_one_size_and_returns_the_same_path(num_layers):
         path = LayerPath(layers, num_layers, phase=3, residual_scale=math.sqrt(num_layers / max(1, len(layers))))
         words = path.encode()
         assert words.dtype == np.int64
-        assert words.shape == (5 + num_layers,)
+        assert words.shape == (5 + 2 * num_layers,)
         assert LayerPath.decode(words) == path
         assert all(type(layer) is int for layer in LayerPath.decode(words).layers)
 
@@ -40,7 +40,7 @@ def test_parts_of_layers_are_encoded_too():
     heads, blocks = ((0, 2), (1, 2), (0, 1)), ((1, 2), (0, 1), (0, 2))
     path = LayerPath((0, 1, 2), 3, 2, math.sqrt(1.5), Parts(3, heads, blocks))
     words = path.encode()
-    assert words.shape == (5 + 3 + 3 * 2 * 3,)
+    assert words.shape == (5 + 2 * 3 + 3 * 2 * 3,)
     assert LayerPath.decode(words) == path
     assert path.work == 2.0
     assert LayerPath((0, 1, 2), 3, parts=Parts(3, ((0, 1, 2),) * 3, ((0, 1, 2),) * 3)).work == 3.0
@@ -51,6 +51,32 @@ def test_parts_of_layers_are_encoded_too():
     ]
     assert len({path, *others}) == 4
     assert all(LayerPath.decode(other.encode()) == other for other in others)
+
+
+def test_parts_are_of_active_layers():
+    heads, blocks = ((0, 2), (), (0, 1)), ((1, 2), (), (0, 2))
+    path = LayerPath((0, 2), 3, parts=Parts(3, heads, blocks))
+    assert LayerPath.decode(path.encode()) == path
+    assert path.work == pytest.approx(4 / 3)
+    with pytest.raises(AssertionError, match="parts of no layer"):
+        LayerPath((0,), 3, parts=Parts(3, heads, blocks))
+    with pytest.raises(AssertionError, match="parts of some layers"):
+        LayerPath((0,), 3, parts=Parts(3, heads[:2], blocks[:2]))
+
+
+def test_layers_may_have_scales_of_their_own():
+    path = LayerPath((0, 2), 3, 1, layer_scales=(1.0, 4.0, 1.25))
+    assert [path.scale_of(layer) for layer in path.layers] == [1.0, 1.25]
+    assert LayerPath((0, 2), 3, residual_scale=1.5).scale_of(2) == 1.5
+    words = path.encode()
+    assert words.shape == LayerPath((0, 2), 3, 1).encode().shape
+    assert LayerPath.decode(words) == path
+    assert LayerPath.decode(LayerPath.of_shares([path, path]).encode()).shares == (path, path)
+    with pytest.raises(AssertionError):
+        LayerPath((0, 2), 3, layer_scales=(1.0, 1.25))
+    words[-1] = -1
+    with pytest.raises(ValueError, match="layer scales"):
+        LayerPath.decode(words)
 
 
 def test_a_step_of_several_paths_moves_the_layers_of_any():
@@ -71,13 +97,13 @@ def test_shares_are_encoded_in_their_order():
     shares = LayerPath((0, 1, 5), 6, 1, 2.0), LayerPath((0, 3, 5), 6, 1, 1.5)
     path = LayerPath.of_shares(shares)
     words = path.encode()
-    assert words.shape == (3 * (5 + 6),)
+    assert words.shape == (3 * (5 + 2 * 6),)
     assert LayerPath.decode(words) == path
     assert not np.array_equal(words, LayerPath.of_shares(shares[::-1]).encode())
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "says"), [(4, 4, "4 shares in 33"), (5 + 4, 1, "3 layers and flags 4|not those of its 2 shares")]
+    ("place", "value", "says"), [(4, 4, "4 shares in 51"), (5 + 4, 1, "3 layers and flags 4|not those of its 2 shares")]
 )
 def test_damaged_shares_are_refused(place, value, says):
     words = LayerPath.of_shares([LayerPath((0, 1), 6), LayerPath((0, 2), 6)]).encode()

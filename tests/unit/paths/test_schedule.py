@@ -34,6 +34,19 @@ def test_proportional_split_in_numbers():
     assert [p.num_steps for p in phases.phases] == [60, 80, 100, 120]
 
 
+def test_phases_by_a_power_of_their_number_and_by_fractions():
+    def steps(split, lengths=(1, 2, 3, 4), num_steps=300):
+        return [phase.num_steps for phase in split_phases(lengths, 4, num_steps, split).phases]
+
+    assert steps("power:1") == [30, 60, 90, 120]
+    assert steps("power:2") == [10, 40, 90, 160]
+    assert steps("power:0") == steps("uniform")
+    shares = [number**0.5 for number in (1, 2, 3, 4)]
+    assert steps("power:0.5", num_steps=30000) == pytest.approx([30000 * s / sum(shares) for s in shares], abs=1)
+    assert steps((0.8, 0.2), (1, 4), 60000) == [48000, 12000]
+    assert steps((0.1, 0.2, 0.7), (1, 2, 4), 10) == [1, 2, 7]
+
+
 def test_warm_up_is_a_full_phase_before_the_schedule():
     phases = split_phases((2, 4), 4, 30, full_warmup_steps=10)
     assert [(p.path_length, p.first_step, p.end_step) for p in phases.phases] == [(4, 0, 10), (2, 10, 20), (4, 20, 30)]

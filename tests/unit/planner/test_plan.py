@@ -33,6 +33,11 @@ def raptr(**values):
         raptr(full_warmup_steps=30, split="proportional", sampling="bernoulli"),
         path_method(method="pld", num_layers=12, num_steps=400, seed=1),
         path_method(method="full", num_layers=12, num_steps=400, seed=1),
+        path_method(method="layer_dropout", num_layers=12, num_steps=400, seed=1),
+        path_method("stacking", num_layers=12, num_steps=400, schedule="0-12", split=(0.8, 0.2), growth_init="zero"),
+        path_method("stacking", num_layers=12, num_steps=400, schedule="1-12", split=(0.8, 0.2), growth_init="random"),
+        path_method("stacking", num_layers=12, num_steps=400, growth_position="middle", split="power:1"),
+        raptr(width_schedule="2-3-3-4", num_heads=4, skipped_update="zero_grad"),
     ],
 )
 def test_flops_are_those_that_the_run_will_count(method):
@@ -42,6 +47,29 @@ def test_flops_are_those_that_the_run_will_count(method):
     full = path_method(method="full", num_layers=12, num_steps=400, seed=1)
     assert plan.flops_saved == pytest.approx(1 - plan.flops / StepFlops(SHAPE, 32).flops_left(full, 0, 160))
     assert (plan.flops_saved > 0.01) == (method.expected_layers_from(0) < 12 * 400)
+
+
+@pytest.mark.parametrize(
+    ("keys", "share"),
+    [
+        # 80% of the steps with one layer of twelve, the others with all.
+        ({"method": "stacking", "schedule": "1-12", "split": (0.8, 0.2)}, 0.8 / 12 + 0.2),
+        # Phases of 1, 2, 3 and 4 tenths.
+        (
+            {"method": "stacking", "schedule": "3-6-9-12", "split": "power:1", "growth_position": "middle"},
+            0.1 * 3 / 12 + 0.2 * 6 / 12 + 0.3 * 9 / 12 + 0.4,
+        ),
+        # Half of the layers with half of their heads, then all of both.
+        ({"method": "raptr", "schedule": "6-12", "width_schedule": "2-4", "num_heads": 4}, (0.25 + 1) / 2),
+        # The mean of a rate that is linear in depth and time is a quarter of the largest, but for the step's width.
+        ({"method": "layer_dropout", "layer_dropout": 0.8}, 1 - 0.2 * 4001 / 4000),
+    ],
+)
+def test_layers_of_the_later_rivals_cost_what_they_do_by_hand(keys, share):
+    setting = setting_of()
+    plan = plan_run(path_method(num_layers=12, num_steps=4000, **keys), setting)
+    full, head = setting.flops(12), setting.flops(0)
+    assert plan.flops / 4000 == pytest.approx(head + share * (full - head), rel=1e-9)
 
 
 def test_balanced_paths_save_more_time_than_uniform_ones():
