@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
-from raptr_ds.parallel.launch import environment_without_gpus
+from raptr_ds.parallel.launch import environment_of_child
 
 if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's import
     from raptr_ds.parallel.groups import ProcessGroups
@@ -90,7 +90,7 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
             command,
             input=json.dumps(config.resolved()),
             cwd=_SOURCES,
-            env=environment_without_gpus(),
+            env=environment_of_child(),
             capture_output=True,
             text=True,
             timeout=_PLANNER_SECONDS,
