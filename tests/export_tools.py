@@ -1,7 +1,7 @@
 """Stand-ins for the tools that a run starts beside itself: they do what the test's folder of wishes says.
 
 Of the folder that this file is copied to, as export_hf.py or evaluate.py: `NAME.slow` makes the tool stop half way and
-write its process into `NAME.process`; `NAME.fails` makes it fail with the text in it. Each call is a line of `NAME.calls`.
+write its process into `NAME.process`; `NAME.fails` makes it fail with the text in it. Calls are lines of `NAME.calls`.
 """
 
 import json

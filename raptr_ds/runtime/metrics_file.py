@@ -158,16 +158,24 @@ def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float
     return max(losses.items(), default=None)
 
 
+def score_names(scores: Mapping[str, float | None]) -> list[str]:
+    """Return the metrics of a task that have a number, without their standard errors."""
+    return [
+        name
+        for name, value in scores.items()
+        if value is not None and name not in NOT_SCORES and not name.endswith(STDERR)
+    ]
+
+
 def task_words(tasks: Mapping[str, Mapping[str, float | None]]) -> str:
     """Return the scores of tasks for people, with their standard errors."""
     parts = []
     for task, scores in tasks.items():
-        numbers = []
-        for metric, value in scores.items():
-            if value is None or metric in NOT_SCORES or metric.endswith(STDERR):
-                continue
-            error = scores.get(f"{metric}{STDERR}")
-            numbers.append(f"{metric} {value:.4g}" + ("" if error is None else f" \u00b1 {error:.2g}"))
+        errors = {name: scores.get(f"{name}{STDERR}") for name in score_names(scores)}
+        numbers = [
+            f"{name} {scores[name]:.4g}" + ("" if error is None else f" \u00b1 {error:.2g}")
+            for name, error in errors.items()
+        ]
         parts.append(f"{task} {', '.join(numbers)}")
     return "; ".join(parts)
 
