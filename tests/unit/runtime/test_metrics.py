@@ -101,7 +101,7 @@ def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_pa
 
 
 def test_scores_on_tasks(tmp_path, events):
-    output, sink = io.StringIO(), open_tensorboard(tmp_path / "tensorboard", 0)
+    output, sink = io.StringIO(), open_tensorboard(tmp_path, 0)
     scores = {"boolq": {"shots": 5, "acc": 0.625, "acc_stderr": 0.0123, "f1": None}, "copa": {"bits": 2.0}}
     with Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output)) as metrics:
         metrics.record_step(training_step(8))
