@@ -1,8 +1,8 @@
 """Fakes of wandb and mlflow: the parts of their documented interface that we call, backed by a list of calls.
 
 Neither package is needed for the tests. The signatures are those of https://docs.wandb.ai/ref/python/ (init, Run.log,
-Run.finish) and https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri, set_experiment, start_run,
-log_metrics, end_run).
+Run.define_metric, Run.finish) and https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri,
+set_experiment, start_run, log_metrics, end_run).
 """
 
 import sys
@@ -39,7 +39,13 @@ class _WandbRun:
         self._server = server
 
     def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
-        self._server.take("log", step, dict(data))
+        if commit is False:
+            self._server.take("log_more", dict(data))
+        else:
+            self._server.take("log", step, dict(data))
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self._server.take("define_metric", name, step_metric)
 
     def finish(self, exit_code: int | None = None) -> None:
         self._server.take("finish", exit_code)

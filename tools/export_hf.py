@@ -13,6 +13,7 @@ import _command_line
 import torch
 from transformers.utils import logging
 
+from raptr_ds.hf.check import check_exportable
 from raptr_ds.hf.export import LARGEST_SHARD, export
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +23,9 @@ def main() -> None:
     """Parse the command line, export, and print what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one checkpoint")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not hold a model already")
+    parser.add_argument(
+        "output", type=Path, nargs="?", metavar="OUTPUT", help="folder to write; must not hold a model already"
+    )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="default: the one that the run's data have; none: weights only"
     )
@@ -33,9 +36,20 @@ def main() -> None:
         default=LARGEST_SHARD,
         help=f"of a file of weights, as 500MB or 5GB (default {LARGEST_SHARD})",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="export nothing: find out whether the run of a config.json can be; RUN_OR_CHECKPOINT is that file, or -",
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if arguments.check:
+        check_exportable(arguments.source)
+        print("this run can be exported")
+        return
+    if arguments.output is None:
+        parser.error("the following arguments are required: OUTPUT")
     dtype = DTYPES[arguments.precision]
     done = export(arguments.source, arguments.output, dtype, arguments.tokenizer, arguments.max_shard_size)
     print(f"wrote {done.kind} of {done.folder} (step {done.step:,}) to {arguments.output}")

@@ -1,11 +1,13 @@
 """Continue a text, or fill in its missing words, with a UL2 model: python tools/generate.py MODEL "PROMPT".
 
 MODEL: a folder of tools/export_hf.py, a run, or one checkpoint. Prints what follows the prompt as it comes; the prompt
-is seen in both directions. --infill prints the prompt with <extra_id_0>, <extra_id_1>, ... in it filled in.
+is seen in both directions, or with --causal from left to right alone. --infill prints the prompt with <extra_id_0>,
+<extra_id_1>, ... in it filled in.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +38,8 @@ def main() -> None:
     tokens = prompt_tokens(tokenizer, arguments.prompt, None if choice == "none" else f"[{choice}]")
     sentinels = sentinel_ids(tokenizer)
     prompt = infilling_prompt(tokens, sentinels) if arguments.infill else Prompt(tokens)
+    if arguments.causal:
+        prompt = replace(prompt, prefix_length=0)
     text, new = TextStream(tokenizer, () if arguments.infill else tokens), []
 
     def show(is_complete: bool) -> None:
@@ -61,6 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", type=Path, metavar="MODEL", help="an exported folder, a run's folder, or a checkpoint")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue, or to fill in")
     parser.add_argument("--infill", action="store_true", help="fill in <extra_id_0>, <extra_id_1>, ... of the prompt")
+    parser.add_argument(
+        "--causal", action="store_true", help="read the prompt from left to right alone, for comparison"
+    )
     parser.add_argument(
         "--mode", choices=[*MODE_CHOICES, "none"], help="UL2's mode token (default S2S; with --infill NLU)"
     )

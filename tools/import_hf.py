@@ -28,7 +28,13 @@ def main() -> None:
     print(f"wrote {done.checkpoint} of a {done.kind}. In a run file that begins from it:")
     model = json.dumps(done.model.model_dump(mode="json"))
     print(f'"raptr_ds": {{"checkpoint": {{"load": "{arguments.output}"}}, "model": {model}, ...}}')
-    print("its tokenizer must be the one that the data are prepared with: tools/prepare_data.py --tokenizer FILE")
+    if done.tokenizer is not None:
+        print(f"the data must be prepared with its tokenizer: tools/prepare_data.py --tokenizer {done.tokenizer}")
+    else:
+        print(
+            "no tokenizer of ours is beside it, and none is recorded: its tokenizer must be the one that the data are "
+            "prepared with (tools/prepare_data.py --tokenizer FILE)"
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ when all of it is on the disk, and renamed again before it is deleted.
 import os
 import re
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
@@ -108,14 +109,15 @@ def publish(unfinished: Path, final: Path, manifest: bytes) -> None:
     sync_folder(final.parent)
 
 
-def outdated(folder: Path, step: int, keep: int) -> list[Path]:
+def outdated(folder: Path, step: int, keep: int, held: Container[int] = ()) -> list[Path]:
     """Rename all but the `keep` newest checkpoints up to `step`, and return what is to be deleted.
 
-    Checkpoints after `step` belong to an abandoned branch of the run and are not counted.
+    Checkpoints after `step` belong to an abandoned branch of the run and are not counted. held: steps whose checkpoints
+    stay in any case.
     """
     older = [path for path in checkpoints_in(folder) if (step_of(path) or 0) <= step][keep:]
     deleted = []
-    for path in older:
+    for path in (path for path in older if (step_of(path) or 0) not in held):
         aside = path.with_name(_DELETED + path.name)
         path.rename(aside)
         deleted.append(aside)

@@ -106,7 +106,8 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
 class Checkpoints:
     """Saves and restores the checkpoints of a run.
 
-    folder: RUN/checkpoints. keep: the number of checkpoints to keep. report: prints messages, on rank 0 only.
+    folder: RUN/checkpoints. keep: the number of checkpoints to keep. report: prints messages, on rank 0 only. held, on
+    rank 0: steps whose checkpoints are kept besides, until they are released.
     Raises: as `check_writable`.
     """
 
@@ -116,6 +117,8 @@ class Checkpoints:
         self._snapshot = Snapshot()
         self._pending: _Pending | None = None
         self._reports: list[SaveReport] = []
+        self._newest = 0  # the step of the newest checkpoint of this run
+        self.held: set[int] = set()
         self._sweeper: threading.Thread | None = None
         check_writable(self.folder, groups)
         for done in on_first_rank(groups, lambda: tidy(self.folder)):
@@ -211,13 +214,24 @@ class Checkpoints:
         if error is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
         else:
-            self._delete_outdated(step)
+            self._newest = step
+            self._delete_outdated()
         num_bytes = sum(write.file.size for write in writes if write.file is not None)
         return error, num_bytes, max(write.seconds for write in writes)
 
-    def _delete_outdated(self, step: int) -> None:
+    def has(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is one of this run's."""
+        return checkpoint.resolve().parent == self.folder.resolve()
+
+    def release(self, step: int) -> None:
+        """Hold a step's checkpoint no longer: delete it if newer ones have taken its place; not collective."""
+        self.held.discard(step)
+        if step < self._newest:
+            self._delete_outdated()
+
+    def _delete_outdated(self) -> None:
         try:
-            paths = outdated(self.folder, step, self.keep)
+            paths = outdated(self.folder, self._newest, self.keep, self.held)
         except OSError as error:
             self._report(f"cannot delete old checkpoints in {self.folder}: {error.strerror or error}")
             return
@@ -268,7 +282,8 @@ class Checkpoints:
                 damages.append(f"{folder} is damaged: {damage}.")
                 self._report(damages[-1])
                 continue
-            is_own = folder.resolve().parent == self.folder.resolve()
+            is_own = self.has(folder)
+            self._newest = restored.step if is_own else 0
             self._set_aside(after=restored.step if is_own else -1, source=folder)
             return restored
         if not damages:

@@ -288,6 +288,55 @@ def rollback_can_happen(config: RunConfig) -> str | None:
     return None
 
 
+def exports_have_checkpoints(config: RunConfig) -> str | None:
+    """An export is made of a checkpoint."""
+    section = config.checkpoint
+    if section.export_interval == 0:
+        return None
+    if section.interval == 0:
+        return (
+            f"raptr_ds.checkpoint.export_interval={section.export_interval} exports checkpoints; got "
+            f"raptr_ds.checkpoint.interval=0. Set interval to {section.export_interval}, or a number that divides it."
+        )
+    return _multiple(
+        "checkpoint.export_interval", section.export_interval, "checkpoint.interval", section.interval,
+        ": checkpoints are exported",
+    )  # fmt: skip
+
+
+def task_keys_have_tasks(config: RunConfig) -> str | None:
+    """Keys about downstream tasks, and about exports, are there for some."""
+    for section, prefix, has_use, needed in (
+        (config.eval, "eval.task_", config.eval.tasks, "eval.tasks"),
+        (config.checkpoint, "checkpoint.export_", config.checkpoint.export_interval, "checkpoint.export_interval"),
+    ):
+        values = {f"{prefix.partition('.')[0]}.{name}": value for name, value in section if section.has_set(name)}
+        given = [f"raptr_ds.{key}={value!r}" for key, value in values.items() if key.startswith(prefix)]
+        if given and not has_use:
+            return f"{', '.join(given)} without raptr_ds.{needed} has no use. Remove it, or set raptr_ds.{needed}."
+    return None
+
+
+def tasks_are_scored_on_exports(config: RunConfig) -> str | None:
+    """Downstream tasks are scored on exports of a model that continues text."""
+    tasks, interval = config.eval.tasks, config.checkpoint.export_interval
+    if not tasks:
+        return None
+    written = f"raptr_ds.eval.tasks={list(tasks)}"
+    if config.model.architecture != "ul2":
+        return f"{written} scores continuations of a text, which bert has none of. Remove it: tasks are for ul2."
+    if not interval:
+        return (
+            f"{written} is scored on exports; got raptr_ds.checkpoint.export_interval=0. Set it to a multiple of "
+            "raptr_ds.checkpoint.interval."
+        )
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        return f"{written} names {', '.join(twice)} twice. Name each task once."
+    return _multiple(
+        "eval.task_interval", config.eval.task_interval, "checkpoint.export_interval", interval, ": exports are scored"
+    )
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden,
     rotary_needs_even_head,
@@ -311,6 +360,9 @@ RULES: tuple[Rule, ...] = (
     accumulation_dtype_fits,
     non_finite_limit_is_beyond_fp16s_search,
     rollback_can_happen,
+    exports_have_checkpoints,
+    task_keys_have_tasks,
+    tasks_are_scored_on_exports,
 )
 
 _TENSOR = "parallel.tensor_model_parallel_size"

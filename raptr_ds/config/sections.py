@@ -50,6 +50,11 @@ def _due(interval: int, step: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
+def passes_multiple(interval: int, since: int, step: int) -> bool:
+    """Return whether a multiple of an interval lies after `since` and not after `step`; of 0 none does."""
+    return interval > 0 and step // interval > since // interval
+
+
 class ModelSection(Section):
     """`raptr_ds.model`: the network. What is left out follows from the architecture; a section is complete once it is
     read, but for vocab_size, which may wait for the tokenizer."""
@@ -243,12 +248,27 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    """`raptr_ds.eval`: the full model on held-out data."""
+    """`raptr_ds.eval`: the full model on held-out data, and on downstream tasks."""
 
     interval: CountOrZero = 0
     """Steps between evaluations; 0: only at the end."""
     batches: CountOrZero = 8
     """Global batches of an evaluation; 0: never evaluate, whatever the interval."""
+    tasks: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """ul2: tasks of lm-evaluation-harness, as `["boolq", "copa"]`, on which the exports of checkpoint.export_interval
+    are scored by tools/evaluate.py while training goes on. Their scores stand in metrics.jsonl."""
+    task_interval: CountOrZero = 0
+    """Steps between scored exports, a multiple of checkpoint.export_interval; the last one is scored too. 0: all."""
+    task_shots: CountOrZero = 0
+    """Solved examples before each question."""
+    task_limit: Count | None = None
+    """Examples of each task; left out: all."""
+    task_files: Text | None = None
+    """Folder with task files, for tools/evaluate.py without a network; left out: the Hugging Face hub."""
+    task_device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: the first process's GPU, beside the training: leave memory for another copy of the model."""
+    task_seconds: Positive = 3600.0
+    """What scoring an export may take before it is given up; at the end the run waits for it that long at most."""
 
     def due(self, step: int) -> bool:
         """Return whether to evaluate after `step` steps; the end of the run is not counted."""
@@ -266,14 +286,18 @@ class CheckpointSection(Section):
     """auto: the newest in the run's folder if there is one. none: start afresh. Else a folder to continue from."""
     save_on_exit: bool = True
     """Save when the run ends or is stopped by a signal."""
+    export_interval: CountOrZero = 0
+    """Steps between exports for Hugging Face transformers, a multiple of interval, and at the end of the run: folders
+    exports/step-... beside the checkpoints, which are all kept. 0: none."""
+    export_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the exported weights."""
 
     def due(self, step: int, since: int | None = None) -> bool:
         """Return whether to save after `step` steps; the end of the run is not counted.
 
         since: the last step at which saving was possible, if not the one before; what came due after it is due now.
         """
-        since = max(0, step - 1) if since is None else since
-        return self.interval > 0 and step // self.interval > since // self.interval
+        return passes_multiple(self.interval, max(0, step - 1) if since is None else since, step)
 
 
 class WandbSection(Section):

@@ -1,5 +1,6 @@
 """A run or a checkpoint as a folder for transformers: weights, settings, tokenizer and model card."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from raptr_ds.checkpoint.folder import sync_folder
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER
@@ -71,6 +73,7 @@ def export(
     try:
         _write(output, model, max_shard_size, ours, theirs)
         (output / CARD).write_text(card, encoding="utf-8")
+        _put_on_disk(output)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"cannot write {output}: {getattr(error, 'strerror', None) or error}. Name another folder."
@@ -122,3 +125,12 @@ def _write(
     model.save_pretrained(output, max_shard_size=max_shard_size)
     for weights in output.glob("*.safetensors"):  # which safetensors lets nobody else read
         shutil.copymode(output / "config.json", weights)
+
+
+def _put_on_disk(folder: Path) -> None:
+    """Wait until what was written is on the disk, so that a crash of the machine leaves no half of a model."""
+    for file in folder.iterdir():
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+    sync_folder(folder)

@@ -2,31 +2,39 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.data.manifest import TOKENIZER
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.hf.load import exported_kind, load_exported
 from raptr_ds.hf.model import from_hugging_face
 from raptr_ds.hf.twins import TWINS
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
+from raptr_ds.runtime.identity import IDENTITY
 from raptr_ds.runtime.session import OPTIMIZER
 from raptr_ds.runtime.state import RunState
-from raptr_ds.user_paths import exists, is_folder
+from raptr_ds.user_paths import exists, is_file, is_folder
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written. kind: transformers' class; model: ours; checkpoint: its folder, of step 0."""
+    """What was written. kind: transformers' class; model: ours; checkpoint: its folder, of step 0.
+
+    tokenizer: the file beside the model whose digest is recorded, None if there is none that we can read.
+    """
 
     kind: str
     model: ModelSection
     checkpoint: Path
+    tokenizer: Path | None
 
 
 def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
@@ -48,18 +56,34 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
         raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
     theirs = load_exported(folder, twin.kind, may_lack=twin.lacks)
     model, weights = from_hugging_face(theirs)
-    _write(output, model, {name: tensor.float() for name, tensor in weights.items()}, optimizer)
-    return Imported(kind or "", model, step_folder(output / CHECKPOINTS, 0))
+    tokenizer = _tokenizer_in(folder, model)
+    state = {**RunState().to_dict(), OPTIMIZER: optimizer}
+    if tokenizer is not None:
+        state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
+    _write(output, model, {name: tensor.float() for name, tensor in weights.items()}, state)
+    file = None if tokenizer is None else folder / TOKENIZER
+    return Imported(kind or "", model, step_folder(output / CHECKPOINTS, 0), file)
 
 
-def _write(output: Path, model: ModelSection, weights: dict[str, torch.Tensor], optimizer: str) -> None:
+def _tokenizer_in(folder: Path, model: ModelSection) -> Tokenizer | None:
+    """Return the tokenizer beside a model, if data for this model can be prepared with it as it is."""
+    if not is_file(folder / TOKENIZER):
+        return None
+    try:
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+    except DataError:  # another project's, which lacks our special tokens
+        return None
+    return tokenizer if tokenizer.vocab_size == model.vocab_size else None
+
+
+def _write(output: Path, model: ModelSection, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     with lone_process_groups() as groups:
         stage = build_stage(model, groups, range(model.num_layers), recompute=False, seed=0)
         stage.load_state_dict(weights)
         engine = ReferenceEngine(stage, seed=0, skipped_update="freeze", max_norm=0.0)
         checkpoints = Checkpoints(output / CHECKPOINTS, groups, keep=1)
         try:
-            checkpoints.save(engine, 0, model, {**RunState().to_dict(), OPTIMIZER: optimizer})
+            checkpoints.save(engine, 0, model, state)
             (report,) = checkpoints.wait()
         finally:
             checkpoints.close()

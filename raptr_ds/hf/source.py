@@ -53,6 +53,13 @@ def run_folder(checkpoint: Path) -> Path:
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
+def run_data_of(config: dict[str, Any]) -> RunData:
+    """Return the data of a run with this complete run file. Raises: LookupError, TypeError, ... if it names none."""
+    content = config["raptr_ds"]["data"]
+    folders = tuple(map(Path, folders_of(content["path"])))
+    return RunData(config, folders, Path(content.get("tokenizer") or folders[0] / TOKENIZER))
+
+
 def read_run_data(checkpoint: Path, needed: bool) -> RunData | None:
     """Return the data of the run that a checkpoint lies in; None without the run's config.json.
 
@@ -60,10 +67,7 @@ def read_run_data(checkpoint: Path, needed: bool) -> RunData | None:
     """
     config = run_folder(checkpoint) / "config.json"
     try:
-        tree = json.loads(config.read_text(encoding="utf-8"))
-        content = tree["raptr_ds"]["data"]
-        folders = tuple(map(Path, folders_of(content["path"])))
-        return RunData(tree, folders, Path(content.get("tokenizer") or folders[0] / TOKENIZER))
+        return run_data_of(json.loads(config.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -15,6 +15,13 @@ from raptr_ds.errors import ConfigError
 _DEFAULT_PORT = 29500
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
+# What launchers, and `detect_launch`, set for a rank; libraries that find it wait for the other ranks.
+_OF_A_RANK = (
+    *("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "WORLD_SIZE", "CROSS_"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "DS_ACCELERATOR"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -124,9 +131,10 @@ def _store_attempt() -> int | None:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def environment_without_gpus() -> dict[str, str]:
-    """Return the environment for a child process that must not touch a GPU."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def environment_of_child(sees_gpus: bool = False) -> dict[str, str]:
+    """Return the environment for a child process that is no rank of the run, and takes no GPU unless it sees them."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
+    return kept if sees_gpus else {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def has_own_malloc_settings() -> bool:

@@ -1,7 +1,7 @@
 """Curves: a run's metrics.jsonl as columns of numbers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,22 @@ from typing import Any
 import numpy as np
 
 from raptr_ds.errors import DataError
-from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
+from raptr_ds.runtime.metrics_file import METRICS, STDERR, RunMetrics, read_metrics, score_names
 from raptr_ds.user_paths import is_file
+
+
+@dataclass(frozen=True)
+class TaskCurve:
+    """Scores of a run's exports on a task by one metric, in order of steps; arrays (n,).
+
+    errors: standard errors, NaN where there are none.
+    """
+
+    task: str
+    metric: str
+    step: np.ndarray
+    score: np.ndarray
+    errors: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Curves:
     eval_step: np.ndarray
     eval_loss: np.ndarray
     eval_path_length: np.ndarray
+    tasks: tuple[TaskCurve, ...] = ()
 
     def full_model_evaluations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return steps and losses of the evaluations of the full model, two arrays (n,)."""
@@ -109,6 +124,7 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
         eval_step=np.array([step for step, _ in evaluated]),
         eval_loss=np.array([_number(evaluations[key]) for key in evaluated]),
         eval_path_length=np.array([length for _, length in evaluated]),
+        tasks=tuple(_task_curves(metrics)),
     )
 
 
@@ -121,6 +137,17 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     begins = np.maximum(0, ends - window)
     number = counts[ends] - counts[begins]
     return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
+
+
+def _task_curves(metrics: RunMetrics) -> Iterator[TaskCurve]:
+    """Yield a curve for each task and metric that has a number at some step."""
+    scored = sorted(metrics.tasks.items())
+    names = {(task, metric): None for _, tasks in scored for task in tasks for metric in score_names(tasks[task])}
+    for task, metric in names:
+        points = [(step, tasks[task]) for step, tasks in scored if tasks.get(task, {}).get(metric) is not None]
+        scores = [of_task for _, of_task in points]
+        steps = np.array([step for step, _ in points])
+        yield TaskCurve(task, metric, steps, _column(scores, metric), _column(scores, f"{metric}{STDERR}"))
 
 
 def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], evaluated_lengths: Sequence[int]) -> int:
@@ -137,7 +164,7 @@ def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], eval
     return max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *evaluated_lengths])
 
 
-def _column(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([_number(line.get(key)) for line in lines])
 
 

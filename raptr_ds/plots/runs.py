@@ -1,6 +1,7 @@
 """Plots of runs: loss against steps and executed FLOPs, and which layers ran when."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,19 @@ COLOURS = (
 )
 _TEXT_POINTS = 12
 _GREY = "#555555"
+_LINES = ("-", "--", ":", "-.")
 
 
 def plot_runs(runs: Sequence[Curves], file: Path) -> None:
-    """Write a PNG: both loss plots on top, one path heat map for each run below.
+    """Write a PNG: both loss plots on top, one path heat map for each run below, then the scores on tasks, if any.
 
     Full-model evaluations are drawn as points, training losses as lines (if they are many: pale, with their moving
     mean). Vertical lines mark where phases begin, with their path length if there is one run.
     """
-    figure = Figure(figsize=(14, 5.6 + 3.0 * len(runs)), dpi=120, layout="constrained")
-    grid = figure.add_gridspec(1 + len(runs), 2, height_ratios=[5.0, *[2.4] * len(runs)])
+    metrics = list(dict.fromkeys(curve.metric for run in runs for curve in run.tasks))
+    rows = -(-len(metrics) // 2)  # of scores
+    figure = Figure(figsize=(14, 5.6 + 3.0 * len(runs) + 4.0 * rows), dpi=120, layout="constrained")
+    grid = figure.add_gridspec(1 + len(runs) + rows, 2, height_ratios=[5.0, *[2.4] * len(runs), *[3.6] * rows])
     by_step = figure.add_subplot(grid[0, 0])
     by_flops = figure.add_subplot(grid[0, 1], sharey=by_step)
     for index, run in enumerate(runs):
@@ -35,6 +39,10 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
             draw_loss(axes, run, np.asarray(by, dtype=float), colour)
             draw_phases(axes, run, axes is by_flops, colour, labelled=len(runs) == 1)
         draw_paths(figure.add_subplot(grid[1 + index, :]), run, colour)
+    for index, metric in enumerate(metrics):
+        is_alone = index == len(metrics) - 1 and index % 2 == 0
+        place = grid[1 + len(runs) + index // 2, slice(None) if is_alone else index % 2]
+        draw_tasks(figure.add_subplot(place), runs, metric)
     _finish_loss(by_step, runs, "step")
     _finish_loss(by_flops, runs, "executed FLOPs")
     by_flops.tick_params(labelleft=False)
@@ -91,6 +99,24 @@ def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
     for step, _ in run.phase_starts()[1:]:
         axes.axvline(step - 0.5, color="black", linestyle=":", linewidth=1.1)
     axes.spines[:].set_visible(False)
+
+
+def draw_tasks(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
+    """Draw the scores of all tasks by one metric, with standard errors: a colour for each task, a line for each run."""
+    tasks = list(dict.fromkeys(curve.task for run in runs for curve in run.tasks if curve.metric == metric))
+    for run, line in zip(runs, cycle(_LINES)):
+        for curve in (curve for curve in run.tasks if curve.metric == metric):
+            colour = COLOURS[tasks.index(curve.task) % len(COLOURS)]
+            label = curve.task if len(runs) == 1 else f"{curve.task}, {run.name}"
+            style = {"marker": "o", "markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9, "capsize": 2}
+            axes.errorbar(curve.step, curve.score, curve.errors, color=colour, linestyle=line, label=label, **style)
+    axes.set_title(f"tasks: {metric}, with standard errors where there are any", fontsize=_TEXT_POINTS, loc="left")
+    axes.set_xlabel("step", fontsize=_TEXT_POINTS)
+    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=_TEXT_POINTS - 1.5, edgecolor="none", framealpha=0.9)
 
 
 def _finish_loss(axes: Axes, runs: Sequence[Curves], by: str) -> None:

@@ -5,6 +5,8 @@ start: step, launcher, hosts, world_size, layout, restart_count, slurm_job, vers
 part of the start;
 changed: step, keys, corpus: how the run differs from the checkpoint that it continues from;
 checkpoint: step, bytes, seconds; checkpoint_failed: step, error; rolled_back: step, to_step;
+export: step, seconds; export_failed: step, error; tasks (an export was scored): step, seconds; tasks_failed: step,
+error;
 slow_rank: step, rank, host, seconds, median: a rank took over 1.5 times the median in the last 20 steps;
 stop: reason; hang: ranks, missing: where each rank stood, and those that did not answer; end: exit_code;
 signal_lead: lead, needed, write: the seconds between the signal to stop and the time limit, those that steps, an

@@ -14,7 +14,8 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import CheckpointError
 
 IDENTITY = "identity"
-"""The key in a checkpoint's run state; checkpoints of earlier versions do not have it."""
+"""The key in a checkpoint's run state; checkpoints of earlier versions do not have it. What tools/import_hf.py writes
+has the tokenizer's digest alone, or nothing."""
 
 _WITHOUT_CONSEQUENCE = (
     "raptr_ds.train.save",
@@ -102,5 +103,7 @@ def changes_since(run_state: dict[str, Any], here: Identity, folder: Path) -> Ch
             "the run's own tokenizer (tools/prepare_data.py --tokenizer FILE --overwrite), or train the new data in "
             "another folder (raptr_ds.train.save), or start anew with raptr_ds.checkpoint.load=none."
         )
+    if "corpus" not in there:  # imported: no training came before
+        return Changes({}, None)
     corpus = None if there["corpus"] == here.corpus else (there["corpus"], here.corpus)
     return Changes(differences(there["config"], here.config, _WITHOUT_CONSEQUENCE), corpus)

@@ -3,7 +3,8 @@
 Lines of metrics.jsonl (docs and outside checks rely on the keys):
 training: step, loss, lr, grad_norm, path, path_length, phase, tokens, flops, skipped_steps, step_seconds,
 tokens_per_second, mfu; evaluation: step, eval_loss, path_length; a run that continues on another corpus: step, corpus,
-corpus_before, the digests of its tokens.
+corpus_before, the digests of its tokens; an export scored on downstream tasks: step, that of its checkpoint, and tasks:
+{task: {metric: number}}, metrics under lm-evaluation-harness's names.
 skipped_steps counts the steps so far that moved no weight because a number was not finite, rolled-back ones included.
 The line of such a step has "non_finite": true; how numbers that are not finite are written: metrics_file.to_line.
 Once checkpoints could not be written since the run was last started, "failed_saves" is their number.
@@ -15,14 +16,14 @@ Where parts of layers run (path.method width), "width" is the number of heads of
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raptr_ds import paths
-from raptr_ds.runtime.metrics_file import METRICS, MetricsFile
+from raptr_ds.runtime.metrics_file import METRICS, MetricsFile, task_words
 from raptr_ds.runtime.progress import Progress, ProgressState
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
@@ -112,6 +113,17 @@ class Metrics(AbstractContextManager["Metrics"]):
             sink.record_evaluation(line)
         self._report_delay()
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
+
+    def record_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Record the scores of the model after a 1-based step, which may be long ago, by task and metric."""
+        if self._file is None:
+            return
+        line = {"step": int(step), "tasks": {task: dict(scores) for task, scores in tasks.items()}}
+        self._file.append(line)
+        for sink in self._sinks:
+            sink.record_tasks(line)
+        self._report_delay()
+        self._progress.say(f"tasks after step {step}: {task_words(tasks)}")
 
     def record_corpus(self, step: int, before: str, now: str) -> None:
         """Record that the run reads other tokens after a 1-based step; digests of both."""

@@ -2,7 +2,8 @@
 
 - A line is whole if it ends with a newline and is a JSON object with an integer `step` (1-based). The last line may be
   damaged, as a run may be writing it or may have died in it: readers ignore it, a resume removes it.
-- A training line has `loss`; an evaluation's line has `eval_loss` and `path_length`.
+- A training line has `loss`; an evaluation's line has `eval_loss` and `path_length`; a line with `tasks` has the scores
+  of the export of its step, and stands behind those of later steps.
 - A resume removes the lines after its step; a rollback moves them to metrics.rolled_back.jsonl. Of several lines for
   one step (and path length, for evaluations) the last counts.
 """
@@ -21,6 +22,10 @@ from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.user_paths import write_error
 
 METRICS = "metrics.jsonl"
+STDERR = "_stderr"
+"""What is behind the name of a metric of a task in that of its standard error."""
+NOT_SCORES = {"shots"}
+"""What stands beside the metrics of a task."""
 ROLLED_BACK = "metrics.rolled_back.jsonl"
 
 
@@ -111,11 +116,12 @@ class RunMetrics:
     """The whole lines of a metrics file.
 
     training: the line of each step, in the file's order. evaluations: the loss by (step, path length), None where it
-    was not finite.
+    was not finite. tasks: by step, task and metric, the scores on downstream tasks.
     """
 
     training: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    tasks: dict[int, dict[str, dict[str, float | None]]] = field(default_factory=dict)
 
 
 def read_metrics(path: Path) -> RunMetrics:
@@ -135,6 +141,8 @@ def read_metrics(path: Path) -> RunMetrics:
                 damaged = number
             elif "eval_loss" in record:
                 metrics.evaluations[record["step"], record["path_length"]] = record["eval_loss"]
+            elif "tasks" in record:
+                metrics.tasks[record["step"]] = record["tasks"]
             elif "loss" in record:
                 metrics.training[record["step"]] = record
     return metrics
@@ -148,6 +156,28 @@ def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float
         if length == path_length and at <= step and loss is not None
     }
     return max(losses.items(), default=None)
+
+
+def score_names(scores: Mapping[str, float | None]) -> list[str]:
+    """Return the metrics of a task that have a number, without their standard errors."""
+    return [
+        name
+        for name, value in scores.items()
+        if value is not None and name not in NOT_SCORES and not name.endswith(STDERR)
+    ]
+
+
+def task_words(tasks: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return the scores of tasks for people, with their standard errors."""
+    parts = []
+    for task, scores in tasks.items():
+        errors = {name: scores.get(f"{name}{STDERR}") for name in score_names(scores)}
+        numbers = [
+            f"{name} {scores[name]:.4g}" + ("" if error is None else f" \u00b1 {error:.2g}")
+            for name, error in errors.items()
+        ]
+        parts.append(f"{task} {', '.join(numbers)}")
+    return "; ".join(parts)
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:

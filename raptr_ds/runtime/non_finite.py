@@ -81,6 +81,7 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
             f"help. {_FIX}"
         )
     session.metrics.rewind(there.step)
+    session.exports.go_back(there.step)
     rolled_back = state.rolled_back(there)
     session.metrics.say(
         f"{happened}. Rolled back to {restored.folder}, and on with other data: "

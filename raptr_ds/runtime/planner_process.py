@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raptr_ds.config.run import RunConfig
-from raptr_ds.parallel.launch import environment_without_gpus
+from raptr_ds.parallel.launch import environment_of_child
 
 _SECONDS = 60.0
 _SOURCES = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def ask_planner(module: str, arguments: Sequence[str], config: RunConfig) -> str
             [sys.executable, "-m", module, *arguments],
             input=json.dumps(config.resolved()),
             cwd=_SOURCES,
-            env=environment_without_gpus(),
+            env=environment_of_child(),
             capture_output=True,
             text=True,
             timeout=_SECONDS,

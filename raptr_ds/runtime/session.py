@@ -19,6 +19,7 @@ from raptr_ds.parallel.agreement import PathAgreement, on_first_rank
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.runtime.events import EventLog
+from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
@@ -29,6 +30,7 @@ from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
 OPTIMIZER = "optimizer"
 """The key of the optimizer's name in a checkpoint's run state."""
+_WAIT_SECONDS = 0.1
 _LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before a lost launcher ends the process
 
 
@@ -50,6 +52,7 @@ class Session:
     agreement: PathAgreement[LayerPath]
     ranks: Ranks
     checkpoints: Checkpoints
+    exports: Exports
     metrics: Metrics
     signals: StopSignals
     watchdog: Watchdog
@@ -110,6 +113,7 @@ class Session:
             self.events.record("slow_rank", step=state.step, **asdict(slow))
         self.lead.step_done(seconds)
         self._report_saved(self.checkpoints.poll())
+        self.exports.poll()
         self.signals.progressed()
         self.watchdog.step_done(state.step, seconds)
 
@@ -134,7 +138,8 @@ class Session:
         """Write a checkpoint."""
         self.long_work_ahead("saving", SAVE_SECONDS)
         self.metrics.sync()
-        self.checkpoints.save(self.engine, state.step, self.config.model, {**state.to_dict(), **self.recorded})
+        recorded = {**state.to_dict(), **self.recorded, **self.exports.mark(state.step)}
+        self.checkpoints.save(self.engine, state.step, self.config.model, recorded)
 
     def run_state_of(self, restored: RestoredState) -> RunState:
         """Return where the run stood in a checkpoint."""
@@ -151,11 +156,32 @@ class Session:
         self.long_work_ahead("saving", SAVE_SECONDS)
         self._report_saved(self.checkpoints.wait())
 
+    def finish_exports(self) -> bool:
+        """Wait for exports and their evaluation; return whether all came to an end before a rank was asked to stop."""
+        if not self.config.checkpoint.export_interval:
+            return True
+        if pending := self.exports.pending:
+            self.metrics.say(f"the run is trained; waiting for {pending}")
+        while True:
+            self.exports.poll()
+            pending = self.exports.pending  # of rank 0; the others wait in short collectives, as none may time out
+            flags = torch.tensor([bool(pending), self.signals.requested], dtype=torch.int64)
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.groups.control)
+            is_pending, stop = map(bool, flags.tolist())
+            if not is_pending or stop:
+                return not is_pending
+            self.long_work_ahead("waiting for exports")
+            time.sleep(_WAIT_SECONDS)
+
     def finish(self, code: Exit) -> Exit:
         """Wait for what is still being written; return how the run ended: STORAGE unless all of it is on the disk."""
         self.agreement.restart()
         self.finish_saving()
         what = "the run is trained"
+        if code is Exit.DONE and not self.finish_exports():
+            code = Exit.CONTINUE_LATER
+        elif code is Exit.CONTINUE_LATER and (pending := self.exports.pending):
+            self.metrics.say(f"left for the next start: {pending}")
         if code is Exit.CONTINUE_LATER:
             reason = self.signals.reason or "asked by another rank"
             self.events.record("stop", reason=reason)
@@ -173,6 +199,7 @@ class Session:
 
     def _report_saved(self, reports: Sequence[SaveReport]) -> None:
         for report in reports:
+            self.exports.saved(report)
             if report.error is not None:
                 self.failed_saves += 1
                 self.unsaved = report

@@ -29,6 +29,8 @@ from raptr_ds.parallel.roll_call import meet
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.runtime.elastic_memory import fitted_to_memory
 from raptr_ds.runtime.events import EventLog, code_revision
+from raptr_ds.runtime.export_check import ExportCheck
+from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.identity import IDENTITY, Changes, Identity, changes_since
 from raptr_ds.runtime.introduction import device_peak, introduce, standing
 from raptr_ds.runtime.method import micro_batches_of, path_method_of, step_cost_of
@@ -65,7 +67,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     3. the lines that introduce the run, and its folder: locked, and one that every rank can write
     4. the engine
     5. the checkpoint to continue from
-    6. metrics, events and the agreement on paths, from the step where the run stands
+    6. metrics, events, exports and the agreement on paths, from the step where the run stands
 
     What may fail on one rank alone is done `together`, so that no other rank waits for it. No rank leaves before all
     have come to the end: the first one serves the store.
@@ -96,13 +98,16 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         _lock(folder, groups, launch, stack, report)
         checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
         stack.callback(checkpoints.close)
+        check = together(groups, lambda: ExportCheck(config, folder, report) if groups.rank == 0 else None)
+        stack.callback(check.close if check is not None else lambda: None)
         times.done("data")
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
         times.done("engine")
         identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
         load = on_first_rank(groups, lambda: _where_from(config, launch, folder, report))
-        state, changes = _restore(config, checkpoints, engine, load, identity)
+        state, changes, is_own = _restore(config, checkpoints, engine, load, identity)
+        together(groups, check.finish if check is not None else lambda: None)
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
         if progress is not None and state.step:
@@ -116,6 +121,9 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
         events = together(groups, lambda: EventLog(folder if groups.rank == 0 else None))
         stack.callback(events.close)
+        exports = Exports(config, folder if groups.rank == 0 else None, checkpoints, metrics, events)
+        stack.callback(exports.close)
+        together(groups, lambda: exports.begin(state.step, is_own))
         hosts = _hosts(groups)
         times.done("metrics")
         _record_start(events, hosts, groups, launch, state, changes, metrics, times)
@@ -139,6 +147,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             agreement=agreement,
             ranks=Ranks(groups.topology, hosts, groups.device, config.log.interval),
             checkpoints=checkpoints,
+            exports=exports,
             metrics=metrics,
             signals=signals,
             watchdog=watchdog,
@@ -213,8 +222,11 @@ def _origin(load: str) -> dict[str, str]:
 
 def _restore(
     config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str, identity: Identity
-) -> tuple[RunState, Changes | None]:
-    """Load the checkpoint that the run continues from into the engine; return where it stood and what has changed."""
+) -> tuple[RunState, Changes | None, bool]:
+    """Load the checkpoint that the run continues from into the engine.
+
+    Returns where it stood, what has changed since, and whether the checkpoint is one of the run's own.
+    """
 
     def check(restored: RestoredState) -> None:
         run_state_of(restored, config)
@@ -222,8 +234,9 @@ def _restore(
 
     restored = checkpoints.restore(engine, load, config.model, check=check)
     if restored is None:
-        return RunState(), None
-    return run_state_of(restored, config), changes_since(restored.run_state, identity, restored.folder)
+        return RunState(), None, True
+    changes = changes_since(restored.run_state, identity, restored.folder)
+    return run_state_of(restored, config), changes, checkpoints.has(restored.folder)
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from raptr_ds.runtime.metrics_file import NOT_SCORES
+
 TRAINING_NAMES = {
     "loss": "train/loss",
     "lr": "train/learning_rate",
@@ -43,6 +45,10 @@ class Sink(Protocol):
         """Take an evaluation's line."""
         ...
 
+    def record_tasks(self, line: Mapping[str, Any]) -> None:
+        """Take a line of scores, whose step may be earlier than that of the last line."""
+        ...
+
     def rewind(self, step: int) -> None:
         """Forget what came after a 1-based step, as far as that is possible there."""
         ...
@@ -64,3 +70,13 @@ def training_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 def evaluation_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the loss of an evaluation's line, under its path length."""
     return {f"eval/loss_of_{line['path_length']}_layers": line["eval_loss"]}
+
+
+def task_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores of a line of downstream tasks, under task and metric; unknown ones are left out."""
+    return {
+        f"tasks/{task}/{metric}": value
+        for task, scores in line["tasks"].items()
+        for metric, value in scores.items()
+        if value is not None and metric not in NOT_SCORES
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, training_scalars
+from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
 from raptr_ds.user_paths import write_error
 
 _MAX_UNFLUSHED = 2000  # scalars
@@ -43,6 +43,10 @@ class TensorBoardSink:
     def record_evaluation(self, line: Mapping[str, Any]) -> None:
         """Write the loss of an evaluation line, under its path length."""
         self._add(evaluation_scalars(line), line["step"])
+
+    def record_tasks(self, line: Mapping[str, Any]) -> None:
+        """Write the scores of a line of downstream tasks."""
+        self._add(task_scalars(line), line["step"])
 
     def rewind(self, step: int) -> None:
         """Purge the events after a 1-based step."""

@@ -11,19 +11,21 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.config.sections import LogSection, MlflowSection, WandbSection
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, training_scalars
+from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
 
 TRACKING = "tracking_{}.json"
 """A file for each package: their threads write at the same time."""
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0  # between two attempts
 _CLOSE_SECONDS = 20.0
+_LATE_STEP = "tasks/step"
 
 
 class Tracker(Protocol):
@@ -39,9 +41,20 @@ class Tracker(Protocol):
         """Record numbers of a 1-based step."""
         ...
 
+    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
+        """Record numbers of a step that later ones were recorded after."""
+        ...
+
     def finish(self) -> None:
         """End the run there."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    scalars: dict[str, float]
+    step: int
+    is_late: bool
 
 
 class TrackerSink:
@@ -51,7 +64,7 @@ class TrackerSink:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._waiting: deque[tuple[dict[str, float], int]] = deque()
+        self._waiting: deque[_Record] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
         self.failure: str | None = None
@@ -66,10 +79,14 @@ class TrackerSink:
         """Take an evaluation's line."""
         self._add(evaluation_scalars(line), line["step"])
 
+    def record_tasks(self, line: Mapping[str, Any]) -> None:
+        """Take a line of scores."""
+        self._add(task_scalars(line), line["step"], is_late=True)
+
     def rewind(self, step: int) -> None:
         """Drop what waits of later steps; what the server has stays there."""
         with self._changed:
-            kept = [record for record in self._waiting if record[1] <= step]
+            kept = [record for record in self._waiting if record.step <= step]
             self._waiting.clear()
             self._waiting.extend(kept)
 
@@ -85,9 +102,9 @@ class TrackerSink:
         if self._thread.is_alive() and self.failure is None:
             self.failure = f"{self._tracker.name}: no answer within {_CLOSE_SECONDS:g} s"
 
-    def _add(self, scalars: dict[str, float], step: int) -> None:
+    def _add(self, scalars: dict[str, float], step: int, is_late: bool = False) -> None:
         with self._changed:
-            self._waiting.append((scalars, step))
+            self._waiting.append(_Record(scalars, step, is_late))
             self._changed.notify()
 
     def _serve(self) -> None:
@@ -97,7 +114,8 @@ class TrackerSink:
                 if not is_connected:
                     self._tracker.connect()
                     is_connected = True
-                self._tracker.log(*record)
+                log = self._tracker.log_late if record.is_late else self._tracker.log
+                log(record.scalars, record.step)
             except Exception as error:  # a client's library may raise anything, and training does not depend on it
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 self.failure = f"{self._tracker.name}: {lines[0]}"
@@ -113,7 +131,7 @@ class TrackerSink:
             with contextlib.suppress(Exception):
                 self._tracker.finish()
 
-    def _next(self) -> tuple[dict[str, float], int] | None:
+    def _next(self) -> _Record | None:
         """Wait for a record and return it; None when there is no more to come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
@@ -154,10 +172,15 @@ class WandbTracker:
             dir=str(self._folder),
             **optional,
         )
+        self._run.define_metric("tasks/*", step_metric=_LATE_STEP)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Record numbers of a step; the server ignores steps before the last that it has."""
         self._run.log(dict(scalars), step=step)
+
+    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
+        """Record numbers over an axis of their own: at an earlier step they would be ignored."""
+        self._run.log({**scalars, _LATE_STEP: step}, commit=False)  # at the step that it is at
 
     def finish(self) -> None:
         """Wait for the upload, and end."""
@@ -189,6 +212,10 @@ class MlflowTracker:
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Record numbers of a step."""
         self._mlflow.log_metrics(dict(scalars), step=step)
+
+    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
+        """Record numbers of a step: the order does not matter there."""
+        self.log(scalars, step)
 
     def finish(self) -> None:
         """End the run."""

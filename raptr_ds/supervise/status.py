@@ -12,7 +12,7 @@ from typing import Any
 
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.runtime.events import read_events
-from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics
+from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics, task_words
 from raptr_ds.supervise.record import complete_checkpoints
 from raptr_ds.user_paths import is_file, is_folder
 
@@ -43,7 +43,8 @@ class RunStatus:
     all training lines. tokens_per_second, mfu, step_seconds: medians of the last 100 steps. seconds_left: at that
     speed, without evaluations. flops_saved: share of the full model's FLOPs not executed, up to the last checkpoint.
     checkpoint_age: in seconds. failed_saves: since the last start. slowest_rank: (rank, its seconds of own work in a
-    step, the median of the ranks it is compared with). starts: since the run began.
+    step, the median of the ranks it is compared with). tasks: the newest export that was scored, its step and scores.
+    starts: since the run began.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class RunStatus:
     num_layers: int | None
     losses: list[float | None] = field(repr=False)
     evaluation: tuple[int, float] | None
+    tasks: tuple[int, dict[str, dict[str, float | None]]] | None
     tokens_per_second: float | None
     step_seconds: float | None
     mfu: float | None
@@ -106,6 +108,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
         num_layers=num_layers,
         losses=[line["loss"] for line in lines],
         evaluation=_last_evaluation(metrics, num_layers),
+        tasks=max(metrics.tasks.items(), key=lambda item: item[0], default=None),
         tokens_per_second=_median(line.get("tokens_per_second") for line in recent),
         step_seconds=step_seconds,
         mfu=_median(line.get("mfu") for line in recent),
@@ -134,6 +137,8 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
         lines.append(f"loss         {sparkline(known)}  {known[0]:.4g} to {_mean(known[-_RECENT_STEPS:]):.4g}")
     if status.evaluation is not None:
         lines.append(f"held-out     {status.evaluation[1]:.4f} after step {status.evaluation[0]:,}")
+    if status.tasks is not None:
+        lines.append(f"tasks        {task_words(status.tasks[1])} after step {status.tasks[0]:,}")
     if status.step_seconds is not None and status.tokens_per_second is not None:
         mfu = "" if status.mfu is None else f", {status.mfu:.1%} of the peak"
         lines.append(f"speed        {status.tokens_per_second:,.0f} tokens/s, {status.step_seconds:.3g} s a step{mfu}")

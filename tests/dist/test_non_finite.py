@@ -23,6 +23,7 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.pretrain import train
 from raptr_ds.runtime.events import EventLog
+from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
@@ -221,6 +222,9 @@ def open_loop(
     config: RunConfig = load_run_config(run_file(case, folder / f"rank-{launch.rank}", settings), (), launch.world_size)
     engine, method, model = build_engine(case, groups), path_method(case), model_of(case)
     batches = PoisonedBatches(case, groups, engine, bad, rank=1)
+    checkpoints = Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep)
+    metrics = Metrics(folder if groups.rank == 0 else None, num_steps=case.steps)
+    events = EventLog(folder if groups.rank == 0 else None)
     session = Session(
         config=replace(config, model=model),
         groups=groups,
@@ -237,14 +241,15 @@ def open_loop(
             NUM_REPORTED,
         ),
         ranks=Ranks(groups.topology, ["here"] * groups.topology.world_size, groups.device, 1),
-        checkpoints=Checkpoints(folder / "checkpoints", groups, config.checkpoint.keep),
-        metrics=Metrics(folder if groups.rank == 0 else None, num_steps=case.steps),
+        checkpoints=checkpoints,
+        exports=Exports(config, folder if groups.rank == 0 else None, checkpoints, metrics, events),
+        metrics=metrics,
         signals=StopSignals(watch_launcher=False),
         watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
         non_finite=NonFinitePolicy(
             config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
         ),
-        events=EventLog(folder if groups.rank == 0 else None),
+        events=events,
         state=RunState(),
         recorded={OPTIMIZER: config.optimizer["type"]},
     )

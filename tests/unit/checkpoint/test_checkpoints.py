@@ -312,3 +312,13 @@ def test_a_crash_at_any_moment_leaves_a_good_one(
         operation += 1
     assert restored == {2, *steps}
     assert operation > 8
+
+
+def test_a_held_checkpoint_stays_until_it_is_released(run):
+    run.checkpoints.held.add(2)
+    run.save(1, 2, 3, 4, 5)
+    assert run.steps() == ["5", "4", "2"]
+    run.checkpoints.release(2)
+    assert run.steps() == ["5", "4"]
+    run.checkpoints.release(5)  # one of the newest
+    assert run.steps() == ["5", "4"]

@@ -4,6 +4,7 @@ import pytest
 
 from raptr_ds.config.rules import RULES
 from raptr_ds.errors import ConfigError
+from tests.unit.config.export_rules import EXPORT_RULES
 
 P, M, R, T = "raptr_ds.path.", "raptr_ds.model.", "raptr_ds.parallel.", "raptr_ds.train."
 SPAN = '"name":"a","kind":"span"'
@@ -12,6 +13,7 @@ SCHEDULE_LR = "scheduler.type=WarmupLR scheduler.params."
 
 # rule name: [(world size, overrides that break it, what the message must say, overrides that pass)]
 CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
+    **EXPORT_RULES,
     "heads_divide_hidden": [
         (1, f"{M}hidden_size=50", ["hidden_size=50", "num_attention_heads=4", "Set hidden_size to 52", "to 2"], ""),
     ],

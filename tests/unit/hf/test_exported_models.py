@@ -59,7 +59,7 @@ def batch_of(stage: Stage) -> MicroBatch:
     return collate(samples, range(3), model.seq_length, pad_id=0)
 
 
-def log_probabilities(stage: Stage, batch: MicroBatch) -> torch.Tensor:
+def log_probabilities(stage: Stage, batch: MicroBatch, num_layers: int = 2) -> torch.Tensor:
     """Return (positions, vocabulary), asked for as the loss of every target at every position."""
     vocab_size = stage.model.vocab_size
     every = replace(
@@ -68,7 +68,7 @@ def log_probabilities(stage: Stage, batch: MicroBatch) -> torch.Tensor:
         targets=torch.arange(vocab_size).repeat(batch.num_predictions),
     )
     with torch.no_grad():
-        return -stage(batch.tokens, every, LayerPath.full(2), None).view(-1, vocab_size)
+        return -stage(batch.tokens, every, LayerPath.full(num_layers), None).view(-1, vocab_size)
 
 
 def in_bf16(stage: Stage) -> Stage:

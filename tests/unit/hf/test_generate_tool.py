@@ -72,6 +72,25 @@ def test_modes_and_seeds(run: Path, tool: Tool) -> None:
 
 
 @ONLY_BPE
+@pytest.mark.parametrize("options", [(), ("--infill",)], ids=["continue", "infill"])
+def test_causal_is_what_transformers_generates(run: Path, exported: Path, options: tuple[str, ...], tool: Tool) -> None:
+    """Its own generate() sees the prompt from left to right."""
+    text = HOLES if options else PROMPT
+    done = tool("generate.py", run, text, "--causal", "--max-new-tokens", 12, *options)
+    assert done.code == 0, done.error
+    assert done.printed != tool("generate.py", run, text, "--max-new-tokens", 12, *options).printed
+    loaded = load_prefix_model(exported)
+    sentinels = sentinel_ids(loaded.tokenizer)
+    tokens = prompt_tokens(loaded.tokenizer, text, "[NLU]" if options else "[S2S]")
+    start = [*tokens, sentinels[0]] if options else tokens
+    answer = loaded.model.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False)[0, len(start) :].tolist()
+    if loaded.tokenizer.eos_token_id in answer:
+        answer = answer[: answer.index(loaded.tokenizer.eos_token_id)]
+    whole = filled(tokens, answer, sentinels, is_complete=True) if options else [*tokens, *answer]
+    assert ("" if options else text) + done.printed == loaded.tokenizer.decode(whole[1:]) + "\n"
+
+
+@ONLY_BPE
 def test_infilling_prints_the_filled_text(run: Path, exported: Path, tokenizer: Tokenizer, tool: Tool) -> None:
     done = tool("generate.py", run, HOLES, "--infill", "--max-new-tokens", 12)
     assert done.code == 0, done.error

@@ -1,6 +1,7 @@
 """Folders of transformers as checkpoints: ours there and back bit for bit, foreign ones with the same logits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
+from raptr_ds.errors import CheckpointError
 from raptr_ds.hf.model import to_hugging_face
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
+from raptr_ds.runtime.identity import IDENTITY, Identity, changes_since
 from raptr_ds.runtime.session import OPTIMIZER
 from raptr_ds.runtime.state import RunState
 from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
@@ -89,6 +92,27 @@ def test_foreign_models_compute_the_same_once_they_are_ours(tmp_path: Path, name
     assert trained.step == 0
     assert trained.run_state[OPTIMIZER] == "Adam"
     assert RunState.from_dict(trained.run_state, 8) == RunState()
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
+def test_the_tokenizer_is_recorded_and_another_one_refused(
+    tmp_path: Path, tokenizer: Tokenizer, export: Tool, import_hf: Tool
+) -> None:
+    with lone_process_groups() as groups:
+        run_folder(tmp_path / "run", groups, model_of("ul2", tokenizer.vocab_size), tokenizer)
+    assert export(tmp_path / "run", tmp_path / "exported").code == 0
+    done = import_hf(tmp_path / "exported", tmp_path / "imported")
+    assert f"tools/prepare_data.py --tokenizer {tmp_path / 'exported' / 'tokenizer.model'}" in done.printed
+    trained = load_trained_model(tmp_path / "imported")
+    here = Identity(tokenizer.digest, "a corpus", {"train_batch_size": 8})
+    assert changes_since(trained.run_state, here, trained.folder).lines == []
+    with pytest.raises(CheckpointError, match=f"another tokenizer .digest {tokenizer.digest}"):
+        changes_since(trained.run_state, replace(here, tokenizer="0123"), trained.folder)
+    (tmp_path / "exported" / "tokenizer.model").write_bytes(b"of another project")
+    done = import_hf(tmp_path / "exported", tmp_path / "foreign")
+    assert done.code == 0
+    assert "none is recorded" in done.printed
+    assert IDENTITY not in load_trained_model(tmp_path / "foreign").run_state
 
 
 def test_a_run_begins_from_an_import(tmp_path: Path, import_hf: Tool) -> None:

@@ -27,6 +27,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_scores_on_tasks_are_curves_by_task_and_metric(folder):
+    assert load_curves(folder).tasks == ()
+    scores = {4: {"boolq": {"shots": 0, "acc": 0.5, "acc_stderr": 0.1}, "copa": {"acc": None}}}
+    scores[2] = {"boolq": {"shots": 0, "acc": 0.25, "acc_stderr": None}}
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"step": step, "tasks": tasks}) + "\n" for step, tasks in scores.items())
+    (curve,) = load_curves(folder).tasks
+    assert (curve.task, curve.metric) == ("boolq", "acc")
+    assert (curve.step.tolist(), curve.score.tolist()) == ([2, 4], [0.25, 0.5])
+    assert np.isnan(curve.errors[0])
+    assert curve.errors[1] == 0.1
+
+
 def test_columns(folder):
     curves = load_curves(folder)
     assert curves.num_layers == 4

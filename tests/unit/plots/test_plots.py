@@ -53,6 +53,16 @@ def test_a_run_becomes_a_picture_in_its_folder(tmp_path, num_steps):
     assert (width, height) == (1680, round((5.6 + 3.0) * 120))
 
 
+def test_scores_on_tasks_have_a_panel_for_each_metric(tmp_path):
+    run = write_run(tmp_path / "run", 60, method="full")
+    scores = {"boolq": {"acc": 0.5, "acc_stderr": 0.02, "bits": 3.0}, "copa": {"acc": 0.6, "f1": 0.2}}
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"step": step, "tasks": scores}) + "\n" for step in (20, 40))
+    result = plot(run)
+    assert result.returncode == 0, result.stderr
+    assert png_size(run / "plot.png") == (1680, round((5.6 + 3.0 + 2 * 4.0) * 120))  # three metrics, two in a row
+
+
 def test_several_runs_become_one_picture(tmp_path):
     raptr = write_run(tmp_path / "raptr", 120, method="raptr", schedule="6-8-10-12", sampling="bernoulli")
     full = write_run(tmp_path / "full", 120, method="full")

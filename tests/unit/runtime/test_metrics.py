@@ -11,6 +11,7 @@ import torch
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.path import Parts
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
+from raptr_ds.runtime.metrics_file import read_metrics
 from raptr_ds.runtime.progress import PlainProgress
 from raptr_ds.runtime.tensorboard_sink import open_tensorboard
 
@@ -97,6 +98,19 @@ def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_pa
             if step == 4:
                 metrics.record_evaluation(step, 1.0, 6)
     assert [line["step"] for line in lines_of(tmp_path)] == [3, 4, 6, 8]
+
+
+def test_scores_on_tasks(tmp_path, events):
+    output, sink = io.StringIO(), open_tensorboard(tmp_path, 0)
+    scores = {"boolq": {"shots": 5, "acc": 0.625, "acc_stderr": 0.0123, "f1": None}, "copa": {"bits": 2.0}}
+    with Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output)) as metrics:
+        metrics.record_step(training_step(8))
+        metrics.record_tasks(4, scores)
+    assert lines_of(tmp_path)[1] == {"step": 4, "tasks": scores}
+    assert read_metrics(tmp_path / "metrics.jsonl").tasks == {4: scores}
+    assert "tasks after step 4: boolq acc 0.625 \u00b1 0.012; copa bits 2\n" in output.getvalue()
+    assert events(tmp_path)["tasks/boolq/acc"] == [(4, 0.625)]
+    assert "tasks/boolq/shots" not in events(tmp_path)
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch):

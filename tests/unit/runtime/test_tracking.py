@@ -95,6 +95,21 @@ def run_id(kind: str, server: Server) -> str:
 
 
 @BOTH
+def test_scores_of_an_earlier_step_are_not_lost(kind: str, server: Server, tmp_path: Path) -> None:
+    sink = sink_of(kind, tmp_path)
+    sink.record_training(line(9))
+    scores = {"boolq": {"shots": 0, "acc": 0.5, "acc_stderr": 0.1, "f1": None}}
+    sink.record_tasks({"step": 4, "tasks": scores})
+    sink.close()
+    values = {"tasks/boolq/acc": 0.5, "tasks/boolq/acc_stderr": 0.1}
+    if kind == "mlflow":
+        assert server.of("log")[1:] == [(4, values)]
+    else:  # which would ignore step 4
+        assert server.of("log_more") == [{**values, "tasks/step": 4}]
+        assert server.of("define_metric") == [("tasks/*", "tasks/step")]
+
+
+@BOTH
 def test_a_resume_continues_the_same_run_and_a_new_run_does_not(kind: str, server: Server, tmp_path: Path) -> None:
     ids = []
     for resume_step in (0, 5, 7, 0, 3):

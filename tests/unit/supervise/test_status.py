@@ -43,6 +43,8 @@ def running(tmp_path: Path) -> Path:
     lines = [training(step) for step in range(1, 201)]
     lines[-1] |= {"slowest_rank": 3, "slowest_rank_seconds": 0.4, "median_rank_seconds": 0.2}
     lines += [{"step": 100, "eval_loss": 7.25, "path_length": 4}, {"step": 200, "eval_loss": 9.0, "path_length": 2}]
+    boolq = {"shots": 0, "acc": 0.625, "acc_stderr": 0.0123, "bits": 2.0, "bits_stderr": None}
+    lines += [{"step": 150, "tasks": {"boolq": boolq}}, {"step": 100, "tasks": {"boolq": {"acc": 0.5}}}]
     events = [
         {"event": "start", "step": 0},
         {"event": "checkpoint_failed", "step": 90, "error": "no room"},
@@ -72,6 +74,7 @@ def test_a_running_run(running: Path) -> None:
         "step         200 of 400 (50.0%), phase 1, path 3/4; started 2 times",
         "7.99 to 6.495",
         "held-out     7.2500 after step 100",
+        "tasks        boolq acc 0.625 \u00b1 0.012, bits 2 after step 150",
         "speed        1,000 tokens/s, 0.5 s a step",
         "slowest      rank 3: 0.4 s of own work in a step, the median is 0.2 s",
         "saved        25.0%",
