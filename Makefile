@@ -1,5 +1,6 @@
 # The commands of the README, and what contributors run. Each sets up what it needs and reuses what is there.
 #   make quickstart   environment, embedded corpus, a small BERT by random paths, its evaluation and a plot
+#   make compare      the same BERT by random paths and trained the standard way, at equal FLOPs, and a plot of both
 #   make test         environment, system packages, make check, all tests
 #   make test-gpu     environment, the tests that need a GPU (tests/gpu/README.md)
 #
@@ -10,6 +11,7 @@ VENV ?= .venv
 RUN ?= bert_quickstart
 PROCESSES ?= 2
 DATA ?= data/docs
+VOCAB_SIZE ?= 1024
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 SOAK_ARGS ?=
@@ -23,19 +25,24 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
+.PHONY: help quickstart compare test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,8p' Makefile
 
 quickstart: environment data
 	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} deepspeed --num_accelerators $(PROCESSES) \
 		raptr_ds/pretrain.py --deepspeed_config deepspeed_configs/$(RUN).json
 	$(inside) python tools/plot_run.py runs/$(RUN)
 
+compare: environment data
+	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} python tools/experiment.py experiments/quickstart_twins.json
+	$(inside) python tools/plot_run.py runs/quickstart_twins/runs/standard/seed-1 runs/quickstart_twins/runs/raptr/seed-1 \
+		--output runs/quickstart_twins/comparison.png
+
 .PHONY: data
 data: environment
-	$(inside) python tools/prepare_data.py --embedded --output $(DATA)
+	$(inside) python tools/prepare_data.py --embedded --vocab-size $(VOCAB_SIZE) --output $(DATA)
 
 # The tests start some hundred processes: compiled before, each saves half a second, whatever the environment says.
 test: environment-dev system-packages check

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.plots.curves import load_curves
+from raptr_ds.plots.curves import load_all_curves
 from raptr_ds.plots.runs import plot_runs
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     output = arguments.output or arguments.runs[0] / name
-    plot_runs([load_curves(folder) for folder in arguments.runs], output)
+    plot_runs(load_all_curves(arguments.runs), output)
     print(f"wrote {output}")
 
 

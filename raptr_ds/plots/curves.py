@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,17 @@ def load_curves(folder: Path) -> Curves:
     if not metrics.training:
         raise DataError(f"{file} has no training line yet. Wait for the run's first step.")
     return curves_of(folder, metrics)
+
+
+def load_all_curves(folders: Sequence[Path]) -> list[Curves]:
+    """Read the metrics of several runs, each named by the last part of its folder that the others do not share.
+
+    Raises: as load_curves.
+    """
+    parts = [folder.resolve().parts[::-1] for folder in folders]
+    names = next((level for level in zip(*parts, strict=False) if len(set(level)) == len(folders)), None)
+    curves = [load_curves(folder) for folder in folders]
+    return curves if names is None else [replace(one, name=name) for one, name in zip(curves, names, strict=True)]
 
 
 def curves_of(folder: Path, metrics: RunMetrics) -> Curves:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raptr_ds.errors import DataError
-from raptr_ds.plots.curves import load_curves, smooth
+from raptr_ds.plots.curves import load_all_curves, load_curves, smooth
 
 PATHS = [[0, 3], [0, 2, 3], [0, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
@@ -38,6 +38,23 @@ def test_scores_on_tasks_are_curves_by_task_and_metric(folder):
     assert (curve.step.tolist(), curve.score.tolist()) == ([2, 4], [0.25, 0.5])
     assert np.isnan(curve.errors[0])
     assert curve.errors[1] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["standard/seed-1", "raptr/seed-1"], ["standard", "raptr"]),
+        (["x/standard/seed-1", "y/standard/seed-1"], ["x", "y"]),
+        (["x/a/1", "x/b/2"], ["1", "2"]),
+        (["a", "a"], ["a", "a"]),
+    ],
+)
+def test_several_runs_are_named_by_what_differs(tmp_path, folders, names):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(training_line(1)) + "\n")
+    assert [curves.name for curves in load_all_curves([tmp_path / name for name in folders])] == names
 
 
 def test_columns(folder):
