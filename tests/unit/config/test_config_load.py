@@ -170,11 +170,7 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
         ("path.method=full", ["it belongs in raptr_ds: raptr_ds.path"]),
         (
             f"{P}method=stack",
-            [
-                "'stack'",
-                "full, raptr, pld, constant, layerdrop, layer_dropout, stacking, width",
-                "you mean 'stacking'?",
-            ],
+            ["'stack'", "full, raptr, pld, constant, layerdrop, layer_dropout, stacking", "did you mean 'stacking'?"],
         ),
         ('raptr_ds.path={"method": "layerdrop", "layerdrop": 1}', ["raptr_ds.path.layerdrop=1", "less than 1"]),
         (
