@@ -163,3 +163,26 @@ def releases_follow_the_order(launch: Launch) -> tuple[set[int], set[int]]:
         setattr(coordinator, private + "submodule_order", order)
         answers.append(getattr(coordinator, private + "params_to_release")(layer, 1))
     return answers[0], answers[1]
+
+
+class _Reader(nn.Module):
+    """A layer that reads the weight of a module in it, without calling that module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+def readers_that_zero_3_knows(launch: Launch, paths: tuple[tuple[int, ...], ...]) -> list[bool]:
+    """Return of which layers ZeRO 3 knows, after steps along these paths, that they read another module's weight."""
+    start(launch)
+    model = Chain(3)
+    model.layers = nn.ModuleList([_Reader() for _ in range(3)])
+    engine = initialize(model, 3, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0})
+    for path in paths:
+        engine.backward(engine(torch.ones(1, 8), path))
+        engine.step()
+    return [bool(dict(layer.ds_external_parameters())) for layer in engine.module.layers]

@@ -21,6 +21,7 @@ from tests.upstream.reproductions import (
     learning_rates_of_warmup,
     linear_is_replaced_by_zero_3,
     moves_of_a_skipped_layer,
+    readers_that_zero_3_knows,
     releases_follow_the_order,
     restarts_of_the_trace,
     sequence_parallelism_fails,
@@ -125,6 +126,12 @@ def test_zero_3_decides_releases_by_an_order_that_is_gone() -> None:
     ends, returns = run_distributed(releases_follow_the_order, 1)[0]
     assert ends
     assert returns == ends  # right would be nothing: the weights are needed again at once
+
+
+def test_zero_3_learns_that_a_layer_reads_anothers_weight_when_it_first_does() -> None:
+    """Fixed: PathCoordinator.read_in_parts can go."""
+    assert run_distributed(readers_that_zero_3_knows, 1, ((0, 1),))[0] == [True, True, False]
+    assert run_distributed(readers_that_zero_3_knows, 1, ((0, 1), (0, 2)))[0] == [True, True, True]
 
 
 def loads(code: str, module: str = "torch._inductor.compile_fx") -> bool:
