@@ -79,7 +79,7 @@ environment:
 environment-dev:
 	@tools/make_environment.sh $(VENV) requirements-dev.txt
 
-# Slurm, MPI: tests that need what cannot be installed here say so and are skipped.
+# Slurm, MPI, a browser: tests that need what cannot be installed here say so and are skipped.
 system-packages:
 	@tools/install_system_packages.sh || echo "system packages are missing: the tests that need them will be skipped"
 

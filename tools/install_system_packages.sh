@@ -1,5 +1,5 @@
 #!/bin/bash
-# Install what some tests need and pip cannot bring: a Slurm to start on this machine, and mpirun.
+# Install what some tests need and pip cannot bring: a Slurm to start on this machine, mpirun, and a browser.
 #
 #   tools/install_system_packages.sh
 #
@@ -11,8 +11,8 @@ set -u
 
 # Which package brings which command. The tests start daemons of their own and use no system service
 # (tests/slurm/lab.py); Debian starts the installed Slurm's only once there is an /etc/slurm/slurm.conf.
-packages=(slurmctld slurmd slurm-client munge openmpi-bin)
-commands=(slurmctld slurmd srun munged mpirun)
+packages=(slurmctld slurmd slurm-client munge openmpi-bin chromium chromium-driver)
+commands=(slurmctld slurmd srun munged mpirun chromium chromedriver)
 
 say() {
     echo "install_system_packages: $*"
