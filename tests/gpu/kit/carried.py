@@ -24,7 +24,8 @@ _MIB = 1 << 20
 # Of the device's Python, where it differs from the one that runs this.
 _TARGET = {"python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux", "extra": ""}
 _BESIDE_TRAINING = ("transformers>=5,<6", "pytest")  # tools/bench.py's other stack, and the tests
-_OPTIONAL = {"datasets"}  # imported where it is asked for, which is not on a GPU machine
+# Imported where they are asked for, which is not on a GPU machine.
+_OPTIONAL = {"datasets", "lm-eval", "accelerate", "scikit-learn", "evaluate"}
 
 
 def requirements_of_repository() -> list[Requirement]:
