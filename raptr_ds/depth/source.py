@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def open_model(where: Path, tokenizer: str | None = None) -> ModelSource:
     if not is_folder(where):
         raise ConfigError(f"{where}: there is no such folder. Name a run, a checkpoint or an exported model.")
     return _of_exported(where, tokenizer) if exported_kind(where) else source_of(load_model(where), tokenizer, where)
+
+
+def labelled(sources: Sequence[ModelSource], paths: Sequence[Path]) -> list[ModelSource]:
+    """Return models whose labels differ: where some share one, those have the paths that the user gave."""
+    counts = Counter(source.label for source in sources)
+    return [
+        source if counts[source.label] == 1 else replace(source, label=str(path))
+        for source, path in zip(sources, paths, strict=True)
+    ]
 
 
 def source_of(trained: TrainedModel, tokenizer: str | None, where: Path) -> ModelSource:

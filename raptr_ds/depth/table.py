@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.depth.held_out import HeldOut
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.source import ModelSource
-from raptr_ds.errors import DataError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.user_paths import is_file, write_error
 
 TABLE = "depth.json"
@@ -47,7 +48,7 @@ class DepthTable:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise write_error(file, error, "Name another folder with --output.") from error
+            raise write_error(file, error, "Give your user permission to write there.") from error
 
 
 def read_table(file: Path, source: ModelSource) -> DepthTable | None:
@@ -79,3 +80,20 @@ def read_table(file: Path, source: ModelSource) -> DepthTable | None:
     if depths != list(range(source.num_layers, 0, -1)) or not all(set(row.layers) <= set(whole) for row in table.rows):
         raise DataError(f"{file} is no table of all depths of {source.num_layers} layers. Remove it.")
     return replace(table, label=source.label)
+
+
+def check_comparable(sources: Sequence[ModelSource], texts: Sequence[HeldOut]) -> None:
+    """Check that losses of several models are of the same predictions. Raises: ConfigError if one's are not."""
+    for source, held_out in zip(sources[1:], texts[1:], strict=True):
+        first, text = sources[0], texts[0]
+        for what, one, other in (
+            ("architectures", first.trained.model.architecture, source.trained.model.architecture),
+            ("tokenizers", first.tokenizer.digest, source.tokenizer.digest),
+            ("sequence lengths", first.trained.model.seq_length, source.trained.model.seq_length),
+            ("held-out text", text.to_dict(), held_out.to_dict()),
+        ):
+            if one != other:
+                raise ConfigError(
+                    f"{first.label} and {source.label} have different {what} ({one} and {other}): their losses do not "
+                    "compare. Give both the same text with --data FOLDER, or draw them one by one."
+                )
