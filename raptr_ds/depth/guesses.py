@@ -1,4 +1,4 @@
-"""What a model fills in, along any path, and how sure it is: masked words of BERT, missing and following ones of UL2."""
+"""What a model fills in along any path, and how sure it is: masked words of BERT, missing or following ones of UL2."""
 
 from __future__ import annotations
 

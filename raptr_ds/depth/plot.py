@@ -1,4 +1,4 @@
-"""The picture of depth tables: held-out loss by depth, layers removed and layers left early, for one model or several."""
+"""The picture of depth tables: held-out loss by depth, by layers removed and by leaving early, for some models."""
 
 from __future__ import annotations
 

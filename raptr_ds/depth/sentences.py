@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +72,12 @@ def token_texts(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
 
 
 def words_of(tokenizer: Tokenizer, tokens: np.ndarray) -> list[range]:
-    """Return the places of each word's tokens; special tokens and newlines belong to none."""
+    """Return the places of each word's tokens; punctuation is a word of its own, special tokens and newlines none."""
     words: list[range] = []
     is_text = ~tokenizer.is_special[tokens] & (tokens != tokenizer.newline_id)
-    for place, begins in zip(count(), tokenizer.starts_word[tokens]):
-        if not is_text[place]:
-            continue
+    has_letters = [any(map(str.isalnum, piece)) for piece in tokenizer.pieces(tokens)]
+    for place in np.flatnonzero(is_text).tolist():
+        begins = tokenizer.starts_word[tokens[place]] or has_letters[place] != has_letters[place - 1]
         if words and not begins and words[-1].stop == place:
             words[-1] = range(words[-1].start, place + 1)
         else:

@@ -46,7 +46,7 @@ class ModelSource:
         digest = hashlib.blake2b(digest_size=16)
         for name, weight in sorted(self.trained.weights.items()):
             digest.update(name.encode())
-            digest.update(weight.numpy())
+            digest.update(weight.numpy().data)
         return digest.hexdigest()
 
     def path(self, layers: tuple[int, ...]) -> LayerPath:

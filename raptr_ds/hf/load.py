@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from raptr_ds.checkpoint.weights import TrainedModel
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import to_hugging_face
 from raptr_ds.hf.source import exported_kind, load_model, load_tokenizer, read_run_data, tokenizer_beside
@@ -103,6 +105,11 @@ def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
         raise ConfigError(
             f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
         )
+    return prefix_model_of(trained, tokenizer)
+
+
+def prefix_model_of(trained: TrainedModel, tokenizer: Tokenizer) -> PrefixModel:
+    """Return a UL2 model that has been loaded as the one to generate with, on the CPU."""
     model = to_hugging_face(trained.model, trained.weights, tokenizer)
     assert isinstance(model, LlamaForCausalLM)
     return PrefixModel(model, tokenizer_beside(trained, tokenizer))
