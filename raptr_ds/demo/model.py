@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+
 from raptr_ds.config.sections import Denoiser, ObjectiveSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.data.denoisers import denoisers_of

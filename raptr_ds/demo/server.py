@@ -27,7 +27,7 @@ _PAGE = Path(__file__).with_name("page.html")
 _NONCE = "{nonce}"
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A request that is not answered, and why."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
@@ -100,9 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check_sender()
             if self.path not in known:
-                raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+                raise _RefusedError(HTTPStatus.NOT_FOUND, "there is nothing here")
             known[self.path]()
-        except _Refused as refused:
+        except _RefusedError as refused:
             self._json({"error": str(refused)}, refused.status)
         except RaptrError as error:
             self._json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
@@ -113,9 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Refuse other sites' pages: by name, if theirs leads here (DNS rebinding), or by where they say they are."""
         host = self.headers.get("Host", "")
         if host.rpartition(":")[0] not in _NAMES and host not in _NAMES:
-            raise _Refused(HTTPStatus.FORBIDDEN, f"open the page as {self.server.url}")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, f"open the page as {self.server.url}")
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise _Refused(HTTPStatus.FORBIDDEN, "another site asks")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "another site asks")
 
     def _page(self) -> None:
         nonce = secrets.token_urlsafe(16)
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self._asked()
         hidden = asked.get("hidden", [])
         if not isinstance(hidden, list) or not all(type(number) is int for number in hidden):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "hidden: give a list of whole numbers")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "hidden: give a list of whole numbers")
         with self.server.turn:
             words = self._model.fill(_text(asked), hidden, _number(asked, "depth", int))
         self._json({"words": words})
@@ -163,20 +163,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"end": end}).encode() + b"\n")
 
     def _asked(self) -> dict[str, Any]:
-        """Return the request's body. Raises: _Refused unless it is JSON, an object, and not too large."""
+        """Return the request's body. Raises: _RefusedError unless it is JSON, an object, and not too large."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "the request does not have its length")
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "the request does not have its length")
         if int(length) > _MOST_BYTES:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the text is too long: {_MOST_BYTES:,} bytes at most")
+            why = f"the text is too long: {_MOST_BYTES:,} bytes at most"
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, why)
         if self.headers.get_content_type() != "application/json":  # which other sites' pages cannot send
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request is not JSON")
+            raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request is not JSON")
         try:
             asked = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from error
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from error
         if not isinstance(asked, dict):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "the request is not an object")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request is not an object")
         return asked
 
     def _json(self, content: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
@@ -204,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _text(asked: Mapping[str, Any]) -> str:
     text = asked.get("text")
     if not isinstance(text, str):
-        raise _Refused(HTTPStatus.BAD_REQUEST, "text: give a string")
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "text: give a string")
     return text
 
 
@@ -212,5 +213,5 @@ def _number(asked: Mapping[str, Any], key: str, kind: type, default: Any = None)
     value = asked.get(key, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or kind(value) != value:
-        raise _Refused(HTTPStatus.BAD_REQUEST, f"{key}: give a {'whole ' if kind is int else ''}number")
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{key}: give a {'whole ' if kind is int else ''}number")
     return kind(value)

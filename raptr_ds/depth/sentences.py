@@ -75,11 +75,16 @@ def words_of(tokenizer: Tokenizer, tokens: np.ndarray) -> list[range]:
     """Return the places of each word's tokens; punctuation is a word of its own, special tokens and newlines none."""
     words: list[range] = []
     is_text = ~tokenizer.is_special[tokens] & (tokens != tokenizer.newline_id)
-    has_letters = [any(map(str.isalnum, piece)) for piece in tokenizer.pieces(tokens)]
-    for place in np.flatnonzero(is_text).tolist():
-        begins = tokenizer.starts_word[tokens[place]] or has_letters[place] != has_letters[place - 1]
-        if words and not begins and words[-1].stop == place:
+    is_lettered: bool | None = None  # whether the word so far has letters or digits; None while it has no text
+    for place, text in enumerate(token_texts(tokenizer, tokens)):
+        if not is_text[place]:
+            continue
+        lettered = any(map(str.isalnum, text)) if text.strip() else None  # bytes wait for their character
+        follows = bool(words) and words[-1].stop == place and not tokenizer.starts_word[tokens[place]]
+        if follows and (lettered is None or is_lettered in (None, lettered)):
             words[-1] = range(words[-1].start, place + 1)
+            is_lettered = is_lettered if lettered is None else lettered
         else:
             words.append(range(place, place + 1))
+            is_lettered = lettered
     return words
