@@ -17,13 +17,19 @@ MakeRun = Callable[..., tuple[ModelSource, Stage]]
 
 
 def depth_run(
-    folder: Path, groups: ProcessGroups, tokenizer: Tokenizer, prepared: Path, kind: str, **settings: Any
+    folder: Path,
+    groups: ProcessGroups,
+    tokenizer: Tokenizer,
+    prepared: Path,
+    kind: str,
+    seq_length: int = 24,
+    **settings: Any,
 ) -> Stage:
     """Write a run of a small model whose layers all matter, on a prepared data folder; return the model.
 
     settings: objects of its run file's block, besides `data.path`.
     """
-    model = model_of(kind, tokenizer.vocab_size, num_layers=5, init_method_std=0.4)
+    model = model_of(kind, tokenizer.vocab_size, num_layers=5, init_method_std=0.4, seq_length=seq_length)
     folder.parent.mkdir(exist_ok=True, parents=True)
     stage = run_folder(folder, groups, model, tokenizer)
     block = {**settings, "data": {"path": str(prepared), **settings.get("data", {})}}

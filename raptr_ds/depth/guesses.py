@@ -127,17 +127,24 @@ def _mode(tokenizer: Tokenizer, denoiser: Denoiser) -> list[int]:
 def _likeliest(
     network: Network, path: LayerPath, prompt: Sequence[int], prefix_length: int, ends: set[int], room: int
 ) -> Guess:
-    """Return what follows a prompt up to one of `ends`, the likeliest token at each place; a full pass for each."""
+    """Return what follows a prompt up to one of `ends`, the likeliest token at each place; a full pass for each.
+
+    At least one token, as in pretraining, where no span is empty.
+    """
     tokens: list[int] = list(prompt)
     log_probabilities: list[float] = []
     while len(tokens) - len(prompt) < room:
         last = np.array([len(tokens) - 1])
         sample = Sample(np.array(tokens, np.int64), last, np.zeros(1, np.int64), prefix_length)
         logits = network.logits(collate([sample], [0], len(tokens), pad_id=0), path)[0]
-        value, token = logits.double().log_softmax(-1).max(-1)
-        log_probabilities.append(float(value))
-        if int(token) in ends:
+        every = logits.double().log_softmax(-1)
+        allowed = every.clone()
+        if not log_probabilities:
+            allowed[list(ends)] = -math.inf
+        token = int(allowed.argmax())
+        log_probabilities.append(float(every[token]))
+        if token in ends:
             break
-        tokens.append(int(token))
+        tokens.append(token)
     mean = sum(log_probabilities) / max(1, len(log_probabilities))
     return Guess(tuple(tokens[len(prompt) :]), math.exp(mean))

@@ -106,7 +106,8 @@ def test_ul2_fills_in_the_likeliest_tokens(make_run: MakeRun, kind: str) -> None
     tokens, logs = [*prompt, *begun], []
     for token in (*blank.guesses[0].tokens, None):
         every = log_probabilities(stage, tokens, len(tokens) - 1, prefix)
-        best = int(every.argmax())
+        allowed = every.index_fill(0, torch.tensor(sorted(ends)), -torch.inf) if not logs else every
+        best = int(allowed.argmax())
         if token is None and best not in ends:
             break  # it had no more room
         logs.append(float(every[best]))
