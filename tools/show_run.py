@@ -20,6 +20,7 @@ from raptr_ds.depth.network import open_network
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.showing import ShownSentence, shown_depths, shown_sentences
 from raptr_ds.depth.source import ModelSource, open_model
+from raptr_ds.errors import ConfigError
 
 SEQUENCES = 32
 NEWLINE = "\u21b5"
@@ -39,6 +40,8 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     arguments = parser.parse_args()
+    if arguments.sentences < 0:
+        raise ConfigError(f"--sentences {arguments.sentences}: give a number of sentences, at least 0.")
     source = open_model(arguments.run, arguments.tokenizer)
     held_out = read_held_out(source, arguments.data, arguments.sequences)
     console = Console(highlight=False)

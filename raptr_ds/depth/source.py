@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.checkpoint.weights import TrainedModel
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
@@ -26,14 +27,20 @@ class ModelSource:
     """A model to run at any depth.
 
     label: how tables and pictures name it. folder: of the run, or the exported folder: where its depth table lies.
-    settings: the `raptr_ds` block of its run file; empty where that is not known.
+    find_tokenizer: reads its tokenizer, or raises what `open_model` does. settings: the `raptr_ds` block of its run
+    file; empty where that is not known.
     """
 
     label: str
     folder: Path
     trained: TrainedModel
-    tokenizer: Tokenizer
+    find_tokenizer: Callable[[], Tokenizer]
     settings: Mapping[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.find_tokenizer()
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +77,10 @@ def open_model(where: Path, tokenizer: str | None = None) -> ModelSource:
     """
     if not is_folder(where):
         raise ConfigError(f"{where}: there is no such folder. Name a run, a checkpoint or an exported model.")
-    return _of_exported(where, tokenizer) if exported_kind(where) else source_of(load_model(where), tokenizer, where)
+    is_exported = exported_kind(where) is not None
+    source = _of_exported(where, tokenizer) if is_exported else source_of(load_model(where), tokenizer, where)
+    assert source.tokenizer.vocab_size == source.trained.model.vocab_size
+    return source
 
 
 def labelled(sources: Sequence[ModelSource], paths: Sequence[Path]) -> list[ModelSource]:
@@ -83,22 +93,25 @@ def labelled(sources: Sequence[ModelSource], paths: Sequence[Path]) -> list[Mode
 
 
 def source_of(trained: TrainedModel, tokenizer: str | None, where: Path) -> ModelSource:
-    """Return a run's or a checkpoint's model that has been loaded. where, tokenizer: as the user named them.
+    """Return a run's or a checkpoint's model that has been loaded. where, tokenizer: as the user named them."""
+    data = read_run_data(trained.folder, needed=False)
 
-    Raises: ConfigError or DataError if its tokenizer cannot be found or is another model's.
-    """
-    data = read_run_data(trained.folder, needed=tokenizer is None)
-    found = load_tokenizer(tokenizer, data, trained, is_needed=True)
-    if found is None:
-        raise ConfigError(
-            f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
-        )
+    def find_tokenizer() -> Tokenizer:
+        named = read_run_data(trained.folder, needed=tokenizer is None)
+        found = load_tokenizer(tokenizer, named, trained, is_needed=True)
+        if found is None:
+            raise ConfigError(
+                f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer "
+                "FILE."
+            )
+        return found
+
     recorded = (trained.run_state.get(IDENTITY) or {}).get("config") or (data.config if data else {})
     settings = recorded.get("raptr_ds")
     run = run_folder(trained.folder)
     is_one_of_many = where.resolve() == trained.folder.resolve()
     label = f"{run.resolve().name}, step {trained.step:,}" if is_one_of_many else run.resolve().name
-    return ModelSource(label, run, trained, found, settings if isinstance(settings, Mapping) else {})
+    return ModelSource(label, run, trained, find_tokenizer, settings if isinstance(settings, Mapping) else {})
 
 
 def _of_exported(where: Path, named: str | None) -> ModelSource:
@@ -110,6 +123,11 @@ def _of_exported(where: Path, named: str | None) -> ModelSource:
             "'.[transformers]', or name the run that it was exported from."
         ) from error
     _, model, weights = read_exported(where)
+    trained = TrainedModel(model, weights, 0, where)
+    return ModelSource(where.resolve().name, where, trained, lambda: _exported_tokenizer(where, named, model), {})
+
+
+def _exported_tokenizer(where: Path, named: str | None, model: ModelSection) -> Tokenizer:
     file = Path(named) if named else where / TOKENIZER
     if not named and not is_file(file):
         raise ConfigError(
@@ -122,4 +140,4 @@ def _of_exported(where: Path, named: str | None) -> ModelSource:
             f"the tokenizer {file} has {tokenizer.vocab_size:,} entries, the model in {where} {model.vocab_size:,}: it "
             "is another model's. Name the model's own with --tokenizer FILE."
         )
-    return ModelSource(where.resolve().name, where, TrainedModel(model, weights, 0, where), tokenizer, {})
+    return tokenizer

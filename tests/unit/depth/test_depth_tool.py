@@ -90,6 +90,14 @@ def test_a_table_of_other_weights_does_not_count(make_run: MakeRun) -> None:
             read_table(file, source)
 
 
+def test_a_table_that_cannot_be_kept_is_measured_nevertheless(make_run: MakeRun) -> None:
+    source, _ = make_run("bert")
+    inside_a_file = source.folder / "config.json" / "depth.json"
+    table, where = depth_table(source, read_held_out(source, num_sequences=4), inside_a_file)
+    assert len(table.rows) == 5
+    assert where.startswith("not kept: ")
+
+
 def test_mistakes(make_run: MakeRun, tool: Tool, tmp_path: Path) -> None:
     source, _ = make_run("bert")
     config = source.folder / "config.json"

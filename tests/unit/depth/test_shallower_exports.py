@@ -45,6 +45,17 @@ def test_the_exported_model_is_ours_along_the_path(make_run: MakeRun, tool: Tool
     assert ("scaled by 1.291" in card) is bool(settings)
 
 
+def test_weights_alone_need_no_tokenizer(make_run: MakeRun, tool: Tool) -> None:
+    source, _ = make_run("bert")
+    (source.folder / "config.json").write_text(json.dumps({"raptr_ds": {"data": {"path": "gone"}}}))
+    out = source.folder.parent / "out"
+    done = tool("export_hf.py", source.folder, out, "--layers", 3, "--tokenizer", "none")
+    assert done.code == 0, done.error
+    assert "layers 0, 2, 4 of 5" in done.printed
+    done = tool("export_hf.py", source.folder, out / "best", "--layers", "best:3", "--tokenizer", "none")
+    assert is_refused(done, "--tokenizer FILE")
+
+
 def test_best_layers_come_from_the_depth_table(make_run: MakeRun, tool: Tool) -> None:
     source, _ = make_run("bert")
     out = source.folder.parent
