@@ -1,5 +1,6 @@
 # The commands of the README, and what contributors run. Each sets up what it needs and reuses what is there.
-#   make quickstart   environment, embedded corpus, a small BERT by random paths, its evaluation and a plot
+#   make quickstart   environment, embedded corpus, a small BERT by random paths, its evaluation, a plot,
+#                     and what the model fills in
 #   make compare      the same BERT by random paths and trained the standard way, at equal FLOPs, and a plot of both
 #   make test         environment, system packages, make check, all tests
 #   make test-gpu     environment, the tests that need a GPU (tests/gpu/README.md)
@@ -28,12 +29,13 @@ threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 
 .PHONY: help quickstart compare test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,8p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,9p' Makefile
 
 quickstart: environment data
 	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} deepspeed --num_accelerators $(PROCESSES) \
 		raptr_ds/pretrain.py --deepspeed_config deepspeed_configs/$(RUN).json
 	$(inside) python tools/plot_run.py runs/$(RUN)
+	$(inside) python tools/show_run.py runs/$(RUN)
 
 compare: environment data
 	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} python tools/experiment.py experiments/quickstart_twins.json

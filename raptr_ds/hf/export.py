@@ -3,8 +3,8 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.hf.model import cast_parameters, to_hugging_face
 from raptr_ds.hf.model_card import RunNumbers, model_card
+from raptr_ds.hf.shallower import Kept, shallower
 from raptr_ds.hf.source import WITHOUT, RunData, load_model, load_tokenizer, read_run_data, run_folder, tokenizer_beside
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
+from raptr_ds.hf.twins import twin_of
 from raptr_ds.runtime.identity import IDENTITY
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.user_paths import exists
@@ -35,12 +37,13 @@ _SIZE = re.compile(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. kind: transformers' class; folder, step: the checkpoint that it is from."""
+    """What was written. kind: transformers' class; folder, step: the checkpoint that it is from; kept: its layers."""
 
     kind: str
     folder: Path
     step: int
     has_tokenizer: bool
+    kept: Kept | None = None
 
 
 def export(
@@ -49,12 +52,13 @@ def export(
     dtype: torch.dtype,
     tokenizer: str | None = None,
     max_shard_size: str = LARGEST_SHARD,
+    choose: Callable[[TrainedModel], Kept] | None = None,
 ) -> Exported:
     """Write the newest model of a run, or the one of a checkpoint, for transformers' from_pretrained.
 
     tokenizer: a file, `none` for the weights alone, or None for the one that the run's data have. It is written if it
     gives the same ids as ours: for difficult texts, and for validation documents of the run as far as its data folder
-    is there. max_shard_size: of a file of weights, as 500MB or 5GB.
+    is there. max_shard_size: of a file of weights, as 500MB or 5GB. choose: the layers of a shallower model.
     Raises: ConfigError, DataError or CheckpointError for what cannot be read, exported or written.
     """
     _check_size(max_shard_size)
@@ -67,9 +71,14 @@ def export(
     if ours is not None:
         theirs = tokenizer_beside(trained, ours)
         check_same_ids(ours, theirs, chain(SAMPLE_TEXTS, _validation_texts(data, ours)))
+    twin_of(trained.model)  # refuses a model that transformers lacks, before layers are chosen
+    numbers, kept = _run_numbers(trained, data), None
+    if choose is not None:
+        kept = choose(trained)
+        trained = shallower(trained, kept.path)
     model = to_hugging_face(trained.model, trained.weights, ours)
     cast_parameters(model, dtype)
-    card = model_card(trained, _run_numbers(trained, data), model, ours)
+    card = model_card(trained, replace(numbers, kept=kept), model, ours)
     try:
         _write(output, model, max_shard_size, ours, theirs)
         (output / CARD).write_text(card, encoding="utf-8")
@@ -78,7 +87,7 @@ def export(
         raise ConfigError(
             f"cannot write {output}: {getattr(error, 'strerror', None) or error}. Name another folder."
         ) from error
-    return Exported(type(model).__name__, trained.folder, trained.step, ours is not None)
+    return Exported(type(model).__name__, trained.folder, trained.step, ours is not None, kept)
 
 
 def _check_size(text: str) -> None:

@@ -13,8 +13,9 @@ from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.hf.load import exported_kind, load_exported
+from raptr_ds.hf.load import load_exported
 from raptr_ds.hf.model import from_hugging_face
+from raptr_ds.hf.source import exported_kind
 from raptr_ds.hf.twins import TWINS
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
@@ -44,6 +45,23 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
     Raises: ConfigError for a folder that holds no model that one of ours computes the same as, or an output that holds
     a run; PathError or StorageError for an output that cannot be written.
     """
+    if exists(output / CHECKPOINTS):
+        raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
+    kind, model, weights = read_exported(folder)
+    tokenizer = _tokenizer_in(folder, model)
+    state = {**RunState().to_dict(), OPTIMIZER: optimizer}
+    if tokenizer is not None:
+        state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
+    _write(output, model, weights, state)
+    file = None if tokenizer is None else folder / TOKENIZER
+    return Imported(kind, model, step_folder(output / CHECKPOINTS, 0), file)
+
+
+def read_exported(folder: Path) -> tuple[str, ModelSection, dict[str, torch.Tensor]]:
+    """Return the model in a folder of transformers: its class there, our section, fp32 weights by canonical name.
+
+    Raises: ConfigError for a folder that holds no model that one of ours computes the same as.
+    """
     if not is_folder(folder):
         raise ConfigError(f"{folder}: there is no such folder. Name one that save_pretrained has written.")
     kind = exported_kind(folder)
@@ -52,17 +70,8 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
         holds = f"holds a {kind}" if kind else "has no config.json of transformers"
         known = ", ".join(twin.kind.__name__ for twin in TWINS)
         raise ConfigError(f"{folder} {holds}, and what can be imported is {known}.")
-    if exists(output / CHECKPOINTS):
-        raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
-    theirs = load_exported(folder, twin.kind, may_lack=twin.lacks)
-    model, weights = from_hugging_face(theirs)
-    tokenizer = _tokenizer_in(folder, model)
-    state = {**RunState().to_dict(), OPTIMIZER: optimizer}
-    if tokenizer is not None:
-        state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
-    _write(output, model, {name: tensor.float() for name, tensor in weights.items()}, state)
-    file = None if tokenizer is None else folder / TOKENIZER
-    return Imported(kind or "", model, step_folder(output / CHECKPOINTS, 0), file)
+    model, weights = from_hugging_face(load_exported(folder, twin.kind, may_lack=twin.lacks))
+    return twin.kind.__name__, model, {name: tensor.float() for name, tensor in weights.items()}
 
 
 def _tokenizer_in(folder: Path, model: ModelSection) -> Tokenizer | None:

@@ -1,6 +1,5 @@
 """A prefix language model to generate with, from an exported folder, a run or a checkpoint."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from raptr_ds.checkpoint.weights import TrainedModel
+from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import to_hugging_face
-from raptr_ds.hf.source import load_model, load_tokenizer, read_run_data, tokenizer_beside
+from raptr_ds.hf.source import exported_kind, load_model, load_tokenizer, read_run_data, tokenizer_beside
 from raptr_ds.user_paths import is_file, is_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -37,21 +38,6 @@ def load_prefix_model(where: Path, tokenizer: str | None = None, device: str | N
     loaded = _from_checkpoint(where, tokenizer) if kind is None else _from_export(where, kind, tokenizer)
     loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     return loaded
-
-
-def exported_kind(where: Path) -> str | None:
-    """Return the class that an exported folder names, None for a folder that is none."""
-    config = where / "config.json"
-    if not is_file(config):
-        return None
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{config} cannot be read ({error}). Export the model again, or restore the file.") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        return None
-    kinds = content.get("architectures")
-    return str(kinds[0]) if isinstance(kinds, list) and kinds else str(content["model_type"])
 
 
 def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
@@ -119,6 +105,11 @@ def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
         raise ConfigError(
             f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
         )
+    return prefix_model_of(trained, tokenizer)
+
+
+def prefix_model_of(trained: TrainedModel, tokenizer: Tokenizer) -> PrefixModel:
+    """Return a UL2 model that has been loaded as the one to generate with, on the CPU."""
     model = to_hugging_face(trained.model, trained.weights, tokenizer)
     assert isinstance(model, LlamaForCausalLM)
     return PrefixModel(model, tokenizer_beside(trained, tokenizer))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.hf.shallower import Kept
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FILL_MASK = """\
@@ -52,10 +53,14 @@ the second ones, and the end of the text.
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """What a run's files have about a model. config: the run file, empty if it is not known. held_out: (step, loss)."""
+    """What a run's files have about a model. config: the run file, empty if it is not known. held_out: (step, loss).
+
+    kept: the layers of the trained model that this one has; None for all.
+    """
 
     config: Mapping[str, Any]
     held_out: tuple[int, float] | None
+    kept: Kept | None = None
 
 
 def model_card(trained: TrainedModel, run: RunNumbers, theirs: PreTrainedModel, tokenizer: Tokenizer | None) -> str:
@@ -64,7 +69,7 @@ def model_card(trained: TrainedModel, run: RunNumbers, theirs: PreTrainedModel, 
     task = "fill-mask" if is_bert else "text-generation"
     loader = "AutoModelForMaskedLM" if is_bert else "AutoModelForCausalLM"
     example = _WEIGHTS.format(loader=loader) if tokenizer is None else _FILL_MASK if is_bert else _COMPLETE
-    rows = {**_network(trained, theirs), **_training(trained, run), **_tokenizer(tokenizer)}
+    rows = {**_network(trained, theirs), **_kept(run.kept), **_training(trained, run), **_tokenizer(tokenizer)}
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- {trained.model.architecture}\n- raptr\n---",
         f"# {'BERT' if is_bert else 'UL2'}, {trained.model.num_layers} layers of {trained.model.hidden_size}",
@@ -94,6 +99,17 @@ def _network(trained: TrainedModel, theirs: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def _kept(kept: Kept | None) -> dict[str, str]:
+    if kept is None:
+        return {}
+    path = kept.path
+    scaled = f"; their branches scaled by {path.residual_scale:.4g}, as in training" if path.residual_scale != 1 else ""
+    rows = {"layers kept": f"{', '.join(map(str, path.layers))} of the {path.num_layers} that were trained{scaled}"}
+    if kept.loss is not None:
+        rows["held-out loss of these layers"] = f"{kept.loss:.4f} nats per predicted token"
+    return rows
+
+
 def _training(trained: TrainedModel, run: RunNumbers) -> dict[str, str]:
     block, state = run.config.get("raptr_ds"), trained.run_state
     block = block if isinstance(block, dict) else {}
@@ -106,7 +122,8 @@ def _training(trained: TrainedModel, run: RunNumbers) -> dict[str, str]:
         saved = 1 - state["flops"] / state["full_flops"]
         rows["FLOPs"] = f"{state['flops']:.3g}, {saved:.1%} less than the full model on the same batches"
     if run.held_out is not None:
-        rows["held-out loss"] = f"{run.held_out[1]:.4f} nats per predicted token, after step {run.held_out[0]:,}"
+        name = "held-out loss" if run.kept is None else "held-out loss of all layers"
+        rows[name] = f"{run.held_out[1]:.4f} nats per predicted token, after step {run.held_out[0]:,}"
     if path:
         rows["path method"] = "; ".join(_settings(path))
     return rows

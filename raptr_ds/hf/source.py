@@ -1,12 +1,15 @@
-"""What a run or a checkpoint holds: its model, its tokenizer, and what the run's files have about it."""
+"""What a run or a checkpoint holds: its model, its tokenizer, and what the run's files have about it.
+
+transformers, which is optional, is imported for its tokenizer alone.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_at
 from raptr_ds.checkpoint.manifest import DamagedCheckpointError
@@ -15,8 +18,11 @@ from raptr_ds.data.loader import folders_of
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import CheckpointError, ConfigError, DataError
-from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.runtime.identity import tokenizer_digest_in
+from raptr_ds.user_paths import is_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 WITHOUT = "none"
 """What stands for no tokenizer where one can be named."""
@@ -45,6 +51,21 @@ def load_model(source: Path) -> TrainedModel:
         raise CheckpointError(
             f"cannot read the checkpoints in {source}: {error.strerror or error}. Check its permissions."
         ) from error
+
+
+def exported_kind(where: Path) -> str | None:
+    """Return the class that an exported folder names, None for a folder that is none."""
+    config = where / "config.json"
+    if not is_file(config):
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{config} cannot be read ({error}). Export the model again, or restore the file.") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        return None
+    kinds = content.get("architectures")
+    return str(kinds[0]) if isinstance(kinds, list) and kinds else str(content["model_type"])
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -116,6 +137,8 @@ def load_tokenizer(
 
 def tokenizer_beside(trained: TrainedModel, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Return the tokenizer as transformers has it beside this model."""
+    from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
+
     model = trained.model
     has_token_types = model.position_embedding == "learned"  # as MegatronBert, unlike ESM
     return tokenizer_to_hugging_face(tokenizer, model.architecture, model.seq_length, has_token_types)

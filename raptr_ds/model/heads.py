@@ -35,9 +35,21 @@ class Head(nn.Module):
         Shapes: x (b, T, H), or this rank's part of the sequences; positions (N,) flat indices into b * T; targets
         (N,); returns (N,).
         """
+        x, weight = self._before_output(x, positions, tied_weight)
+        return vocab_cross_entropy(x, weight, self.bias, targets, vocab_size=self.vocab_size, groups=self.groups)
+
+    def logits(self, x: torch.Tensor, positions: torch.Tensor, tied_weight: torch.Tensor | None) -> torch.Tensor:
+        """Return the logits at some positions, where no rank shares the vocabulary. Shapes: as in forward; (N, V)."""
+        assert self.groups.topology.tensor == 1, self.groups.topology
+        x, weight = self._before_output(x, positions, tied_weight)
+        return functional.linear(x, weight, self.bias)[:, : self.vocab_size]
+
+    def _before_output(
+        self, x: torch.Tensor, positions: torch.Tensor, tied_weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.norm(pick_positions(x, positions, self.groups))
         if self.transform is not None and self.transform_norm is not None:
             x = self.transform_norm(functional.gelu(self.transform(x)))
         weight = tied_weight if self.output is None else self.output.weight
         assert weight is not None
-        return vocab_cross_entropy(x, weight, self.bias, targets, vocab_size=self.vocab_size, groups=self.groups)
+        return x, weight

@@ -8,7 +8,7 @@ from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model.attention import rotary_table
 from raptr_ds.model.heads import Head
 from raptr_ds.model.initialization import initialize
-from raptr_ds.model.key_ranges import dense_mask, key_ranges
+from raptr_ds.model.key_ranges import KeyRanges, dense_mask, key_ranges
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
@@ -107,17 +107,23 @@ class Stage(nn.Module):
             x, word_weight = self.embedding(x, streams, positions)
         elif self.embedding is not None:
             word_weight = self.embedding.word.weight
+        x = self.layers(x, path, *self.attention_inputs(batch, x), streams)
+        if self.head is None:
+            return x
+        return self.head(x, batch.positions, batch.targets, word_weight)
+
+    def attention_inputs(
+        self, batch: MicroBatch, x: torch.Tensor
+    ) -> tuple[torch.Tensor | KeyRanges | None, torch.Tensor | None]:
+        """Return what every layer's attention gets besides the stream x: who sees whom, and the rotary table."""
         is_causal = self.model.architecture == "ul2"  # outside the prefix
         mask = key_ranges(batch, is_causal) if self.attention_kernel else dense_mask(batch, is_causal, x.dtype)
         rotary = None
         if self.model.position_embedding == "rotary":
             rotary = rotary_table(batch.tokens.shape[1], self.model.head_dim, self.model.rotary_base, x.device)
-            if positions is not None:
-                rotary = rotary[:, positions][:, :, None]
-        x = self.layers(x, path, mask, rotary, streams)
-        if self.head is None:
-            return x
-        return self.head(x, batch.positions, batch.targets, word_weight)
+            if batch.segments is not None:
+                rotary = rotary[:, batch.segments.positions][:, :, None]
+        return mask, rotary
 
 
 def build_stage(

@@ -21,7 +21,7 @@ IMPORTERS = {
     "sentencepiece": {"data", "prepare", "bench", "hf"},
     "pyarrow": {"prepare"},
     "tensorboard": {"runtime"},
-    "matplotlib": {"bench", "lab", "planner", "plots", "theory"},
+    "matplotlib": {"bench", "depth", "lab", "planner", "plots", "theory"},
     "safetensors": {"checkpoint", "hf"},
     "scipy": {"lab"},
     "hjson": {"config"},

@@ -1,0 +1,1 @@
+"""One page on loopback that shows what a trained model does, at any depth."""
