@@ -1,10 +1,14 @@
 """Small runs to export, and how a call of a tool ended."""
 
 import json
+import runpy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.config.sections import ModelSection
@@ -59,6 +63,24 @@ class Done:
 
 
 Tool = Callable[..., Done]
+
+
+def tool_runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+    """Return what runs a tool, given by its name, in this process."""
+    tools = Path(__file__).parents[1] / "tools"
+    monkeypatch.syspath_prepend(str(tools))
+
+    def run(name: str, *arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()  # what came before
+        try:
+            runpy.run_path(str(tools / name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 def is_refused(done: Done, *words: object) -> bool:

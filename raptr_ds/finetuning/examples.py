@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,9 @@ from raptr_ds.finetuning.task import Columns, Example, Row, Task, TaskData
 LABEL_OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
 
 
-def to_data(task: Task, train: Sequence[Row], validation: dict[str, Sequence[Row]], where: dict[str, str]) -> TaskData:
+def to_data(
+    task: Task, train: Sequence[Row], validation: Mapping[str, Sequence[Row]], where: Mapping[str, str]
+) -> TaskData:
     """Return the examples of rows. validation: by split, the first of which chooses the best model.
 
     where: how messages name each split, `train` included.

@@ -1,5 +1,6 @@
 """What predictions are worth: the metrics of GLUE, SuperGLUE and SQuAD."""
 
+import math
 import re
 import string
 from collections import Counter, defaultdict
@@ -60,8 +61,9 @@ def _of_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     with catch_warnings():
         simplefilter("ignore", stats.ConstantInputWarning)
         simplefilter("ignore", stats.NearConstantInputWarning)
-        found = {"pearson": stats.pearsonr(predicted, labels)[0], "spearmanr": stats.spearmanr(predicted, labels)[0]}
-    return {name: float(np.nan_to_num(value)) for name, value in found.items()}
+        found = {"pearson": stats.pearsonr(predicted, labels), "spearmanr": stats.spearmanr(predicted, labels)}
+    values = {name: float(result.statistic) for name, result in found.items()}  # type: ignore[attr-defined]
+    return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
 
 
 def _of_answer_sets(predicted: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Rows from a user's files: JSON lines, CSV and TSV, and folders of the datasets library."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.task import Row
@@ -34,19 +36,19 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _objects(path: Path, text: str) -> Iterator[Row]:
-    whole = text.lstrip()
-    if whole.startswith("["):
-        yield from _parsed(path, whole, "")
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            row = _parsed(path, line, f", line {number}")
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is {line.strip()[:60]!r}. Every line must be a JSON object.")
-            yield row
+    """Yield the objects of JSON lines, or of one JSON array."""
+    if text.lstrip().startswith("["):
+        found = ((f", row {number}", row) for number, row in enumerate(_parsed(path, text, ""), 1))
+    else:
+        lines = ((f", line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        found = ((place, _parsed(path, line, place)) for place, line in lines)
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}{place} is {str(row)[:60]!r}, and must be a JSON object.")
+        yield row
 
 
-def _parsed(path: Path, text: str, place: str) -> Row:
+def _parsed(path: Path, text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -55,7 +57,7 @@ def _parsed(path: Path, text: str, place: str) -> Row:
 
 def _tables(path: Path, text: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    lines = csv.DictReader(text.splitlines(keepends=True), delimiter=_DELIMITERS[path.suffix.lower()], strict=True)
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix.lower()], strict=True)
     try:
         for row in lines:
             if None in row or None in row.values():
@@ -102,7 +104,7 @@ def read_hub(name: str, configuration: str | None) -> dict[str, list[Row]]:
         ) from error
 
 
-def _datasets():
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -111,6 +113,6 @@ def _datasets():
     return datasets
 
 
-def _splits(found) -> dict[str, list[Row]]:
+def _splits(found: Any) -> dict[str, list[Row]]:
     splits = found if isinstance(found, dict) else {TRAIN: found}
     return {name: list(split) for name, split in splits.items()}

@@ -61,13 +61,13 @@ def fine_tune(task: Task, data: TaskData, encoder: Encoder, settings: Settings, 
         if is_first:
             _describe(output, _description(task, data, encoder, settings))
         finished = {seed: _finished(output / f"seed-{seed}") for seed in range(1, settings.recipe.seeds + 1)}
-        split = None
+        split, results = None, [result for result in finished.values() if result is not None]
         for seed in [seed for seed, result in finished.items() if result is None]:
             split = split or _encoded(task, data, encoder, settings, say)
-            finished[seed] = train_seed(task, split, encoder, settings, seed, output / f"seed-{seed}", say)
+            results.append(train_seed(task, split, encoder, settings, seed, output / f"seed-{seed}", say))
             if is_first:
-                write_results(output / f"seed-{seed}" / RESULTS, asdict(finished[seed]))
-        results = [result for result in finished.values() if result is not None]
+                write_results(output / f"seed-{seed}" / RESULTS, asdict(results[-1]))
+        results.sort(key=lambda result: result.seed)
         summary = summarize(task, data, results)
         if is_first:
             _keep_best(output, summary)

@@ -1,16 +1,13 @@
 """What the tests of export share: English prose that every Python has, and tokenizers trained on it."""
 
-import runpy
-import sys
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
-from tests.exported_runs import Done, Tool
+from tests.exported_runs import Tool, tool_runner
 from tests.foreign_models import FOREIGN, brought, foreign_model
 from tests.made_up_text import TextSource
 
@@ -34,19 +31,7 @@ def tokenizer(request: pytest.FixtureRequest, prose: list[str], tmp_path_factory
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
     """Runs a tool, given by its name, in this process."""
-    tools = Path(__file__).parents[3] / "tools"
-    monkeypatch.syspath_prepend(str(tools))
-
-    def run(name: str, *arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            runpy.run_path(str(tools / name), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Done(code, *capsys.readouterr())
-
-    return run
+    return tool_runner(monkeypatch, capsys)
 
 
 @pytest.fixture
