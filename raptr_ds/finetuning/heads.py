@@ -69,5 +69,8 @@ class EsmForQuestionAnswering(EsmPreTrainedModel):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end)  # type: ignore[arg-type]
 
 
-AutoModelForMultipleChoice.register(EsmConfig, EsmForMultipleChoice)
-AutoModelForQuestionAnswering.register(EsmConfig, EsmForQuestionAnswering)
+for _auto, _kind in (
+    (AutoModelForMultipleChoice, EsmForMultipleChoice),
+    (AutoModelForQuestionAnswering, EsmForQuestionAnswering),
+):
+    _auto.register(EsmConfig, _kind, exist_ok=True)  # without it transformers ignores classes for its own settings
