@@ -2,33 +2,41 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.task import Columns, Example, Row, Task, TaskData
 
-LABEL_OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
+T = TypeVar("T")
+_OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
 
 
 def to_data(
-    task: Task, train: Sequence[Row], validation: Mapping[str, Sequence[Row]], where: Mapping[str, str]
+    task: Task,
+    train: Sequence[Row],
+    validation: Mapping[str, Sequence[Row]],
+    where: Mapping[str, str],
+    fraction: float = 0.1,
 ) -> TaskData:
     """Return the examples of rows. validation: by split, the first of which chooses the best model.
 
-    where: how messages name each split, `train` included.
+    where: how messages name each split, `train` included. fraction: of the training rows, held out where there is no
+    other validation.
     Raises: DataError for rows that lack a column, a text or a label, and for labels that leave nothing to learn.
     """
     labels = task.labels or (_labels_of(task, train, where["train"]) if task.kind == "classification" else ())
     examples = to_examples(task, train, labels, where["train"])
+    splits = {name: to_examples(task, rows, labels, where[name]) for name, rows in validation.items()}
+    if not splits:
+        examples, splits["validation"] = hold_out(examples, lambda one: (one.text, one.pair, one.choices), fraction)
     if task.kind in ("classification", "regression") and len({example.label for example in examples}) < 2:
         shown = labels[int(examples[0].label)] if labels else examples[0].label
         raise DataError(
-            f"every row of {where['train']} has the same label, {shown}: there is nothing to learn. Add rows of "
-            "another, or name the column of the labels with --label-column."
+            f"every training row of {where['train']} has the same label, {shown}: there is nothing to learn. Add rows "
+            "of another, or name the column of the labels with --label-column."
         )
-    splits = {name: to_examples(task, rows, labels, where[name]) for name, rows in validation.items()}
     first, *others = splits
     if task.kind == "multiple-choice":
         numbers = {len(example.choices) for rows in (examples, *splits.values()) for example in rows}
@@ -69,7 +77,7 @@ def check_columns(columns: Columns, row: Row, where: str, needs_label: bool = Tr
     named = {"text": columns.text, "pair": columns.pair, **({"label": columns.label} if needs_label else {})}
     for role, name in [*named.items(), *(("choices", name) for name in columns.choices)]:
         if name is not None and name not in row:
-            option = f" Name it with {LABEL_OPTIONS[role]}." if role in LABEL_OPTIONS else ""
+            option = f" Name it with {_OPTIONS[role]}." if role in _OPTIONS else ""
             raise DataError(f"{where} has no column {name!r}: it has {', '.join(map(repr, row))}.{option}")
 
 
@@ -175,20 +183,20 @@ def digest_of(data: TaskData) -> str:
     return digest.hexdigest()
 
 
-def hold_out(rows: Sequence[Row], text: str, fraction: float) -> tuple[list[Row], list[Row]]:
-    """Split rows into training and validation, the same for the same rows; copies of a text stay together.
+def hold_out(items: Sequence[T], key: Callable[[T], Any], fraction: float) -> tuple[list[T], list[T]]:
+    """Split items into training and validation, the same for the same items; those with equal keys stay together.
 
     Raises: ConfigError for a fraction that leaves nothing on one side.
     """
-    keys = [hashlib.blake2b(str(row.get(text)).encode(), digest_size=16).digest() for row in rows]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    cut = max(1, round(len(rows) * fraction))
-    while cut < len(rows) and keys[order[cut]] == keys[order[cut - 1]]:
+    keys = [hashlib.blake2b(repr(key(item)).encode(), digest_size=16).digest() for item in items]
+    order = sorted(range(len(items)), key=keys.__getitem__)
+    cut = max(1, round(len(items) * fraction))
+    while cut < len(items) and keys[order[cut]] == keys[order[cut - 1]]:
         cut += 1
-    if not 0 < fraction < 1 or cut >= len(rows):
+    if not 0 < fraction < 1 or cut >= len(items):
         raise ConfigError(
-            f"--validation-fraction {fraction:g} of {len(rows)} rows leaves nothing to train on. Give a fraction "
+            f"--validation-fraction {fraction:g} of {len(items)} rows leaves nothing to train on. Give a fraction "
             "between 0 and 1, more rows, or a file with --validation."
         )
     held_out = set(order[:cut])
-    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+    return [one for i, one in enumerate(items) if i not in held_out], [items[i] for i in sorted(held_out)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.finetuning.examples import check_columns, hold_out, is_missing, to_data
+from raptr_ds.finetuning.examples import check_columns, is_missing, to_data
 from raptr_ds.finetuning.row_files import TRAIN, read_folder, read_rows
 from raptr_ds.finetuning.task import Columns, Kind, Recipe, Row, Task, TaskData
 from raptr_ds.user_paths import is_folder
@@ -41,19 +41,17 @@ def load_local(path: Path, options: LocalOptions) -> tuple[Task, TaskData]:
     splits = read_folder(path) if is_folder(path) else {TRAIN: read_rows(path)}
     if TRAIN not in splits:
         raise DataError(f"{path} has no split {TRAIN!r}: it has {', '.join(splits)}.")
-    rows, where = splits[TRAIN], {TRAIN: str(path)}
-    task = describe(path.stem, rows, str(path), options)
+    task = describe(path.stem, splits[TRAIN], str(path), options)
+    where, validation = {TRAIN: str(path)}, {}
     if options.validation is not None:
-        validation = read_rows(options.validation)
+        validation["validation"] = read_rows(options.validation)
         where["validation"] = str(options.validation)
     elif "validation" in splits:
-        validation = splits["validation"]
-        where |= {TRAIN: f"{path}, split {TRAIN}", "validation": f"{path}, split validation"}
-    else:
-        rows, validation = hold_out(rows, task.columns.text, options.fraction)
-        where["validation"] = f"what is held out of {path}"
-    check_columns(task.columns, validation[0], where["validation"])
-    return task, to_data(task, rows, {"validation": validation}, where)
+        validation["validation"] = splits["validation"]
+        where = {name: f"{path}, split {name}" for name in (TRAIN, "validation")}
+    for name, rows in validation.items():
+        check_columns(task.columns, rows[0], where[name])
+    return task, to_data(task, splits[TRAIN], validation, where, options.fraction)
 
 
 def describe(name: str, rows: Sequence[Row], where: str, options: LocalOptions) -> Task:

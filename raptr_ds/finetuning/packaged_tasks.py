@@ -102,5 +102,5 @@ def read_packaged(name: str, cache: Path, say: Callable[[str], None]) -> dict[st
             f"{LAID_OUT_DIFFERENTLY}"
         ) from error
     if "validation" not in splits:
-        splits[TRAIN], splits["validation"] = hold_out(splits[TRAIN], "text", _HELD_OUT)
+        splits[TRAIN], splits["validation"] = hold_out(splits[TRAIN], lambda row: row["text"], _HELD_OUT)
     return splits

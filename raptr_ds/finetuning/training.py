@@ -172,6 +172,7 @@ def train_seed(
         say(f"{task.name}, seed {seed}: continues from {last}")
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
+    history = [entry for entry in state.log_history if f"eval_{SCORE}" in entry]
     trainer.remove_callback(_Report)
     metrics = _metrics(trainer.evaluate())
     for name, features in data.also.items():
@@ -183,7 +184,6 @@ def train_seed(
         encoder.tokenizer.save_pretrained(folder / MODEL)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    history = [entry for entry in state.log_history if f"eval_{SCORE}" in entry and entry["step"] <= state.global_step]
     return SeedResult(
         seed=seed,
         metrics=metrics,

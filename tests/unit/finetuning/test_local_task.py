@@ -46,10 +46,10 @@ def test_pairs_scores_and_numbered_classes(tmp_path: Path) -> None:
 
 
 def test_choices_and_answers(tmp_path: Path) -> None:
-    task, data = load(tmp_path, [{"text": "a", "choices": ["x", "y"], "label": i % 2} for i in range(9)])
+    task, data = load(tmp_path, [{"text": str(i), "choices": ["x", "y"], "label": i % 2} for i in range(9)])
     assert task.kind == "multiple-choice"
     assert data.train[0].choices == ("x", "y")
-    numbered = [{"premise": "a", "choice1": "x", "choice2": "y", "label": i % 2} for i in range(9)]
+    numbered = [{"premise": str(i), "choice1": "x", "choice2": "y", "label": i % 2} for i in range(9)]
     task, data = load(tmp_path, numbered, "b.csv")
     assert (task.columns.text, task.columns.choices) == ("premise", ("choice1", "choice2"))
     assert data.validation[0].choices == ("x", "y")
@@ -70,11 +70,11 @@ def test_named_columns_and_a_validation_file(tmp_path: Path) -> None:
 def test_copies_of_a_text_are_held_out_together() -> None:
     rows = [{"text": f"t{i % 7}", "label": i % 2} for i in range(70)]
     for fraction in (0.05, 0.3, 0.5):
-        train, held_out = hold_out(rows, "text", fraction)
+        train, held_out = hold_out(rows, lambda row: row["text"], fraction)
         assert len(train) + len(held_out) == 70
         assert not {row["text"] for row in train} & {row["text"] for row in held_out}
         assert len(held_out) >= round(70 * fraction)
-        assert hold_out(rows, "text", fraction) == (train, held_out)
+        assert hold_out(rows, lambda row: row["text"], fraction) == (train, held_out)
 
 
 def test_a_json_array_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
     ([*sentences(9), {"text": "a", "label": None}], {}, ["row 10", "no label"]),
     ([*sentences(9), {"text": None, "label": "no"}], {}, ["'text'", "must be a text"]),
     (
-        [{"text": str(i), "label": 0.5 if i else "x"} for i in range(9)],
+        [{"text": str(i), "label": i or "x"} for i in range(9)],
         {"kind": "regression"},
         ["'x'", "finite number"],
     ),

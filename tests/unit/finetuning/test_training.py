@@ -68,25 +68,23 @@ def test_trainer_is_a_plain_loop(tmp_path: Path, encoder: Encoder, kind: str, mi
     task = replace(TASK, kind=kind, metrics=("accuracy",) if labels else ("pearson",))  # type: ignore[arg-type]
     data, settings = split_of(task, encoder, labels), Settings(RECIPE, max_length=16, micro_batch_size=micro)
     arguments = training_arguments(settings, 3, tmp_path / "seed")
+    arguments.eval_strategy = "no"  # so that every batch is one of training,
+    arguments.load_best_model_at_end = False  # and the weights are those of the last step
     set_seed(3)
     model = load_for(task, labels, encoder, None).double()
     plain = load_for(task, labels, encoder, None).double()
     plain.load_state_dict(model.state_dict())
     trainer = make_trainer(task, data, encoder, settings, model, arguments)
     seen: list[list[dict[str, Any]]] = []
-    collate, is_training = trainer.data_collator, True
+    collate = trainer.data_collator
 
     def recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        if model.training:
-            seen.append(rows)
+        seen.append(rows)
         return {name: value.double() if value.is_floating_point() else value for name, value in collate(rows).items()}
 
     trainer.data_collator = recorded
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    # The weights of the last step, not those of the best: the callback is only asked where an evaluation is.
-    arguments.load_best_model_at_end = False
     trainer.train()
-    assert is_training
     per_step = 8 // (micro or 8)
     assert len(seen) == 2 * 4 * per_step
     # Every row once in each epoch.
