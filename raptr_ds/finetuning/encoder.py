@@ -154,4 +154,7 @@ def load_for(task: Task, labels: tuple[str, ...], encoder: Encoder, dropout: flo
             f"{encoder.name} lacks {len(broken)} of the tensors of its encoder, {broken[0]} first. Restore its files, "
             "or export it again."
         )
+    # Trainer takes a forward pass with **kwargs for one that divides its loss by all sequences of a step. These take the
+    # mean of what they are given: without this the losses of accumulated batches and of processes would be added up.
+    model.accepts_loss_kwargs = False
     return model

@@ -21,6 +21,7 @@ from raptr_ds.finetuning.named_tasks import GROUPS
 from tests.exported_runs import Done, Tool, is_refused
 from tests.unit.finetuning.conftest import sentences, write
 
+TEXTS = [row["text"] for row in sentences(16, seed=1)]
 QUICK = ("--max-length", 16, "--learning-rate", 5e-3, "--batch-size", 8)
 Make = Callable[[str], Path]
 
@@ -37,7 +38,7 @@ def test_a_run_learns_and_its_best_model_loads_anywhere(tmp_path: Path, run: Mak
     rows = write(tmp_path / "rows.csv", sentences(48))
     validation = write(tmp_path / "validation.csv", sentences(16, seed=1))
     output = tmp_path / "out"
-    command = (run("bert"), rows, output, "--validation", validation, "--epochs", 8, "--seeds", 2)
+    command = (run("bert"), rows, output, "--validation", validation, "--epochs", 16, "--seeds", 2)
     done = fine_tune(tool, *command)
     assert done.code == 0, done.error
     found = results_of(output)
@@ -47,9 +48,7 @@ def test_a_run_learns_and_its_best_model_loads_anywhere(tmp_path: Path, run: Mak
     assert "100.00 ± 0.00" in done.printed
     model = AutoModelForSequenceClassification.from_pretrained(output / "best")
     tokenizer = AutoTokenizer.from_pretrained(output / "best")
-    predicted = model(**tokenizer([row["text"] for row in sentences(16, seed=1)], return_tensors="pt")).logits.argmax(
-        -1
-    )
+    predicted = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.argmax(-1)
     named = [model.config.id2label[one] for one in predicted.tolist()]
     assert named == [row["label"] for row in sentences(16, seed=1)]
     assert not list(output.rglob("*.bin"))
@@ -61,7 +60,7 @@ def test_a_run_learns_and_its_best_model_loads_anywhere(tmp_path: Path, run: Mak
     more = results_of(output)
     assert more["seeds"][:2] == found["seeds"]
     assert len(more["seeds"]) == 3
-    assert is_refused(fine_tune(tool, *command, "--epochs", 5), "epochs was 8.0, is 5.0", "--output")
+    assert is_refused(fine_tune(tool, *command, "--epochs", 5), "epochs was 16.0, is 5.0", "--output")
     assert is_refused(fine_tune(tool, command[0], rows, tmp_path), "holds", "no fine-tuning")
 
 

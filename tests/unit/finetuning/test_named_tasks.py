@@ -101,7 +101,7 @@ def test_a_folder_that_is_not_the_tasks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'validation_matched'"):
         load_named(NAMED_TASKS["mnli"], saved(tmp_path / "c", NAMED_TASKS["cola"], rows), tmp_path, quiet)
     hidden = [{"sentence": "a", "label": -1}] * 2
-    with pytest.raises(DataError, match="row 1 of .* has no label: its column 'label' holds -1"):
+    with pytest.raises(DataError, match=r"row 1 of .* has no label: its column 'label' holds -1"):
         load_named(NAMED_TASKS["cola"], saved(tmp_path / "h", NAMED_TASKS["cola"], hidden), tmp_path, quiet)
 
 

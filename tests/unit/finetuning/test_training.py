@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from raptr_ds.finetuning.encoder import Encoder, load_for
 from raptr_ds.finetuning.examples import to_examples
@@ -33,8 +34,12 @@ def split_of(task: Task, encoder: Encoder, labels: tuple[str, ...]) -> Split:
 
 def plain_loop(
     model: torch.nn.Module, batches: list[list[dict[str, Any]]], per_step: int, loss_of: Callable[..., torch.Tensor]
-) -> None:
-    """AdamW with decay on matrices, 6% of warm-up, linear decay to 0, gradients clipped at a norm of 1."""
+) -> list[float]:
+    """AdamW with decay on matrices, 6% of warm-up, linear decay to 0, gradients clipped at a norm of 1.
+
+    Returns the norms before they are clipped: the steps alone would not show a gradient that is too large by a factor.
+    """
+    norms = []
     steps = len(batches) // per_step
     warmup = -(-6 * steps // 100)  # rounded up
     matrices = [one for one in model.parameters() if one.ndim > 1]
@@ -54,8 +59,9 @@ def plain_loop(
             )
             logits = model(input_ids=ids, attention_mask=mask).logits
             (loss_of(logits, torch.tensor([row["label"] for row in batch])) / per_step).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
+    return norms
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,8 @@ def test_trainer_is_a_plain_loop(tmp_path: Path, encoder: Encoder, kind: str, mi
     task = replace(TASK, kind=kind, metrics=("accuracy",) if labels else ("pearson",))  # type: ignore[arg-type]
     data, settings = split_of(task, encoder, labels), Settings(RECIPE, max_length=16, micro_batch_size=micro)
     arguments = training_arguments(settings, 3, tmp_path / "seed")
-    arguments.eval_strategy = "no"  # so that every batch is one of training,
+    arguments.eval_strategy = IntervalStrategy.NO  # so that every batch is one of training,
+    arguments.logging_strategy, arguments.logging_steps = IntervalStrategy.STEPS, 1
     arguments.load_best_model_at_end = False  # and the weights are those of the last step
     set_seed(3)
     model = load_for(task, labels, encoder, None).double()
@@ -95,7 +102,9 @@ def test_trainer_is_a_plain_loop(tmp_path: Path, encoder: Encoder, kind: str, mi
         return cross_entropy(logits, wanted) if labels else mse_loss(logits[:, 0], wanted.double())
 
     plain.train()
-    plain_loop(plain, seen, per_step, loss_of)
+    norms = plain_loop(plain, seen, per_step, loss_of)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(norms, rel=1e-6)  # fp64, but logged in fp32
     moved = 0.0
     for name, value in plain.state_dict().items():
         assert torch.allclose(value, model.state_dict()[name], atol=1e-9, rtol=0), name  # fp64, other orders of sums
