@@ -44,7 +44,10 @@ def with_score(task: Task, found: dict[str, float]) -> dict[str, float]:
 def _of_classes(predicted: np.ndarray, labels: np.ndarray, binary: bool) -> dict[str, float]:
     found = {"accuracy": accuracy_score(labels, predicted), "f1_macro": _f1_macro(predicted, labels)}
     if binary:
-        found |= {"f1": _f1(predicted, labels), "matthews_correlation": matthews_corrcoef(labels, predicted)}
+        with catch_warnings():
+            simplefilter("ignore", UserWarning)  # of one class alone, whose correlation is none: 0
+            correlation = matthews_corrcoef(labels, predicted)
+        found |= {"f1": _f1(predicted, labels), "matthews_correlation": correlation}
     return {name: float(value) for name, value in found.items()}
 
 

@@ -62,6 +62,8 @@ def fine_tune(task: Task, data: TaskData, encoder: Encoder, settings: Settings, 
             _describe(output, _description(task, data, encoder, settings))
         finished = {seed: _finished(output / f"seed-{seed}") for seed in range(1, settings.recipe.seeds + 1)}
         split, results = None, [result for result in finished.values() if result is not None]
+        for result in results:
+            say(f"{task.name}, seed {result.seed}: finished before, score {100 * result.metrics[SCORE]:.2f}")
         for seed in [seed for seed, result in finished.items() if result is None]:
             split = split or _encoded(task, data, encoder, settings, say)
             results.append(train_seed(task, split, encoder, settings, seed, output / f"seed-{seed}", say))
