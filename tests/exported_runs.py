@@ -72,6 +72,7 @@ def tool_runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     def run(name: str, *arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()  # what came before
         try:
             runpy.run_path(str(_TOOLS / name), run_name="__main__")
             code = 0

@@ -48,15 +48,7 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
         )
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
-    if not any(is_file(where / name) for name in _TOKENIZER_FILES):
-        raise ConfigError(
-            f"{where} has no tokenizer: {' or '.join(_TOKENIZER_FILES)}. Export the model with it, by "
-            "tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT --tokenizer FILE."
-        )
-    try:
-        theirs = AutoTokenizer.from_pretrained(where, local_files_only=True)
-    except Exception as error:  # as below
-        raise _not_loaded(where, "tokenizer", error) from error
+    theirs = exported_tokenizer(where)
     model = load_exported(where, LlamaForCausalLM)
     assert isinstance(model, LlamaForCausalLM)
     if len(theirs) > model.config.vocab_size:
@@ -65,6 +57,19 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
             "another model's. Export the model with its own."
         )
     return PrefixModel(model, theirs)
+
+
+def exported_tokenizer(where: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in an exported folder. Raises: ConfigError if there is none, or it cannot be loaded."""
+    if not any(is_file(where / name) for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{where} has no tokenizer: {' or '.join(_TOKENIZER_FILES)}. Export the model with it, by "
+            "tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT --tokenizer FILE."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except Exception as error:  # as below
+        raise _not_loaded(where, "tokenizer", error) from error
 
 
 def load_exported(where: Path, kind: type[PreTrainedModel], may_lack: Collection[str] = ()) -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""Fine-tuning of encoders on Hugging Face's Trainer: tasks, heads, metrics, seeds."""

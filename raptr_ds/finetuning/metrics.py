@@ -1,0 +1,111 @@
+"""What predictions are worth: the metrics of GLUE, SuperGLUE and SQuAD."""
+
+import math
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from raptr_ds.finetuning.task import Example, Task
+
+SCORE = "score"
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def measure(task: Task, logits: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
+    """Return the metrics of a model's outputs, as fractions; `score` is the mean of those that the task names.
+
+    Shapes: logits (examples, classes or choices), (examples, 1) for a regression. Question answering has texts
+    instead: `measure_answers`.
+    """
+    labels = np.array([example.label for example in examples])
+    if task.kind == "regression":
+        found = _of_scores(logits.reshape(-1), labels)
+    elif task.name == "multirc":
+        found = _of_answer_sets(logits.argmax(-1), examples)
+    elif task.name == "record":
+        found = _of_candidates(logits[:, 1] - logits[:, 0], examples)
+    else:
+        found = _of_classes(logits.argmax(-1), labels, binary=task.kind == "classification" and logits.shape[-1] == 2)
+    return with_score(task, found)
+
+
+def with_score(task: Task, found: dict[str, float]) -> dict[str, float]:
+    """Return the metrics with the task's score in front."""
+    return {SCORE: float(np.mean([found[name] for name in task.metrics])), **found}
+
+
+def _of_classes(predicted: np.ndarray, labels: np.ndarray, binary: bool) -> dict[str, float]:
+    found = {"accuracy": accuracy_score(labels, predicted), "f1_macro": _f1_macro(predicted, labels)}
+    if binary:
+        with catch_warnings():
+            simplefilter("ignore", UserWarning)  # of one class alone, whose correlation is none: 0
+            correlation = matthews_corrcoef(labels, predicted)
+        found |= {"f1": _f1(predicted, labels), "matthews_correlation": correlation}
+    return {name: float(value) for name, value in found.items()}
+
+
+def _f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return float(f1_score(labels, predicted, zero_division=0))  # type: ignore[arg-type]
+
+
+def _f1_macro(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return float(f1_score(labels, predicted, average="macro", zero_division=0))  # type: ignore[arg-type]
+
+
+def _of_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """A prediction that is the same everywhere has no correlation: it counts as none, 0."""
+    with catch_warnings():
+        simplefilter("ignore", stats.ConstantInputWarning)
+        simplefilter("ignore", stats.NearConstantInputWarning)
+        found = {"pearson": stats.pearsonr(predicted, labels), "spearmanr": stats.spearmanr(predicted, labels)}
+    values = {name: float(result.statistic) for name, result in found.items()}  # type: ignore[attr-defined]
+    return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+
+
+def _of_answer_sets(predicted: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
+    """MultiRC: F1 over all answers, and the share of questions of which every answer is judged right."""
+    labels = np.array([example.label for example in examples])
+    is_right: dict[str, bool] = defaultdict(lambda: True)
+    for example, value in zip(examples, predicted, strict=True):
+        is_right[example.group] &= bool(value == example.label)
+    return {"f1_a": _f1(predicted, labels), "exact_match": float(np.mean(list(is_right.values())))}
+
+
+def _of_candidates(scores: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
+    """ReCoRD: the likeliest entity of each query, against the nearest of its answers."""
+    best: dict[str, int] = {}
+    for index, example in enumerate(examples):
+        if example.group not in best or scores[index] > scores[best[example.group]]:
+            best[example.group] = index
+    chosen = [examples[index] for index in best.values()]
+    return measure_answers([example.choices[0] for example in chosen], [example.answers for example in chosen])
+
+
+def measure_answers(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return exact match and F1 of texts, each against the nearest of its right answers.
+
+    Case, punctuation, articles and spaces do not count. Without right answers no answer is right: an empty text.
+    Source: SQuAD's evaluation (Rajpurkar et al. 2016, 2018).
+    """
+    pairs = [(text, right or ("",)) for text, right in zip(predicted, answers, strict=True)]
+    exact = [max(float(_words(text) == _words(one)) for one in right) for text, right in pairs]
+    overlap = [max(_word_f1(_words(text), _words(one)) for one in right) for text, right in pairs]
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _word_f1(predicted: list[str], right: list[str]) -> float:
+    if not predicted or not right:
+        return float(predicted == right)
+    common = sum((Counter(predicted) & Counter(right)).values())
+    return 2 * common / (len(predicted) + len(right))

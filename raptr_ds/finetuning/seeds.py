@@ -1,0 +1,214 @@
+"""A task over several seeds in an output folder: what is finished stays, and the best model is kept."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from accelerate.utils import get_int_from_env
+
+from raptr_ds.atomic_file import write_atomically
+from raptr_ds.errors import ConfigError
+from raptr_ds.finetuning.encoder import Encoder, check_can_do
+from raptr_ds.finetuning.examples import digest_of
+from raptr_ds.finetuning.features import encode
+from raptr_ds.finetuning.metrics import SCORE, measure
+from raptr_ds.finetuning.task import Task, TaskData
+from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, Split, batch_shares, train_seed
+from raptr_ds.user_paths import exists, is_file, make_folder, write_error
+
+BEST = "best"
+RESULTS = "results.json"
+DESCRIPTION = "finetuning.json"
+_FIX = "Name another folder with --output."
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task gave. mean, deviation: of each metric over the seeds (deviation None with one seed).
+
+    baseline: the score of the answer that is the most frequent in training, None for question answering. best: the
+    seed whose model is kept.
+    """
+
+    task: str
+    metrics: tuple[str, ...]
+    mean: dict[str, float]
+    deviation: dict[str, float | None]
+    baseline: float | None
+    best: int
+    num_train: int
+    num_validation: int
+    seeds: list[SeedResult]
+
+
+def fine_tune(task: Task, data: TaskData, encoder: Encoder, settings: Settings, output: Path, say: Say) -> TaskResult:
+    """Train the seeds 1, 2, ... of a task in a folder, and return what they gave.
+
+    A seed with results is not trained again, one that was interrupted goes on from its last checkpoint. The best
+    seed's model goes to output/best, all results to output/results.json.
+    Raises: ConfigError if the folder holds another fine-tuning, or another process works there.
+    """
+    check_settings(task, encoder, settings)
+    is_first = get_int_from_env(["RANK"], 0) == 0
+    with claimed(output) if is_first else _nothing():
+        if is_first:
+            _describe(output, _description(task, data, encoder, settings))
+        finished = {seed: _finished(output / f"seed-{seed}") for seed in range(1, settings.recipe.seeds + 1)}
+        split, results = None, [result for result in finished.values() if result is not None]
+        for result in results:
+            say(f"{task.name}, seed {result.seed}: finished before, score {100 * result.metrics[SCORE]:.2f}")
+        for seed in [seed for seed, result in finished.items() if result is None]:
+            split = split or _encoded(task, data, encoder, settings, say)
+            results.append(train_seed(task, split, encoder, settings, seed, output / f"seed-{seed}", say))
+            if is_first:
+                write_results(output / f"seed-{seed}" / RESULTS, asdict(results[-1]))
+        results.sort(key=lambda result: result.seed)
+        summary = summarize(task, data, results)
+        if is_first:
+            _keep_best(output, summary)
+            write_results(output / RESULTS, asdict(summary))
+    return summary
+
+
+def check_settings(task: Task, encoder: Encoder, settings: Settings) -> None:
+    """Raise ConfigError for settings that do not fit the model or the task, before any work."""
+    check_can_do(encoder, task.kind)
+    batch_shares(settings)
+    if settings.max_length > encoder.max_length:
+        raise ConfigError(
+            f"--max-length {settings.max_length} is more than the {encoder.max_length} tokens that {encoder.name} "
+            f"takes. Give {encoder.max_length} or fewer."
+        )
+
+
+def summarize(task: Task, data: TaskData, results: Sequence[SeedResult]) -> TaskResult:
+    """Return mean and sample standard deviation of each metric, and which seed is the best (the first of equals)."""
+    by_name = {name: [result.metrics[name] for result in results] for name in results[0].metrics}
+    return TaskResult(
+        task=task.name,
+        metrics=task.metrics,
+        mean={name: fmean(values) for name, values in by_name.items()},
+        deviation={name: stdev(values) if len(values) > 1 else None for name, values in by_name.items()},
+        baseline=baseline(task, data),
+        best=max(results, key=lambda result: result.metrics[SCORE]).seed,
+        num_train=len(data.train),
+        num_validation=len(data.validation),
+        seeds=list(results),
+    )
+
+
+def baseline(task: Task, data: TaskData) -> float | None:
+    """Return the score of always giving training's most frequent answer; None for question answering."""
+    if task.kind == "question-answering":
+        return None
+    labels = [example.label for example in data.train]
+    if task.kind == "regression":
+        outputs = np.zeros((len(data.validation), 1))
+    else:
+        width = len(data.labels) or len(data.train[0].choices)
+        outputs = np.zeros((len(data.validation), width))
+        outputs[:, np.bincount(np.array(labels, np.int64), minlength=width).argmax()] = 1
+    return measure(task, outputs, data.validation)[SCORE]
+
+
+def _encoded(task: Task, data: TaskData, encoder: Encoder, settings: Settings, say: Say) -> Split:
+    longest = settings.max_length
+    train, validation = (encode(task, part, encoder.tokenizer, longest) for part in (data.train, data.validation))
+    also = {name: encode(task, part, encoder.tokenizer, longest) for name, part in data.also.items()}
+    say(
+        f"{task.name}: {len(train):,} training and {len(validation):,} validation sequences of at most {longest} tokens"
+    )
+    return Split(train, validation, data.labels, also)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process. Raises: ConfigError if another one works there."""
+    make_folder(folder)
+    try:
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another finetune.py works in {folder}. Wait for it, or name another folder with --output."
+                ) from error
+            yield
+    except PermissionError as error:
+        raise write_error(folder, error, _FIX) from error
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _description(task: Task, data: TaskData, encoder: Encoder, settings: Settings) -> dict[str, Any]:
+    """Return what the results depend on; not where the model and the data lie."""
+    recipe = {name: value for name, value in asdict(settings.recipe).items() if name != "seeds"}
+    own = {name: value for name, value in asdict(settings).items() if name not in ("recipe", "micro_batch_size")}
+    if settings.deepspeed is not None:
+        own["deepspeed"] = settings.deepspeed.read_text(encoding="utf-8")
+    model = {"model": encoder.digest, "tokenizer": len(encoder.tokenizer)}
+    return {"task": task.name, "kind": task.kind, "data": digest_of(data), **model, **recipe, **own}
+
+
+def _describe(output: Path, description: dict[str, Any]) -> None:
+    """Write what a new folder is for. Raises: ConfigError if it is for something else already."""
+    path = output / DESCRIPTION
+    if not is_file(path):
+        others = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
+        if others:
+            raise ConfigError(f"{output} holds {others[0]}, which is no fine-tuning of one task. {_FIX}")
+        write_results(path, description)
+        return
+    found = _read(path)
+    changed = [name for name in description if found.get(name) != description[name]]
+    if changed:
+        shown = "; ".join(f"{name} was {found.get(name)!r}, is {description[name]!r}"[:120] for name in changed[:4])
+        raise ConfigError(
+            f"{output} holds a fine-tuning with other settings: {shown}. Repeat its command to continue it, or name "
+            "another folder with --output."
+        )
+
+
+def _finished(folder: Path) -> SeedResult | None:
+    path = folder / RESULTS
+    if not is_file(path):
+        return None
+    try:
+        return SeedResult(**_read(path))
+    except TypeError as error:
+        raise ConfigError(f"{path} is damaged ({error}). Remove {folder}: the seed is then trained again.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}). Remove it: the same command makes it again.") from error
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file of results. Raises: PathError or StorageError if it cannot be written."""
+    try:
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise write_error(path, error, _FIX) from error
+
+
+def _keep_best(output: Path, summary: TaskResult) -> None:
+    """Put the best seed's model into output/best, over that of an earlier call with fewer seeds."""
+    best, aside = output / BEST, output / f"{BEST}.new"
+    for folder in (aside, best):
+        if exists(folder):
+            shutil.rmtree(folder)
+    shutil.copytree(output / f"seed-{summary.best}" / MODEL, aside)
+    aside.rename(best)
