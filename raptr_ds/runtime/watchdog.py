@@ -3,7 +3,8 @@
 The main thread reports each step and each piece of longer work. A thread of every rank looks whether its own rank still
 moves. The first that does not raises an alarm in the launch's store; all ranks answer it with the place at which they
 stand, write the stacks of their threads into the run's folder, and leave with Exit.HUNG. The rank that others wait for
-is the one that stands elsewhere, or does not answer.
+is the one that stands elsewhere, or does not answer. Time in which the thread itself did not run does not count: a job
+that was suspended as a whole (by Slurm's gang scheduling, or with its machine) goes on.
 """
 
 import contextlib
@@ -79,8 +80,12 @@ class Watchdog:
         self._store.close()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(_POLL_SECONDS, self._seconds / 4)):
-            stands = time.monotonic() - self._moved
+        poll, looked = min(_POLL_SECONDS, self._seconds / 4), time.monotonic()
+        while not self._closed.wait(poll):
+            now = time.monotonic()
+            if (late := now - looked - poll) > poll:  # this process was suspended, with its job or its machine
+                self._moved = min(now, self._moved + late)
+            stands = now - self._moved
             is_stuck = stands > max(self._allowed, _SLOW_STEPS * median(self._steps or [0.0]))
             try:
                 if is_stuck:
@@ -96,6 +101,7 @@ class Watchdog:
                         f"stopped, or its machine is gone ({type(error).__name__})"
                     )
                     os._exit(Exit.HUNG)
+            looked = time.monotonic()
 
     def _answer(self, alarm: str, stands: float) -> None:
         """Answer an alarm, wait for the other answers, and leave; the first rank that answers prints them."""

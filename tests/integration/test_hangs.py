@@ -67,6 +67,26 @@ def test_slow_work_is_no_hang(run_file: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def _suspend_for_7_seconds(launch: Launch) -> None:
+    at, process = Loader.at, os.getpid()
+
+    def suspended(loader: Loader, step: int, first_sample: int | None = None) -> Any:
+        if step == 4:
+            subprocess.Popen(["sh", "-c", f"kill -STOP {process}; sleep 7; kill -CONT {process}"])
+            time.sleep(0.5)
+        return at(loader, step, first_sample)
+
+    Loader.at = suspended  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_suspended_as_a_whole_is_no_hang(processes: int, run_file: Path, tmp_path: Path) -> None:
+    done = forked(run_file, QUICK, processes=processes, spoil=_suspend_for_7_seconds)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert "hang" not in events
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named(stopped: int, run_file: Path, tmp_path: Path) -> None:
     """With rank 0 stopped too: under torchrun the store is the launcher's."""
