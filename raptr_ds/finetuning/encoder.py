@@ -158,7 +158,7 @@ def load_for(task: Task, labels: tuple[str, ...], encoder: Encoder, dropout: flo
     # Trainer takes a forward pass with **kwargs for one that divides its loss by all sequences of a step. These take
     # the mean of what they are given: without this the losses of accumulated batches and of processes are added up.
     model.accepts_loss_kwargs = False
-    # transformers 5.24 writes ESM's norms by their old names (gamma, beta). Trainer loads the best checkpoint, and one to
-    # go on from, by the model's own names, and leaves out what it does not find: these norms.
+    # transformers 5.24 writes ESM's norms by their old names (gamma, beta). Trainer loads the best checkpoint, and one
+    # to go on from, by the model's own names, and leaves out what it does not find: these norms.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     return model

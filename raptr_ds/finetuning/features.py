@@ -43,7 +43,8 @@ class Features(Dataset):
             logits = outputs[0] if isinstance(outputs, tuple) else outputs
             return measure(self.task, logits, self.examples)
         may_be_empty = any(not example.answers for example in self.examples)
-        texts = best_answers(self.windows, outputs[0], outputs[1], self.examples, may_be_empty)
+        starts, ends = outputs  # type: ignore[misc]
+        texts = best_answers(self.windows, starts, ends, self.examples, may_be_empty)
         return with_score(self.task, measure_answers(texts, [example.answers for example in self.examples]))
 
 
@@ -75,7 +76,7 @@ def _text_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[dict[str, Any]]:
     texts = [example.text for example in examples]
-    pairs = None if examples[0].pair is None else [example.pair for example in examples]
+    pairs = None if examples[0].pair is None else [example.pair or "" for example in examples]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     return [
         {**{name: np.array(encoded[name][i], np.int32) for name in encoded}, "label": example.label}

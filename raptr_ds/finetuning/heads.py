@@ -19,7 +19,7 @@ class EsmForMultipleChoice(EsmPreTrainedModel):
     def __init__(self, config: EsmConfig) -> None:
         super().__init__(config)
         self.esm = EsmModel(config)  # with its tanh layer
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0.0)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 

@@ -236,13 +236,14 @@ class _Report(TrainerCallback):
     """Prints a line for each evaluation."""
 
     def __init__(self, name: str, say: Say) -> None:
-        self._name, self._say, self._loss = name, say, float("nan")
+        self._name, self._say, self._losses = name, say, ""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any
     ) -> None:
         """Remember the training loss."""
-        self._loss = (logs or {}).get("loss", self._loss)
+        if logs and "loss" in logs:
+            self._losses = f"training loss {logs['loss']:.4f}, "
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **kwargs: Any
@@ -251,6 +252,6 @@ class _Report(TrainerCallback):
         found = _metrics(metrics or {})
         self._say(
             f"{self._name}, epoch {state.epoch or 0:.2f} of {args.num_train_epochs:g} (step {state.global_step:,}): "
-            f"training loss {self._loss:.4f}, validation loss {found.get('loss', float('nan')):.4f}, "
+            f"{self._losses}validation loss {found.get('loss', float('nan')):.4f}, "
             f"score {100 * found[SCORE]:.2f}"
         )
