@@ -39,7 +39,7 @@ quickstart: environment data
 
 compare: environment data
 	$(inside) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(threads)} python tools/experiment.py experiments/quickstart_twins.json
-	$(inside) python tools/plot_run.py runs/quickstart_twins/runs/standard/seed-1 runs/quickstart_twins/runs/raptr_half/seed-1 \
+	$(inside) python tools/plot_run.py runs/quickstart_twins/runs/standard/seed-1 runs/quickstart_twins/runs/raptr/seed-1 \
 		--output runs/quickstart_twins/comparison.png
 
 .PHONY: data

@@ -62,14 +62,15 @@ def _follower(denoisers: Sequence[Denoiser]) -> Denoiser | None:
 
 
 def hidden_words(source: ModelSource, text: np.ndarray, seed: int) -> list[range]:
-    """Return the places of the words to hide, in order, no two side by side; words of one token and several letters
-    first.
+    """Return the places of the words to hide, in order, no two side by side.
+
+    Words of one token and several letters are taken first, then those of the fewest tokens.
     """
     tokenizer = source.tokenizer
     words = words_of(tokenizer, text)[1:] or [range(len(text))]
     number = max(2, len(words) // _HIDDEN_SHARE)
     order = [words[index] for index in np.argsort(stream(seed, "hidden words", len(text)).random(len(words)))]
-    order.sort(key=lambda word: len(word) > 1 or not _is_word(tokenizer.decode(text[word.start : word.stop])))
+    order.sort(key=lambda word: (len(word), not _is_word(tokenizer.decode(text[word.start : word.stop]))))
     chosen: list[range] = []
     for word in order:
         if len(chosen) < number and all(word.stop < other.start or other.stop < word.start for other in chosen):
