@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read as tqdm is imported
 
 import _command_line
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -62,8 +64,12 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate on the launch's processes, the first of which prints."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
     from raptr_ds.evaluation.ranks import join, leave
 
+    random.seed(DEFAULT_RANDOM_SEED)  # as the harness's command line does, before it loads tasks
+    np.random.seed(DEFAULT_OTHER_SEED)
     ranks = join()
     try:
         _evaluate(arguments, ranks)

@@ -1,16 +1,13 @@
 """An evaluation: tasks by number of examples and by how contexts are seen, and what came out."""
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 
 from raptr_ds.errors import ConfigError
@@ -58,7 +55,7 @@ def run_tasks(
     """Return the outcomes, by number of examples and task. models: by scoring; report: what comes next.
 
     A task whose own configuration says no examples, such as one with the examples in its contexts, is run once.
-    Seeds are the harness's own, so that prompts are those of its command line.
+    Examples are drawn with the harness's own seed, so that prompts are those of its command line.
     Raises: ConfigError if a task has too few documents to take examples from.
     """
     fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
@@ -99,9 +96,6 @@ def _run_task(
 
 
 def _harness_results(task: Any, name: str, shots: int, model: LM, options: Options) -> dict[str, Any]:
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002 - some tasks of the harness draw from it
-    torch.manual_seed(DEFAULT_OTHER_SEED)
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     getattr(model, "truncated", set()).clear()

@@ -1,10 +1,12 @@
-"""What several rooms' tests share: a group of one process, a made-up language, a data folder prepared from it.
+"""What several rooms' tests share: one process's groups, a made-up language and data prepared from it, a call of a tool.
 
 What a fixture needs is imported in it: tests of the model run on the oldest torch without what prepares data.
 """
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 if TYPE_CHECKING:
     from raptr_ds.data.tokenizer import Tokenizer
     from raptr_ds.prepare.corpus import FileSource
+    from tests.exported_runs import Done, Tool
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +66,23 @@ def groups() -> Iterator[ProcessGroups]:
     """The process groups of a lone process, on the CPU."""
     with lone_process_groups() as lone:
         yield lone
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+    """Runs a tool, given by its name, in this process."""
+    from tests.exported_runs import Done
+
+    tools = Path(__file__).parents[2] / "tools"
+    monkeypatch.syspath_prepend(str(tools))
+
+    def run(name: str, *arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(tools / name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return Done(code, *capsys.readouterr())
+
+    return run

@@ -1,16 +1,13 @@
 """What the tests of export share: English prose that every Python has, and tokenizers trained on it."""
 
-import runpy
-import sys
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
-from tests.exported_runs import Done, Tool
+from tests.exported_runs import Tool
 from tests.foreign_models import FOREIGN, brought, foreign_model
 from tests.made_up_text import TextSource
 
@@ -29,24 +26,6 @@ def tokenizer(request: pytest.FixtureRequest, prose: list[str], tmp_path_factory
         model = foreign_model({**FOREIGN[kind], "vocab_size": 700}, text.split("\n"))
         return brought(model, tmp_path_factory.mktemp("model"))
     return train_tokenizer([TextSource([text])], TokenizerSettings(vocab_size=700, num_sentinels=8, model_type=kind))
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a tool, given by its name, in this process."""
-    tools = Path(__file__).parents[3] / "tools"
-    monkeypatch.syspath_prepend(str(tools))
-
-    def run(name: str, *arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            runpy.run_path(str(tools / name), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
