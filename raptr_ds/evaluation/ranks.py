@@ -39,6 +39,9 @@ class Ranks:
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+ALONE = Ranks()
+
+
 def join() -> Ranks:
     """Return this process's place among those that were launched together, after connecting them.
 
@@ -50,7 +53,7 @@ def join() -> Ranks:
     return Ranks(launch.rank, launch.world_size, launch.local_rank)
 
 
-def leave() -> None:
-    """Disconnect this process, if it is connected."""
-    if torch.distributed.is_initialized():
+def leave(ranks: Ranks) -> None:
+    """Disconnect this process from those that it has joined."""
+    if ranks.world_size > 1:
         torch.distributed.destroy_process_group()

@@ -70,9 +70,7 @@ def run_tasks(
     return outcomes
 
 
-def _run_task(
-    task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]
-) -> Outcome:
+def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]) -> Outcome:
     name, outcome = str(task.config.task), None
     for scoring, model in models.items():
         report(f"{name}, {shots} shots, {scoring}")

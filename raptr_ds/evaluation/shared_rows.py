@@ -56,7 +56,10 @@ class Row:
 
 
 def lay_out(sequences: Sequence[Scored], longest_row: int) -> list[Row]:
-    """Return rows that hold all of the sequences, the longest row first. No row but of one sequence is over longest_row."""
+    """Return rows that hold all of the sequences, the longest row first.
+
+    No row of more than one sequence is longer than longest_row.
+    """
 
     def in_order(number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         tokens, prefix = tuple(sequences[number].tokens), sequences[number].prefix_length

@@ -27,7 +27,7 @@ def compute_exact(gold: str, predicted: str) -> int:
 
 
 def compute_f1(gold: str, predicted: str) -> float:
-    """Return the harmonic mean of precision and recall of the predicted words; without words, whether both have none."""
+    """Return the harmonic mean of precision and recall of the words; without words, whether both have none."""
     golds, predictions = normalize_answer(gold).split(), normalize_answer(predicted).split()
     if not golds or not predictions:
         return float(golds == predictions)

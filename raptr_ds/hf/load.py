@@ -113,8 +113,8 @@ def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
     if trained.model.architecture != "ul2":
         raise ConfigError(
             f"{trained.folder} holds a BERT model, and only UL2 continues a text. BERT fills in masked words: export "
-            "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT). For "
-            "tasks it is fine-tuned: tools/finetune.py."
+            "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT). "
+            "For tasks it is fine-tuned: tools/finetune.py."
         )
     tokenizer = load_tokenizer(named, read_run_data(trained.folder, needed=named is None), trained, is_needed=True)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: one process's groups, a made-up language and data prepared from it, a call of a tool.
+"""What several rooms' tests share: one process's groups, made-up text, data prepared from it, a call of a tool.
 
 What a fixture needs is imported in it: tests of the model run on the oldest torch without what prepares data.
 """

@@ -33,7 +33,7 @@ def test_a_table_and_json(run: Path, task_files: Path, tool: Tool) -> None:
         "of": 9,
         "version": 2.0,
         "examples_from": None,
-        "truncated": 0,
+        "truncated": 3,
         "higher_is_better": None,
     }
     for word in ("boolq", "nq_open", "exact_match ↑", "bits_per_byte ↓", "prefix"):

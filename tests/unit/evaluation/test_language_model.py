@@ -84,7 +84,7 @@ def theirs(exported: Path) -> HFLM:
 
 
 def test_left_to_right_without_a_mode_it_is_the_harness_own_class(theirs: HFLM, loaded: PrefixModel) -> None:
-    ours = PrefixLM(loaded, mode="none", causal=True, batch_size=4)
+    ours = PrefixLM(loaded, mode=None, causal=True, batch_size=4)
     asked = requests("loglikelihood", PAIRS)
     wanted = theirs.loglikelihood(asked, disable_tqdm=True)
     found = ours.loglikelihood(asked)
@@ -93,7 +93,7 @@ def test_left_to_right_without_a_mode_it_is_the_harness_own_class(theirs: HFLM, 
 
 
 def test_whole_texts_are_scored_as_the_harness_own_class_does(theirs: HFLM, loaded: PrefixModel) -> None:
-    ours = PrefixLM(loaded, mode="none", causal=True, batch_size=4)
+    ours = PrefixLM(loaded, mode=None, causal=True, batch_size=4)
     texts = [(" ".join([*words(seed), *words(seed + 1)][:length]),) for seed, length in enumerate((1, 5, 30, 80))]
     assert max(len(ours.tok_encode(text)) for (text,) in texts) > 2 * LONGEST  # several windows
     asked = requests("loglikelihood_rolling", texts)
@@ -102,7 +102,7 @@ def test_whole_texts_are_scored_as_the_harness_own_class_does(theirs: HFLM, load
 
 
 def test_continuations_are_those_of_the_harness_own_class(theirs: HFLM, loaded: PrefixModel) -> None:
-    ours = PrefixLM(loaded, mode="none", causal=True, batch_size=4)
+    ours = PrefixLM(loaded, mode=None, causal=True, batch_size=4)
     asked = requests("generate_until", [(context, OPTIONS) for context in [*CONTEXTS, " ".join(words(7))]])
     wanted = theirs.generate_until(asked, disable_tqdm=True)
     assert ours.generate_until(asked) == wanted
@@ -146,7 +146,7 @@ def test_a_continuation_that_is_longer_than_the_model_is_refused(loaded: PrefixM
 
 
 def test_a_mode_that_the_tokenizer_lacks(loaded: PrefixModel) -> None:
-    with pytest.raises(ConfigError, match=r"no mode \[XYZ\]; it has \[NLU\], \[NLG\], \[S2S\]"):
+    with pytest.raises(ConfigError, match=r"no mode \[XYZ\]; it has .*\[S2S\].*or no mode"):
         PrefixLM(loaded, mode="XYZ")
 
 

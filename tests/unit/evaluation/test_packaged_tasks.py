@@ -38,9 +38,7 @@ COQA = [
     {"id": f"s_turn{turn}", "story": "S", "question": f"q{turn}", "answers": [f"a{turn}", f"b{turn}"], "choices": ["x"]}
     for turn in (10, 2, 0)
 ]
-DROP = [
-    {"query_id": "d", "passage": " P", "question": "Q?", "answers": [["3", "4"], ["5"]], "choices": [["3", "4"]]}
-]
+DROP = [{"query_id": "d", "passage": " P", "question": "Q?", "answers": [["3", "4"], ["5"]], "choices": [["3", "4"]]}]
 ARC = [{"id": "i", "query": "Question: Why?\nAnswer:", "choices": ["p", "q", "r"], "gold": 2}]
 RTE = [{"sentence1": "A.", "sentence2": "B.", "label": 1, "idx": 0}]
 FILES = {
