@@ -95,9 +95,16 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     is_first = ranks.rank == 0
     if arguments.task_files is not None and not is_folder(arguments.task_files):
         raise ConfigError(f"--task-files {arguments.task_files}: there is no such folder. --fetch FOLDER makes one.")
+    if arguments.output is not None and not is_folder(arguments.output.absolute().parent):
+        raise ConfigError(f"--output {arguments.output}: there is no such folder to write the file in. Make it first.")
+    device = arguments.device or ranks.device
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     catalogue = Catalogue()
     names = catalogue.expand(arguments.tasks)
-    loaded = load_prefix_model(arguments.model, arguments.tokenizer, arguments.device or ranks.device)
+    loaded = load_prefix_model(arguments.model, arguments.tokenizer, device)
     if arguments.dtype is not None:
         cast_parameters(loaded.model, getattr(torch, arguments.dtype))
     tasks = load_tasks(catalogue, names, arguments.task_files)

@@ -75,8 +75,8 @@ class Catalogue:
         if not matching:
             known = [*GROUPS, *READY_TASKS, *self._index]
             raise ConfigError(
-                f"there is no task {name!r}{nearest(name, known)} Tasks are those of lm-evaluation-harness (lm-eval ls "
-                f"tasks), the groups {' and '.join(GROUPS)}, and {', '.join(READY_TASKS)}."
+                f"there is no task {name!r}{nearest(name, known) or '.'} Tasks are those of lm-evaluation-harness "
+                f"(lm-eval ls tasks), the groups {' and '.join(GROUPS)}, and {', '.join(READY_TASKS)}."
             )
         for match in matching:
             yield from self._leaves(self._index[match])

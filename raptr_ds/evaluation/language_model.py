@@ -22,7 +22,6 @@ _MAX_NEW_TOKENS = 256  # the harness's default, for tasks that name no number
 _Progress = Callable[[str, int, int], None]
 
 
-@register_model("raptr_ds")
 class PrefixLM(TemplateLM):
     """Scores and continues texts behind a mode token: [mode] context | continuation.
 
@@ -225,6 +224,9 @@ class PrefixLM(TemplateLM):
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+register_model("raptr_ds")(PrefixLM)
 
 
 def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:

