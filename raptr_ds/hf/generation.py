@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from raptr_ds.errors import ConfigError
 from raptr_ds.rng import stream
 
-End = Literal["end of text", "max_new_tokens", "longest sequence"]
+End = Literal["end of text", "max_new_tokens", "longest sequence", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def generate(
     max_new_tokens: int,
     end_id: int,
     sampling: Sampling = GREEDY,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[Continuation]:
     """Return the continuation of each prompt: what the prompt alone would have, in one batch.
 
     model: in evaluation mode. end_id: the token that ends a text. on_token: called with a prompt's number and each of
-    its new tokens as it comes.
+    its new tokens as it comes; returns True where the continuation is to end with this token.
     Raises: ConfigError for a prompt that is empty, or leaves no room for a token.
     """
     if not prompts:
@@ -141,7 +141,7 @@ class _Row:
         self._limit = min(max_new_tokens, longest - length)
         self._last: End = "max_new_tokens" if self._limit == max_new_tokens else "longest sequence"
 
-    def take(self, token: int, end_id: int, on_token: Callable[[int, int], None] | None) -> None:
+    def take(self, token: int, end_id: int, on_token: Callable[[int, int], bool | None] | None) -> None:
         """Append a token; nothing once the continuation has ended."""
         if self.end is not None:
             return
@@ -151,8 +151,8 @@ class _Row:
         self.tokens.append(token)
         if len(self.tokens) == self._limit:
             self.end = self._last
-        if on_token is not None:
-            on_token(self.number, token)
+        if on_token is not None and on_token(self.number, token):
+            self.end = self.end or "stopped"
 
 
 def _streams(prompts: Sequence[Prompt], sampling: Sampling) -> list[np.random.Generator]:

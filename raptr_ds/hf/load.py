@@ -44,7 +44,8 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
     if kind != LlamaForCausalLM.__name__:
         raise ConfigError(
             f"{where} holds a {kind}, and only {LlamaForCausalLM.__name__} continues a text. A BERT model fills in "
-            f"masked words: transformers' pipeline('fill-mask', model='{where}')."
+            f"masked words: transformers' pipeline('fill-mask', model='{where}'). For tasks it is fine-tuned: "
+            "tools/finetune.py."
         )
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
@@ -103,7 +104,8 @@ def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
     if trained.model.architecture != "ul2":
         raise ConfigError(
             f"{trained.folder} holds a BERT model, and only UL2 continues a text. BERT fills in masked words: export "
-            "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT)."
+            "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT). "
+            "For tasks it is fine-tuned: tools/finetune.py."
         )
     tokenizer = load_tokenizer(named, read_run_data(trained.folder, needed=named is None), trained, is_needed=True)
     if tokenizer is None:

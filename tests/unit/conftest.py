@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a group of one process, a made-up language, a data folder prepared from it.
+"""What several rooms' tests share: one process's groups, made-up text, data prepared from it, a call of a tool.
 
 What a fixture needs is imported in it: tests of the model run on the oldest torch without what prepares data.
 """
@@ -16,6 +16,7 @@ from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 if TYPE_CHECKING:
     from raptr_ds.data.tokenizer import Tokenizer
     from raptr_ds.prepare.corpus import FileSource
+    from tests.exported_runs import Tool
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +64,11 @@ def groups() -> Iterator[ProcessGroups]:
     """The process groups of a lone process, on the CPU."""
     with lone_process_groups() as lone:
         yield lone
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+    """Runs a tool, given by its name, in this process."""
+    from tests.exported_runs import tool_runner
+
+    return tool_runner(monkeypatch, capsys)

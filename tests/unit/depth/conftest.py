@@ -10,7 +10,6 @@ from raptr_ds.depth.source import ModelSource, open_model
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import lone_process_groups
 from tests.depth_runs import MakeRun, depth_run
-from tests.exported_runs import Tool, tool_runner
 
 
 @pytest.fixture
@@ -24,9 +23,3 @@ def make_run(tmp_path: Path, tokenizer: Tokenizer, data_folder: Path) -> MakeRun
         return open_model(folder), stage
 
     return make
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a tool, given by its name, in this process."""
-    return tool_runner(monkeypatch, capsys)

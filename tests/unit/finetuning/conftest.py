@@ -13,15 +13,9 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.finetuning.encoder import Encoder, exported_encoder
 from raptr_ds.hf.export import export
 from raptr_ds.parallel.groups import ProcessGroups
-from tests.exported_runs import Tool, model_of, run_folder, tool_runner
+from tests.exported_runs import model_of, run_folder
 
 WORDS = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "bread"]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a tool, given by its name, in this process."""
-    return tool_runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
-from tests.exported_runs import Tool, tool_runner
+from tests.exported_runs import Tool
 from tests.foreign_models import FOREIGN, brought, foreign_model
 from tests.made_up_text import TextSource
 
@@ -26,12 +26,6 @@ def tokenizer(request: pytest.FixtureRequest, prose: list[str], tmp_path_factory
         model = foreign_model({**FOREIGN[kind], "vocab_size": 700}, text.split("\n"))
         return brought(model, tmp_path_factory.mktemp("model"))
     return train_tokenizer([TextSource([text])], TokenizerSettings(vocab_size=700, num_sentinels=8, model_type=kind))
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a tool, given by its name, in this process."""
-    return tool_runner(monkeypatch, capsys)
 
 
 @pytest.fixture

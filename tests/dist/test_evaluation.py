@@ -1,0 +1,53 @@
+"""Evaluation on two processes: each computes a part of the requests, and the results are those of one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raptr_ds.parallel.groups import lone_process_groups
+from raptr_ds.parallel.launch import Launch
+from tests.dist.workers import run_distributed
+from tests.small_tasks import write_run, write_task_files
+
+
+def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any], int]:
+    """Return the results, and how many sequences this rank computed."""
+    from raptr_ds.evaluation.catalogue import Catalogue
+    from raptr_ds.evaluation.language_model import PrefixLM
+    from raptr_ds.evaluation.ranks import join
+    from raptr_ds.evaluation.report import as_json
+    from raptr_ds.evaluation.run import Options, run_tasks
+    from raptr_ds.evaluation.tasks import load_tasks
+    from raptr_ds.hf.load import load_prefix_model
+
+    done = 0
+
+    def count(kind: str, part: int, total: int) -> None:
+        nonlocal done
+        done += kind == "scoring" and part == total and total
+
+    loaded = load_prefix_model(Path(run))
+    model = PrefixLM(loaded, batch_size=3, ranks=join(), on_progress=count)
+    tasks = load_tasks(Catalogue(), ["boolq", "cb", "nq_open", "winogrande"], Path(task_files))
+    outcomes = run_tasks(tasks, {"prefix": model}, Options(shots=(0, 2)))
+    return as_json("", outcomes, {}), done
+
+
+def test_the_table_is_that_of_one_process(tmp_path: Path) -> None:
+    """Few-shot examples and cut contexts included. Rounding: batches differ, and with them the order of sums."""
+    with lone_process_groups() as groups:
+        run = write_run(tmp_path, groups)
+    files = write_task_files(tmp_path / "files")
+    ((alone, every),) = run_distributed(evaluated, 1, str(run), str(files))
+    shared = run_distributed(evaluated, 2, str(run), str(files))
+    assert sum(part for _, part in shared) == every
+    assert all(0.25 * every < part < 0.75 * every for _, part in shared)
+    for found, _ in shared:
+        assert found["tasks"] == alone["tasks"]
+        for name, wanted in alone["results"].items():
+            assert found["results"][name].keys() == wanted.keys()
+            for metric, value in wanted.items():
+                same = None if value is None else pytest.approx(value, rel=1e-5)
+                assert found["results"][name][metric] == same, (name, metric)
+    assert sum(entry["truncated"] for entry in alone["tasks"].values()) > 0

@@ -1,0 +1,119 @@
+"""tools/evaluate.py: a table and JSON from runs, checkpoints and exported folders, and bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.parallel.groups import ProcessGroups
+from tests.exported_runs import Tool, is_refused, model_of, run_folder
+
+
+def results_of(tool: Tool, model: Path, task_files: Path, *options: object) -> tuple[dict, str]:
+    """Return what --output holds, and what was printed."""
+    output = task_files.parent / "out.json"
+    done = tool("evaluate.py", model, "--task-files", task_files, "--output", output, *options)
+    assert done.code == 0, done
+    return json.loads(output.read_text()), done.printed
+
+
+def test_a_table_and_json(run: Path, task_files: Path, tool: Tool) -> None:
+    found, printed = results_of(tool, run, task_files, "--tasks", "boolq,cb,nq_open", "--limit", 5)
+    assert found["model"] == str(run)
+    assert set(found["results"]) == {"boolq", "cb", "nq_open"}
+    boolq = found["results"]["boolq"]
+    assert set(boolq) == {"shots", "acc", "acc_stderr", "bits_per_byte", "bits_per_byte_stderr"}
+    assert boolq["shots"] == 0
+    assert f"{boolq['acc']:.4f} ± {boolq['acc_stderr']:.4f}" in printed
+    assert found["results"]["cb"]["f1_stderr"] is None  # the harness has none for this average over classes
+    assert found["tasks"]["boolq"] | {"higher_is_better": None} == {
+        "documents": 5,
+        "of": 9,
+        "version": 2.0,
+        "examples_from": None,
+        "truncated": 3,
+        "higher_is_better": None,
+    }
+    for word in ("boolq", "nq_open", "exact_match ↑", "bits_per_byte ↓", "prefix"):
+        assert word in printed
+    assert "causal" not in printed
+
+
+def test_every_kind_of_folder_gives_the_same(run: Path, exported: Path, task_files: Path, tool: Tool) -> None:
+    step = run / "checkpoints" / "step-00000003"
+    every = [results_of(tool, at, task_files, "--tasks", "boolq,nq_open")[0]["results"] for at in (run, step, exported)]
+    assert every[0] == every[1] == every[2]
+
+
+def test_examples_causal_scores_and_notes(run: Path, task_files: Path, tool: Tool) -> None:
+    options = ("--tasks", "boolq,cb", "--shots", "0,2", "--causal", "--mode", "NLG", "--batch-size", 3)
+    found, printed = results_of(tool, run, task_files, *options)
+    assert list(found["results"]) == ["boolq@0", "cb@0", "boolq@2", "cb@2"]
+    for entry in found["results"].values():
+        assert entry["bits_per_byte"] != entry["bits_per_byte_causal"]
+    assert found["results"]["boolq@0"]["bits_per_byte"] != found["results"]["boolq@2"]["bits_per_byte"]
+    assert [found["tasks"][f"{name}@2"]["examples_from"] for name in ("boolq", "cb")] == ["train", "validation"]
+    assert "cb: examples are other documents of its validation split" in printed
+    assert "boolq: examples" not in printed
+    assert found["tasks"]["boolq@2"]["truncated"] > 0
+    assert "boolq, 2 shots: " in printed
+    assert "lost their beginning" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tasks", "boolq,copa,wic"), ["has no files of copa, wic", "--tasks copa", "--tasks boolq"]),
+        (("--tasks", "boolq", "--shots", "6"), ["boolq has 6 documents to take examples from"]),
+        (("--tasks", "boolq", "--output", "nothing/out.json"), ["--output nothing/out.json", "no such folder"]),
+        (("--tasks", "boolq", "--device", "cuda:77"), ["--device cuda:77 cannot be used"]),
+        (("--tasks", "boolq", "--device", "abc"), ["--device abc cannot be used"]),
+    ],
+)
+def test_tasks_that_cannot_be_run(
+    run: Path, task_files: Path, tool: Tool, options: tuple[str, ...], words: list[str]
+) -> None:
+    assert is_refused(tool("evaluate.py", run, "--task-files", task_files, *options), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give MODEL and --tasks, or --fetch FOLDER"),
+        (("--tasks", ","), "name at least one task"),
+        (("--tasks", "boolq", "--shots", "0,x"), "must be numbers of examples"),
+        (("--tasks", "boolq", "--shots", "-1"), "no number of examples is below 0"),
+        (("--tasks", "boolq", "--limit", "0"), "'0' must be a whole number, at least 1"),
+        (("--tasks", "boolq", "--fetch", "x"), "--fetch needs no MODEL"),
+    ],
+)
+def test_options_that_are_none(run: Path, tool: Tool, options: tuple[str, ...], words: str) -> None:
+    done = tool("evaluate.py", run, *options)
+    assert done.code == 2
+    assert words in done.error
+
+
+def test_folders_that_are_no_model(run: Path, exported: Path, task_files: Path, tool: Tool, tmp_path: Path) -> None:
+    def refused(model: Path, *words: object) -> bool:
+        return is_refused(tool("evaluate.py", model, "--tasks", "boolq", "--task-files", task_files), *words)
+
+    without = tmp_path / "without"
+    shutil.copytree(exported, without)
+    for file in without.glob("tokenizer*"):
+        file.unlink()
+    assert refused(without, "has no tokenizer")
+    assert refused(tmp_path / "nothing", "there is no such folder")
+    done = tool("evaluate.py", run, "--tasks", "boolq", "--task-files", tmp_path / "nothing")
+    assert is_refused(done, "--task-files", "--fetch FOLDER makes one")
+
+
+def test_bert_is_for_fine_tuning(
+    groups: ProcessGroups, tokenizer: Tokenizer, task_files: Path, tool: Tool, tmp_path: Path
+) -> None:
+    run_folder(tmp_path / "run", groups, model_of("bert", tokenizer.vocab_size), tokenizer)
+    assert tool("export_hf.py", tmp_path / "run", tmp_path / "exported").code == 0
+    for folder in ("run", "exported"):
+        done = tool("evaluate.py", tmp_path / folder, "--tasks", "boolq", "--task-files", task_files)
+        assert is_refused(done, "fine-tuned: tools/finetune.py")

