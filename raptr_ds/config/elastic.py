@@ -56,8 +56,9 @@ def largest_fitting(size: int, per_rank: int, paths_per_step: int) -> int:
 
 def _batch_of(tree: dict[str, Any], ranks: int) -> BatchGeometry | None:
     """Return the batch that a run file gives on a number of ranks, None if it gives none that is whole."""
+    total, micro, accumulation = (int(tree[key]) if key in tree else None for key in BATCH_KEYS)
     try:
-        return solve_batch(*(int(tree[key]) if key in tree else None for key in BATCH_KEYS), ranks)
+        return solve_batch(total, micro, accumulation, ranks)
     except ConfigError:
         return None
 
