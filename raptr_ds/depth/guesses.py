@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from raptr_ds.config.sections import Denoiser
 from raptr_ds.data.batch import Sample, collate
@@ -42,17 +43,24 @@ class FilledText:
 
 
 def fill_masks(
-    network: Network, path: LayerPath, tokens: np.ndarray, places: Sequence[int], right: Sequence[int], number: int
+    network: Network,
+    path: LayerPath,
+    tokens: np.ndarray,
+    places: Sequence[int],
+    right: Sequence[int],
+    number: int,
+    not_guessed: Sequence[int] = (),
 ) -> list[Blank]:
     """Return what BERT predicts at some places of a sample.
 
     Shapes: tokens (n,) int64, with [CLS], [SEP] and masks as they are; places: of the blanks; right: the tokens there.
-    number: of guesses for each.
+    number: of guesses for each. not_guessed: tokens that are left out of these; probabilities are the model's.
     """
     sample = Sample(tokens, np.array(places, np.int64), np.array(right, np.int64), len(tokens))
     logits = network.logits(collate([sample], [0], len(tokens), pad_id=0), path)
     probabilities = logits.double().softmax(-1)
-    best = probabilities.topk(min(number, logits.shape[-1]))
+    guessable = probabilities.index_fill(-1, torch.tensor(not_guessed, dtype=torch.long), -1.0)
+    best = guessable.topk(min(number, logits.shape[-1] - len(not_guessed)))
     return [
         Blank(
             tuple(Guess((token,), value) for token, value in zip(ids, values, strict=True)),
@@ -67,11 +75,14 @@ def fill_masks(
 def masked_sentence(
     network: Network, path: LayerPath, tokenizer: Tokenizer, text: np.ndarray, places: Sequence[int], number: int = 3
 ) -> FilledText:
-    """Return a text whose tokens at some places BERT fills in. Shapes: text (n,) int64."""
+    """Return a text whose tokens at some places BERT fills in. Shapes: text (n,) int64.
+
+    Newlines are not guessed: held-out sentences are shown without the line breaks that they had.
+    """
     tokens = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
     inside = [1 + place for place in places]
     tokens[inside] = tokenizer.mask_id
-    blanks = fill_masks(network, path, tokens, inside, text[list(places)].tolist(), number)
+    blanks = fill_masks(network, path, tokens, inside, text[list(places)].tolist(), number, [tokenizer.newline_id])
     parts: list[tuple[int, ...] | Blank] = []
     begin = 0
     for place, blank in zip(places, blanks, strict=True):

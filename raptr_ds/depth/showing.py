@@ -20,7 +20,7 @@ from raptr_ds.rng import stream
 
 SHOWN_DEPTHS = (Fraction(1), Fraction(3, 4), Fraction(1, 2))
 _HIDDEN_SHARE = 8  # one word of so many is hidden, but two at least
-_LONGEST_HIDDEN = 3  # letters fewer than these are easy to guess, and say little
+_SHORT_WORD = 3  # letters: easy to guess, and says little
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,19 @@ def _follower(denoisers: Sequence[Denoiser]) -> Denoiser | None:
 def hidden_words(source: ModelSource, text: np.ndarray, seed: int) -> list[range]:
     """Return the places of the words to hide, in order, no two side by side.
 
-    Words of one token and several letters are taken first, then those of the fewest tokens.
+    Words of one token and several letters are taken first, then those of the fewest tokens, punctuation last.
     """
     tokenizer = source.tokenizer
     words = words_of(tokenizer, text)[1:] or [range(len(text))]
     number = max(2, len(words) // _HIDDEN_SHARE)
     order = [words[index] for index in np.argsort(stream(seed, "hidden words", len(text)).random(len(words)))]
-    order.sort(key=lambda word: (len(word), not _is_word(tokenizer.decode(text[word.start : word.stop]))))
+    texts = {word: tokenizer.decode(text[word.start : word.stop]) for word in order}
+    order.sort(key=lambda word: (not texts[word].isalpha(), len(word), len(texts[word]) <= _SHORT_WORD))
     chosen: list[range] = []
     for word in order:
         if len(chosen) < number and all(word.stop < other.start or other.stop < word.start for other in chosen):
             chosen.append(word)
     return sorted(chosen, key=lambda word: word.start)
-
-
-def _is_word(text: str) -> bool:
-    return text.isalpha() and len(text) > _LONGEST_HIDDEN
 
 
 def shown_depths(network: Network, source: ModelSource, held_out: HeldOut) -> list[tuple[Fraction, DepthRow]]:

@@ -1,4 +1,4 @@
-"""Whether the run's exports can be made, found out while the run is being built: before training, not hours later."""
+"""Whether the run's exports can be made and scored: found out while the run is being built, not hours later."""
 
 import json
 from collections.abc import Callable
@@ -7,54 +7,60 @@ from pathlib import Path
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.exports import EXPORTS
+from raptr_ds.runtime.exports import EXPORTS, task_check_command
 from raptr_ds.runtime.side_process import SideProcess
 from raptr_ds.user_paths import FIX_SAVE, make_folder, write_error
 
 _SECONDS = 300.0
-_KEY = "raptr_ds.checkpoint.export_interval"
+_INTERVAL, _TASKS = "raptr_ds.checkpoint.export_interval", "raptr_ds.eval.tasks"
 
 
 class ExportCheck:
-    """tools/export_hf.py --check on the run, in a process of its own: transformers takes seconds to import.
+    """The tools' own checks of the run, in processes of their own: transformers takes seconds to import.
 
     Does nothing where the run has no exports. report: prints messages.
     Raises: ConfigError if a package is missing; PathError or StorageError.
     """
 
     def __init__(self, config: RunConfig, folder: Path, report: Callable[[str], None]) -> None:
-        self._report, self._process = report, None
-        self._interval = config.checkpoint.export_interval
-        if not self._interval:
+        self._report, self._folder = report, folder / EXPORTS
+        self._processes: dict[str, SideProcess] = {}
+        if not (interval := config.checkpoint.export_interval):
             return
-        _needs("transformers", f"{_KEY}={self._interval}")
+        exporting, tasks = f"{_INTERVAL}={interval}", f"{_TASKS}={list(config.eval.tasks)}"
+        _needs("transformers", exporting)
+        make_folder(self._folder)
+        self._start(exporting, ["export_hf.py", "--check", "-"], json.dumps(config.resolved()))
         if config.eval.tasks:
-            _needs("lm_eval", f"raptr_ds.eval.tasks={list(config.eval.tasks)}")
-        self._log = folder / EXPORTS / "check.log"
-        make_folder(self._log.parent)
+            _needs("lm_eval", tasks)
+            self._start(tasks, task_check_command(config.eval))
+
+    def _start(self, key: str, words: list[str], text: str = "") -> None:
+        log = self._log(key)
         try:
-            self._log.unlink(missing_ok=True)
-            words = ["export_hf.py", "--check", "-"]
-            self._process = SideProcess(words, self._log, _SECONDS, text=json.dumps(config.resolved()))
+            log.unlink(missing_ok=True)
+            self._processes[key] = SideProcess(words, log, _SECONDS, text=text)
         except OSError as error:
-            raise write_error(self._log.parent, error, FIX_SAVE) from error
+            raise write_error(self._folder, error, FIX_SAVE) from error
+
+    def _log(self, key: str) -> Path:
+        return self._folder / ("tasks-check.log" if key.startswith(_TASKS) else "check.log")
 
     def finish(self) -> None:
-        """Wait for the answer. Raises: ConfigError if the run cannot be exported."""
-        if self._process is None:
-            return
-        end = self._process.wait()
-        if end.is_mistake:
-            raise ConfigError(f"{_KEY}={self._interval}: {end.failure} Or set export_interval to 0, to train without.")
-        if end.failure is None:
-            self._log.unlink(missing_ok=True)
-        else:
-            self._report(f"warning: whether this run can be exported was not found out ({end.failure}; {self._log})")
+        """Wait for the answers. Raises: ConfigError if the run cannot be exported, or not scored."""
+        for key, process in self._processes.items():
+            end = process.wait()
+            if end.is_mistake:
+                raise ConfigError(f"{key}: {end.failure} Or remove the key, to train without.")
+            if end.failure is None:
+                self._log(key).unlink(missing_ok=True)
+            else:
+                self._report(f"warning: whether {key} can be done was not found out ({end.failure}; {self._log(key)})")
 
     def close(self) -> None:
-        """End the process if it still runs."""
-        if self._process is not None:
-            self._process.stop()
+        """End the processes if they still run."""
+        for process in self._processes.values():
+            process.stop()
 
 
 def _needs(package: str, key: str) -> None:

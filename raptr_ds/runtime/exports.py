@@ -289,6 +289,12 @@ def evaluation_command(section: EvalSection, model: Path, output: Path) -> list[
     return words if section.task_files is None else [*words, "--task-files", section.task_files]
 
 
+def task_check_command(section: EvalSection) -> list[str]:
+    """Return the words of tools/evaluate.py that find out whether a run's tasks are known and their files are there."""
+    words = ["evaluate.py", "--check", "--tasks", ",".join(section.tasks)]
+    return words if section.task_files is None else [*words, "--task-files", section.task_files]
+
+
 def read_scores(file: Path) -> Scores:
     """Return the results in a file of tools/evaluate.py. Raises: ValueError if it has none; OSError."""
     content: Any = json.loads(file.read_text(encoding="utf-8"))

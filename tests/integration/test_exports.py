@@ -118,7 +118,18 @@ def test_what_cannot_be_exported_is_refused_before_training(data_folder: Path, t
     assert done.stderr.count("ConfigError") == 1
     assert "raptr_ds.checkpoint.export_interval=6: LlamaForCausalLM of transformers has" in done.stderr
     assert "raptr_ds.model.position_embedding=learned" in done.stderr
-    assert "set export_interval to 0" in done.stderr
+    assert "remove the key, to train without" in done.stderr
+    assert not lines_of(tmp_path / "run")
+
+
+def test_tasks_that_nobody_knows_are_refused_before_training(data_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    evaluation = {**TASKS, "tasks": ["bolq"], "task_files": str(tmp_path / "files")}
+    done = forked(run_with(tmp_path, data_folder, model=UL2, eval=evaluation), processes=2)
+    assert done.returncode == 2
+    assert done.stderr.count("ConfigError") == 1
+    assert "raptr_ds.eval.tasks=['bolq']: " in done.stderr
+    assert "boolq" in done.stderr
     assert not lines_of(tmp_path / "run")
 
 

@@ -95,6 +95,14 @@ def test_options_that_are_none(run: Path, tool: Tool, options: tuple[str, ...], 
     assert words in done.error
 
 
+def test_a_check_needs_no_model(task_files: Path, tool: Tool) -> None:
+    done = tool("evaluate.py", "--check", "--tasks", "boolq,cb", "--task-files", task_files)
+    assert (done.code, done.error, done.printed) == (0, "", "can be evaluated: boolq, cb\n")
+    assert is_refused(tool("evaluate.py", "--check", "--tasks", "bolq", "--task-files", task_files), "bolq", "boolq")
+    assert is_refused(tool("evaluate.py", "--check", "--tasks", "wic", "--task-files", task_files), "wic", "--fetch")
+    assert is_refused(tool("evaluate.py", "--check", "--tasks", "boolq", "--task-files", "gone"), "gone")
+
+
 def test_folders_that_are_no_model(run: Path, exported: Path, task_files: Path, tool: Tool, tmp_path: Path) -> None:
     def refused(model: Path, *words: object) -> bool:
         return is_refused(tool("evaluate.py", model, "--tasks", "boolq", "--task-files", task_files), *words)
