@@ -217,14 +217,14 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(data_folder: Path, tm
 
 
 def _stop_in_a_growth(launch: Launch) -> None:
-    copy = deepspeed_state.copy_layers
+    grow = deepspeed_state.grow_layers
 
     def stopping(*arguments: Any) -> None:
         if launch.rank == launch.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        copy(*arguments)
+        grow(*arguments)
 
-    deepspeed_state.copy_layers = stopping
+    deepspeed_state.grow_layers = stopping
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_system_packages.sh"
-PACKAGES = "slurmctld slurmd slurm-client munge openmpi-bin"
-COMMANDS = ("slurmctld", "slurmd", "srun", "munged", "mpirun")
+PACKAGES = "slurmctld slurmd slurm-client munge openmpi-bin chromium chromium-driver"
+COMMANDS = ("slurmctld", "slurmd", "srun", "munged", "mpirun", "chromium", "chromedriver")
 
 
 class Machine:
@@ -71,7 +71,7 @@ def test_only_what_is_missing_is_installed(machine: Machine) -> None:
     for command in ("slurmctld", "slurmd", "munged"):
         machine.program(command)
     assert machine.install().returncode == 0
-    assert machine.asked() == ["install -y --no-install-recommends slurm-client openmpi-bin"]
+    assert machine.asked() == ["install -y --no-install-recommends slurm-client openmpi-bin chromium chromium-driver"]
 
 
 def test_an_old_list_of_packages_is_refreshed(machine: Machine) -> None:

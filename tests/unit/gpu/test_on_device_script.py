@@ -63,11 +63,13 @@ def test_a_step_that_fails_says_so_and_the_next_runs(tmp_path: Path) -> None:
 
 
 def test_a_step_out_of_time_leaves_what_it_found(tmp_path: Path) -> None:
-    code, lines = run_steps(tmp_path, "ceilings", "attention", script=SLOW_PYTHON, KIT_SECONDS="10")
+    code, lines = run_steps(
+        tmp_path, "ceilings", "attention", script=SLOW_PYTHON, KIT_SECONDS="16"
+    )  # 10 are needed: a busy machine may begin late
     assert code == 1
     text = "\n".join(lines)
     assert re.search(
-        r"== ceilings: exit code 124 after \d+ s of 10, out of time\nOK first: in time\nBAD ceilings", text
+        r"== ceilings: exit code 124 after \d+ s of 1\d, out of time\nOK first: in time\nBAD ceilings", text
     )
     assert "too late" not in text
     assert "== attention: skipped" in text
