@@ -12,6 +12,12 @@ from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.user_paths import path_error
 
 
+def package_cache() -> Path:
+    """Return the folder in which packages with texts and tasks are kept, unless the command line names another."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user who has none
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

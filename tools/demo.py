@@ -34,8 +34,7 @@ def main() -> None:
         table = read_table(source.folder / TABLE, source)
         with open_network(source.trained) as network:
             model = DemoModel(source, network, table)
-            print(f"{source.label}: {server.url}   (Ctrl-C ends it)", flush=True)
-            server.serve(model)
+            server.serve(model, lambda: print(f"{source.label}: {server.url}   (Ctrl-C ends it)", flush=True))
     print("\nended")
 
 

@@ -11,7 +11,6 @@ Several processes: deepspeed --num_accelerators N tools/finetune.py ..., or torc
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -69,12 +68,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-column", metavar="NAME", help="default: sentence1, sentence, text, premise or question")
     group.add_argument("--pair-column", metavar="NAME", help="default: sentence2 or hypothesis, if there is one")
     group.add_argument("--label-column", metavar="NAME", help="default: label, labels or score")
-    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user who has none
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
     group.add_argument(
         "--cache-folder",
         type=Path,
-        default=cache,
+        default=_command_line.package_cache(),
         metavar="FOLDER",
         help="where packages are kept, with those of tools/prepare_data.py (default: %(default)s)",
     )

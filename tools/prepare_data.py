@@ -67,12 +67,10 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"public corpora, paragraphs that repeat left out: {names}",
     )
-    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises for a user who has none
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
     corpus.add_argument(
         "--cache-folder",
         type=given_path,
-        default=cache,
+        default=_command_line.package_cache(),
         metavar="FOLDER",
         help="where the packages of --corpus are kept (default: %(default)s)",
     )

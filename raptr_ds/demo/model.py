@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any
@@ -43,10 +43,6 @@ class DemoModel:
     source: ModelSource
     network: Network
     table: DepthTable | None = None
-    _twins: Callable[[int], PrefixModel] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_twins", lru_cache(maxsize=_KEPT_MODELS)(self._twin))
 
     def about(self) -> dict[str, Any]:
         """Return what the page needs to know about the model, as plain JSON values."""
@@ -151,6 +147,10 @@ class DemoModel:
     @property
     def _is_bert(self) -> bool:
         return self.source.trained.model.architecture == "bert"
+
+    @cached_property
+    def _twins(self) -> Callable[[int], PrefixModel]:
+        return lru_cache(maxsize=_KEPT_MODELS)(self._twin)
 
     @cached_property
     def _tokenizer(self):  # its type is transformers'

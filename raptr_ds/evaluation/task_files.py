@@ -12,10 +12,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS
 from raptr_ds.prepare.package_registries import fetch, members
-from raptr_ds.user_paths import is_folder, make_folder, write_error
+from raptr_ds.user_paths import exists, is_folder, make_folder, write_error
 
 MANIFEST = "task_files.json"
 _PACKAGES = "packages"
@@ -104,7 +105,7 @@ def _write(table: pa.Table, path: Path) -> None:
 def _record(folder: Path, task: str, made: Mapping[str, Any]) -> None:
     path = folder / MANIFEST
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**known, task: made}, indent=2, sort_keys=True) + "\n")
+        known = json.loads(path.read_text(encoding="utf-8")) if exists(path) else {}
+        write_atomically(path, json.dumps({**known, task: made}, indent=2, sort_keys=True) + "\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read or written ({error}). Remove it, or name another folder.") from error

@@ -24,7 +24,8 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning import heads as _heads  # noqa: F401 - makes the Auto classes know ours
 from raptr_ds.finetuning.task import Kind, Task
 from raptr_ds.hf.export import export
-from raptr_ds.hf.load import exported_kind, exported_tokenizer
+from raptr_ds.hf.load import exported_tokenizer
+from raptr_ds.hf.source import exported_kind
 from raptr_ds.user_paths import is_folder
 
 _CLASSES = {

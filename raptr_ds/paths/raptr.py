@@ -59,13 +59,12 @@ class RandomPaths(PathMethod):
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a 0-based step, a pure function of (seed, step)."""
-        phase = self.phase_at(step)
-        length = phase.fixed_length
+        length = self.phase_at(step).fixed_length
         if length == self.num_layers:
             return self.model_at(step)
         generator = stream(self.seed, "path", step)
         layers = self._draw(generator, length)
-        return scaled_path(layers, phase.index, self.residual_scale, self.marginals_at(step))
+        return scaled_path(self, step, layers, self.residual_scale)
 
     def _draw(self, generator: np.random.Generator, length: int) -> tuple[int, ...]:
         if self.sampling == "balanced":
@@ -98,15 +97,16 @@ def draw_bernoulli(
     return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
 
 
-def scaled_path(layers: tuple[int, ...], phase: int, rule: str, marginals: np.ndarray) -> LayerPath:
-    """Return the path through drawn layers with the factors that a rule gives its branches.
+def scaled_path(method: PathMethod, step: int, layers: tuple[int, ...], rule: str) -> LayerPath:
+    """Return the path through a step's drawn layers with the factors that a rule gives its branches.
 
-    marginals: each layer's probability of being drawn, (num_layers,). Under `inverse` a branch is divided by it, so
-    that what it adds to the stream is in expectation what it adds in the full model; the other rules are those of
-    `residual_scale_of`. A layer that is never drawn needs no factor.
+    Under `inverse` a branch is divided by its layer's probability of being drawn, so that what it adds to the stream is
+    in expectation what it adds in the full model; the other rules are those of `residual_scale_of`. A layer that is
+    never drawn needs no factor.
     """
-    num_layers = len(marginals)
+    num_layers, phase = method.num_layers, method.phase_at(step).index
     if rule == "inverse":
+        marginals = method.marginals_at(step)
         scales = tuple((1.0 / np.where(marginals > 0.0, marginals, 1.0)).tolist())
         return LayerPath(layers, num_layers, phase, layer_scales=() if set(scales) == {1.0} else scales)
     return LayerPath(layers, num_layers, phase, residual_scale_of(rule, len(layers), num_layers))

@@ -98,7 +98,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         _lock(folder, groups, launch, stack, report)
         checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
         stack.callback(checkpoints.close)
-        check = together(groups, lambda: ExportCheck(config, folder, report) if groups.rank == 0 else None)
+        is_checking = groups.rank == 0 and not launch.restart_count  # the user's own start was checked
+        check = together(groups, lambda: ExportCheck(config, folder, report) if is_checking else None)
         stack.callback(check.close if check is not None else lambda: None)
         times.done("data")
         with memory_errors_explained(config, groups, lambda: 0):

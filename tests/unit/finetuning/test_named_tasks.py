@@ -129,7 +129,12 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     table.writerow(["text", "label", "source"])
     table.writerows([f"Film {i}.<br /><br />Good", i % 2, "x"] for i in range(40))
     questions = [
-        {"query": f"T -- Passage {i}.\nQuestion: is it {i}?\nAnswer:", "choices": ["yes", "no"], "gold": i % 2}
+        {
+            "query": f"T -- Passage {i}.\nQuestion: is it {i}?\nAnswer:",
+            "choices": ["yes", "no"],
+            "gold": i % 2,
+            "idx": i,
+        }
         for i in range(3)
     ]
     goals = [{"query": f"Goal: do {i}\nAnswer:", "choices": ["x", f"y {i}"], "gold": 1} for i in range(3)]
