@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -74,6 +75,11 @@ class DemoServer(ThreadingHTTPServer):
             self.ending.set()
             self.server_close()
             self.turn.acquire(timeout=_SILENT_SECONDS)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong in an answer, unless the browser has left or the server ends."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError) and not self.ending.is_set():
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
