@@ -14,6 +14,7 @@ class Exit(IntEnum):
     STORAGE = 74
     CONTINUE_LATER = 75
     HUNG = 76
+    LOST_RANK = 77
 
 
 class RaptrError(Exception):
@@ -71,6 +72,16 @@ class DeviceMemoryError(RaptrError):
 
 class AbsentRankError(RaptrError):
     """Some ranks of the run have not started; rank 0 may be one of them."""
+
+    def is_printed_by(self, rank: int) -> bool:
+        """Every rank prints it."""
+        return True
+
+
+class LostRankError(RaptrError):
+    """A connection to another rank broke, since that rank has ended: it failed first, whichever end is reported first."""
+
+    exit_code = Exit.LOST_RANK
 
     def is_printed_by(self, rank: int) -> bool:
         """Every rank prints it."""

@@ -58,11 +58,13 @@ def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:
 
         has_gpu = torch.cuda.is_available()
         prepare_imports(has_gpu)
+        from raptr_ds.runtime.lost_ranks import lost_ranks_explained
         from raptr_ds.runtime.out_of_memory import memory_errors_explained
         from raptr_ds.runtime.setup import open_session
     if not has_gpu:
         keep_freed_memory()
     with (
+        lost_ranks_explained(),
         open_session(config, launch, signals) as session,
         memory_errors_explained(session.config, session.groups, lambda: session.num_trained),
     ):

@@ -76,7 +76,8 @@ def cause_of(ending: Ending) -> Cause:
     The launcher's own code is no more than the largest of all tasks', or 1 whatever they were (torchrun), so that of
     the task that failed first comes before it.
     """
-    codes = [ending.code] if ending.first is None or ending.first.code is None else [ending.first.code, ending.code]
+    culprit = first_by_itself(ending)
+    codes = [ending.code] if culprit is None or culprit.code is None else [culprit.code, ending.code]
     if ending.code == Exit.DONE:
         return Cause.DONE
     if Exit.USER_ERROR in codes:
@@ -91,14 +92,25 @@ def cause_of(ending: Ending) -> Cause:
 def failed_node(ending: Ending, cause: Cause) -> str | None:
     """Return the node to blame for a failed try, None if it is not one alone.
 
-    It is that of the first task that failed; but of a hung run the tasks that noticed leave first, by themselves.
+    It is that of the first task that failed by itself. Tasks that lost another may be reported before it; of a hung run
+    those that noticed leave first, and what is killed after them did not move.
     """
-    if ending.first is None or cause in (Cause.DONE, Cause.STOPPED):
+    if cause in (Cause.DONE, Cause.STOPPED):
         return None
     if cause is not Cause.HUNG:
-        return ending.first.node
-    nodes = {failure.node for failure in (ending.first, *ending.later) if failure.code != Exit.HUNG}
+        return None if (culprit := first_by_itself(ending)) is None else culprit.node
+    nodes = {failure.node for failure in failures_of(ending) if failure.code not in (Exit.HUNG, Exit.LOST_RANK)}
     return nodes.pop() if len(nodes) == 1 else None
+
+
+def first_by_itself(ending: Ending) -> Failure | None:
+    """Return the first reported task that did not fail only because it lost another one, None if there is none."""
+    return next((failure for failure in failures_of(ending) if failure.code != Exit.LOST_RANK), None)
+
+
+def failures_of(ending: Ending) -> tuple[Failure, ...]:
+    """Return the tasks that failed, in the order of the reports."""
+    return () if ending.first is None else (ending.first, *ending.later)
 
 
 def starts_without_progress(starts: Sequence[Start], number: int, step: int, first: int = 0) -> int:

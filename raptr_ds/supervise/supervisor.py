@@ -21,6 +21,7 @@ from raptr_ds.supervise.policy import (
     cause_of,
     decide,
     failed_node,
+    first_by_itself,
     starts_without_progress,
 )
 from raptr_ds.supervise.record import append_event, newest_step
@@ -116,9 +117,10 @@ def say(text: str) -> None:
 
 def whose(ending: Ending) -> str:
     """Return which task failed first, for a message; empty if that is not known."""
-    if ending.first is None or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
+    first = first_by_itself(ending) or ending.first
+    if first is None or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
         return ""
-    return f", first {ending.first.node or 'several nodes'}: {ending.first.text}"
+    return f", first {first.node or 'several nodes'}: {first.text}"
 
 
 def _pass_on(child: "subprocess.Popen[bytes]", asked: signal.Signals | None) -> None:

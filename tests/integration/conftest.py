@@ -118,11 +118,20 @@ def forked(
     spoil: called in each process before, to make something there go wrong; a function of a module.
     Raises: AssertionError if ranks end with different exit codes.
     """
+    ended = forked_ranks(run, *settings, processes=processes, spoil=spoil)
+    codes = {rank.returncode for rank in ended}
+    assert len(codes) == 1, [(rank.returncode, rank.stderr) for rank in ended]
+    stdout, stderr = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in ended), strict=True))
+    return subprocess.CompletedProcess(ended[0].args, codes.pop(), stdout, stderr)
+
+
+def forked_ranks(
+    run: Path, *settings: str, processes: int, spoil: Callable[[Launch], None] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Do as `forked`, and return how each rank ended: exit codes may differ."""
     words = ["--deepspeed_config", str(run), *(["--set", *settings] if settings else [])]
     ended = run_distributed(_command_line, processes, words, spoil, timeout=PATIENCE)
-    codes, stdouts, stderrs = zip(*ended, strict=True)
-    assert len(set(codes)) == 1, (codes, stderrs)
-    return subprocess.CompletedProcess(words, codes[0], "".join(stdouts), "".join(stderrs))
+    return [subprocess.CompletedProcess(words, *rank) for rank in ended]
 
 
 def _command_line(launch: Launch, words: list[str], spoil: Callable[[Launch], None] | None) -> tuple[int, str, str]:

@@ -4,12 +4,24 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, deepspeed_command, forked, training_lines
+from raptr_ds.data.loader import Loader
+from raptr_ds.errors import Exit
+from raptr_ds.parallel.launch import Launch
+from tests.integration.conftest import (
+    ENV,
+    PATIENCE,
+    REPOSITORY,
+    deepspeed_command,
+    forked,
+    forked_ranks,
+    training_lines,
+)
 
 MANY = ["raptr_ds.train.steps=100000", "raptr_ds.eval.batches=0", "raptr_ds.path.schedule=2-4"]
 
@@ -96,6 +108,31 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(how: str, run_file: Path, tmp
     more = forked(run_file, *MANY[1:], f"raptr_ds.train.steps={steps[-1] + 3}", processes=2)
     assert more.returncode == 0, more.stdout + more.stderr
     assert [line["step"] for line in training_lines(save)] == list(range(1, steps[-1] + 4))
+
+
+def _die_at_step_4(launch: Launch, rank: int) -> None:
+    at = Loader.at
+
+    def dying(loader: Loader, step: int, first_sample: int | None = None) -> Any:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return at(loader, step, first_sample)
+
+    if launch.rank == rank:
+        Loader.at = dying  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("layout", ["data", "pipeline", "tensor"])
+def test_who_loses_a_rank_says_so_by_its_exit_code(layout: str, killed: int, run_file: Path) -> None:
+    """Launchers report ranks in any order: none may take the one that lost another for the one that failed."""
+    settings = [] if layout == "data" else [f"raptr_ds.parallel.{layout}_model_parallel_size=2"]
+    ended = forked_ranks(run_file, *settings, processes=2, spoil=partial(_die_at_step_4, rank=killed))
+    assert ended[killed].returncode == -signal.SIGKILL
+    survivor = ended[1 - killed]
+    assert survivor.returncode == Exit.LOST_RANK, survivor.stderr
+    assert "LostRankError: a connection to another rank broke" in survivor.stderr
+    assert "Traceback" not in survivor.stderr
 
 
 def test_a_killed_rank_ends_the_run(run_file: Path, tmp_path: Path) -> None:

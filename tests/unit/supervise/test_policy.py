@@ -17,6 +17,7 @@ from raptr_ds.supervise.policy import (
 )
 
 KILLED = Failure("node2", None, "Killed")
+LOST = Failure("node1", 77, "exit code 77")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,10 @@ KILLED = Failure("node2", None, "Killed")
         (Ending(74), Cause.STORAGE),
         (Ending(76), Cause.HUNG),
         (Ending(137, Failure("node1", 76, "exit code 76")), Cause.HUNG),
+        (Ending(137, LOST, (KILLED,)), Cause.FAULT),
+        (Ending(77, LOST), Cause.FAULT),
+        (Ending(77, LOST, (Failure("node2", 2, "exit code 2"),)), Cause.MISTAKE),
+        (Ending(137, LOST, (Failure("node2", 76, "exit code 76"), KILLED)), Cause.HUNG),
     ],
 )
 def test_the_cause_is_that_of_the_task_that_failed_first(ending: Ending, cause: Cause) -> None:
@@ -139,6 +144,10 @@ def test_done_and_mistakes_are_never_tried_again() -> None:
         (Ending(76, Failure("node1", 76, ""), (Failure("node3", 76, ""),)), None),
         (Ending(137, Failure("node1", 76, ""), (KILLED, Failure("node3", None, "Killed"))), None),
         (Ending(75, Failure("node1", 75, "")), None),
+        (Ending(137, LOST, (KILLED,)), "node2"),  # its end was reported after that of the task which lost it
+        (Ending(137, KILLED, (LOST,)), "node2"),
+        (Ending(77, LOST, (LOST,)), None),  # the network between two nodes
+        (Ending(137, LOST, (Failure("node3", 76, ""), KILLED)), "node2"),
     ],
 )
 def test_the_node_to_blame(ending: Ending, node: str | None) -> None:

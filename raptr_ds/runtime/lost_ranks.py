@@ -1,0 +1,29 @@
+"""A connection to another rank that breaks: an exit code of its own, so that nobody takes this rank for the first to fail."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raptr_ds.errors import LostRankError
+
+# gloo's and the store's words for a closed socket, and NCCL's for a process that is gone (torch has no class for them).
+_SIGNS = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "likely closed", "ncclRemoteError")
+
+
+@contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """Turn an error of a connection that another rank has closed into LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's errors are
+        if is_lost_rank(error):
+            reason = str(error).strip().splitlines()[0]
+            raise LostRankError(
+                "a connection to another rank broke: that rank has ended, or its host cannot be reached. Whatever ended it "
+                f"is reported by its own output, or by the launcher ({reason})"
+            ) from error
+        raise
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process closed its connection."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
