@@ -79,7 +79,7 @@ class AbsentRankError(RaptrError):
 
 
 class LostRankError(RaptrError):
-    """A connection to another rank broke, since that rank has ended: it failed first, whichever end is reported first."""
+    """A connection to another rank broke: that rank ended first, whichever end a launcher reports first."""
 
     exit_code = Exit.LOST_RANK
 

@@ -1,8 +1,9 @@
 """Fakes of wandb and mlflow: the parts of their documented interface that we call, backed by a list of calls.
 
-Neither package is needed for the tests. The signatures are those of https://docs.wandb.ai/ref/python/ (init, Run.log,
-Run.define_metric, Run.finish) and https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri,
-set_experiment, start_run, log_metrics, end_run).
+For what the packages do not do without a network: being away, or slow. The signatures are those of
+https://docs.wandb.ai/ref/python/ (init, Run.log, Run.define_metric, Run.finish) and
+https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri, set_experiment, start_run, log_metrics,
+end_run).
 """
 
 import sys

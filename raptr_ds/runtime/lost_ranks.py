@@ -1,4 +1,4 @@
-"""A connection to another rank that breaks: an exit code of its own, so that nobody takes this rank for the first to fail."""
+"""A connection to another rank that breaks: an exit code of its own, as this rank was not the first to fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ def lost_ranks_explained() -> Iterator[None]:
         if is_lost_rank(error):
             reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                "a connection to another rank broke: that rank has ended, or its host cannot be reached. Whatever ended it "
-                f"is reported by its own output, or by the launcher ({reason})"
+                "a connection to another rank broke: that rank has ended, or its host cannot be reached. Why it ended "
+                f"is in its own output, or in the launcher's ({reason})"
             ) from error
         raise
 

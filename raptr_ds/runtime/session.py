@@ -195,6 +195,11 @@ class Session:
         elif code is Exit.CONTINUE_LATER:
             self.metrics.say(f"{what}; start again to continue")
         self.events.record("end", exit_code=int(code))
+        if code is Exit.DONE and self.events.failure is not None:  # a supervisor would miss the end
+            self.metrics.say(
+                f"{what}, but events.jsonl cannot be written: {self.events.failure}. Start again to go on."
+            )
+            return Exit.STORAGE
         return code
 
     def _report_saved(self, reports: Sequence[SaveReport]) -> None:

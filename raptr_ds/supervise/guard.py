@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raptr_ds.supervise.command import StopRequests
-from raptr_ds.supervise.policy import Ending, Limits
+from raptr_ds.supervise.policy import KILLED, Ending, Limits
 from raptr_ds.supervise.slurm import Job, has_failed
 from raptr_ds.supervise.supervisor import Supervised
 
-_KILLED = 128 + signal.SIGKILL
 # It takes part of what the training's step has, and prints nothing: Slurm's words on its end would confuse.
 _OPTIONS = "--overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 --mem=0 --gres=none --mpi=none --quiet"
 
@@ -38,6 +37,6 @@ def guard(folder: Path, limits: Limits, job: Job, stops: StopRequests) -> None:
         run = Supervised(folder, str(job.number), limits)
     if not has_failed(job.show()):
         return
-    _, decision = run.judge(job.start, Ending(_KILLED))
+    _, decision = run.judge(job.start, Ending(KILLED))
     if decision.retry and (problem := job.requeue()):
         run.write("give_up", start=job.start, cause="not requeued", why=problem)

@@ -1,11 +1,13 @@
 """Whether a run that ended is tried again, and after how long: pure functions of how it ended and what it achieved."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from raptr_ds.errors import Exit
 
+KILLED = 128 + signal.SIGKILL
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before
 

@@ -131,7 +131,7 @@ def supervise_job(
         port = free_rendezvous_port(job.number, job.start, attempt)
         say(f"the ranks meet at {address}:{port}")
         meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        ending = run_command(words, {**env, **meeting}, stops, _Asking(job, run))
+        ending = run.confirmed(run_command(words, {**env, **meeting}, stops, _Asking(job, run)))
         if cause_of(ending) is not Cause.PORT or stops.requested:
             break
         run.write("restart", cause=Cause.PORT, port=port, step=None)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from raptr_ds.errors import Exit
 from raptr_ds.runtime.events import read_events
 from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
 from raptr_ds.supervise.policy import (
+    KILLED,
     Cause,
     Decision,
     Ending,
@@ -65,6 +67,20 @@ class Supervised:
         self.write("launch", start=number, step=step, **fields)
         return Decision(True, f"continues after step {step}" if step else "starts from step 0")
 
+    def confirmed(self, ending: Ending) -> Ending:
+        """Return how a try ended; one that its run has not recorded as its end was killed, though its launcher shows 0.
+
+        srun returns 0 where it knows no task's exit code: after 5 s without a word of a step that Slurm has aborted
+        (22.05, "Timed out waiting for job step to complete").
+        """
+        events = read_events(self.folder) if ending.code == Exit.DONE and self.folder else []
+        launches = [i for i, event in enumerate(events) if event["event"] == "launch" and event.get("job") == self.job]
+        since = events[launches[-1] :] if launches else []  # without one on the disk nothing can be missed there
+        if not since or any(event["event"] == "end" and event.get("exit_code") == Exit.DONE for event in since):
+            return ending
+        say("the launcher's exit code is 0, but the run has not recorded its end: taken for killed")
+        return replace(ending, code=KILLED)
+
     def judge(self, number: int, ending: Ending) -> tuple[Cause, Decision]:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
@@ -97,6 +113,7 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
         ending = run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on)
+        ending = run.confirmed(ending)
         if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
             say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
         _, decision = run.judge(number, ending)

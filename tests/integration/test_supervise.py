@@ -14,15 +14,21 @@ from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, forked, lines_
 from tests.integration.test_kills import TIMES, _num_lines, _tree
 
 SUPERVISE = [sys.executable, "tools/supervise.py"]
-# Counts its tries in a file and ends with the next of the codes that it was given; 9 kills itself.
+# Counts its tries in a file and ends with the next of the codes that it was given; 9 kills itself. -1 is the 0 of a
+# launcher whose run has not come to its end.
 CODES = """\
 import os, pathlib, sys
+from raptr_ds.supervise.record import append_event
 tried = pathlib.Path(sys.argv[1])
 number = len(tried.read_text()) if tried.exists() else 0
 with tried.open("a") as stream:
     stream.write(os.environ["RAPTR_RESTART_COUNT"])  # by which a run knows that it continues its own checkpoints
 code = int(sys.argv[2 + number])
-os.kill(os.getpid(), 9) if code == 9 else sys.exit(code)
+if code == 9:
+    os.kill(os.getpid(), 9)
+if code == 0:
+    append_event(tried.parent, "end", exit_code=0)
+sys.exit(max(code, 0))
 """
 
 
@@ -33,7 +39,7 @@ def _supervise(folder: Path, *codes: int, **env: str) -> tuple[subprocess.Comple
     done = subprocess.run(
         [*words, *map(str, codes)],
         cwd=REPOSITORY,
-        env={**ENV, "RAPTR_RETRY_DELAY": "0", **env},
+        env={**ENV, "RAPTR_RETRY_DELAY": "0", "PYTHONPATH": str(REPOSITORY), **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,6 +59,9 @@ def _supervise(folder: Path, *codes: int, **env: str) -> tuple[subprocess.Comple
         ([1, 1, 1, 1, 0], 1, 4),
         ([9, 9, 9, 9, 0], 137, 4),
         ([74, 76, 0], 0, 3),
+        ([-1, 0], 0, 2),
+        ([0, -1], 0, 1),
+        ([-1, -1, -1, -1], 137, 4),
     ],
 )
 def test_codes_lead_to_tries(tmp_path: Path, codes: list[int], code: int, tries: int) -> None:
@@ -137,7 +146,8 @@ def test_processes_that_outlive_the_launcher_end_before_the_next_try(tmp_path: P
     program = (
         "import pathlib, subprocess, sys, time\n"
         f"saved = pathlib.Path({str(tmp_path / 'saved')!r})\n"
-        "if saved.exists():\n    sys.exit(0)\n"
+        "from raptr_ds.supervise.record import append_event\n"
+        f"if saved.exists():\n    append_event(saved.parent, 'end', exit_code=0)\n    sys.exit(0)\n"
         "late = f'import pathlib, time; time.sleep(1); pathlib.Path({str(saved)!r}).touch()'\n"
         "subprocess.Popen([sys.executable, '-c', late], start_new_session=True)\n"
         "sys.exit(1)\n"

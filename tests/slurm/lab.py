@@ -114,6 +114,7 @@ class SlurmLab:
         self.env["PATH"] = _PATH
         self.env["SLURM_CONF"] = str(self.folder / "slurm.conf")
         self._init: subprocess.Popen[bytes] | None = None
+        self._started_again: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "SlurmLab":
         """Start the daemons and wait until every node is idle. Raises: RuntimeError with the daemons' logs."""
@@ -206,6 +207,65 @@ class SlurmLab:
                 raise TimeoutError(f"job {job} has not {count} steps\n{self.output(job)}")
             time.sleep(0.1)
 
+    def kill_node(self, node: int) -> None:
+        """Kill all that runs on a node, as a loss of power does; jobs go on on the others."""
+        (daemon,) = self._daemons("slurmd", f"node{node}")
+        here = Path(f"/proc/{daemon}/ns/uts").readlink()
+        for process in _processes():
+            try:
+                if Path(f"/proc/{process}/ns/uts").readlink() == here:
+                    os.kill(process, signal.SIGKILL)
+            except OSError:  # gone meanwhile
+                continue
+
+    def start_node(self, node: int) -> None:
+        """Start a node that was killed."""
+        script = 'hostname "$1"; exec slurmd -D -N "$1"'
+        self._start_inside("unshare", "--uts", "bash", "-c", script, "-", f"node{node}")
+
+    def kill_controller(self) -> None:
+        """Kill the controller; jobs go on."""
+        for daemon in self._daemons("slurmctld"):
+            os.kill(daemon, signal.SIGKILL)
+
+    def start_controller(self, seconds: float = 20) -> None:
+        """Start a controller that was killed, from its saved state. Raises: TimeoutError if it does not answer."""
+        self._start_inside("slurmctld", "-D")
+        deadline = time.monotonic() + seconds
+        while not self._answers():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the controller does not come back")
+            time.sleep(0.05)
+
+    def _start_inside(self, *words: str) -> None:
+        """Start a daemon in the cluster's namespaces, whose end is its end too."""
+        assert self._init is not None
+        (first,) = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
+        daemon = subprocess.Popen(
+            ["nsenter", "--target", first, "--pid", "--mount", *words],
+            cwd=self.folder,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._started_again.append(daemon)
+
+    def _daemons(self, program: str, argument: str = "") -> list[int]:
+        """Return the cluster's processes of a program, with an argument."""
+        found = []
+        for process in _processes():
+            try:
+                words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
+                variables = Path(f"/proc/{process}/environ").read_text(errors="replace").split("\0")
+            except OSError:
+                continue
+            is_ours = f"SLURM_CONF={self.env['SLURM_CONF']}" in variables
+            if is_ours and words[0].endswith(program) and argument in ("", *words[1:]):
+                found.append(process)
+        return found
+
     def idle_nodes(self) -> int:
         """Return how many nodes are free."""
         return int(self.command("sinfo", "-h", "-t", "idle", "-o", "%D", check=False) or 0)
@@ -248,6 +308,10 @@ class SlurmLab:
     def _answers(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _free_ports(count: int) -> int:

@@ -9,6 +9,22 @@ from tests.slurm.lab import SlurmLab
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = ("bert_raptr.sbatch", "ul2_raptr.sbatch")
 
+# Runs the program beside it, and where that ends well records so as a run does, by its first rank.
+_RUNNER = """\
+import os, pathlib, runpy, sys
+from raptr_ds.supervise.record import append_event, run_folder
+def record():
+    if os.environ.get("SLURM_PROCID") == "0":
+        append_event(run_folder(sys.argv), "end", exit_code=0)
+try:
+    runpy.run_path(str(pathlib.Path(__file__).with_name("program.py")), run_name="__main__")
+except SystemExit as end:
+    if not end.code:
+        record()
+    raise
+record()
+"""
+
 
 class Job:
     """A repository with a stand-in for pretrain.py, and the environment to submit its .sbatch files with."""
@@ -29,5 +45,10 @@ class Job:
 
     def submit(self, program: str, *words: str, script: str = SCRIPTS[0], **env: str) -> int:
         """Submit a .sbatch file that runs `program`; words before the file's name are options of sbatch."""
-        (self.folder / "raptr_ds" / "pretrain.py").write_text(program)
+        self.write(program)
         return self.lab.submit(*words, str(REPOSITORY / "slurm" / script), env=self.env | env)
+
+    def write(self, program: str) -> None:
+        """Have the tasks run `program`."""
+        (self.folder / "raptr_ds" / "pretrain.py").write_text(_RUNNER)
+        (self.folder / "raptr_ds" / "program.py").write_text(program)

@@ -37,7 +37,7 @@ while not asked and start == 0:
     time.sleep(0.02)
 time.sleep(1.0 * rank if start == 0 else 0)
 print(f"task {rank} leaves start {start} after {[signal.Signals(n).name for n in asked]}", flush=True)
-os._exit(0 if start else 75)
+sys.exit(0 if start else 75)
 """
 
 # Is killed by SIGUSR1, as a task that is still importing is; a second start finishes at once.
@@ -50,9 +50,9 @@ time.sleep(0 if start else 60)
 
 # Rank 0 leaves with a code, the others wait for it as in a collective.
 LEAVING = """\
-import os, time
+import os, sys, time
 time.sleep(0 if os.environ["SLURM_PROCID"] == "0" else {others_wait})
-os._exit({code})
+sys.exit({code})
 """
 
 
@@ -93,7 +93,7 @@ def test_arguments_after_the_file_reach_the_run_and_the_repository_is_found_by_t
     lab: SlurmLab, job: Job, tmp_path: Path
 ) -> None:
     del job.env["RAPTR_HOME"]
-    (tmp_path / "raptr_ds" / "pretrain.py").write_text("import os, sys; print(os.getcwd(), *sys.argv[3:])")
+    job.write("import os, sys; print(os.getcwd(), *sys.argv[3:])")
     (tmp_path / "slurm").unlink()
     (tmp_path / "slurm").mkdir()
     for file in (REPOSITORY / "slurm").iterdir():

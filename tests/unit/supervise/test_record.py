@@ -14,6 +14,7 @@ from raptr_ds.supervise.policy import Ending, Limits
 from raptr_ds.supervise.record import append_event, newest_step, run_folder
 from raptr_ds.supervise.supervisor import Supervised
 
+LAUNCH = {"job": "1", "start": 0, "step": 0}
 REPOSITORY = Path(__file__).resolve().parents[3]
 QUICKSTART = REPOSITORY / "deepspeed_configs" / "bert_quickstart_full.json"
 
@@ -120,3 +121,30 @@ def test_it_starts_without_the_libraries_of_training() -> None:
     show = "import sys, raptr_ds.supervise.slurm; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", show], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        ([("launch", LAUNCH), ("start", {}), ("end", {"exit_code": 0})], 0),
+        ([("launch", LAUNCH), ("start", {})], 137),
+        ([("launch", LAUNCH)], 137),  # its tasks were gone before they could write
+        ([("launch", LAUNCH), ("end", {"exit_code": 75})], 137),
+        ([("launch", LAUNCH), ("end", {"exit_code": 0}), ("launch", LAUNCH)], 137),  # that of another start
+        ([("launch", LAUNCH | {"job": "2"}), ("start", {})], 0),  # our own could not be written
+        ([], 0),
+    ],
+)
+def test_a_launchers_0_counts_if_the_run_recorded_its_end(
+    tmp_path: Path, events: list[tuple[str, dict[str, object]]], code: int
+) -> None:
+    for name, fields in events:
+        append_event(tmp_path, name, **fields)
+    run = Supervised(tmp_path, "1", Limits())
+    assert run.confirmed(Ending(0)) == Ending(code)
+    assert run.confirmed(Ending(0, stop_requested=True)) == Ending(code, stop_requested=True)
+    assert run.confirmed(Ending(75)) == Ending(75)
+
+
+def test_without_a_folder_the_launchers_code_counts() -> None:
+    assert Supervised(None, "1", Limits()).confirmed(Ending(0)) == Ending(0)
