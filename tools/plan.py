@@ -2,13 +2,16 @@
 
 Prints, as Markdown: parameters; executed FLOPs, predicted time and memory of each phase, and the whole against the
 standard run; and warnings where the layout wastes what the paths save, with what would be better. --save proposes a
-schedule of four phases with that saving of FLOPs and plans it; --micro-batches prints, instead of a plan, the line of
-the run file that lets short paths use the memory of the full one. Times are for a datacentre GPU unless --tflops or
---measure is given; --measure times a few layers of the run's model on this machine, which takes half a minute.
+schedule of four phases with that saving of FLOPs and plans it; --save best chooses one by name, by a law that is fitted
+to the runs in experiments/results (docs/results.md), for a standard run of --tokens N. --micro-batches prints, instead
+of a plan, the line of the run file that lets short paths use the memory of the full one. Times are for a datacentre GPU
+unless --tflops or --measure is given; --measure times a few layers of the run's model on this machine, which takes half
+a minute.
 """
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _command_line
@@ -19,8 +22,9 @@ from raptr_ds.config.path_sections import RandomSection, RaptrSection, Scheduled
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import are_prepared, load_tokenizer
 from raptr_ds.errors import ConfigError
-from raptr_ds.paths.cost import num_parameters
+from raptr_ds.paths.cost import layer_parameters, num_parameters
 from raptr_ds.planner.advice import advice
+from raptr_ds.planner.law import fit_law, read_results
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
@@ -33,6 +37,7 @@ from raptr_ds.runtime.out_of_memory import DeviceMemory
 DEFAULT_VOCAB_SIZE = 32_000
 DEFAULT_TFLOPS = 400.0
 _GIB = 1 << 30
+_NAMED_SCHEDULES = ("paper", "half")  # that experiments/results compares
 
 
 def main() -> None:
@@ -59,7 +64,12 @@ def main() -> None:
     parser.add_argument(
         "--micro-batches", action="store_true", help="print raptr_ds.parallel.micro_batches for the run file instead"
     )
-    parser.add_argument("--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%")
+    parser.add_argument(
+        "--save", metavar="PERCENT", help="propose a schedule that saves so much of the FLOPs: 25%%, or best"
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", help="--save best: tokens of a standard run, such as 20e9 (default: the run file's)"
+    )
     arguments = parser.parse_args()
     if arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes}: a run has at least one process.")
@@ -77,8 +87,13 @@ def main() -> None:
     if arguments.measure:
         device = measure_this_machine(config, arguments.processes, device)
     notes.insert(0, _speeds(device, arguments.measure))
+    if arguments.tokens is not None and arguments.save != "best":
+        raise ConfigError("--tokens goes with --save best.")
     if arguments.save is not None:
-        schedule = _proposal(arguments, config, device)
+        if arguments.save == "best":
+            schedule = _best_schedule(arguments, config, device, notes)
+        else:
+            schedule = _proposal(_fraction(arguments.save), config, device)
         notes.append(f"proposed: raptr_ds.path.schedule={schedule}")
         overrides = [*arguments.set, "raptr_ds.path.method=raptr", f"raptr_ds.path.schedule={schedule}"]
         config, _ = _load(arguments.run_file, overrides, arguments.processes)
@@ -143,25 +158,80 @@ def _speeds(device: Device, measured: bool) -> str:
     )
 
 
-def _proposal(arguments: argparse.Namespace, config: RunConfig, device: Device) -> str:
-    saving = _fraction(arguments.save)
-    setting, layers = setting_of(config, device), config.model.num_layers
+def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Device, notes: list[str]) -> str:
+    """Return the schedule to choose by the law, and add what is expected of it to the notes."""
+    objective = config.model.architecture
+    runs = read_results(objective)
+    if not runs:
+        raise ConfigError(
+            f"--save best: experiments/results has no law for {objective}: its losses do not follow one there "
+            "(docs/results.md). Ask for a saving, --save 25%, or see what was measured."
+        )
+    law, layers = fit_law(runs), config.model.num_layers * layer_parameters(config.model)
+    total = config.train.steps * config.batch.global_batch * config.model.seq_length
+    tokens = total if arguments.tokens is None else _count(arguments.tokens)
+    model, standard, saved_by = law.longest_model, tokens / layers, _saving_of(config, device)
+    savings = {name: saved_by(name) for name in _NAMED_SCHEDULES}
+    notes.append(
+        f"by a law fitted to {len(runs)} means of runs of {', '.join(law.models)}, which leave {law.residual:.3f} of "
+        f"the loss unexplained (docs/results.md), with the loss of {model}; here the layers have {layers / 1e6:,.4g}M "
+        f"parameters, and a standard run of {tokens:.4g} tokens sees {standard:,.3g} for each"
+    )
+    if standard > law.longest:
+        notes.append(
+            f"**extrapolated**: the longest run measured saw {law.longest:,.3g} tokens for each parameter, and the "
+            "intervals take the law for true beyond. It expected too much of longer runs before (docs/results.md)"
+        )
+    for name, saving in savings.items():
+        notes.append(
+            f"{name} saves {saving:.1%}; RaPTr's held-out loss less the standard one, 95%: "
+            f"{law.at_equal_flops(model, standard, saving)} at equal FLOPs, where RaPTr sees "
+            f"{tokens / (1 - saving):.4g} tokens, {law.at_equal_tokens(model, standard, saving)} at equal tokens"
+        )
+    best = law.best_saving(model, standard, savings.values())
+    if best is None:
+        notes.append("neither is better at equal FLOPs with 95%: the paper's own schedule, for what the paper shows")
+        return "paper"
+    return next(name for name, saving in savings.items() if saving == best)
 
+
+def _count(text: str) -> float:
+    try:
+        value = float(text.replace("_", ""))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"--tokens {text!r} is not a number of tokens above 0. Write --tokens 20e9.")
+    return value
+
+
+def _saving_of(config: RunConfig, device: Device) -> Callable[[str], float]:
+    """Return what RaPTr saves of a run's FLOPs by a schedule."""
+    setting, layers = setting_of(config, device), config.model.num_layers
     shared = (RaptrSection.model_fields.keys() & type(config.path).model_fields.keys()) - {"method"}
     raptr = RaptrSection(**{key: getattr(config.path, key) for key in shared})
     raptr.model_copy(update={"schedule": "-".join([str(layers)] * 4)}).checked(config.sizes)  # a split of four phases
 
-    def saved_by(lengths: tuple[int, ...]) -> float:
-        path = raptr.model_copy(update={"schedule": "-".join(map(str, lengths))})
+    def saving_of(schedule: str) -> float:
+        path = raptr.model_copy(update={"schedule": schedule}).checked(config.sizes)
         method = path_method_of(config, path)
         return 1 - setting.flops(method.expected_layers_from(0) / method.num_steps) / setting.flops(layers)
 
-    least = max(1, len(raptr.fixed_in(layers)))
+    return saving_of
+
+
+def _proposal(saving: float, config: RunConfig, device: Device) -> str:
+    layers, saving_of = config.model.num_layers, _saving_of(config, device)
+
+    def saved_by(lengths: tuple[int, ...]) -> float:
+        return saving_of("-".join(map(str, lengths)))
+
+    least = max(1, len(RaptrSection().fixed_in(layers)))
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
         most = saved_by((least, *[least + round((layers - least) * share / 3) for share in (1, 2)], layers))
         raise ConfigError(
-            f"--save {arguments.save}: four evenly growing phases that end at {layers} layers save at most "
+            f"--save {saving:.1%}: four evenly growing phases that end at {layers} layers save at most "
             f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, or shorten the full-model warm-up."
         )
     return "-".join(map(str, lengths))
@@ -185,7 +255,8 @@ def _fraction(text: str) -> float:
         value = -1.0
     if not 0 < value < 1:
         raise ConfigError(
-            f"--save {text!r} is not a share of the FLOPs between 0 and 1. Write --save 25% or --save 0.25."
+            f"--save {text!r} is not a share of the FLOPs between 0 and 1. Write --save 25%, --save 0.25 "
+            "or --save best."
         )
     return value
 

@@ -74,6 +74,19 @@ def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
     )
 
 
+def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
+    best = ("--processes", "8", "--save", "best", "--set", NOT_PREPARED)
+    code, out, _ = plan(monkeypatch, capsys, *best, "--tokens", "1e9")
+    assert code == 0
+    assert "proposed: raptr_ds.path.schedule=half" in out
+    assert "- paths: raptr 4-6-14-24" in out
+    assert "a standard run of 1e+09 tokens sees 0.654 for each" in out
+    assert "extrapolated" not in out
+    code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
+    assert code == 0
+    assert "**extrapolated**: the longest run measured saw 2.5 tokens" in out
+
+
 @pytest.mark.parametrize(("gib", "fits"), [("10", False), ("90", True)])
 def test_the_tool_warns_of_a_device_that_is_too_small(monkeypatch, capsys, gib, fits):
     code, out, _ = plan(monkeypatch, capsys, "--device-memory", gib, "--set", NOT_PREPARED)
@@ -102,6 +115,9 @@ def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys)
     [
         (["--save", "quarter"], "--save 'quarter' is not a share"),
         (["--save", "90%"], "save at most"),
+        (["--save", "best", "--set", "raptr_ds.model.architecture=bert"], "no law for bert"),
+        (["--save", "best", "--tokens", "many"], "is not a number of tokens"),
+        (["--save", "25%", "--tokens", "1e9"], "--tokens goes with --save best"),
         (["--processes", "0"], "at least one process"),
         (["--tflops", "-1"], "must be above 0"),
         (["--processes", "7"], "must be a multiple"),

@@ -1,0 +1,153 @@
+"""What a saving of FLOPs costs or brings, by a law fitted to the runs in experiments/results.
+
+The law: a model of E, A that has seen D tokens for each parameter of its layers, on paths that save a share s of the
+FLOPs, has the held-out loss
+
+    L = E + A (e D) ** -b,    e = exp(s (c + d ln D)).
+
+e is what a token on such paths counts, in tokens on the full model. E and A are each model's own; b, c and d are the
+same for all. The fit is by least squares; intervals are Student's, at 95%, of what follows from the parameters'
+covariance to first order. They hold for runs like those that were measured, and say nothing of the law being wrong.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import optimize, stats
+
+from raptr_ds.config.hjson_text import read_hjson
+
+RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
+CONFIDENCE = 0.95
+_SHARED = 3  # b, c, d; then E and A of each model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The end of a run, a mean over its seeds. tokens: for each parameter of the layers; saving: share of the FLOPs."""
+
+    model: str
+    tokens: float
+    saving: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An expected difference of held-out losses, RaPTr's less the standard run's, and the ends of its interval."""
+
+    mean: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        """The difference with its interval."""
+        return f"{self.mean:+.3f} ({self.least:+.3f} to {self.most:+.3f})"
+
+
+@dataclass(frozen=True)
+class Law:
+    """The fitted law. parameters: b, c, d, then E and A of each of `models`; residual: deviation of the runs from it.
+
+    longest, longest_model: tokens a parameter of the longest run, and its model.
+    """
+
+    models: tuple[str, ...]
+    parameters: np.ndarray
+    covariance: np.ndarray
+    degrees_of_freedom: int
+    residual: float
+    longest: float
+    longest_model: str
+
+    def at_equal_flops(self, model: str, tokens: float, saving: float) -> Expected:
+        """Return the difference where the standard run has `tokens` a parameter, and RaPTr more for the same FLOPs."""
+        return self._expected(model, tokens, tokens / (1 - saving), saving)
+
+    def at_equal_tokens(self, model: str, tokens: float, saving: float) -> Expected:
+        """Return the difference where both see as many tokens."""
+        return self._expected(model, tokens, tokens, saving)
+
+    def best_saving(self, model: str, tokens: float, savings: Iterable[float]) -> float | None:
+        """Return the saving to choose of some, for the FLOPs of a standard run with `tokens` a parameter.
+
+        It is the one with the least upper end of the expected difference, so that where little is known less is
+        risked; None if no upper end is below 0.
+        """
+        ends = {saving: self.at_equal_flops(model, tokens, saving).most for saving in savings}
+        best = min(ends, key=ends.__getitem__)
+        return best if ends[best] < 0 else None
+
+    def _expected(self, model: str, standard: float, ours: float, saving: float) -> Expected:
+        place = self.models.index(model)
+
+        def difference(parameters: np.ndarray) -> float:
+            losses = _losses(parameters, np.array([place] * 2), np.array([ours, standard]), np.array([saving, 0.0]))
+            return float(losses[0] - losses[1])
+
+        mean = difference(self.parameters)
+        slope = _gradient(difference, self.parameters)
+        deviation = math.sqrt(max(float(slope @ self.covariance @ slope), 0.0))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees_of_freedom)) * deviation
+        return Expected(mean, mean - half, mean + half)
+
+
+def fit_law(runs: Sequence[Measured]) -> Law:
+    """Fit the law. Raises: ValueError if there are no more runs than parameters, or the fit does not converge."""
+    models = tuple(dict.fromkeys(run.model for run in runs))
+    places = np.array([models.index(run.model) for run in runs])
+    tokens, savings, losses = (np.array([getattr(run, name) for run in runs]) for name in ("tokens", "saving", "loss"))
+    start = [0.4, 0.0, 0.0]
+    for place in range(len(models)):
+        own = losses[places == place]
+        start += [0.6 * float(own.min()), 0.3 * float(own.min())]
+    if len(runs) <= len(start):
+        raise ValueError(f"{len(runs)} runs do not determine the law's {len(start)} parameters")
+    found = optimize.least_squares(
+        lambda parameters: _losses(parameters, places, tokens, savings) - losses,
+        start,
+        bounds=([0.01, -np.inf, -np.inf, *[0.0] * (2 * len(models))], np.inf),
+        x_scale="jac",
+        max_nfev=10_000,
+    )
+    if not found.success:
+        raise ValueError(f"the law does not fit: {found.message}")
+    degrees = len(runs) - len(start)
+    variance = float(found.fun @ found.fun) / degrees
+    covariance = np.linalg.pinv(found.jac.T @ found.jac) * variance
+    return Law(
+        models, found.x, covariance, degrees, math.sqrt(variance), float(tokens.max()), models[places[tokens.argmax()]]
+    )
+
+
+def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
+    """Return the runs of an objective in a folder of results."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        results, _ = read_hjson(path)
+        if results["objective"] != objective:
+            continue
+        for name, model in results["models"].items():
+            for run in model["runs"]:
+                tokens = run["steps"] * results["tokens_per_step"] / model["layer_parameters"]
+                runs.append(Measured(name, tokens, run["saving"], run["loss"]))
+    return runs
+
+
+def _losses(parameters: np.ndarray, places: np.ndarray, tokens: np.ndarray, savings: np.ndarray) -> np.ndarray:
+    b, c, d = parameters[:_SHARED]
+    floor, height = parameters[_SHARED::2][places], parameters[_SHARED + 1 :: 2][places]
+    counted = np.exp(savings * (c + d * np.log(tokens))) * tokens
+    return floor + height * counted**-b
+
+
+def _gradient(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
+    slope = np.empty_like(at)
+    for place in range(len(at)):
+        step = np.zeros_like(at)
+        step[place] = 1e-6 * max(abs(float(at[place])), 1e-3)
+        slope[place] = (function(at + step) - function(at - step)) / (2 * step[place])
+    return slope

@@ -1,0 +1,97 @@
+"""The law of what a saving costs: made-up runs that follow it, their noise, and the results in the repository."""
+
+import dataclasses
+
+import hjson
+import numpy as np
+import pytest
+
+from raptr_ds.planner.law import RESULTS, Law, Measured, fit_law, read_results
+
+TRUE = {"b": 0.35, "c": 0.1, "d": -0.05, "deep": (2.4, 1.3), "wide": (2.1, 1.6)}
+SAVINGS = (0.0, 0.1, 0.25, 0.5)
+
+
+def _loss(model: str, tokens: float, saving: float) -> float:
+    floor, height = TRUE[model]
+    counted = np.exp(saving * (TRUE["c"] + TRUE["d"] * np.log(tokens))) * tokens
+    return float(floor + height * counted ** -TRUE["b"])
+
+
+def _runs(noise: float = 0.0, seed: int = 0) -> list[Measured]:
+    draw = np.random.default_rng(seed)
+    return [
+        Measured(model, tokens, saving, _loss(model, tokens, saving) + noise * draw.standard_normal())
+        for model in ("deep", "wide")
+        for tokens in (0.2, 0.5, 1.0, 2.5)
+        for saving in SAVINGS
+    ]
+
+
+def test_runs_that_follow_the_law_give_it_back() -> None:
+    law = fit_law(_runs())
+    np.testing.assert_allclose(
+        law.parameters, [TRUE["b"], TRUE["c"], TRUE["d"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
+    )
+    assert law.residual < 1e-7
+    assert (law.longest, law.longest_model) == (2.5, "deep")
+    for tokens, saving in ((0.5, 0.25), (40.0, 0.4)):
+        equal_flops = _loss("wide", tokens / (1 - saving), saving) - _loss("wide", tokens, 0)
+        equal_tokens = _loss("wide", tokens, saving) - _loss("wide", tokens, 0)
+        assert law.at_equal_flops("wide", tokens, saving).mean == pytest.approx(equal_flops, abs=1e-5)
+        assert law.at_equal_tokens("wide", tokens, saving).mean == pytest.approx(equal_tokens, abs=1e-5)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_claim() -> None:
+    """Inside what was measured and beyond it; 95% of 300 draws, within four deviations of a binomial's."""
+    for tokens in (1.0, 25.0):
+        true = _loss("deep", tokens / 0.75, 0.25) - _loss("deep", tokens, 0)
+        expected = [fit_law(_runs(0.01, seed)).at_equal_flops("deep", tokens, 0.25) for seed in range(300)]
+        held = np.mean([one.least <= true <= one.most for one in expected])
+        assert abs(held - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 300)
+
+
+def test_the_saving_with_the_least_upper_end_is_chosen_and_none_without_evidence() -> None:
+    law = fit_law(_runs(0.002))
+    assert law.best_saving("deep", 1.0, (0.1, 0.25, 0.5)) == 0.5
+    # On such paths a token counts for nothing: whatever is saved, the standard run is better.
+    worse = dataclasses.replace(law, parameters=law.parameters.copy())
+    worse.parameters[1] = -20.0
+    assert worse.best_saving("deep", 1.0, (0.1, 0.25, 0.5)) is None
+    uncertain = dataclasses.replace(law, covariance=law.covariance * 1e6)
+    assert uncertain.best_saving("deep", 1.0, (0.1, 0.25)) is None
+
+
+def test_too_few_runs_are_no_law() -> None:
+    with pytest.raises(ValueError, match="7 runs do not determine the law's 7 parameters"):
+        fit_law([*_runs()[:4], *_runs()[-3:]])
+
+
+@pytest.fixture(scope="module")
+def law() -> Law:
+    """That of the repository's results."""
+    return fit_law(read_results("ul2"))
+
+
+def test_the_repositorys_runs_follow_it(law: Law) -> None:
+    assert law.residual < 0.03  # the seeds of a run differ by as much
+
+
+def test_it_predicts_runs_of_four_times_the_length_from_the_short_ones() -> None:
+    """Fitted without the longest runs, it gives their differences within its intervals."""
+    runs = read_results("ul2")
+    short = fit_law([run for run in runs if run.tokens < 1])
+    long = [run for run in runs if run.tokens > 1]
+    (standard,) = [run for run in long if not run.saving]
+    compared = [run for run in long if run.saving and run.tokens > standard.tokens]
+    assert [run.saving for run in compared] == [0.244, 0.489]
+    for run in compared:
+        expected = short.at_equal_flops(run.model, standard.tokens, run.saving)
+        assert expected.least < run.loss - standard.loss < expected.most
+
+
+def test_every_result_names_a_comparison_of_the_repository() -> None:
+    for path in RESULTS.glob("*.json"):
+        models = hjson.loads(path.read_text())["models"]
+        for run in (run for model in models.values() for run in model["runs"]):
+            assert list(RESULTS.parent.glob(f"*/{run['comparison']}.json")), run
