@@ -20,6 +20,7 @@ from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.events import read_events
+from raptr_ds.runtime.exports import EXPORTS
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
 from raptr_ds.supervise.status import ALIVE_SECONDS, holder_of
@@ -27,6 +28,7 @@ from raptr_ds.user_paths import exists, is_folder
 
 _GIB = 1 << 30
 _WEIGHT_BYTES = 4  # checkpoints hold fp32
+_EXPORT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def load_checked(file: Path, overrides: Sequence[str], layout: JobLayout) -> RunConfig:
@@ -76,28 +78,43 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return num_parameters(config.model) * (_WEIGHT_BYTES + state.optimizer_bytes)
 
 
-def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
-    """Return the room that the checkpoints of runs below a folder take: one more than are kept, while one is written.
+def exports_bytes(config: RunConfig) -> int:
+    """Return the size of all exports of a run, which are kept: their weights. The vocabulary's size must be known."""
+    section = config.checkpoint
+    if not section.export_interval:
+        return 0
+    count = -(-config.train.steps // section.export_interval)  # and the end of the run
+    return count * num_parameters(config.model) * _EXPORT_BYTES[section.export_precision]
 
-    Raises: ConfigError if the disk has less room.
+
+def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
+    """Return the room that the checkpoints and exports of runs below a folder take.
+
+    One checkpoint more than are kept, while one is written. Raises: ConfigError if the disk has less room.
     """
-    needed = sum((config.checkpoint.keep + 1) * checkpoint_bytes(config) for config in configs)
+    checkpoints = sum((config.checkpoint.keep + 1) * checkpoint_bytes(config) for config in configs)
+    exports = sum(map(exports_bytes, configs))
     there = sum(
         path.stat().st_size
         for config in configs
-        for checkpoint in checkpoints_in(Path(str(config.train.save)) / CHECKPOINTS)
-        for path in checkpoint.iterdir()
+        for name in (CHECKPOINTS, EXPORTS)
+        for step in checkpoints_in(Path(str(config.train.save)) / name)
+        for path in step.iterdir()
     )
     place = _nearest(folder)
     free = shutil.disk_usage(place).free
-    if needed > free + there:
+    if checkpoints + exports > free + there:
         keep = configs[0].checkpoint.keep
         raise ConfigError(
             f"{place} has {gib(free)} free, and {keep + 1} checkpoints (raptr_ds.checkpoint.keep={keep}, and "
             f"the one that is being written) of {len(configs)} run{'s' * (len(configs) > 1)} take "
-            f"{gib(needed)}. Make room, lower keep, or set raptr_ds.train.save to another disk."
+            f"{gib(checkpoints)}{f', and all exports {gib(exports)}' if exports else ''}. Make room, lower keep"
+            f"{', raise export_interval' if exports else ''}, or set raptr_ds.train.save to another disk."
         )
-    return f"disk: {gib(needed)} for checkpoints, {gib(free)} free at {place}"
+    return (
+        f"disk: {gib(checkpoints)} for checkpoints{f', {gib(exports)} for exports' if exports else ''}, {gib(free)} "
+        f"free at {place}"
+    )
 
 
 def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:

@@ -131,6 +131,15 @@ def test_memory_disk_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     room(6 * checkpoint_bytes(config) - 1)
     with pytest.raises(ConfigError, match="3 checkpoints"):
         check_disk([config] * 2, tmp_path / "run" / "x")
+    # At steps 4, 8 and, the end, 10; each as large as a third of a checkpoint in fp32, a sixth in bf16.
+    exporting = {"interval": 2, "export_interval": 4, "export_precision": "bf16"}
+    section = config.checkpoint.model_copy(update=exporting)
+    config = replace(config, checkpoint=section)
+    room(-(-7 * checkpoint_bytes(config) // 2))
+    assert "for exports" in check_disk([config], tmp_path / "run" / "x")
+    room(7 * checkpoint_bytes(config) // 2 - 1)
+    with pytest.raises(ConfigError, match=r"all exports .* raise export_interval"):
+        check_disk([config], tmp_path / "run" / "x")
     with pytest.raises(DataError, match="no folder none"):
         checks.load_checked(run_file(tmp_path), (), layout)
     with pytest.raises(ConfigError, match="train_batch_size"):

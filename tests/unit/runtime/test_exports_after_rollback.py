@@ -1,0 +1,89 @@
+"""What a rollback does to exports: work on later steps ends, their folders are set aside, earlier ones stay."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raptr_ds.checkpoint.manager import SaveReport
+from raptr_ds.runtime.exports import EXPORTS, Exports
+from raptr_ds.runtime.side_process import Ended
+
+
+class _Process:
+    """A tool that runs until it is ended by the test."""
+
+    def __init__(self) -> None:
+        self.end: Ended | None = None
+        self.is_stopped = False
+
+    def poll(self) -> Ended | None:
+        return self.end
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+class _Checkpoints:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.held = folder, set[int]()
+
+    def release(self, step: int) -> None:
+        self.held.discard(step)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> dict[int, _Process]:
+    """The tools that were started, by their step."""
+    started: dict[int, _Process] = {}
+
+    def start(exports: Any, step: int) -> _Process:
+        folder = exports._folder / f".unfinished-step-{step:08d}"
+        folder.mkdir()
+        return started.setdefault(step, _Process())
+
+    monkeypatch.setattr(Exports, "_start_export", start)
+    return started
+
+
+def _save(exports: Exports, step: int) -> dict[str, str]:
+    mark = exports.mark(step)
+    exports.saved(SaveReport(step, Path(), None, 0.0, 0.0, 0))
+    exports.poll()
+    return mark
+
+
+def test_a_rollback_ends_later_work_and_sets_later_exports_aside(
+    tmp_path: Path, processes: dict[int, _Process]
+) -> None:
+    lines: list[str] = []
+    config: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(export_interval=2, export_precision="fp32"),
+        eval=SimpleNamespace(tasks=(), task_interval=None),
+        train=SimpleNamespace(steps=100),
+    )
+    metrics: Any = SimpleNamespace(say=lines.append)
+    events: Any = SimpleNamespace(record=lambda *_, **__: None)
+    checkpoints: Any = _Checkpoints(tmp_path / "checkpoints")
+    exports = Exports(config, tmp_path, checkpoints, metrics, events)
+    exports.begin(0, is_own=True)
+    for step in (2, 4):
+        _save(exports, step)
+        processes[step].end = Ended(1.0, None)
+        exports.poll()
+    for step in (6, 8):
+        _save(exports, step)
+    assert sorted(processes) == [2, 4, 6]
+    assert checkpoints.held == {6, 8}
+    exports.go_back(2)
+    assert processes[6].is_stopped
+    assert (exports.pending, checkpoints.held) == ("", set())
+    kept = tmp_path / EXPORTS
+    assert sorted(path.name for path in kept.glob("step-*")) == ["step-00000002"]
+    assert sorted(path.name for path in kept.glob("set-aside-*/step-*")) == ["step-00000004"]
+    # The steps that are trained again are saved and exported again; that of the rollback itself is there.
+    assert _save(exports, 2) == {"export": "plain"}
+    assert exports.pending == ""
+    assert _save(exports, 4) == {"export": "plain"}
+    assert exports.pending == "the export of step 4"
