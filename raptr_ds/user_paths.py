@@ -51,12 +51,6 @@ def is_folder(path: str | Path) -> bool:
     return mode is not None and stat.S_ISDIR(mode)
 
 
-def is_stream(path: str | Path) -> bool:
-    """Return whether there is something that can be read only once, such as a pipe. Raises: PathError."""
-    mode = _mode(path)
-    return mode is not None and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode))
-
-
 def exists(path: str | Path) -> bool:
     """Return whether there is anything at the path; not a link to nothing. Raises: PathError."""
     return _mode(path) is not None

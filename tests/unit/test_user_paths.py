@@ -16,7 +16,7 @@ from raptr_ds.hf.export import export
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.theory.transitions import transitions_of
-from raptr_ds.user_paths import PathError, exists, is_file, is_folder, is_stream, write_error
+from raptr_ds.user_paths import PathError, exists, is_file, is_folder, write_error
 from tests.unprivileged import closed
 
 TOO_LONG = Path("/", "a" * 300)
@@ -32,7 +32,7 @@ def closed_folder(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("ask", [exists, is_file, is_folder, is_stream])
+@pytest.mark.parametrize("ask", [exists, is_file, is_folder])
 def test_each_question_names_the_path_and_the_reason(ask: Callable[[str | Path], bool], closed_folder: Path) -> None:
     with pytest.raises(PathError, match=r"closed.*Permission denied.*permission to enter") as error:
         ask(closed_folder / "run.json")
@@ -49,14 +49,14 @@ def test_answers(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     link.symlink_to(tmp_path / "gone")
     circle.symlink_to(circle)
-    questions = (exists, is_file, is_folder, is_stream)
+    questions = (exists, is_file, is_folder)
     answers = {
-        file: (True, True, False, False),
-        tmp_path: (True, False, True, False),
-        pipe: (True, False, False, True),
-        Path(os.devnull): (True, False, False, True),
-        link: (False, False, False, False),
-        file / "below a file": (False, False, False, False),
+        file: (True, True, False),
+        tmp_path: (True, False, True),
+        pipe: (True, False, False),
+        Path(os.devnull): (True, False, False),
+        link: (False, False, False),
+        file / "below a file": (False, False, False),
     }
     for path, expected in answers.items():
         assert tuple(ask(path) for ask in questions) == expected, path
