@@ -55,7 +55,8 @@ test: environment-dev system-packages check
 test-gpu: environment-dev
 	$(inside) KIT_DEVICE=cuda python -m pytest tests/gpu $(PYTEST_ARGS)
 
-# By hand: hours of faults at random, and whether the run comes out as the one that nobody disturbed (tests/soak.py).
+# By hand: hours of faults at random, and whether the run comes out as the one that nobody disturbed (tests/soak);
+# SOAK_ARGS=--slurm on a Slurm of three logical nodes.
 soak: environment-dev data
 	$(inside) python -m tests.soak --data $(DATA) $(SOAK_ARGS)
 

@@ -20,6 +20,7 @@ _PORTS_OF_A_JOB = 61
 _PORT_TRIES = 5
 _PATIENCE_SECONDS = 1800.0  # with a controller that does not answer
 _ASK_AGAIN_SECONDS = 5.0
+_QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 _FAILURES = {"TimeLimit", "JobLaunchFailure", "NonZeroExitCode", "OutOfMemory"}
 
 
@@ -48,7 +49,8 @@ class Job:
             job = self.show()
             if not job:
                 continue
-            if int(job.get("Restarts", 0)) > self.start:  # by an operator, or an answer to us was lost
+            # By an operator, by Slurm for a lost node, or by us, and the answer was lost. It is counted a little later.
+            if int(job.get("Restarts", 0)) > self.start or job.get("JobState") in _QUEUED:
                 self.is_requeued = True
                 return None
             if job.get("JobState") != "RUNNING" and not has_failed(job):

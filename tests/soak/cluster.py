@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,13 +68,13 @@ class Clustered:
     def _state(self) -> str:
         try:
             return self._lab.job(self._job).get("JobState", "?")
-        except RuntimeError:  # the controller is starting
+        except (RuntimeError, subprocess.TimeoutExpired):  # the controller is starting
             return "?"
 
     def _command(self, *words: str) -> bool:
         try:
             self._lab.command(*words)
-        except RuntimeError:  # the job is just not in a state for this
+        except (RuntimeError, subprocess.TimeoutExpired):  # the job is just not in a state for this
             return False
         return True
 
