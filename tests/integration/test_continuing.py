@@ -19,6 +19,7 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
 from raptr_ds.runtime import setup
+from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.run_lock import RunLock
 from tests.integration.conftest import forked, lines_of, tiny_run, training_lines
 from tests.made_up_text import TextSource, made_up_text
@@ -142,6 +143,28 @@ def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_
     origin = [f"raptr_ds.train.save={tmp_path / 'third'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
     moved = forked(first, *origin, "raptr_ds.train.steps=14")
     assert "were moved to" in moved.stdout  # its own are of another origin: begun anew, as asked
+
+
+def _lose_the_end(launch: Launch) -> None:
+    record = EventLog.record
+
+    def recording(log: EventLog, event: str, **what: Any) -> None:
+        if event == "end" and log._lines is not None:  # as on a disk that is full by now
+            log._lines.failure = "No space left on device"
+        else:
+            record(log, event, **what)
+
+    EventLog.record = recording  # type: ignore[method-assign]
+
+
+def test_an_end_that_is_not_recorded_is_not_done(data_folder: Path, tmp_path: Path) -> None:
+    """A supervisor counts a run as done by its record."""
+    run = run_with(tmp_path, data_folder)
+    lost = forked(run, spoil=_lose_the_end)
+    assert lost.returncode == 74, lost.stdout + lost.stderr
+    assert "events.jsonl cannot be written: No space left on device. Start again to go on." in lost.stdout
+    assert forked(run).returncode == 0
+    assert events_of(tmp_path / "run")[-1] | {"time": 0} == {"time": 0, "event": "end", "exit_code": 0}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
