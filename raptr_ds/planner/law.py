@@ -126,7 +126,7 @@ def fit_law(runs: Sequence[Measured]) -> Law:
 def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
     """Return the runs of an objective in a folder of results."""
     runs = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.hjson")):
         results, _ = read_hjson(path)
         if results["objective"] != objective:
             continue

@@ -91,7 +91,7 @@ def test_it_predicts_runs_of_four_times_the_length_from_the_short_ones() -> None
 
 
 def test_every_result_names_a_comparison_of_the_repository() -> None:
-    for path in RESULTS.glob("*.json"):
+    for path in RESULTS.glob("*.hjson"):
         models = hjson.loads(path.read_text())["models"]
         for run in (run for model in models.values() for run in model["runs"]):
             assert list(RESULTS.parent.glob(f"*/{run['comparison']}.json")), run
