@@ -78,7 +78,7 @@ class Supervised:
         since = events[launches[-1] :] if launches else []  # without one on the disk nothing can be missed there
         if not since or any(event["event"] == "end" and event.get("exit_code") == Exit.DONE for event in since):
             return ending
-        say("the launcher's exit code is 0, but the run has not recorded its end: taken for killed")
+        say(f"the launcher's exit code is 0, but {self.folder} has no record of the run's end: taken for killed")
         return replace(ending, code=KILLED)
 
     def judge(self, number: int, ending: Ending) -> tuple[Cause, Decision]:

@@ -14,9 +14,10 @@ from raptr_ds.lab.slurm import settings_of, submit, write_jobs
 REPOSITORY = Path(__file__).parents[3]
 SWEEP = {"learning_rates": [1e-3, 3e-3], "seed": 9}
 SLURM = {"nodes": 2, "at_once": 3, "options": ["--time=1:00:00", "--partition=short"]}
-# srun prints the words of its command, one a line.
+# srun prints the words of its command, one a line, and then does what a run does at its end.
+RECORD = "import sys; from raptr_ds.supervise.record import *; append_event(run_folder(sys.argv), 'end', exit_code=0)"
 STAND_INS = {
-    "srun": 'printf "%s\\n" "$@"',
+    "srun": f'printf "%s\\n" "$@"; PYTHONPATH={REPOSITORY} {sys.executable} -c "{RECORD}" "$@"',
     "scontrol": '[ "$1" = show ] && [ "$2" = hostnames ] && echo node1',
     "sbatch": 'echo "$@" >>"$SUBMITTED"; wc -l <"$SUBMITTED"',
 }
@@ -108,7 +109,8 @@ def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     stub.write_text(code.format(str(ask), str(ask.parent)))
     file.write_text(text.replace("tools/experiment.py", str(stub)))
     env = {**stand_ins, "SLURM_ARRAY_TASK_ID": "3"}
-    done = subprocess.run(["bash", file], env=env, capture_output=True, text=True, check=False, cwd=lab.folder)
+    command = ["bash", file]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=lab.folder, timeout=60)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
     assert words[:2] == ["--nodes=2", "--ntasks-per-node=2"]
