@@ -85,6 +85,7 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
     assert code == 0
     assert "**extrapolated**: the longest run measured saw 2.5 tokens" in out
+    assert "proposed: raptr_ds.path.schedule=paper" in out
 
 
 @pytest.mark.parametrize(("gib", "fits"), [("10", False), ("90", True)])
