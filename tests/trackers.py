@@ -9,6 +9,7 @@ end_run).
 import sys
 import threading
 from collections.abc import Mapping
+from importlib.abc import MetaPathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -95,3 +96,14 @@ def install(monkeypatch: Any, server: Server) -> None:
     """Let `import wandb` and `import mlflow` find the fakes."""
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(server))
     monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow(server))
+
+
+class Absent(MetaPathFinder):
+    """Has a package not be there; put in front of sys.meta_path, with the package taken from sys.modules."""
+
+    def __init__(self, *packages: str) -> None:
+        self._packages = packages
+
+    def find_spec(self, fullname: str, *_: Any) -> None:
+        if fullname in self._packages:
+            raise ModuleNotFoundError(f"No module named {fullname!r}")

@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ def prepare_imports(has_gpu: bool) -> None:
         # on a GPU (c10/cuda/CUDAAllocatorConfig.h, instance), not when it is imported.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     _keep_compiled_code_private()
+    # deepspeed 0.19.8, autotuning/autotuner.py: imports it if it is installed, a second and a thread at every start.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # runtime/tracking.py takes it back
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19.8 calls them by their old names
         warnings.filterwarnings("ignore", message=f".*{name}.* is deprecated", category=FutureWarning)

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import secrets
+import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -259,6 +260,8 @@ def open_trackers(log: LogSection, folder: Path, resume_step: int) -> list[Track
 
 
 def _import(package: str) -> Any:
+    if sys.modules.get(package, True) is None:  # kept from DeepSpeed (parallel/launch.py)
+        del sys.modules[package]
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlflow.tracking import MlflowClient
 from wandb.proto import wandb_internal_pb2  # names are made when it is imported
 
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.runtime.tracking import _import
 from tests.integration.conftest import forked, training_lines
-from tests.trackers import Server, fake_mlflow, fake_wandb
+from tests.trackers import Absent, Server, fake_mlflow, fake_wandb
 
 LOG = ("raptr_ds.log.wandb.project=raptr", "raptr_ds.log.mlflow.experiment=raptr")
 
@@ -41,7 +41,9 @@ def _install_fakes(launch: Launch, folder: Path, is_away: bool = False) -> None:
 
 
 def _remove_packages(launch: Launch) -> None:
-    sys.modules["wandb"] = sys.modules["mlflow"] = None  # type: ignore[assignment]
+    for package in ("wandb", "mlflow"):
+        sys.modules.pop(package, None)
+    sys.meta_path.insert(0, Absent("wandb", "mlflow"))
 
 
 def _calls(path: Path, name: str) -> list[list[Any]]:
@@ -118,7 +120,7 @@ def _records(log: bytes) -> Iterator[bytes]:
 
 def _losses_of_mlflow(folder: Path) -> dict[int, float]:
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    client = MlflowClient(f"file://{folder}")
+    client = _import("mlflow").MlflowClient(f"file://{folder}")
     experiment = client.get_experiment_by_name("raptr")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])

@@ -9,13 +9,16 @@ from tests.slurm.lab import SlurmLab
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = ("bert_raptr.sbatch", "ul2_raptr.sbatch")
 
-# Runs the program beside it, and where that ends well records so as a run does, by its first rank.
+# Runs the program beside it, and where that ends well records so as a run does, by its first rank. Without the package:
+# importing it takes longer than tasks wait for each other here.
 _RUNNER = """\
-import os, pathlib, runpy, sys
-from raptr_ds.supervise.record import append_event, run_folder
+import json, os, pathlib, runpy, sys
 def record():
     if os.environ.get("SLURM_PROCID") == "0":
-        append_event(run_folder(sys.argv), "end", exit_code=0)
+        save = dict(word.partition("=")[::2] for word in sys.argv).get("raptr_ds.train.save")
+        file = pathlib.Path(sys.argv[sys.argv.index("--deepspeed_config") + 1])
+        with pathlib.Path(save or f"runs/{file.stem}", "events.jsonl").open("a") as events:
+            events.write(json.dumps({"event": "end", "exit_code": 0}) + "\\n")
 try:
     runpy.run_path(str(pathlib.Path(__file__).with_name("program.py")), run_name="__main__")
 except SystemExit as end:

@@ -26,7 +26,7 @@ IMPORTERS = {
     "tensorboard": {"runtime"},
     "matplotlib": {"bench", "depth", "lab", "planner", "plots", "theory"},
     "safetensors": {"checkpoint", "hf"},
-    "scipy": {"lab", "finetuning"},
+    "scipy": {"lab", "finetuning", "planner"},
     "hjson": {"config"},
     "pydantic": {"config", "lab"},
 }

@@ -150,6 +150,13 @@ def test_importing_megatron_core_loads_the_inductor() -> None:
     assert not loads("import raptr_ds.runtime.setup")
 
 
+def test_importing_deepspeed_imports_mlflow() -> None:
+    """Fixed: parallel/launch.py need not hide it."""
+    assert loads("import deepspeed", "mlflow.version")
+    ours = "from raptr_ds.parallel.launch import prepare_imports\nprepare_imports(False)\nimport raptr_ds.runtime.setup"
+    assert not loads(ours, "mlflow.version")
+
+
 def test_importing_a_module_of_megatron_core_loads_all_of_it_and_sympy() -> None:
     """Fixed: parallel/megatron_core.py can import megatron-core as everybody does."""
     assert loads("from megatron.core import parallel_state", "sympy")

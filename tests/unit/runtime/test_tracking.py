@@ -16,7 +16,7 @@ from raptr_ds.runtime import tracking
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.progress import PlainProgress
 from raptr_ds.runtime.tracking import TrackerSink, open_trackers
-from tests.trackers import Server, install
+from tests.trackers import Absent, Server, install
 from tests.unit.runtime.test_metrics import lines_of, training_step
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -212,12 +212,14 @@ def test_a_rollback_drops_what_waits(kind: str, server: Server, tmp_path: Path) 
 
 @BOTH
 def test_a_missing_package_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, kind, None)
+    monkeypatch.delitem(sys.modules, kind, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent(kind), *sys.meta_path])
     with pytest.raises(ConfigError, match=rf"raptr_ds\.log\.{kind} needs the {kind} package.*pip install {kind}"):
         sink_of(kind, tmp_path)
 
 
 def test_nothing_is_imported_that_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in SECTIONS:
-        monkeypatch.setitem(sys.modules, kind, None)
+        monkeypatch.delitem(sys.modules, kind, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent(*SECTIONS), *sys.meta_path])
     assert open_trackers(LogSection(), tmp_path, 0) == []
