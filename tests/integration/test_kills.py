@@ -65,7 +65,10 @@ def _num_lines(save: Path) -> int:
 
 
 def _start_and_kill(run: Path, save: Path, after_lines: int, after_seconds: float) -> None:
-    """Start the run and kill all its processes once it has written so many lines and that time has passed."""
+    """Start the run and kill all its processes once it has written so many lines and that time has passed.
+
+    On a fast machine before that time: while there are steps left.
+    """
     with (run.parent / "killed.log").open("ab") as log:
         process = subprocess.Popen(
             torchrun_command(run), cwd=REPOSITORY, env=ENV, stdout=log, stderr=log, start_new_session=True
@@ -76,7 +79,9 @@ def _start_and_kill(run: Path, save: Path, after_lines: int, after_seconds: floa
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, "the run did not get that far"
             time.sleep(0.005)
-        time.sleep(after_seconds)
+        until = time.monotonic() + after_seconds
+        while time.monotonic() < until and _num_lines(save) < STEPS - 8:
+            time.sleep(0.005)
         assert process.poll() is None, "the run ended before it could be killed"
     finally:
         _kill(process)
