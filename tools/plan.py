@@ -205,11 +205,15 @@ def _count(text: str) -> float:
     return value
 
 
+def _as_raptr(config: RunConfig) -> RaptrSection:
+    """Return RaPTr's section with what the run's path has of it."""
+    shared = (RaptrSection.model_fields.keys() & type(config.path).model_fields.keys()) - {"method"}
+    return RaptrSection(**{key: getattr(config.path, key) for key in shared})
+
+
 def _saving_of(config: RunConfig, device: Device) -> Callable[[str], float]:
     """Return what RaPTr saves of a run's FLOPs by a schedule."""
-    setting, layers = setting_of(config, device), config.model.num_layers
-    shared = (RaptrSection.model_fields.keys() & type(config.path).model_fields.keys()) - {"method"}
-    raptr = RaptrSection(**{key: getattr(config.path, key) for key in shared})
+    setting, layers, raptr = setting_of(config, device), config.model.num_layers, _as_raptr(config)
     raptr.model_copy(update={"schedule": "-".join([str(layers)] * 4)}).checked(config.sizes)  # a split of four phases
 
     def saving_of(schedule: str) -> float:
@@ -226,7 +230,7 @@ def _proposal(saving: float, config: RunConfig, device: Device) -> str:
     def saved_by(lengths: tuple[int, ...]) -> float:
         return saving_of("-".join(map(str, lengths)))
 
-    least = max(1, len(RaptrSection().fixed_in(layers)))
+    least = max(1, len(_as_raptr(config).fixed_in(layers)))
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
         most = saved_by((least, *[least + round((layers - least) * share / 3) for share in (1, 2)], layers))

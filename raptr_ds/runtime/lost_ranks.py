@@ -15,15 +15,10 @@ def lost_ranks_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.distributed's errors are
-        if is_lost_rank(error):
+        if any(sign in str(error) for sign in _SIGNS):
             reason = str(error).strip().splitlines()[0]
             raise LostRankError(
                 "a connection to another rank broke: that rank has ended, or its host cannot be reached. Why it ended "
                 f"is in its own output, or in the launcher's ({reason})"
             ) from error
         raise
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process closed its connection."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -17,6 +17,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.processes import all_processes, variables_of, words_of
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo", "unshare")
 FINAL_STATES = frozenset({"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"})
 # A requeued job waits until its old credential has expired, and a second more. Below 5 Slurm takes its default of 120.
@@ -119,16 +121,7 @@ class SlurmLab:
     def __enter__(self) -> "SlurmLab":
         """Start the daemons and wait until every node is idle. Raises: RuntimeError with the daemons' logs."""
         self._write_files()
-        self._init = subprocess.Popen(
-            [*_NAMESPACES, "bash", "init.sh", str(self.folder), str(self.nodes)],
-            cwd=self.folder,
-            env=self.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  (one prctl; a killed pytest must leave nothing either)
-        )
+        self._init = self._start(*_NAMESPACES, "bash", "init.sh", str(self.folder), str(self.nodes))
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self._init.poll() is None:
             if self._answers() and self.idle_nodes() == self.nodes:
@@ -211,7 +204,7 @@ class SlurmLab:
         """Kill all that runs on a node, as a loss of power does; jobs go on on the others."""
         (daemon,) = self._daemons("slurmd", f"node{node}")
         here = Path(f"/proc/{daemon}/ns/uts").readlink()
-        for process in _processes():
+        for process in all_processes():
             try:
                 if Path(f"/proc/{process}/ns/uts").readlink() == here:
                     os.kill(process, signal.SIGKILL)
@@ -241,28 +234,26 @@ class SlurmLab:
         """Start a daemon in the cluster's namespaces, whose end is its end too."""
         assert self._init is not None
         (first,) = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
-        daemon = subprocess.Popen(
-            ["nsenter", "--target", first, "--pid", "--mount", *words],
+        self._started_again.append(self._start("nsenter", "--target", first, "--pid", "--mount", *words))
+
+    def _start(self, *words: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            words,
             cwd=self.folder,
             env=self.env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # the cluster's first process ends when it is closed
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (one prctl; a killed pytest must leave nothing either)
         )
-        self._started_again.append(daemon)
 
     def _daemons(self, program: str, argument: str = "") -> list[int]:
         """Return the cluster's processes of a program, with an argument."""
-        found = []
-        for process in _processes():
-            try:
-                words = Path(f"/proc/{process}/cmdline").read_text(errors="replace").split("\0")
-                variables = Path(f"/proc/{process}/environ").read_text(errors="replace").split("\0")
-            except OSError:
-                continue
-            is_ours = f"SLURM_CONF={self.env['SLURM_CONF']}" in variables
-            if is_ours and words[0].endswith(program) and argument in ("", *words[1:]):
+        mark, found = f"SLURM_CONF={self.env['SLURM_CONF']}", []
+        for process in all_processes():
+            words = words_of(process)
+            if words and words[0].endswith(program) and argument in ("", *words[1:]) and mark in variables_of(process):
                 found.append(process)
         return found
 
@@ -308,10 +299,6 @@ class SlurmLab:
     def _answers(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
-
-
-def _processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _free_ports(count: int) -> int:

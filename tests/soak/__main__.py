@@ -23,9 +23,9 @@ from typing import Any
 
 from tests.integration.conftest import ENV, REPOSITORY, lines_of, tiny_run, torchrun_command
 from tests.integration.test_kills import TIMES, _tree
+from tests.processes import is_rank, resident_megabytes
 from tests.soak.cluster import Clustered
 from tests.soak.faults import Disturbed
-from tests.soak.processes import is_rank, resident_megabytes
 from tests.soak.supervised import Supervised
 
 WATCHDOG_SECONDS = 10.0

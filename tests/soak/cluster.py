@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from tests.integration.conftest import REPOSITORY
+from tests.processes import all_processes, is_rank, send, variables_of, words_of
 from tests.slurm.lab import SlurmLab
 from tests.soak.faults import Fault, fill_disk
-from tests.soak.processes import all_processes, is_rank, send, variables_of, words_of
 
 _SCRIPT = REPOSITORY / "slurm" / "bert_raptr.sbatch"
 _STATES_OF_AN_END = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tests.integration.conftest import ENV, REPOSITORY, torchrun_command
 from tests.integration.test_kills import _tree
+from tests.processes import is_rank, send, words_of
 from tests.soak.faults import Fault, fill_disk
-from tests.soak.processes import is_rank, send, words_of
 
 
 class Supervised:

@@ -74,6 +74,14 @@ def test_the_tool_proposes_a_schedule(monkeypatch, capsys):
     )
 
 
+def test_a_proposed_path_has_room_for_the_runs_own_fixed_layers(monkeypatch, capsys):
+    fixed = f"raptr_ds.path.fixed_layers={[*range(18)]}"
+    code, out, err = plan(monkeypatch, capsys, "--processes", "8", "--save", "10%", "--set", NOT_PREPARED, fixed)
+    assert code == 0, err
+    schedule = out.partition("proposed: raptr_ds.path.schedule=")[2].split()[0]
+    assert min(map(int, schedule.split("-"))) >= 18
+
+
 def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     best = ("--processes", "8", "--save", "best", "--set", NOT_PREPARED)
     code, out, _ = plan(monkeypatch, capsys, *best, "--tokens", "1e9")
