@@ -101,16 +101,16 @@ def failed_node(ending: Ending, cause: Cause) -> str | None:
         return None
     if cause is not Cause.HUNG:
         return None if (culprit := first_by_itself(ending)) is None else culprit.node
-    nodes = {failure.node for failure in failures_of(ending) if failure.code not in (Exit.HUNG, Exit.LOST_RANK)}
+    nodes = {failure.node for failure in _failures_of(ending) if failure.code not in (Exit.HUNG, Exit.LOST_RANK)}
     return nodes.pop() if len(nodes) == 1 else None
 
 
 def first_by_itself(ending: Ending) -> Failure | None:
     """Return the first reported task that did not fail only because it lost another one, None if there is none."""
-    return next((failure for failure in failures_of(ending) if failure.code != Exit.LOST_RANK), None)
+    return next((failure for failure in _failures_of(ending) if failure.code != Exit.LOST_RANK), None)
 
 
-def failures_of(ending: Ending) -> tuple[Failure, ...]:
+def _failures_of(ending: Ending) -> tuple[Failure, ...]:
     """Return the tasks that failed, in the order of the reports."""
     return () if ending.first is None else (ending.first, *ending.later)
 
