@@ -2,7 +2,8 @@
 
 FILE (HJSON) describes the contestants, their seeds and budget: see docs/experiments.md, and experiments/ for examples.
 Runs what is not finished, one run after another, and writes report.md and report.html into the comparison's folder.
-Start it again to continue where it stopped. --slurm submits the runs as Slurm job arrays instead.
+Start it again to continue where it stopped. --slurm submits the runs as Slurm job arrays instead. --keep copies what
+a finished comparison's report needs, a few hundred KB, into FOLDER; --report reports such a copy too: name its folder.
 
 Exit codes: 0 done; 1 a run failed; 2 an error in the file or the data, reported before anything runs; 75 interrupted:
 the current run has saved a checkpoint, start again to continue.
@@ -18,10 +19,12 @@ import _command_line
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.lab.comparison import load_comparison, read_record, session_of, write_record
 from raptr_ds.lab.file import load_experiment
+from raptr_ds.lab.keep import keep
 from raptr_ds.lab.plan import Planner
 from raptr_ds.lab.report import result_lines, write_report
 from raptr_ds.lab.runner import LocalLauncher, claimed, current_progress, list_runs, refuse_other_runs, run_comparison
 from raptr_ds.lab.slurm import settings_of, submit, write_jobs
+from raptr_ds.user_paths import is_folder
 
 DEFAULT_VOCAB_SIZE = 32_000
 
@@ -29,6 +32,9 @@ DEFAULT_VOCAB_SIZE = 32_000
 def main() -> None:
     """Parse the command line and run, list, submit or report."""
     arguments = _parse()
+    if arguments.report and is_folder(arguments.file):
+        _report(arguments.file)
+        return
     experiment = load_experiment(arguments.file, arguments.set)
     planner = Planner(experiment, DEFAULT_VOCAB_SIZE if arguments.dry_run else None)
     name, command = arguments.file.stem, ["python", *sys.argv]
@@ -39,6 +45,8 @@ def main() -> None:
     elif arguments.report:
         _refresh_record(planner, name)
         _report(planner.output)
+    elif arguments.keep is not None:
+        print(f"kept in {keep(load_comparison(planner.output), arguments.keep)}")
     elif arguments.slurm:
         jobs = write_jobs(planner, arguments.file, arguments.set)
         write_record(planner, jobs.progress, name, session_of(command))
@@ -56,6 +64,7 @@ def _parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs with their steps and FLOPs, run nothing")
     what.add_argument("--report", action="store_true", help="write the report of the runs so far, run nothing")
+    what.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the record and thinned curves into FOLDER/NAME")
     what.add_argument("--slurm", action="store_true", help="submit the runs as a Slurm job array")
     what.add_argument("--settings-of", type=int, metavar="N", help=argparse.SUPPRESS)  # the array's jobs ask for theirs
     parser.add_argument("--write-only", action="store_true", help="with --slurm: write the batch files, submit nothing")

@@ -24,10 +24,11 @@ from raptr_ds.data.loader import are_prepared, load_tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.paths.cost import layer_parameters, num_parameters
 from raptr_ds.planner.advice import advice
-from raptr_ds.planner.law import fit_law, read_results
+from raptr_ds.planner.law import fit_law
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
+from raptr_ds.planner.results import read_results
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
 from raptr_ds.planner.shortage import shortage
 from raptr_ds.planner.step_time import Device

@@ -25,7 +25,7 @@ from raptr_ds.lab.status import outcome_of
 from raptr_ds.plots.curves import Curves, curves_of
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
-_RECORD = "experiment.json"
+RECORD = "experiment.json"
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 
 
@@ -120,7 +120,7 @@ def load_comparison(folder: Path) -> Comparison:
     record = read_record(folder)
     if record is None:
         raise DataError(
-            f"{folder} has no {_RECORD}: no comparison has run there. python tools/experiment.py FILE runs one."
+            f"{folder} has no {RECORD}: no comparison has run there. python tools/experiment.py FILE runs one."
         )
     results = {"tuning": [], "comparison": []}
     for run in record["runs"]:
@@ -175,7 +175,7 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of a comparison's folder, None if there is none."""
-    file = folder / _RECORD
+    file = folder / RECORD
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
@@ -224,7 +224,7 @@ def write_record(planner: Planner, progress: ComparisonProgress, name: str, sess
         "sessions": sessions,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def session_of(command: Sequence[str]) -> dict[str, Any]:

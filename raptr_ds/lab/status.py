@@ -14,7 +14,7 @@ from raptr_ds.config.differences import differences
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 LOG = "log.txt"
-_OUTCOME = "outcome.json"
+OUTCOME = "outcome.json"
 _LOG_LINES = 15
 _IRRELEVANT = (
     "raptr_ds.train.save",
@@ -84,7 +84,7 @@ class Outcome:
 
 def outcome_of(folder: Path) -> Outcome:
     """Return how the run in a folder ended; empty where it never ended, or a cluster ran it."""
-    file = folder / _OUTCOME
+    file = folder / OUTCOME
     return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else Outcome()
 
 
@@ -92,7 +92,7 @@ def add_start(folder: Path, exit_code: int, seconds: float) -> None:
     """Record the end of one more start of a run in its outcome.json."""
     before = outcome_of(folder)
     after = Outcome(exit_code, (before.wall_seconds or 0.0) + seconds, before.starts + 1)
-    (folder / _OUTCOME).write_text(json.dumps(asdict(after)) + "\n", encoding="utf-8")
+    (folder / OUTCOME).write_text(json.dumps(asdict(after)) + "\n", encoding="utf-8")
 
 
 def last_log_lines(folder: Path) -> list[str]:

@@ -13,14 +13,10 @@ covariance to first order. They hold for runs like those that were measured, and
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy import optimize, stats
 
-from raptr_ds.config.hjson_text import read_hjson
-
-RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 CONFIDENCE = 0.95
 _SHARED = 3  # b, c, d; then E and A of each model
 
@@ -121,20 +117,6 @@ def fit_law(runs: Sequence[Measured]) -> Law:
     return Law(
         models, found.x, covariance, degrees, math.sqrt(variance), float(tokens.max()), models[places[tokens.argmax()]]
     )
-
-
-def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
-    """Return the runs of an objective in a folder of results."""
-    runs = []
-    for path in sorted(folder.glob("*.hjson")):
-        results, _ = read_hjson(path)
-        if results["objective"] != objective:
-            continue
-        for name, model in results["models"].items():
-            for run in model["runs"]:
-                tokens = run["steps"] * results["tokens_per_step"] / model["layer_parameters"]
-                runs.append(Measured(name, tokens, run["saving"], run["loss"]))
-    return runs
 
 
 def _losses(parameters: np.ndarray, places: np.ndarray, tokens: np.ndarray, savings: np.ndarray) -> np.ndarray:

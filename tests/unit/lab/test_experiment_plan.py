@@ -27,7 +27,8 @@ RIVALS = [
     {"name": "stacking", "method": "stacking"},
     {"name": "recomputing", "method": "raptr", "set": ["raptr_ds.parallel.activation_checkpointing=true"]},
 ]
-EXPERIMENTS = sorted((Path(__file__).parents[3] / "experiments").rglob("*.json"))
+_FOLDER = Path(__file__).parents[3] / "experiments"
+EXPERIMENTS = sorted([*_FOLDER.glob("*.json"), *_FOLDER.glob("*/*.json")])
 ONE_SEED = {"quickstart_twins", "ul2_125m", "bert_base_raptr"}  # shown in minutes; a GPU's few minutes
 
 

@@ -6,7 +6,8 @@ import hjson
 import numpy as np
 import pytest
 
-from raptr_ds.planner.law import RESULTS, Measured, fit_law, read_results
+from raptr_ds.planner.law import Measured, fit_law
+from raptr_ds.planner.results import RESULTS, read_results
 
 TRUE = {"b": 0.35, "c": 0.1, "d": -0.05, "deep": (2.4, 1.3), "wide": (2.1, 1.6)}
 SAVINGS = (0.0, 0.1, 0.25, 0.5)
@@ -94,3 +95,5 @@ def test_every_result_names_a_comparison_of_the_repository() -> None:
         models = hjson.loads(path.read_text())["models"]
         for run in (run for model in models.values() for run in model["runs"]):
             assert list(RESULTS.parent.glob(f"*/{run['comparison']}.json")), run
+    for record in RESULTS.glob("*/experiment.json"):
+        assert list(RESULTS.parent.glob(f"*/{record.parent.name}.json")), record

@@ -1,0 +1,111 @@
+"""The small copy of a comparison: the same report from it, exact sums, and what the law reads of it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raptr_ds.errors import DataError
+from raptr_ds.lab.comparison import load_comparison
+from raptr_ds.lab.keep import keep
+from raptr_ds.lab.report import write_report
+from raptr_ds.planner.results import read_results
+from raptr_ds.runtime.metrics_file import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def tables_alone(monkeypatch):
+    """Reports without pictures, which take a second each."""
+    for name in ("loss", "phases", "paths", "rates"):
+        monkeypatch.setattr(f"raptr_ds.lab.report.{name}_picture", lambda comparison: None)
+
+
+@pytest.mark.usefixtures("tables_alone")
+def test_the_report_of_the_copy_is_that_of_the_comparison_but_for_the_machines_name(lab, tmp_path):
+    planner = lab.planner(sweep={"learning_rates": [1e-3, 2e-3], "seed": 99})
+    lab.run(planner)
+    comparison = load_comparison(planner.output)
+    copy = keep(comparison, tmp_path / "kept", lines=10)
+    name, _, kind = comparison.record["sessions"][0]["machine"].partition(", ")
+    assert name
+    whole, small = (write_report(load_comparison(folder))[0].read_text() for folder in (planner.output, copy))
+    assert small == whole.replace(f"{name}, {kind}", kind)
+    assert "standard" in small
+    assert sum(file.stat().st_size for file in copy.rglob("*.json*")) < 50_000
+
+
+def test_thinned_curves_keep_sums_phases_means_and_evaluations(lab, tmp_path):
+    planner = lab.planner()
+    lab.run(planner)
+    comparison = load_comparison(planner.output)
+    copy = load_comparison(keep(comparison, tmp_path / "kept", lines=10))
+    for run, small in zip(comparison.runs, copy.runs, strict=True):
+        assert run.curves is not None
+        assert small.curves is not None
+        places = np.searchsorted(run.curves.step, small.curves.step)
+        assert len(places) < 0.5 * len(run.curves.step)
+        np.testing.assert_array_equal(run.curves.step[places], small.curves.step)
+        np.testing.assert_allclose(small.curves.seconds, run.curves.seconds[places])
+        np.testing.assert_array_equal(small.curves.flops, run.curves.flops[places])
+        np.testing.assert_array_equal(small.curves.eval_loss, run.curves.eval_loss)
+        assert small.curves.phase_starts() == run.curves.phase_starts()
+        assert small.final_loss == run.final_loss
+        windows = np.split(run.curves.loss, places[:-1] + 1)
+        np.testing.assert_allclose(small.curves.loss, [window.mean() for window in windows])
+
+
+def test_the_law_reads_it(lab, tmp_path):
+    """Standard training and RaPTr by its schedule, not RaPTr with another option."""
+    contestants = [
+        {"name": "standard", "method": "standard"},
+        {"name": "raptr", "method": "raptr", "set": ["raptr_ds.path.schedule=3-4-5-6"]},
+        {"name": "scaled", "method": "raptr", "set": ["raptr_ds.path.residual_scale=sqrt"]},
+    ]
+    planner = lab.planner(contestants=contestants)
+    lab.run(planner)
+    folder = keep(load_comparison(planner.output), tmp_path / "kept")
+    standard, raptr = read_results("bert", folder.parent)
+    assert not read_results("ul2", folder.parent)
+    # A layer of width 32: four projections and an MLP of 32 x 128, with biases, and two norms.
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 2 * 2 * 32
+    assert standard.model == raptr.model == "6 layers x 32"
+    assert standard.tokens == raptr.tokens == 128 * 40 / (6 * layer)
+    files = {name: folder / f"runs/{name}/seed-1/metrics.jsonl" for name in ("standard", "raptr")}
+    lines = {name: read_metrics(file).training[40] for name, file in files.items()}
+    assert standard.saving == 0
+    assert raptr.saving == pytest.approx(1 - lines["raptr"]["flops"] / lines["standard"]["flops"])
+    losses = [read_metrics(folder / f"runs/raptr/seed-{seed}/metrics.jsonl").evaluations[40, 6] for seed in (1, 2, 3)]
+    assert raptr.loss == pytest.approx(np.mean(losses))
+
+
+def test_what_is_not_finished_or_there_already_is_refused(lab, tmp_path):
+    planner = lab.planner()
+    lab.run(planner)
+    keep(load_comparison(planner.output), tmp_path / "kept")
+    with pytest.raises(DataError, match="Remove it to keep the comparison again"):
+        keep(load_comparison(planner.output), tmp_path / "kept")
+    last = planner.output / "runs/raptr/seed-3/metrics.jsonl"
+    last.write_text("\n".join(last.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(DataError, match="raptr/seed-3 is unfinished, at step 40 of 40: only finished"):
+        keep(load_comparison(planner.output), tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.usefixtures("tables_alone")
+def test_the_command_line_keeps_and_reports(lab, tmp_path, monkeypatch, capsys):
+    planner = lab.planner()
+    lab.run(planner)
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    main, kept = importlib.import_module("experiment").main, tmp_path / "kept"
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(lab.file), "--keep", str(kept)])
+    main()
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(kept / "mine"), "--report"])
+    main()
+    printed = capsys.readouterr().out
+    assert f"kept in {kept / 'mine'}\n" in printed
+    assert "| raptr | raptr 3-4-5-6 freeze | 40 |" in printed
+    assert (kept / "mine" / "report.html").exists()
