@@ -7,7 +7,7 @@ from pathlib import Path
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.examples import check_columns, is_missing, to_data
 from raptr_ds.finetuning.row_files import TRAIN, read_folder, read_rows
-from raptr_ds.finetuning.task import Columns, Kind, Recipe, Row, Task, TaskData
+from raptr_ds.finetuning.task import Columns, Examples, Kind, Recipe, Row, Task
 from raptr_ds.user_paths import is_folder
 
 _TEXTS = ("sentence1", "sentence", "text", "premise", "question", "goal", "context")
@@ -33,7 +33,7 @@ class LocalOptions:
     fraction: float = 0.1
 
 
-def load_local(path: Path, options: LocalOptions) -> tuple[Task, TaskData]:
+def load_local(path: Path, options: LocalOptions) -> tuple[Task, Examples]:
     """Return the task in a file, or in a folder that the datasets library saved.
 
     Raises: ConfigError or DataError for what cannot be read, is not there, or fits no kind of task.

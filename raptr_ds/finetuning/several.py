@@ -1,39 +1,38 @@
 """The tasks of one command, one behind the other; some start from the model that another one gave."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, exported_encoder
-from raptr_ds.finetuning.seeds import BEST, DESCRIPTION, RESULTS, TaskResult, check_settings, fine_tune, write_results
-from raptr_ds.finetuning.task import Task, TaskData
-from raptr_ds.finetuning.training import Say, Settings
+from raptr_ds.finetuning.seeds import (
+    BEST,
+    DESCRIPTION,
+    RESULTS,
+    Job,
+    TaskResult,
+    check_settings,
+    fine_tune,
+    write_results,
+)
+from raptr_ds.finetuning.training import Say, is_first
 from raptr_ds.user_paths import exists, make_folder
 
 
-@dataclass(frozen=True)
-class Job:
-    """A task with its data and settings."""
-
-    task: Task
-    data: TaskData
-    settings: Settings
-
-
 def fine_tune_all(
-    jobs: Sequence[Job], encoder: Encoder, start: Encoder | None, output: Path, is_first: bool, say: Say
+    jobs: Sequence[Job], encoder: Encoder, start: Encoder | None, output: Path, say: Say
 ) -> list[TaskResult]:
     """Fine-tune on each task; several get a folder each in `output`, by the task's name.
 
     jobs: a task that starts from another one's model stands behind that one. start: the model that such tasks start
-    from where the other one is not among the jobs; None: `encoder`. is_first: of the processes, the one that writes.
+    from where the other one is not among the jobs; None: `encoder`.
     Raises: ConfigError for what does not fit, before anything is trained.
     """
     for job in jobs:
-        check_settings(job.task, encoder, job.settings)
+        check_settings(job, encoder)
     if len(jobs) == 1:
-        return [_one(jobs[0], _start_of(jobs[0], encoder, start, say), output, say)]
+        return [fine_tune(jobs[0], _start_of(jobs[0], encoder, start, say), output, say)]
     if exists(output / DESCRIPTION):
         raise ConfigError(f"{output} holds the fine-tuning of one task. Name another folder with --output.")
     models: dict[str, Path] = {}
@@ -41,16 +40,12 @@ def fine_tune_all(
     for job in jobs:
         given = models.get(job.task.starts_from or "")
         begin = exported_encoder(given) if given else _start_of(job, encoder, start, say)
-        results.append(_one(job, begin, output / job.task.name, say))
+        results.append(fine_tune(job, begin, output / job.task.name, say))
         models[job.task.name] = output / job.task.name / BEST
-        if is_first:
+        if is_first():
             make_folder(output)
             write_results(output / RESULTS, {result.task: asdict(result) for result in results})
     return results
-
-
-def _one(job: Job, encoder: Encoder, output: Path, say: Say) -> TaskResult:
-    return fine_tune(job.task, job.data, encoder, job.settings, output, say)
 
 
 def _start_of(job: Job, encoder: Encoder, start: Encoder | None, say: Say) -> Encoder:

@@ -7,11 +7,11 @@ from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.examples import to_data
 from raptr_ds.finetuning.packaged_tasks import PACKAGED_TASKS, read_packaged
 from raptr_ds.finetuning.row_files import TRAIN, read_folder, read_hub
-from raptr_ds.finetuning.task import Task, TaskData
+from raptr_ds.finetuning.task import Examples, Task
 from raptr_ds.user_paths import is_folder
 
 
-def load_named(task: Task, folder: Path | None, cache: Path, say: Callable[[str], None]) -> TaskData:
+def load_named(task: Task, folder: Path | None, cache: Path, say: Callable[[str], None]) -> Examples:
     """Return a named task's examples.
 
     folder: that the datasets library saved, or one with such a folder for each task, by its name.
