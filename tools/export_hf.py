@@ -24,8 +24,7 @@ from raptr_ds.depth.held_out import SEQUENCES, read_held_out
 from raptr_ds.depth.measure import depth_table
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.source import source_of
-from raptr_ds.hf.check import check_exportable
-from raptr_ds.hf.export import LARGEST_SHARD, export
+from raptr_ds.hf.export import LARGEST_SHARD, check_exportable, export
 from raptr_ds.hf.shallower import Kept
 from raptr_ds.hf.source import WITHOUT
 

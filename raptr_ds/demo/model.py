@@ -154,7 +154,7 @@ class DemoModel:
 
     @cached_property
     def _tokenizer(self):  # its type is transformers'
-        return tokenizer_beside(self.source.trained, self.source.tokenizer)
+        return tokenizer_beside(self.source.trained.model, self.source.tokenizer)
 
     @cached_property
     def _modes(self) -> dict[str, Denoiser]:
