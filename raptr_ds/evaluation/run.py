@@ -74,38 +74,32 @@ def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, re
     name, outcome = str(task.config.task), None
     for scoring, model in models.items():
         report(f"{name}, {shots} shots, {scoring}")
-        found = _harness_results(task, name, shots, model, options)
-        metrics, counts = found["results"][name], found["n-samples"][name]
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        truncated: set[Any] = getattr(model, "truncated", set())
+        truncated.clear()
+        found: Any = evaluate(
+            lm=model,
+            task_dict={"tasks": {name: task}},
+            limit=options.limit,
+            bootstrap_iters=options.bootstrap_iters,
+            log_samples=False,
+        )
         if outcome is None:
             outcome = Outcome(
-                name,
-                shots,
-                counts["effective"],
-                counts["original"],
-                found["versions"][name],
-                _examples_from(task) if shots else None,
-                found["higher_is_better"][name],
+                task=name,
+                shots=shots,
+                documents=found["n-samples"][name]["effective"],
+                of=found["n-samples"][name]["original"],
+                version=found["versions"][name],
+                examples_from=_examples_from(task) if shots else None,
+                higher_is_better=found["higher_is_better"][name],
             )
-        outcome.truncated = max(outcome.truncated, len(getattr(model, "truncated", ())))
-        for metric, score in _scores(metrics).items():
+        outcome.truncated = max(outcome.truncated, len(truncated))
+        for metric, score in _scores(found["results"][name]).items():
             outcome.scores.setdefault(metric, {})[scoring] = score
     assert outcome is not None
     return outcome
-
-
-def _harness_results(task: Any, name: str, shots: int, model: LM, options: Options) -> dict[str, Any]:
-    task.set_config("num_fewshot", shots)
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    getattr(model, "truncated", set()).clear()
-    found = evaluate(
-        lm=model,
-        task_dict={"tasks": {name: task}},
-        limit=options.limit,
-        bootstrap_iters=options.bootstrap_iters,
-        log_samples=False,
-    )
-    assert found is not None
-    return dict(found)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
