@@ -24,6 +24,7 @@ _QKV, _EXPAND = "attention.qkv", "mlp.expand"
 class Twin:
     """How a Hugging Face class names our tensors, and the settings of our model that it has.
 
+    settings: ours by theirs, as far as they mean the same. fixed: what theirs must be for computing what ours does.
     layer: each module of a layer of ours and the one, two or three of theirs that it is cut into. outside: tensors
     outside the layers, by their names. again: second names of theirs, with the first. lacks: tensors of theirs that
     ours has none for, and that are zero.
@@ -31,6 +32,8 @@ class Twin:
 
     kind: type[PreTrainedModel]
     requires: Mapping[str, object]
+    settings: Mapping[str, str]
+    fixed: Mapping[str, object]
     layer_prefix: str
     layer: Mapping[str, tuple[str, ...]]
     outside: Mapping[str, str]
@@ -39,6 +42,22 @@ class Twin:
 
 
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "seq_length": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_BERT_SETTINGS = {
+    **_SETTINGS,
+    "norm_epsilon": "layer_norm_eps",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
 _BERT_LAYER = {
     _QKV: ("attention.self.query", "attention.self.key", "attention.self.value"),
     "attention.output": ("attention.output.dense",),
@@ -49,6 +68,8 @@ _BERT_ONLY = {"activation": "gelu", "normalization": "layernorm", "add_bias_line
 MEGATRON_BERT = Twin(
     kind=MegatronBertForMaskedLM,
     requires={**_BERT_ONLY, "position_embedding": "learned"},
+    settings=_BERT_SETTINGS,
+    fixed={"hidden_act": "gelu", "is_decoder": False},  # the exact gelu, as ours
     layer_prefix="bert.encoder.layer",
     layer={**_BERT_LAYER, "attention_norm": ("attention.ln",), "mlp_norm": ("ln",)},
     outside={
@@ -69,6 +90,15 @@ MEGATRON_BERT = Twin(
 ESM = Twin(
     kind=EsmForMaskedLM,
     requires={**_BERT_ONLY, "position_embedding": "rotary"},
+    settings={**_BERT_SETTINGS, "rotary_base": "rope_theta"},
+    fixed={
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": False,  # which would scale the embeddings by the number of masks
+        "is_decoder": False,
+        "is_folding_model": False,
+        "add_cross_attention": False,
+    },
     layer_prefix="esm.encoder.layer",
     layer={**_BERT_LAYER, "attention_norm": ("attention.LayerNorm",), "mlp_norm": ("LayerNorm",)},
     outside={
@@ -87,6 +117,13 @@ ESM = Twin(
 LLAMA = Twin(
     kind=LlamaForCausalLM,
     requires={"activation": "swiglu", "normalization": "rmsnorm", "position_embedding": "rotary"},
+    settings={
+        **_SETTINGS,
+        "norm_epsilon": "rms_norm_eps",
+        "attention_dropout": "attention_dropout",
+        "add_bias_linear": "attention_bias",
+    },
+    fixed={"hidden_act": "silu"},
     layer_prefix="model.layers",
     layer={
         "attention_norm": ("input_layernorm",),
