@@ -190,7 +190,7 @@ class DemoModel:
             "blanks": [
                 {
                     "guesses": [self._guess(one) for one in blank.guesses],
-                    "right": None if is_mask or blank.right is None else self._guess(blank.right),
+                    "right": None if is_mask else self._guess(blank.right),
                 }
                 for blank in blanks
             ],

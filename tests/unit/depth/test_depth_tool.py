@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.depth.held_out import read_held_out
-from raptr_ds.depth.measure import depth_table
+from raptr_ds.depth.table import depth_table
 from raptr_ds.depth.source import open_model
 from raptr_ds.depth.table import read_table
 from raptr_ds.errors import DataError
