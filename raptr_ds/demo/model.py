@@ -22,12 +22,12 @@ from raptr_ds.depth.sentences import token_texts, words_of
 from raptr_ds.depth.source import ModelSource
 from raptr_ds.depth.table import DepthTable
 from raptr_ds.errors import ConfigError
-from raptr_ds.hf.generation import Prompt, Sampling, generate
-from raptr_ds.hf.infilling import filled, infilling_prompt
+from raptr_ds.hf.completion import complete
+from raptr_ds.hf.generation import Sampling
 from raptr_ds.hf.load import PrefixModel, prefix_model_of
 from raptr_ds.hf.shallower import shallower
 from raptr_ds.hf.source import tokenizer_beside
-from raptr_ds.hf.text import TextStream, prompt_tokens, sentinel_ids
+from raptr_ds.hf.text import prompt_tokens
 from raptr_ds.paths.path import LayerPath
 
 _GUESSES = 5
@@ -116,33 +116,24 @@ class DemoModel:
         self._require("ul2", "completes texts")
         if mode not in self._modes:
             raise ConfigError(f"mode {mode!r}: the model has {', '.join(self._modes)}.")
-        denoiser, tokenizer = self._modes[mode], self._tokenizer
-        sentinels, numbers = sentinel_ids(tokenizer), count()
+        denoiser, numbers = self._modes[mode], count()
         fills = denoiser.kind == "span"
         if fills:
             text = _HOLE.sub(lambda _: f"<extra_id_{next(numbers)}>", text)
             if "<extra_id_" not in text:
                 raise ConfigError("Write ___ (three underscores) where words are missing.")
-        tokens = prompt_tokens(tokenizer, text, denoiser.mode)
+        tokens = prompt_tokens(self._tokenizer, text, denoiser.mode)
         if not tokens:
             raise ConfigError("Write a text to begin with.")
-        prompt = (
-            infilling_prompt(tokens, sentinels) if fills else Prompt(tokens, 1 if denoiser.kind == "causal" else None)
+        return complete(
+            self._twins(depth),
+            tokens,
+            write,
+            fills=fills,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            prefix_length=1 if denoiser.kind == "causal" else None,
         )
-        stream, new = TextStream(tokenizer, () if fills else tokens), []
-
-        def show(is_complete: bool) -> None:
-            whole = filled(tokens, new, sentinels, is_complete) if fills else [*tokens, *new]
-            write(stream.update(whole, is_complete))
-
-        def take(_: int, token: int) -> None:
-            new.append(token)
-            show(is_complete=False)
-
-        end_id = self.source.tokenizer.eos_id
-        (done,) = generate(self._twins(depth).model, [prompt], max_new_tokens, end_id, sampling, take)
-        show(is_complete=True)
-        return done.end
 
     @property
     def _is_bert(self) -> bool:

@@ -1,9 +1,15 @@
-"""Missing words by sentinels: a prompt with <extra_id_0>, <extra_id_1>, ... and the answer's spans in their places."""
+"""A text continued, or its missing words filled in, as the tokens come.
 
-from collections.abc import Sequence
+Missing words are sentinels: a prompt with <extra_id_0>, <extra_id_1>, ... and the answer's spans in their places.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.hf.generation import Prompt
+from raptr_ds.hf.generation import End, Prompt, Sampling, generate
+from raptr_ds.hf.load import PrefixModel
+from raptr_ds.hf.text import TextStream, sentinel_ids
 
 
 def infilling_prompt(tokens: Sequence[int], sentinels: Sequence[int]) -> Prompt:
@@ -53,3 +59,40 @@ def filled(tokens: Sequence[int], answer: Sequence[int], sentinels: Sequence[int
         else:
             break
     return result
+
+
+def complete(
+    loaded: PrefixModel,
+    tokens: Sequence[int],
+    write: Callable[[str], None],
+    *,
+    fills: bool,
+    max_new_tokens: int,
+    sampling: Sampling,
+    prefix_length: int | None = None,
+) -> End:
+    """Write what follows some tokens, piece by piece as it comes, and return why it ends.
+
+    fills: write the text of the tokens itself, with its sentinels filled in. prefix_length: as `Prompt` has it.
+    Raises: ConfigError as `infilling_prompt` and `generate` do, or if no token ends a text.
+    """
+    tokenizer, end_id = loaded.tokenizer, loaded.tokenizer.eos_token_id
+    if not isinstance(end_id, int):
+        raise ConfigError("the model's tokenizer has no token that ends a text (eos_token).")
+    sentinels = sentinel_ids(tokenizer)
+    prompt = infilling_prompt(tokens, sentinels) if fills else Prompt(tokens)
+    if prefix_length is not None:
+        prompt = replace(prompt, prefix_length=prefix_length)
+    text, new = TextStream(tokenizer, () if fills else tokens), []
+
+    def show(is_complete: bool) -> None:
+        whole = filled(tokens, new, sentinels, is_complete) if fills else [*tokens, *new]
+        write(text.update(whole, is_complete))
+
+    def take(_: int, token: int) -> None:
+        new.append(token)
+        show(is_complete=False)
+
+    (done,) = generate(loaded.model, [prompt], max_new_tokens, end_id, sampling, take)
+    show(is_complete=True)
+    return done.end
