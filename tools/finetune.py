@@ -11,25 +11,26 @@ Several processes: deepspeed --num_accelerators N tools/finetune.py ..., or torc
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import _command_line
 import torch
 from rich.console import Console
+from rich.table import Table
 from transformers.utils import logging
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, exported_encoder, open_encoder
+from raptr_ds.finetuning.jobs import Job, TaskResult, fine_tune_all
 from raptr_ds.finetuning.local_task import LocalOptions, load_local
+from raptr_ds.finetuning.metrics import SCORE
 from raptr_ds.finetuning.named_tasks import named_tasks, unknown
-from raptr_ds.finetuning.seeds import Job
-from raptr_ds.finetuning.several import fine_tune_all
 from raptr_ds.finetuning.sources import check_folder_is_used, load_named
-from raptr_ds.finetuning.table import results_table
 from raptr_ds.finetuning.task import KINDS, Examples, Recipe, Task
 from raptr_ds.finetuning.training import Settings, is_first
 from raptr_ds.parallel.launch import prepare_imports
@@ -160,6 +161,31 @@ def settings_of(recipe: Recipe, encoder: Encoder, arguments: argparse.Namespace)
         micro_batch_size=arguments.micro_batch_size,
         deepspeed=arguments.deepspeed,
     )
+
+
+def results_table(results: Sequence[TaskResult]) -> Table:
+    """Return a row for each task: mean and standard deviation over its seeds, times 100 as GLUE has them."""
+    table = Table(title="validation, times 100: mean ± standard deviation over seeds")
+    table.add_column("task")
+    for name in ("score", "baseline", "seeds"):
+        table.add_column(name, justify="right")
+    table.add_column("metrics", overflow="fold")
+    for result in results:
+        names = [name for name in result.mean if name.rpartition("/")[2] in result.metrics]
+        metrics = ", ".join(f"{name} {spread(result, name)}" for name in names)
+        best = "" if len(result.seeds) == 1 else f" (best: {result.best})"
+        baseline = "" if result.baseline is None else f"{100 * result.baseline:.1f}"
+        table.add_row(result.task, spread(result, SCORE), baseline, f"{len(result.seeds)}{best}", metrics)
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("mean", f"{100 * fmean(result.mean[SCORE] for result in results):.2f}", "", "", "")
+    return table
+
+
+def spread(result: TaskResult, name: str) -> str:
+    """Return a metric's mean and deviation, times 100."""
+    deviation = result.deviation[name]
+    return f"{100 * result.mean[name]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.named_tasks import GROUPS, NAMED_TASKS, named_tasks
-from raptr_ds.finetuning.packaged_tasks import PACKAGED_TASKS, read_packaged
-from raptr_ds.finetuning.sources import load_named
+from raptr_ds.finetuning.sources import PACKAGED_TASKS, load_named, read_packaged
 from raptr_ds.finetuning.task import Example, Task
 from tests.unit.prepare.test_named_corpora import needs_pip
 

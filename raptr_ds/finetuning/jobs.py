@@ -1,4 +1,4 @@
-"""A task over several seeds in an output folder: what is finished stays, and the best model is kept."""
+"""The tasks of one command, each over several seeds in a folder: what is finished stays, the best model is kept."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
-from raptr_ds.finetuning.encoder import Encoder, check_can_do
+from raptr_ds.finetuning.encoder import Encoder, check_can_do, exported_encoder
 from raptr_ds.finetuning.examples import digest_of
 from raptr_ds.finetuning.features import encode
 from raptr_ds.finetuning.metrics import SCORE, measure
@@ -55,6 +55,47 @@ class TaskResult:
     num_train: int
     num_validation: int
     seeds: list[SeedResult]
+
+
+def fine_tune_all(
+    jobs: Sequence[Job], encoder: Encoder, start: Encoder | None, output: Path, say: Say
+) -> list[TaskResult]:
+    """Fine-tune on each task; several get a folder each in `output`, by the task's name.
+
+    jobs: a task that starts from another one's model stands behind that one. start: the model that such tasks start
+    from where the other one is not among the jobs; None: `encoder`.
+    Raises: ConfigError for what does not fit, before anything is trained.
+    """
+    for job in jobs:
+        check_settings(job, encoder)
+    if len(jobs) == 1:
+        return [fine_tune(jobs[0], _start_of(jobs[0], encoder, start, say), output, say)]
+    if exists(output / DESCRIPTION):
+        raise ConfigError(f"{output} holds the fine-tuning of one task. Name another folder with --output.")
+    models: dict[str, Path] = {}
+    results = []
+    for job in jobs:
+        given = models.get(job.task.starts_from or "")
+        begin = exported_encoder(given) if given else _start_of(job, encoder, start, say)
+        results.append(fine_tune(job, begin, output / job.task.name, say))
+        models[job.task.name] = output / job.task.name / BEST
+        if is_first():
+            make_folder(output)
+            write_results(output / RESULTS, {result.task: asdict(result) for result in results})
+    return results
+
+
+def _start_of(job: Job, encoder: Encoder, start: Encoder | None, say: Say) -> Encoder:
+    """Return the model that a task starts from, unless one of the same command is it."""
+    other = job.task.starts_from
+    if other is None:
+        return encoder
+    if start is None:
+        say(
+            f"{job.task.name}: starts from {encoder.name}. By convention it starts from a model of {other}: "
+            f"--task {other},{job.task.name}, or --start-from FOLDER."
+        )
+    return start or encoder
 
 
 def fine_tune(job: Job, encoder: Encoder, output: Path, say: Say) -> TaskResult:
