@@ -19,9 +19,8 @@ import torch
 from transformers.utils import logging
 
 from raptr_ds.checkpoint.weights import TrainedModel
-from raptr_ds.depth.choice import LayerChoice, parse_layers
 from raptr_ds.depth.held_out import SEQUENCES, read_held_out
-from raptr_ds.depth.removal import DepthRow
+from raptr_ds.depth.removal import DepthRow, LayerChoice, parse_layers
 from raptr_ds.depth.source import source_of
 from raptr_ds.depth.table import depth_table
 from raptr_ds.hf.export import LARGEST_SHARD, check_exportable, export

@@ -14,10 +14,9 @@ import _command_line
 from transformers.utils import logging
 
 from raptr_ds.data.tokenizer import MODES
-from raptr_ds.hf.completion import complete
 from raptr_ds.hf.generation import Sampling
 from raptr_ds.hf.load import load_prefix_model
-from raptr_ds.hf.text import prompt_tokens
+from raptr_ds.hf.text import complete, prompt_tokens
 
 MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 

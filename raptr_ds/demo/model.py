@@ -22,12 +22,11 @@ from raptr_ds.depth.sentences import token_texts, words_of
 from raptr_ds.depth.source import ModelSource
 from raptr_ds.depth.table import DepthTable
 from raptr_ds.errors import ConfigError
-from raptr_ds.hf.completion import complete
 from raptr_ds.hf.generation import Sampling
 from raptr_ds.hf.load import PrefixModel, prefix_model_of
 from raptr_ds.hf.shallower import shallower
 from raptr_ds.hf.source import tokenizer_beside
-from raptr_ds.hf.text import prompt_tokens
+from raptr_ds.hf.text import complete, prompt_tokens
 from raptr_ds.paths.path import LayerPath
 
 _GUESSES = 5
