@@ -140,7 +140,15 @@ class DemoModel:
 
     @cached_property
     def _twins(self) -> Callable[[int], PrefixModel]:
-        return lru_cache(maxsize=_KEPT_MODELS)(self._twin)
+        """The twins of the depths that were asked for last, by depth."""
+
+        @lru_cache(maxsize=_KEPT_MODELS)
+        def twin(depth: int) -> PrefixModel:
+            made = prefix_model_of(shallower(self.source.trained, self.path(depth)), self.source.tokenizer)
+            made.model.to(self.network.device)  # type: ignore[arg-type]
+            return made
+
+        return twin
 
     @cached_property
     def _tokenizer(self):  # its type is transformers'
@@ -221,8 +229,3 @@ class DemoModel:
         tokens = np.array(ids, np.int64)
         sample = Sample(tokens, np.arange(known - 1, len(ids) - 1), tokens[known:], known)
         return [collate([sample], [0], len(ids), self.source.tokenizer.pad_id)]
-
-    def _twin(self, depth: int) -> PrefixModel:
-        twin = prefix_model_of(shallower(self.source.trained, self.path(depth)), self.source.tokenizer)
-        twin.model.to(self.network.device)  # type: ignore[arg-type]
-        return twin

@@ -59,15 +59,20 @@ def run_tasks(
     Raises: ConfigError if a task has too few documents to take examples from.
     """
     fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
-    for shots in options.shots:
-        for task in tasks:
-            _check_shots(task, 0 if task.config.task in fixed else shots)
-    outcomes: list[Outcome] = []
-    for number, shots in enumerate(options.shots):
-        chosen = [task for task in tasks if number == 0 or task.config.task not in fixed]
-        for task in chosen:
-            outcomes.append(_run_task(task, 0 if task.config.task in fixed else shots, models, options, report))
-    return outcomes
+    jobs = [
+        (task, 0 if task.config.task in fixed else shots)
+        for number, shots in enumerate(options.shots)
+        for task in tasks
+        if number == 0 or task.config.task not in fixed
+    ]
+    for task, shots in jobs:
+        sampler: Any = getattr(task, "sampler", None)
+        if shots and sampler is not None and len(sampler.df) <= shots:
+            raise ConfigError(
+                f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots {shots} "
+                f"needs more than {shots}. Give fewer."
+            )
+    return [_run_task(task, shots, models, options, report) for task, shots in jobs]
 
 
 def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]) -> Outcome:
@@ -86,13 +91,15 @@ def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, re
             log_samples=False,
         )
         if outcome is None:
+            config = task.config
+            examples_from = task.fewshot_cfg.split or config.training_split or config.validation_split
             outcome = Outcome(
                 task=name,
                 shots=shots,
                 documents=found["n-samples"][name]["effective"],
                 of=found["n-samples"][name]["original"],
                 version=found["versions"][name],
-                examples_from=_examples_from(task) if shots else None,
+                examples_from=(examples_from or config.test_split) if shots else None,
                 higher_is_better=found["higher_is_better"][name],
             )
         outcome.truncated = max(outcome.truncated, len(truncated))
@@ -113,17 +120,3 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
         score = Score(float(metrics[key]), float(error) if isinstance(error, int | float) else None)
         scores[metric if names[metric] == 1 or metric == "bits_per_byte" else f"{metric},{chosen}"] = score
     return scores
-
-
-def _examples_from(task: Any) -> str:
-    split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
-    return split or task.config.test_split
-
-
-def _check_shots(task: Any, shots: int) -> None:
-    sampler = getattr(task, "sampler", None)
-    if shots and sampler is not None and len(sampler.df) <= shots:
-        raise ConfigError(
-            f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots {shots} "
-            f"needs more than {shots}. Give fewer."
-        )

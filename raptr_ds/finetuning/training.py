@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import get_int_from_env
 from torch.distributed import DistNetworkError
 from transformers import (
+    DataCollatorForMultipleChoice,
+    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
@@ -24,7 +26,7 @@ from transformers import (
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, load_for
-from raptr_ds.finetuning.features import Features, collator
+from raptr_ds.finetuning.features import Features
 from raptr_ds.finetuning.metrics import SCORE
 from raptr_ds.finetuning.task import Recipe, Task, TaskData
 
@@ -195,13 +197,14 @@ def make_trainer(
     arguments: TrainingArguments,
 ) -> Trainer:
     """Return the Trainer of a model, which evaluates on the validation split and prints nothing by itself."""
+    pads = DataCollatorForMultipleChoice if task.kind == "multiple-choice" else DataCollatorWithPadding
     patience = settings.early_stopping
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation,  # type: ignore[arg-type]
-        data_collator=collator(task, encoder.tokenizer),
+        data_collator=pads(encoder.tokenizer),
         compute_metrics=data.validation.metrics,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )

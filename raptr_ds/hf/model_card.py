@@ -1,6 +1,6 @@
 """The README.md of an exported model: what it is, how it was trained, what it reached, and how to load it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -129,15 +129,10 @@ def _training(
         name = "held-out loss" if is_whole else "held-out loss of all layers"
         rows[name] = f"{held_out[1]:.4f} nats per predicted token, after step {held_out[0]:,}"
     if path:
-        rows["path method"] = "; ".join(_settings(path))
+        given = {key: value for key, value in path.items() if key != "method" and value not in (None, [], False)}
+        listed = [f"{key} {value}".replace("|", "/") for key, value in given.items()]
+        rows["path method"] = "; ".join([str(path.get("method", "full")), *listed])
     return rows
-
-
-def _settings(path: Mapping[str, Any]) -> Iterator[str]:
-    yield str(path.get("method", "full"))
-    for key, value in path.items():
-        if key != "method" and value not in (None, [], False):
-            yield f"{key} {value}".replace("|", "/")
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:

@@ -34,7 +34,7 @@ class Source(Protocol):
 
     def size_bytes(self) -> int | None:
         """Return roughly how much there is to read, for the progress bar; None if unknown."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FileSource:
 
 
 @dataclass(frozen=True)
-class DatasetSource:
+class DatasetSource(Source):
     """A dataset of the Hugging Face hub (or a local folder that `datasets` understands), streamed."""
 
     dataset: str
@@ -94,10 +94,6 @@ class DatasetSource:
     def fingerprint(self) -> str:
         """Digest of name, configuration, split and options; changes on the hub are not noticed."""
         return digest_of(self.dataset, self.config or "", self.split, repr(self.options))
-
-    def size_bytes(self) -> None:
-        """Unknown before it is read."""
-        return
 
     def _rows(self) -> Iterator[Any]:
         try:
@@ -138,7 +134,9 @@ class DistinctParagraphs:
             for document in source.documents(counts):
                 kept, num_repeated, is_new = [], 0, False
                 for paragraph in document.split("\n\n"):
-                    key = self._key(paragraph)
+                    words = " ".join(paragraph.split()).lower()
+                    is_short = len(words) < self.shortest  # and may be repeated
+                    key = None if is_short else hashlib.blake2b(words.encode(), digest_size=16).digest()
                     if key in seen:
                         num_repeated += 1
                         continue
@@ -160,11 +158,6 @@ class DistinctParagraphs:
     def size_bytes(self) -> int | None:
         """Size of all sources; None if one is unknown."""
         return total_size_bytes(self.sources)
-
-    def _key(self, paragraph: str) -> bytes | None:
-        """Return what equal paragraphs have in common; None for a short one, which may be repeated."""
-        words = " ".join(paragraph.split()).lower()
-        return hashlib.blake2b(words.encode(), digest_size=16).digest() if len(words) >= self.shortest else None
 
 
 def total_size_bytes(sources: Sequence[Source]) -> int | None:
