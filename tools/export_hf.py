@@ -16,7 +16,6 @@ from pathlib import Path
 
 import _command_line
 import torch
-from transformers.utils import logging
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.depth.held_out import SEQUENCES, read_held_out
@@ -58,8 +57,7 @@ def main() -> None:
         "--sequences", type=int, metavar="N", default=SEQUENCES, help=f"of that text (default {SEQUENCES})"
     )
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     if arguments.check:
         check_exportable(arguments.source)
         print("this run can be exported")

@@ -22,7 +22,6 @@ import _command_line
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, exported_encoder, open_encoder
@@ -192,8 +191,7 @@ def main() -> None:
     """Parse the command line, fine-tune, and print the table."""
     arguments = parse()
     prepare_imports(torch.cuda.is_available())
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     say: Say = console.print if is_first() else lambda line: None
     with open_encoder(arguments.model, arguments.tokenizer) as encoder:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import _command_line
-from transformers.utils import logging
 
 from raptr_ds.data.tokenizer import MODES
 from raptr_ds.hf.generation import Sampling
@@ -24,8 +23,7 @@ MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 def main() -> None:
     """Parse the command line, generate, and print the text as it comes."""
     arguments = parse()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     loaded = load_prefix_model(arguments.model, arguments.tokenizer)
     choice = arguments.mode or ("NLU" if arguments.infill else "S2S")
