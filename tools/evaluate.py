@@ -87,19 +87,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate on the launch's processes, the first of which prints."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    from raptr_ds.evaluation.ranks import join, leave
+    from raptr_ds.evaluation.ranks import joined
 
     random.seed(DEFAULT_RANDOM_SEED)  # as the harness's command line does, before it loads tasks
     np.random.seed(DEFAULT_OTHER_SEED)
-    ranks = join()
-    try:
-        _evaluate(arguments, ranks)
-    except RaptrError as error:
-        if not error.is_printed_by(ranks.rank):
-            sys.exit(int(error.exit_code))
-        raise
-    finally:
-        leave(ranks)
+    with joined() as ranks:
+        try:
+            _evaluate(arguments, ranks)
+        except RaptrError as error:
+            if not error.is_printed_by(ranks.rank):
+                sys.exit(int(error.exit_code))
+            raise
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:

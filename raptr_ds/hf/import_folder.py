@@ -22,7 +22,7 @@ from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY
 from raptr_ds.runtime.session import OPTIMIZER
 from raptr_ds.runtime.state import RunState
-from raptr_ds.user_paths import exists, is_file
+from raptr_ds.user_paths import exists, is_file, is_folder
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def read_exported(folder: Path) -> tuple[str, ModelSection, dict[str, torch.Tens
 
     Raises: ConfigError for a folder that holds no model that one of ours computes the same as.
     """
+    if not is_folder(folder):
+        raise ConfigError(f"{folder}: there is no such folder. Name one that save_pretrained has written.")
     kind = exported_kind(folder)
     twin = next((twin for twin in TWINS if twin.kind.__name__ == kind), None)
     if twin is None:
