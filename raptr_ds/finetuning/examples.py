@@ -68,10 +68,10 @@ def to_examples(task: Task, rows: Iterable[Row], labels: Sequence[str], where: s
     return examples
 
 
-def check_columns(columns: Columns, row: Row, where: str, needs_label: bool = True) -> None:
+def check_columns(columns: Columns, row: Row, where: str) -> None:
     """Raise DataError for a column that a row lacks, with those that it has."""
-    named = {"text": columns.text, "pair": columns.pair, **({"label": columns.label} if needs_label else {})}
-    for role, name in [*named.items(), *(("choices", name) for name in columns.choices)]:
+    named = (("text", columns.text), ("pair", columns.pair), ("label", columns.label))
+    for role, name in (*named, *(("choices", name) for name in columns.choices)):
         if name is not None and name not in row:
             option = f" Name it with {_OPTIONS[role]}." if role in _OPTIONS else ""
             raise DataError(f"{where} has no column {name!r}: it has {', '.join(map(repr, row))}.{option}")

@@ -15,6 +15,8 @@ from raptr_ds.errors import DataError
 from raptr_ds.prepare.readers import ReadingCounts, ReadingOptions, documents_of_file, texts_of_rows
 from raptr_ds.user_paths import path_error
 
+SHORTEST = 40  # characters of a paragraph that may not be repeated
+
 
 class Source(Protocol):
     """A corpus of documents."""
@@ -115,12 +117,11 @@ class DistinctParagraphs:
     """Several sources as one, without the paragraphs that came before.
 
     Paragraphs are separated by blank lines and compared without regard to spaces and case. Those shorter than
-    `shortest` characters (headings, signatures) always stay, but a document of which nothing else is left is dropped. A
+    SHORTEST characters (headings, signatures) always stay, but a document of which nothing else is left is dropped. A
     paragraph held out for validation therefore never also appears in the training text.
     """
 
     sources: tuple[Source, ...]
-    shortest: int = 40
 
     @property
     def name(self) -> str:
@@ -135,7 +136,7 @@ class DistinctParagraphs:
                 kept, num_repeated, is_new = [], 0, False
                 for paragraph in document.split("\n\n"):
                     words = " ".join(paragraph.split()).lower()
-                    is_short = len(words) < self.shortest  # and may be repeated
+                    is_short = len(words) < SHORTEST  # and may be repeated
                     key = None if is_short else hashlib.blake2b(words.encode(), digest_size=16).digest()
                     if key in seen:
                         num_repeated += 1
@@ -153,7 +154,7 @@ class DistinctParagraphs:
 
     def fingerprint(self) -> str:
         """Digest of the sources' fingerprints."""
-        return digest_of("distinct paragraphs", self.shortest, [source.fingerprint() for source in self.sources])
+        return digest_of("distinct paragraphs", SHORTEST, [source.fingerprint() for source in self.sources])
 
     def size_bytes(self) -> int | None:
         """Size of all sources; None if one is unknown."""
