@@ -72,8 +72,6 @@ def open_encoder(where: Path, tokenizer: str | None = None) -> Iterator[Encoder]
     with tempfile.TemporaryDirectory(prefix="raptr_ds_") as temporary:
         folder = Path(temporary) / "model"
         done = export(where, folder, torch.float32, tokenizer)
-        if done.kind.startswith("Llama"):
-            raise ConfigError(f"{done.folder} {_UL2}")
         if not done.has_tokenizer:
             raise ConfigError(
                 f"{done.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
@@ -88,7 +86,7 @@ def exported_encoder(folder: Path, name: str | None = None) -> Encoder:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the config.json in {folder} is not one of transformers ({error}).") from error
     if isinstance(config, LlamaConfig):
-        raise ConfigError(f"{folder} {_UL2}")
+        raise ConfigError(f"{name or folder} {_UL2}")
     tokenizer = exported_tokenizer(folder, config.vocab_size)
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}"))

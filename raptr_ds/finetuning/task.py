@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 Kind = Literal["classification", "regression", "multiple-choice", "question-answering"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = Mapping[str, Any]
+Rewrite = Callable[[Row], Iterator[Row]]
 Part = TypeVar("Part")
 Other = TypeVar("Other")
 
@@ -73,7 +74,7 @@ class Task:
     validation: str = "validation"
     also: tuple[str, ...] = ()
     starts_from: str | None = None
-    rewrite: Callable[[Row], Iterator[Row]] | None = None
+    rewrite: Rewrite | None = None
 
 
 @dataclass(frozen=True)

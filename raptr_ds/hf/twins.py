@@ -4,8 +4,7 @@ The transformers model that computes the same as one of ours is called its twin:
 MegatronBertForMaskedLM, BERT with rotary positions EsmForMaskedLM, UL2 LlamaForCausalLM.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,6 @@ from raptr_ds.errors import ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
 
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 _QKV, _EXPAND = "attention.qkv", "mlp.expand"
 
 
@@ -167,11 +165,10 @@ def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, t
     Our fused matrices are split: `attention.qkv` has rows (head, query|key|value, head dim), `mlp.expand` of a gated
     model has rows (inner feature, gate|value).
     """
-    renamed = {}
+    renamed, names = {}, _names(model)
     for name, tensor in tensors.items():
-        names = _names_in_twin(twin_of(model), name)
-        for their_name, part in zip(names, _split(tensor, model, name, len(names)), strict=True):
-            renamed[their_name] = part
+        parts = _split(tensor, model, name, len(names[name]))
+        renamed.update(zip(names[name], parts, strict=True))
     return renamed
 
 
@@ -180,29 +177,23 @@ def rename_from_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str,
 
     Tensors that ours lacks (token types, second names of tied tensors) are left out.
     """
-    renamed = {}
+    return {
+        name: _fuse([tensors[one] for one in theirs], model, name)
+        for name, theirs in _names(model).items()
+        if all(one in tensors for one in theirs)
+    }
+
+
+def _names(model: ModelSection) -> dict[str, list[str]]:
+    """Return every tensor that a model of ours can have, by canonical name: its names, one or several, in the twin."""
     twin = twin_of(model)
-    for name in _canonical_names(twin, model.num_layers):
-        names = _names_in_twin(twin, name)
-        if all(their_name in tensors for their_name in names):
-            renamed[name] = _fuse([tensors[their_name] for their_name in names], model, name)
-    return renamed
-
-
-def _canonical_names(twin: Twin, num_layers: int) -> Iterator[str]:
-    """Yield every tensor name that a model of ours can have."""
-    yield from twin.outside
-    for layer in range(num_layers):
-        for module in twin.layer:
-            yield from (f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias"))
-
-
-def _names_in_twin(twin: Twin, name: str) -> list[str]:
-    match = _LAYER.match(name)
-    if match is None:
-        return [twin.outside[name]]
-    layer, module, kind = match.groups()
-    return [f"{twin.layer_prefix}.{layer}.{theirs}.{kind}" for theirs in twin.layer[module]]
+    names = {ours: [theirs] for ours, theirs in twin.outside.items()}
+    for layer in range(model.num_layers):
+        for module, theirs in twin.layer.items():
+            for kind in ("weight", "bias"):
+                in_twin = [f"{twin.layer_prefix}.{layer}.{one}.{kind}" for one in theirs]
+                names[f"layers.{layer}.{module}.{kind}"] = in_twin
+    return names
 
 
 def _num_row_groups(model: ModelSection, name: str) -> int:
