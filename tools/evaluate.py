@@ -104,7 +104,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     from raptr_ds.evaluation.catalogue import Catalogue
     from raptr_ds.evaluation.language_model import PrefixLM
     from raptr_ds.evaluation.report import as_json, as_table, notes
-    from raptr_ds.evaluation.run import Options, run_tasks
+    from raptr_ds.evaluation.run import run_tasks
     from raptr_ds.evaluation.tasks import load_tasks
     from raptr_ds.hf.load import load_prefix_model
     from raptr_ds.hf.model import cast_parameters
@@ -149,10 +149,9 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             )
             for scoring in ("prefix", *(["causal"] if arguments.causal else []))
         }
-        options = Options(arguments.shots, arguments.limit, arguments.bootstrap_iters)
         longest = loaded.model.config.max_position_embeddings
         start = time.monotonic()
-        outcomes = run_tasks(tasks, dict(models), options, report)
+        outcomes = run_tasks(tasks, dict(models), arguments.shots, arguments.limit, arguments.bootstrap_iters, report)
         seconds = time.monotonic() - start
     if not is_first:
         return

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -40,19 +41,18 @@ class Outcome:
     truncated: int = 0
 
 
-@dataclass(frozen=True)
-class Options:
-    """limit: documents of each task; all if None. bootstrap_iters: for standard errors without a formula."""
-
-    shots: Sequence[int] = (0,)
-    limit: int | None = None
-    bootstrap_iters: int = 1000
-
-
 def run_tasks(
-    tasks: Sequence[Task], models: dict[str, LM], options: Options, report: Callable[[str], None] = lambda line: None
+    tasks: Sequence[Task],
+    models: dict[str, LM],
+    shots: Sequence[int] = (0,),
+    limit: int | None = None,
+    bootstrap_iters: int = 1000,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-    """Return the outcomes, by number of examples and task. models: by scoring; report: what comes next.
+    """Return the outcomes, by number of examples and task.
+
+    models: by scoring. shots: numbers of examples. limit: documents of each task; all if None. bootstrap_iters: for
+    standard errors without a formula. report: what comes next.
 
     A task whose own configuration says no examples, such as one with the examples in its contexts, is run once.
     Examples are drawn with the harness's own seed, so that prompts are those of its command line.
@@ -60,22 +60,25 @@ def run_tasks(
     """
     fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
     jobs = [
-        (task, 0 if task.config.task in fixed else shots)
-        for number, shots in enumerate(options.shots)
+        (task, 0 if task.config.task in fixed else examples)
+        for number, examples in enumerate(shots)
         for task in tasks
         if number == 0 or task.config.task not in fixed
     ]
-    for task, shots in jobs:
+    for task, examples in jobs:
         sampler: Any = getattr(task, "sampler", None)
-        if shots and sampler is not None and len(sampler.df) <= shots:
+        if examples and sampler is not None and len(sampler.df) <= examples:
             raise ConfigError(
-                f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots {shots} "
-                f"needs more than {shots}. Give fewer."
+                f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots "
+                f"{examples} needs more than {examples}. Give fewer."
             )
-    return [_run_task(task, shots, models, options, report) for task, shots in jobs]
+    run = partial(evaluate, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False)
+    return [_run_task(task, examples, models, run, report) for task, examples in jobs]
 
 
-def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]) -> Outcome:
+def _run_task(
+    task: Any, shots: int, models: dict[str, LM], run: Callable[..., Any], report: Callable[[str], None]
+) -> Outcome:
     name, outcome = str(task.config.task), None
     for scoring, model in models.items():
         report(f"{name}, {shots} shots, {scoring}")
@@ -83,13 +86,7 @@ def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, re
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         truncated: set[Any] = getattr(model, "truncated", set())
         truncated.clear()
-        found: Any = evaluate(
-            lm=model,
-            task_dict={"tasks": {name: task}},
-            limit=options.limit,
-            bootstrap_iters=options.bootstrap_iters,
-            log_samples=False,
-        )
+        found = run(lm=model, task_dict={"tasks": {name: task}})
         if outcome is None:
             config = task.config
             examples_from = task.fewshot_cfg.split or config.training_split or config.validation_split

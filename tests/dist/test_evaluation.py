@@ -17,7 +17,7 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
     from raptr_ds.evaluation.language_model import PrefixLM
     from raptr_ds.evaluation.ranks import joined
     from raptr_ds.evaluation.report import as_json
-    from raptr_ds.evaluation.run import Options, run_tasks
+    from raptr_ds.evaluation.run import run_tasks
     from raptr_ds.evaluation.tasks import load_tasks
     from raptr_ds.hf.load import load_prefix_model
 
@@ -31,7 +31,7 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
     tasks = load_tasks(Catalogue(), ["boolq", "cb", "nq_open", "winogrande"], Path(task_files))
     with joined() as ranks:
         model = PrefixLM(loaded, batch_size=3, ranks=ranks, on_progress=count)
-        outcomes = run_tasks(tasks, {"prefix": model}, Options(shots=(0, 2)))
+        outcomes = run_tasks(tasks, {"prefix": model}, (0, 2))
     return as_json("", outcomes, {}), done
 
 
