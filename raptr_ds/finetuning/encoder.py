@@ -24,7 +24,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning import heads as _heads  # noqa: F401 - makes the Auto classes know ours
 from raptr_ds.finetuning.task import Kind, Task
 from raptr_ds.hf.export import export
-from raptr_ds.hf.load import exported_tokenizer, missing_tensors, refuse_tokenizer
+from raptr_ds.hf.load import check_size, exported_tokenizer, missing_tensors, refuse_tokenizer
 from raptr_ds.hf.source import exported_kind
 
 _CLASSES = {
@@ -87,7 +87,8 @@ def exported_encoder(folder: Path, name: str | None = None) -> Encoder:
         raise ConfigError(f"the config.json in {folder} is not one of transformers ({error}).") from error
     if isinstance(config, LlamaConfig):
         raise ConfigError(f"{name or folder} {_UL2}")
-    tokenizer = exported_tokenizer(folder, config.vocab_size)
+    tokenizer = exported_tokenizer(folder)
+    check_size(folder, tokenizer, config)
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}"))
     for path in files:

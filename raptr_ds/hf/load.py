@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.tokenizer import Tokenizer
@@ -47,9 +47,11 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
             "tools/finetune.py."
         )
     refuse_tokenizer(where, tokenizer)
+    theirs = exported_tokenizer(where)
     model = load_exported(where, LlamaForCausalLM)
     assert isinstance(model, LlamaForCausalLM)
-    return PrefixModel(model, exported_tokenizer(where, model.config.vocab_size))
+    check_size(where, theirs, model.config)
+    return PrefixModel(model, theirs)
 
 
 def refuse_tokenizer(where: Path, named: str | None) -> None:
@@ -58,26 +60,26 @@ def refuse_tokenizer(where: Path, named: str | None) -> None:
         raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
 
 
-def exported_tokenizer(where: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer in an exported folder. vocab_size: the model's.
+def check_size(where: Path, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if the tokenizer in a folder has ids that the model lacks."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {where} has {len(tokenizer):,} entries, the model {config.vocab_size:,}: it is another "
+            "model's. Export the model with its own."
+        )
 
-    Raises: ConfigError if there is none, it cannot be loaded, or it has ids that the model lacks.
-    """
+
+def exported_tokenizer(where: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in an exported folder. Raises: ConfigError if there is none, or it cannot be loaded."""
     if not any(is_file(where / name) for name in _TOKENIZER_FILES):
         raise ConfigError(
             f"{where} has no tokenizer: {' or '.join(_TOKENIZER_FILES)}. Export the model with it, by "
             "tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT --tokenizer FILE."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
     except Exception as error:  # as below
         raise _not_loaded(where, "tokenizer", error) from error
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {where} has {len(tokenizer):,} entries, the model {vocab_size:,}: it is another "
-            "model's. Export the model with its own."
-        )
-    return tokenizer
 
 
 def load_exported(where: Path, kind: type[PreTrainedModel], may_lack: Collection[str] = ()) -> PreTrainedModel:
