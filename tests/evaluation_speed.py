@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from raptr_ds.evaluation.catalogue import Catalogue
 from raptr_ds.evaluation.language_model import PrefixLM
-from raptr_ds.evaluation.run import Options, run_tasks
+from raptr_ds.evaluation.run import run_tasks
 from raptr_ds.evaluation.tasks import load_tasks
 from raptr_ds.hf.load import load_prefix_model
 
@@ -66,9 +66,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for kind, model in models.items():
                 seconds = _timed(model)
-                run_tasks(
-                    load_tasks(catalogue, [name], options.task_files), {kind: model}, Options(limit=options.limit)
-                )
+                run_tasks(load_tasks(catalogue, [name], options.task_files), {kind: model}, limit=options.limit)
                 best[kind] = min(best.get(kind, float("inf")), sum(seconds))
         print(
             f"| {name} | " + " | ".join(f"{best['harness'] / best[kind]:.2f}" for kind in models if kind != "harness")

@@ -18,6 +18,14 @@ def package_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
 
 
+def quiet_transformers() -> None:
+    """Keep the warnings and progress bars of transformers off the screen."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

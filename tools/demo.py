@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import _command_line
-from transformers.utils import logging
 
 from raptr_ds.demo.model import DemoModel
 from raptr_ds.demo.server import PORT, DemoServer
@@ -27,8 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     with DemoServer(arguments.port) as server:
         source = open_model(arguments.model, arguments.tokenizer)
         table = read_table(source.folder / TABLE, source)

@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from raptr_ds.depth.held_out import SEQUENCES, read_held_out
-from raptr_ds.depth.measure import depth_table
 from raptr_ds.depth.plot import plot_depths
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.source import labelled, open_model
-from raptr_ds.depth.table import DepthTable, check_comparable
+from raptr_ds.depth.table import DepthTable, check_comparable, depth_table
 
 
 def main() -> None:

@@ -87,26 +87,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate on the launch's processes, the first of which prints."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    from raptr_ds.evaluation.ranks import join, leave
+    from raptr_ds.evaluation.ranks import joined
 
     random.seed(DEFAULT_RANDOM_SEED)  # as the harness's command line does, before it loads tasks
     np.random.seed(DEFAULT_OTHER_SEED)
-    ranks = join()
-    try:
-        _evaluate(arguments, ranks)
-    except RaptrError as error:
-        if not error.is_printed_by(ranks.rank):
-            sys.exit(int(error.exit_code))
-        raise
-    finally:
-        leave(ranks)
+    with joined() as ranks:
+        try:
+            _evaluate(arguments, ranks)
+        except RaptrError as error:
+            if not error.is_printed_by(ranks.rank):
+                sys.exit(int(error.exit_code))
+            raise
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     from raptr_ds.evaluation.catalogue import Catalogue
     from raptr_ds.evaluation.language_model import PrefixLM
     from raptr_ds.evaluation.report import as_json, as_table, notes
-    from raptr_ds.evaluation.run import Options, run_tasks
+    from raptr_ds.evaluation.run import run_tasks
     from raptr_ds.evaluation.tasks import load_tasks
     from raptr_ds.hf.load import load_prefix_model
     from raptr_ds.hf.model import cast_parameters
@@ -151,10 +149,9 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             )
             for scoring in ("prefix", *(["causal"] if arguments.causal else []))
         }
-        options = Options(arguments.shots, arguments.limit, arguments.bootstrap_iters)
         longest = loaded.model.config.max_position_embeddings
         start = time.monotonic()
-        outcomes = run_tasks(tasks, dict(models), options, report)
+        outcomes = run_tasks(tasks, dict(models), arguments.shots, arguments.limit, arguments.bootstrap_iters, report)
         seconds = time.monotonic() - start
     if not is_first:
         return

@@ -16,16 +16,13 @@ from pathlib import Path
 
 import _command_line
 import torch
-from transformers.utils import logging
 
 from raptr_ds.checkpoint.weights import TrainedModel
-from raptr_ds.depth.choice import LayerChoice, parse_layers
 from raptr_ds.depth.held_out import SEQUENCES, read_held_out
-from raptr_ds.depth.measure import depth_table
-from raptr_ds.depth.removal import DepthRow
+from raptr_ds.depth.removal import DepthRow, LayerChoice, parse_layers
 from raptr_ds.depth.source import source_of
-from raptr_ds.hf.check import check_exportable
-from raptr_ds.hf.export import LARGEST_SHARD, export
+from raptr_ds.depth.table import depth_table
+from raptr_ds.hf.export import LARGEST_SHARD, check_exportable, export
 from raptr_ds.hf.shallower import Kept
 from raptr_ds.hf.source import WITHOUT
 
@@ -60,8 +57,7 @@ def main() -> None:
         "--sequences", type=int, metavar="N", default=SEQUENCES, help=f"of that text (default {SEQUENCES})"
     )
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     if arguments.check:
         check_exportable(arguments.source)
         print("this run can be exported")

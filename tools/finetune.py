@@ -11,27 +11,27 @@ Several processes: deepspeed --num_accelerators N tools/finetune.py ..., or torc
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import _command_line
 import torch
-from accelerate.utils import get_int_from_env
 from rich.console import Console
-from transformers.utils import logging
+from rich.table import Table
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, exported_encoder, open_encoder
+from raptr_ds.finetuning.jobs import Job, TaskResult, fine_tune_all
 from raptr_ds.finetuning.local_task import LocalOptions, load_local
+from raptr_ds.finetuning.metrics import SCORE
 from raptr_ds.finetuning.named_tasks import named_tasks, unknown
-from raptr_ds.finetuning.several import Job, fine_tune_all
 from raptr_ds.finetuning.sources import check_folder_is_used, load_named
-from raptr_ds.finetuning.table import results_table
-from raptr_ds.finetuning.task import KINDS, Recipe, Task, TaskData
-from raptr_ds.finetuning.training import Settings
+from raptr_ds.finetuning.task import KINDS, Examples, Recipe, Task
+from raptr_ds.finetuning.training import Settings, is_first
 from raptr_ds.parallel.launch import prepare_imports
 from raptr_ds.user_paths import exists, is_file
 
@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def tasks_and_data(arguments: argparse.Namespace, say: Say) -> list[tuple[Task, TaskData]]:
+def tasks_and_data(arguments: argparse.Namespace, say: Say) -> list[tuple[Task, Examples]]:
     """Return what --task names. Raises: ConfigError or DataError if it is not there or not usable."""
     tasks = named_tasks(arguments.task)
     own = ("validation", "validation_fraction", "kind", "text_column", "pair_column", "label_column")
@@ -162,15 +162,38 @@ def settings_of(recipe: Recipe, encoder: Encoder, arguments: argparse.Namespace)
     )
 
 
+def results_table(results: Sequence[TaskResult]) -> Table:
+    """Return a row for each task: mean and standard deviation over its seeds, times 100 as GLUE has them."""
+    table = Table(title="validation, times 100: mean ± standard deviation over seeds")
+    table.add_column("task")
+    for name in ("score", "baseline", "seeds"):
+        table.add_column(name, justify="right")
+    table.add_column("metrics", overflow="fold")
+    for result in results:
+        names = [name for name in result.mean if name.rpartition("/")[2] in result.metrics]
+        metrics = ", ".join(f"{name} {spread(result, name)}" for name in names)
+        best = "" if len(result.seeds) == 1 else f" (best: {result.best})"
+        baseline = "" if result.baseline is None else f"{100 * result.baseline:.1f}"
+        table.add_row(result.task, spread(result, SCORE), baseline, f"{len(result.seeds)}{best}", metrics)
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("mean", f"{100 * fmean(result.mean[SCORE] for result in results):.2f}", "", "", "")
+    return table
+
+
+def spread(result: TaskResult, name: str) -> str:
+    """Return a metric's mean and deviation, times 100."""
+    deviation = result.deviation[name]
+    return f"{100 * result.mean[name]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
 def main() -> None:
     """Parse the command line, fine-tune, and print the table."""
     arguments = parse()
     prepare_imports(torch.cuda.is_available())
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    is_first = get_int_from_env(["RANK"], 0) == 0
+    _command_line.quiet_transformers()
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    say: Say = console.print if is_first else lambda line: None
+    say: Say = console.print if is_first() else lambda line: None
     with open_encoder(arguments.model, arguments.tokenizer) as encoder:
         start = None if arguments.start_from is None else exported_encoder(arguments.start_from)
         found = tasks_and_data(arguments, say)
@@ -182,8 +205,8 @@ def main() -> None:
         stem = Path(arguments.task).stem if len(found) == 1 else arguments.task.replace(",", "-")
         output = arguments.output or Path("finetuned") / f"{arguments.model.resolve().name}-{stem}"
         jobs = [Job(task, data, settings_of(task.recipe, encoder, arguments)) for task, data in found]
-        results = fine_tune_all(jobs, encoder, start, output, is_first, say)
-    if is_first:
+        results = fine_tune_all(jobs, encoder, start, output, say)
+    if is_first():
         Console().print(results_table(results))
         console.print(f"best model: {output / 'best' if len(results) == 1 else output / 'TASK' / 'best'}")
         console.print(f"all results: {output / 'results.json'}")

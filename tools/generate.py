@@ -7,19 +7,15 @@ is seen in both directions, or with --causal from left to right alone. --infill 
 
 import argparse
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import _command_line
-from transformers.utils import logging
 
 from raptr_ds.data.tokenizer import MODES
-from raptr_ds.errors import ConfigError
-from raptr_ds.hf.generation import Prompt, Sampling, generate
-from raptr_ds.hf.infilling import filled, infilling_prompt
+from raptr_ds.hf.generation import Sampling
 from raptr_ds.hf.load import load_prefix_model
-from raptr_ds.hf.text import TextStream, prompt_tokens, sentinel_ids
+from raptr_ds.hf.text import complete, prompt_tokens
 
 MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 
@@ -27,33 +23,22 @@ MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 def main() -> None:
     """Parse the command line, generate, and print the text as it comes."""
     arguments = parse()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     loaded = load_prefix_model(arguments.model, arguments.tokenizer)
-    tokenizer, end_id = loaded.tokenizer, loaded.tokenizer.eos_token_id
-    if not isinstance(end_id, int):
-        raise ConfigError(f"the tokenizer in {arguments.model} has no token that ends a text (eos_token).")
     choice = arguments.mode or ("NLU" if arguments.infill else "S2S")
-    tokens = prompt_tokens(tokenizer, arguments.prompt, None if choice == "none" else f"[{choice}]")
-    sentinels = sentinel_ids(tokenizer)
-    prompt = infilling_prompt(tokens, sentinels) if arguments.infill else Prompt(tokens)
-    if arguments.causal:
-        prompt = replace(prompt, prefix_length=0)
-    text, new = TextStream(tokenizer, () if arguments.infill else tokens), []
-
-    def show(is_complete: bool) -> None:
-        whole = filled(tokens, new, sentinels, is_complete) if arguments.infill else [*tokens, *new]
-        print(text.update(whole, is_complete), end="", flush=True)
-
-    def take(_: int, token: int) -> None:
-        new.append(token)
-        show(is_complete=False)
-
-    (continuation,) = generate(loaded.model, [prompt], arguments.max_new_tokens, end_id, sampling, take)
-    show(is_complete=True)
+    tokens = prompt_tokens(loaded.tokenizer, arguments.prompt, None if choice == "none" else f"[{choice}]")
+    end = complete(
+        loaded,
+        tokens,
+        partial(print, end="", flush=True),
+        fills=arguments.infill,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        prefix_length=0 if arguments.causal else None,
+    )
     print()
-    if continuation.end == "longest sequence":
+    if end == "longest sequence":
         longest = loaded.model.config.max_position_embeddings
         print(f"cut off at the model's longest sequence, {longest:,} tokens", file=sys.stderr)
 

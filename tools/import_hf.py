@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import _command_line
-from transformers.utils import logging
 
 from raptr_ds.hf.import_folder import import_folder
 
@@ -22,8 +21,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="RUN", help="folder to write; must not hold checkpoints already")
     parser.add_argument("--optimizer", default="AdamW", help="optimizer.type of the run file (default AdamW)")
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _command_line.quiet_transformers()
     done = import_folder(arguments.folder, arguments.output, arguments.optimizer)
     print(f"wrote {done.checkpoint} of a {done.kind}. In a run file that begins from it:")
     model = json.dumps(done.model.model_dump(mode="json"))

@@ -7,6 +7,7 @@ whole model and with three quarters and half of its layers. Takes seconds for a 
 
 import argparse
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import _command_line
@@ -18,7 +19,7 @@ from raptr_ds.depth.guesses import Blank, FilledText, Guess
 from raptr_ds.depth.held_out import read_held_out
 from raptr_ds.depth.network import open_network
 from raptr_ds.depth.removal import DepthRow
-from raptr_ds.depth.showing import ShownSentence, shown_depths, shown_sentences
+from raptr_ds.depth.showing import shown_depths, shown_sentences
 from raptr_ds.depth.source import ModelSource, open_model
 from raptr_ds.errors import ConfigError
 
@@ -52,19 +53,21 @@ def main() -> None:
         console.print(losses(source, held_out.num_predictions, shown_depths(network, source, held_out)))
 
 
-def sentence(tokenizer: Tokenizer, shown: ShownSentence) -> Text:
+def sentence(tokenizer: Tokenizer, shown: FilledText) -> Text:
     """Return a sentence with its blanks filled, and below it what else the model thought of, and what is right."""
     text = Text("\n  ")
-    for part, spaced in with_spaces(tokenizer, shown.text):
+    for part, spaced in with_spaces(tokenizer, shown):
         if isinstance(part, Blank):
             best = part.guesses[0]
             text.append(" " if spaced else "")
-            text.append(written(tokenizer, best), style="bold green" if is_right(part) else "bold yellow")
+            text.append(
+                written(tokenizer, best), style="bold green" if best.tokens == part.right.tokens else "bold yellow"
+            )
             text.append(f" ({best.probability:.0%})", style="dim")
         else:
             text.append((" " if spaced else "") + tokenizer.decode(part))
-    for part in shown.text.parts:
-        if isinstance(part, Blank) and part.right is not None:
+    for part in shown.parts:
+        if isinstance(part, Blank):
             others = ", ".join(f"{written(tokenizer, one)} {one.probability:.0%}" for one in part.guesses[1:])
             text.append(f"\n    {WHAT[shown.kind]}: ", style="dim")
             text.append(written(tokenizer, part.right))
@@ -78,16 +81,11 @@ def with_spaces(tokenizer: Tokenizer, text: FilledText) -> list[tuple[tuple[int,
     """Return the parts that are not empty, each with whether a space is before it."""
     parts = []
     for part in text.parts:
-        tokens = (part.right or part.guesses[0]).tokens if isinstance(part, Blank) else part
+        tokens = part.right.tokens if isinstance(part, Blank) else part
         if tokens:
             begins = tokenizer.pieces(tokens[:1])[0].startswith(WORD_BOUNDARY)
             parts.append((part, begins and bool(parts)))
     return parts
-
-
-def is_right(blank: Blank) -> bool:
-    """Return whether the likeliest guess is what the text has."""
-    return blank.right is not None and blank.guesses[0].tokens == blank.right.tokens
 
 
 def written(tokenizer: Tokenizer, guess: Guess) -> str:
@@ -96,20 +94,15 @@ def written(tokenizer: Tokenizer, guess: Guess) -> str:
     return lines or " ".join(tokenizer.pieces(guess.tokens)) or "nothing"
 
 
-def losses(source: ModelSource, num_predictions: int, rows: list) -> Text:
+def losses(source: ModelSource, num_predictions: int, rows: list[tuple[Fraction, DepthRow]]) -> Text:
     """Return the loss at each depth, with the layers that are left."""
     text = Text(f"\nHeld-out loss of {source.label}, by depth", style="bold")
     text.append(f" (nats per token, {num_predictions:,} of them)\n", style="not bold dim")
     for share, row in rows:
-        text.append(depth_line(float(share), row, source.num_layers), style="not bold")
+        kept = "" if row.depth == source.num_layers else f"   layers {' '.join(map(str, row.layers))}"
+        name = f"{NAMES[float(share)]} {row.depth}".rjust(8)
+        text.append(f"  {name} layers  {row.loss:.4f}{kept}\n", style="not bold")
     return text
-
-
-def depth_line(share: float, row: DepthRow, num_layers: int) -> str:
-    """Return the line of one depth."""
-    kept = "" if row.depth == num_layers else f"   layers {' '.join(map(str, row.layers))}"
-    name = f"{NAMES[share]} {row.depth}".rjust(8)
-    return f"  {name} layers  {row.loss:.4f}{kept}\n"
 
 
 if __name__ == "__main__":

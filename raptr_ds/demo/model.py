@@ -22,12 +22,11 @@ from raptr_ds.depth.sentences import token_texts, words_of
 from raptr_ds.depth.source import ModelSource
 from raptr_ds.depth.table import DepthTable
 from raptr_ds.errors import ConfigError
-from raptr_ds.hf.generation import Prompt, Sampling, generate
-from raptr_ds.hf.infilling import filled, infilling_prompt
+from raptr_ds.hf.generation import Sampling
 from raptr_ds.hf.load import PrefixModel, prefix_model_of
 from raptr_ds.hf.shallower import shallower
 from raptr_ds.hf.source import tokenizer_beside
-from raptr_ds.hf.text import TextStream, prompt_tokens, sentinel_ids
+from raptr_ds.hf.text import complete, prompt_tokens
 from raptr_ds.paths.path import LayerPath
 
 _GUESSES = 5
@@ -116,33 +115,24 @@ class DemoModel:
         self._require("ul2", "completes texts")
         if mode not in self._modes:
             raise ConfigError(f"mode {mode!r}: the model has {', '.join(self._modes)}.")
-        denoiser, tokenizer = self._modes[mode], self._tokenizer
-        sentinels, numbers = sentinel_ids(tokenizer), count()
+        denoiser, numbers = self._modes[mode], count()
         fills = denoiser.kind == "span"
         if fills:
             text = _HOLE.sub(lambda _: f"<extra_id_{next(numbers)}>", text)
             if "<extra_id_" not in text:
                 raise ConfigError("Write ___ (three underscores) where words are missing.")
-        tokens = prompt_tokens(tokenizer, text, denoiser.mode)
+        tokens = prompt_tokens(self._tokenizer, text, denoiser.mode)
         if not tokens:
             raise ConfigError("Write a text to begin with.")
-        prompt = (
-            infilling_prompt(tokens, sentinels) if fills else Prompt(tokens, 1 if denoiser.kind == "causal" else None)
+        return complete(
+            self._twins(depth),
+            tokens,
+            write,
+            fills=fills,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            prefix_length=1 if denoiser.kind == "causal" else None,
         )
-        stream, new = TextStream(tokenizer, () if fills else tokens), []
-
-        def show(is_complete: bool) -> None:
-            whole = filled(tokens, new, sentinels, is_complete) if fills else [*tokens, *new]
-            write(stream.update(whole, is_complete))
-
-        def take(_: int, token: int) -> None:
-            new.append(token)
-            show(is_complete=False)
-
-        end_id = self.source.tokenizer.eos_id
-        (done,) = generate(self._twins(depth).model, [prompt], max_new_tokens, end_id, sampling, take)
-        show(is_complete=True)
-        return done.end
 
     @property
     def _is_bert(self) -> bool:
@@ -150,11 +140,19 @@ class DemoModel:
 
     @cached_property
     def _twins(self) -> Callable[[int], PrefixModel]:
-        return lru_cache(maxsize=_KEPT_MODELS)(self._twin)
+        """The twins of the depths that were asked for last, by depth."""
+
+        @lru_cache(maxsize=_KEPT_MODELS)
+        def twin(depth: int) -> PrefixModel:
+            made = prefix_model_of(shallower(self.source.trained, self.path(depth)), self.source.tokenizer)
+            made.model.to(self.network.device)  # type: ignore[arg-type]
+            return made
+
+        return twin
 
     @cached_property
     def _tokenizer(self):  # its type is transformers'
-        return tokenizer_beside(self.source.trained, self.source.tokenizer)
+        return tokenizer_beside(self.source.trained.model, self.source.tokenizer)
 
     @cached_property
     def _modes(self) -> dict[str, Denoiser]:
@@ -190,7 +188,7 @@ class DemoModel:
             "blanks": [
                 {
                     "guesses": [self._guess(one) for one in blank.guesses],
-                    "right": None if is_mask or blank.right is None else self._guess(blank.right),
+                    "right": None if is_mask else self._guess(blank.right),
                 }
                 for blank in blanks
             ],
@@ -231,8 +229,3 @@ class DemoModel:
         tokens = np.array(ids, np.int64)
         sample = Sample(tokens, np.arange(known - 1, len(ids) - 1), tokens[known:], known)
         return [collate([sample], [0], len(ids), self.source.tokenizer.pad_id)]
-
-    def _twin(self, depth: int) -> PrefixModel:
-        twin = prefix_model_of(shallower(self.source.trained, self.path(depth)), self.source.tokenizer)
-        twin.model.to(self.network.device)  # type: ignore[arg-type]
-        return twin

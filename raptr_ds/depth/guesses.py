@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ _CONTINUED_TOKENS = 12
 
 @dataclass(frozen=True)
 class Guess:
-    """A token or several, and their probability; of several the geometric mean."""
+    """A token or several, and their probability; of several the geometric mean, NaN where that is not computed."""
 
     tokens: tuple[int, ...]
     probability: float
@@ -32,13 +33,14 @@ class Blank:
     """A place that the model fills. guesses: the likeliest first. right: what the text has there."""
 
     guesses: tuple[Guess, ...]
-    right: Guess | None = None
+    right: Guess
 
 
 @dataclass(frozen=True)
 class FilledText:
-    """A text in parts: known tokens, and blanks."""
+    """A text in parts: known tokens, and blanks: masked words, missing ones, or what follows."""
 
+    kind: Literal["mask", "infill", "continue"]
     parts: tuple[tuple[int, ...] | Blank, ...]
 
 
@@ -88,7 +90,7 @@ def masked_sentence(
     for place, blank in zip(places, blanks, strict=True):
         parts += [tuple(text[begin:place].tolist()), blank]
         begin = place + 1
-    return FilledText((*parts, tuple(text[begin:].tolist())))
+    return FilledText("mask", (*parts, tuple(text[begin:].tolist())))
 
 
 def infilled_sentence(
@@ -116,7 +118,7 @@ def infilled_sentence(
         right = Guess(tuple(text[span.start : span.stop].tolist()), math.nan)
         parts += [tuple(text[begin : span.start].tolist()), Blank((guess,), right)]
         begin = span.stop
-    return FilledText((*parts, tuple(text[begin:].tolist())))
+    return FilledText("infill", (*parts, tuple(text[begin:].tolist())))
 
 
 def continued_sentence(
@@ -128,7 +130,7 @@ def continued_sentence(
     room = min(_CONTINUED_TOKENS, network.stage.model.seq_length - len(prompt))
     guess = _likeliest(network, path, prompt, prefix, {tokenizer.eos_id}, room)
     right = Guess(tuple(text[known : known + _CONTINUED_TOKENS].tolist()), math.nan)
-    return FilledText((tuple(text[:known].tolist()), Blank((guess,), right)))
+    return FilledText("continue", (tuple(text[:known].tolist()), Blank((guess,), right)))
 
 
 def _mode(tokenizer: Tokenizer, denoiser: Denoiser) -> list[int]:

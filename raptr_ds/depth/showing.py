@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -23,17 +22,9 @@ _HIDDEN_SHARE = 8  # one word of so many is hidden, but two at least
 _SHORT_WORD = 3  # letters: easy to guess, and says little
 
 
-@dataclass(frozen=True)
-class ShownSentence:
-    """A sentence with its blanks. kind: `mask`, `infill` or `continue`."""
-
-    kind: str
-    text: FilledText
-
-
 def shown_sentences(
     network: Network, source: ModelSource, held_out: HeldOut, number: int, seed: int = 0
-) -> Iterator[ShownSentence]:
+) -> Iterator[FilledText]:
     """Yield held-out sentences with what the whole model fills in: BERT masked words, UL2 missing and following ones.
 
     Sentences and blanks are drawn by the seed.
@@ -41,24 +32,21 @@ def shown_sentences(
     tokenizer, path = source.tokenizer, source.path(tuple(range(source.num_layers)))
     is_bert = source.trained.model.architecture == "bert"
     most = source.trained.model.seq_length // (1 if is_bert else 2) - 3
-    denoisers = [] if is_bert else denoisers_of(ObjectiveSection(**held_out.objective))
-    spans = next((one for one in denoisers if one.kind == "span"), None)
-    ways: list[Denoiser | None] = [one for one in (spans, _follower(denoisers)) if one is not None]
+    ways: list[Denoiser] = []
+    if not is_bert:
+        of_kind = {one.kind: one for one in reversed(denoisers_of(ObjectiveSection(**held_out.objective)))}
+        follower = of_kind.get("prefix", of_kind.get("causal"))
+        ways = [one for one in (of_kind.get("span"), follower) if one is not None]
     for index, text in enumerate(held_out_sentences(held_out, tokenizer, number, most, seed)):
         words = hidden_words(source, text, seed)
         way = ways[index % len(ways)] if ways else None
         if is_bert:
             places = [place for word in words for place in word]
-            yield ShownSentence("mask", masked_sentence(network, path, tokenizer, text, places))
+            yield masked_sentence(network, path, tokenizer, text, places)
         elif way is not None and way.kind == "span":
-            yield ShownSentence("infill", infilled_sentence(network, path, tokenizer, text, words, way))
+            yield infilled_sentence(network, path, tokenizer, text, words, way)
         elif way is not None:
-            yield ShownSentence("continue", continued_sentence(network, path, tokenizer, text, len(text) // 2, way))
-
-
-def _follower(denoisers: Sequence[Denoiser]) -> Denoiser | None:
-    """Return the denoiser that a text is continued by, if there is one."""
-    return next((one for kind in ("prefix", "causal") for one in denoisers if one.kind == kind), None)
+            yield continued_sentence(network, path, tokenizer, text, len(text) // 2, way)
 
 
 def hidden_words(source: ModelSource, text: np.ndarray, seed: int) -> list[range]:

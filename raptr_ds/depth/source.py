@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.hf.source import exported_kind, load_model, load_tokenizer, read_run_data, run_folder
+from raptr_ds.hf.source import exported_kind, load_model, needed_tokenizer, read_run_data, run_folder, settings_of
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import residual_scale_of
-from raptr_ds.runtime.identity import IDENTITY
-from raptr_ds.user_paths import is_file, is_folder
+from raptr_ds.user_paths import is_file
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,6 @@ def open_model(where: Path, tokenizer: str | None = None) -> ModelSource:
     tokenizer: a sentencepiece file, where the model's own is not to be found.
     Raises: ConfigError, DataError or CheckpointError for a folder that holds no such model, or no tokenizer.
     """
-    if not is_folder(where):
-        raise ConfigError(f"{where}: there is no such folder. Name a run, a checkpoint or an exported model.")
     is_exported = exported_kind(where) is not None
     source = _of_exported(where, tokenizer) if is_exported else source_of(load_model(where), tokenizer, where)
     assert source.tokenizer.vocab_size == source.trained.model.vocab_size
@@ -94,24 +91,11 @@ def labelled(sources: Sequence[ModelSource], paths: Sequence[Path]) -> list[Mode
 
 def source_of(trained: TrainedModel, tokenizer: str | None, where: Path) -> ModelSource:
     """Return a run's or a checkpoint's model that has been loaded. where, tokenizer: as the user named them."""
-    data = read_run_data(trained.folder, needed=False)
-
-    def find_tokenizer() -> Tokenizer:
-        named = read_run_data(trained.folder, needed=tokenizer is None)
-        found = load_tokenizer(tokenizer, named, trained, is_needed=True)
-        if found is None:
-            raise ConfigError(
-                f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer "
-                "FILE."
-            )
-        return found
-
-    recorded = (trained.run_state.get(IDENTITY) or {}).get("config") or (data.config if data else {})
-    settings = recorded.get("raptr_ds")
     run = run_folder(trained.folder)
     is_one_of_many = where.resolve() == trained.folder.resolve()
     label = f"{run.resolve().name}, step {trained.step:,}" if is_one_of_many else run.resolve().name
-    return ModelSource(label, run, trained, find_tokenizer, settings if isinstance(settings, Mapping) else {})
+    settings = settings_of(trained, read_run_data(trained.folder, needed=False))
+    return ModelSource(label, run, trained, partial(needed_tokenizer, trained, tokenizer), settings)
 
 
 def _of_exported(where: Path, named: str | None) -> ModelSource:

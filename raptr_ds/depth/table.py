@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.depth.held_out import HeldOut
-from raptr_ds.depth.removal import DepthRow
+from raptr_ds.depth.network import open_network
+from raptr_ds.depth.removal import DepthRow, remove_greedily
 from raptr_ds.depth.source import ModelSource
-from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.user_paths import is_file, write_error
+from raptr_ds.errors import ConfigError, DataError, StorageError
+from raptr_ds.user_paths import PathError, is_file, write_error
 
 TABLE = "depth.json"
 
@@ -32,11 +33,6 @@ class DepthTable:
     held_out: dict[str, Any]
     rows: tuple[DepthRow, ...]
 
-    @classmethod
-    def of(cls, source: ModelSource, held_out: HeldOut, rows: list[DepthRow]) -> DepthTable:
-        """Return the table of rows that were measured."""
-        return cls(source.label, source.trained.step, source.digest, held_out.to_dict(), tuple(rows))
-
     def row(self, depth: int) -> DepthRow:
         """Return the row of a depth, 1 up to the model's layers."""
         return self.rows[len(self.rows) - depth]
@@ -49,6 +45,31 @@ class DepthTable:
             write_atomically(file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise write_error(file, error, "Give your user permission to write there.") from error
+
+
+def depth_table(
+    source: ModelSource,
+    held_out: HeldOut,
+    file: Path | None = None,
+    on_row: Callable[[DepthRow], None] = lambda row: None,
+) -> tuple[DepthTable, str]:
+    """Return the table of a model, read if it is of the same text, else measured, and a line on where it is.
+
+    file: by default depth.json in the model's folder. A model whose folder may not be written, another user's perhaps,
+    is measured nevertheless. Raises: DataError for a damaged table.
+    """
+    file = file or source.folder / TABLE
+    found, text = read_table(file, source), held_out.to_dict()
+    if found is not None and found.held_out == text:
+        return found, f"found in {file}"
+    with open_network(source.trained) as network:
+        rows = remove_greedily(network, source, held_out, on_row=on_row)
+    table = DepthTable(source.label, source.trained.step, source.digest, text, tuple(rows))
+    try:
+        table.save(file)
+    except (PathError, StorageError) as error:
+        return table, f"not kept: {error}"
+    return table, f"written to {file}"
 
 
 def read_table(file: Path, source: ModelSource) -> DepthTable | None:

@@ -13,8 +13,8 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from raptr_ds.errors import ConfigError, nearest
-from raptr_ds.evaluation import squad_metrics
 from raptr_ds.evaluation.packaged_tasks import READY_TASKS
+from raptr_ds.hf import squad_metrics
 
 GROUPS = {
     "superglue": ("boolq", "cb", "copa", "multirc", "record", "sglue_rte", "wic", "wsc"),

@@ -14,7 +14,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.evaluation.likelihoods import Likelihood, likelihoods
 from raptr_ds.evaluation.ranks import ALONE, Ranks
 from raptr_ds.evaluation.shared_rows import Scored, lay_out
-from raptr_ds.hf.generation import Continuation, Prompt, Sampling, generate
+from raptr_ds.hf.generation import GREEDY, Continuation, Prompt, Sampling, generate
 from raptr_ds.hf.load import PrefixModel, load_prefix_model
 from raptr_ds.hf.text import mode_ids
 
@@ -54,19 +54,14 @@ class PrefixLM(TemplateLM):
         self.num_rows = int(batch_size or 16)
         self.max_length: int = self.loaded.model.config.max_position_embeddings
         self.truncated: set[Any] = set()  # numbers of the documents whose context lost its beginning
-        self._mode = self._mode_tokens(mode)
-        self._device = self.loaded.model.device
-
-    def _mode_tokens(self, mode: str | None) -> list[int]:
-        if mode is None:
-            return []
         known = mode_ids(self.tokenizer)
-        if f"[{mode}]" not in known:
+        if mode is not None and f"[{mode}]" not in known:
             raise ConfigError(
                 f"the model's tokenizer has no mode [{mode}]; it has {', '.join(known) or 'none'}. Choose one of them, "
                 "or no mode."
             )
-        return [known[f"[{mode}]"]]
+        self._mode = [] if mode is None else [known[f"[{mode}]"]]
+        self._device = self.loaded.model.device
 
     @property
     def eot_token_id(self) -> int:
@@ -100,7 +95,7 @@ class PrefixLM(TemplateLM):
             # Where the first token of the continuation took in the context's last one, it is encoded alone.
             after = whole[len(before) :] or self.tok_encode(continuation)
             sequences.append(self._sequence(before, after, request))
-        answers = [(found.log, found.is_greedy) for found in self._score(sequences)]
+        answers = self._score(sequences)
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
@@ -109,8 +104,7 @@ class PrefixLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Return the same for contexts and continuations that are tokens."""
-        sequences = [self._sequence(context, continuation) for _, context, continuation in requests]
-        return [(found.log, found.is_greedy) for found in self._score(sequences)]
+        return self._score([self._sequence(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows of the longest sequence, each behind the mode."""
@@ -125,8 +119,8 @@ class PrefixLM(TemplateLM):
                 sequences.append(self._sequence(context, continuation, request))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for number, found in zip(owners, self._score(sequences), strict=True):
-            sums[number] += found.log
+        for number, (log, _) in zip(owners, self._score(sequences), strict=True):
+            sums[number] += log
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -135,7 +129,8 @@ class PrefixLM(TemplateLM):
         ids = self._encode_each(contexts)
         jobs: dict[tuple[Any, ...], list[int]] = {}  # requests with the same options, which may share a batch
         for number in range(len(requests)):
-            jobs.setdefault(_options_key(choices[number]), []).append(number)
+            key = sorted((name, str(value)) for name, value in choices[number].items())
+            jobs.setdefault(tuple(key), []).append(number)
         texts: dict[int, str] = {}
         for numbers in jobs.values():
             options = normalize_gen_kwargs(choices[numbers[0]], _MAX_NEW_TOKENS)
@@ -190,12 +185,13 @@ class PrefixLM(TemplateLM):
         return Prompt(tokens, 0 if self.causal else None)
 
     def _continue(self, prompts: dict[int, Prompt], options: Any) -> dict[int, str]:
-        sampling = _sampling(options)
+        is_greedy = not options["do_sample"] or options["temperature"] == 0.0
+        sampling = GREEDY if is_greedy else Sampling(options["temperature"], options.get("top_k"), options.get("top_p"))
         stops = [stop for stop in options.get("until") or [] if stop]
         # Greedily, equal prompts have equal continuations.
         same: dict[Any, list[int]] = {}
         for number, prompt in prompts.items():
-            same.setdefault(tuple(prompt.tokens) if sampling.temperature == 0.0 else number, []).append(number)
+            same.setdefault(tuple(prompt.tokens) if is_greedy else number, []).append(number)
         longest_first = sorted(same.values(), key=lambda numbers: len(prompts[numbers[0]].tokens), reverse=True)
         mine = self.ranks.share(longest_first)
         found: dict[int, str] = {}
@@ -233,13 +229,3 @@ def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:
     """Return both with the spaces at the context's end moved, as the harness does: a token begins with its space."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
-
-
-def _options_key(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(sorted((name, str(value)) for name, value in options.items()))
-
-
-def _sampling(options: Any) -> Sampling:
-    if not options["do_sample"] or options["temperature"] == 0.0:
-        return Sampling()
-    return Sampling(options["temperature"], options.get("top_k"), options.get("top_p"))

@@ -1,7 +1,6 @@
 """Log-likelihoods of continuations, in batches of rows in which what several sequences share is computed once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,12 +11,8 @@ from raptr_ds.hf.load import PrefixModel
 _LOGITS_AT_ONCE = 2**24  # elements: 64 MiB in fp32
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Natural logarithm of the probability of a sequence's scored tokens; whether each was the likeliest."""
-
-    log: float
-    is_greedy: bool
+Likelihood = tuple[float, bool]
+"""Natural logarithm of the probability of a sequence's scored tokens; whether each was the likeliest."""
 
 
 @torch.inference_mode()
@@ -52,20 +47,14 @@ def _batch_likelihoods(model: PrefixModel, rows: Sequence[Row], sequences: Seque
     ).last_hidden_state.flatten(0, 1)
     numbers = [number for row in rows for number in row.paths]
     counts = [sequences[number].num_scored for number in numbers]
-    places = np.concatenate(
-        [
-            index * tokens.shape[1] + path[-sequences[number].num_scored :]
-            for index, row in enumerate(rows)
-            for number, path in row.paths.items()
-        ]
-    )
-    targets = np.concatenate(
-        [np.array(sequences[number].tokens[-sequences[number].num_scored :]) for number in numbers]
-    )
+    paths = [index * tokens.shape[1] + path for index, row in enumerate(rows) for path in row.paths.values()]
+    places = np.concatenate([path[-count:] for path, count in zip(paths, counts, strict=True)])
+    scored = zip(numbers, counts, strict=True)
+    targets = np.concatenate([np.array(sequences[number].tokens[-count:]) for number, count in scored])
     logs, is_likeliest = _token_likelihoods(llama.lm_head, hidden, places, targets)
     ends = np.cumsum(counts)
     return {
-        number: Likelihood(float(logs[end - count : end].sum()), bool(is_likeliest[end - count : end].all()))
+        number: (float(logs[end - count : end].sum()), bool(is_likeliest[end - count : end].all()))
         for number, count, end in zip(numbers, counts, ends, strict=True)
     }
 

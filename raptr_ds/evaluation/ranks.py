@@ -1,6 +1,7 @@
 """The processes that share an evaluation: each computes a part of the requests, and all have all results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -42,18 +43,17 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join() -> Ranks:
-    """Return this process's place among those that were launched together, after connecting them.
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Yield this process's place among those that were launched together, connected to them.
 
     Results are gathered by gloo, whatever computes them. Raises: ConfigError for a launch that lacks something.
     """
     launch = detect_launch()
     if launch.world_size > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
-    return Ranks(launch.rank, launch.world_size, launch.local_rank)
-
-
-def leave(ranks: Ranks) -> None:
-    """Disconnect this process from those that it has joined."""
-    if ranks.world_size > 1:
-        torch.distributed.destroy_process_group()
+    try:
+        yield Ranks(launch.rank, launch.world_size, launch.local_rank)
+    finally:
+        if launch.world_size > 1:
+            torch.distributed.destroy_process_group()

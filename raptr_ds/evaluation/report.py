@@ -61,12 +61,11 @@ def notes(outcomes: Sequence[Outcome], longest: int) -> list[str]:
         for outcome in outcomes
         if outcome.truncated
     ]
-    own = {
-        outcome.task: outcome.examples_from for outcome in outcomes if outcome.examples_from in ("validation", "test")
-    }
+    splits = {outcome.task: outcome.examples_from for outcome in outcomes}
     lines += [
         f"{task}: examples are other documents of its {split} split, as its training split is not there"
-        for task, split in own.items()
+        for task, split in splits.items()
+        if split in ("validation", "test")
     ]
     return lines
 

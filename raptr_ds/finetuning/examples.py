@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.finetuning.task import Columns, Example, Row, Task, TaskData
+from raptr_ds.finetuning.task import Columns, Example, Examples, Row, Task, TaskData
 
 T = TypeVar("T")
 _OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
@@ -19,7 +19,7 @@ def to_data(
     validation: Mapping[str, Sequence[Row]],
     where: Mapping[str, str],
     fraction: float = 0.1,
-) -> TaskData:
+) -> Examples:
     """Return the examples of rows. validation: by split, the first of which chooses the best model.
 
     where: how messages name each split, `train` included. fraction: of the training rows, held out where there is no
@@ -37,7 +37,6 @@ def to_data(
             f"every training row of {where['train']} has the same label, {shown}: there is nothing to learn. Add rows "
             "of another, or name the column of the labels with --label-column."
         )
-    first, *others = splits
     if task.kind == "multiple-choice":
         numbers = {len(example.choices) for rows in (examples, *splits.values()) for example in rows}
         if len(numbers) > 1:
@@ -45,37 +44,34 @@ def to_data(
                 f"the rows of task {task.name} have {' or '.join(map(str, sorted(numbers)))} choices. Each row must "
                 "have the same number."
             )
-    return TaskData(examples, splits[first], labels, {name: splits[name] for name in others})
+    return TaskData(examples, splits.pop(next(iter(splits))), labels, splits)
 
 
 def to_examples(task: Task, rows: Iterable[Row], labels: Sequence[str], where: str) -> list[Example]:
     """Return the examples of rows. labels: the classes. Raises: as `to_data` does."""
-    known = {label: index for index, label in enumerate(labels)} | {str(index): index for index in range(len(labels))}
-    if not task.labels:  # the classes are named as the rows name them
-        known = {label: index for index, label in enumerate(labels)}
+    known = {label: index for index, label in enumerate(labels)}
+    if task.labels:  # whose rows may have the numbers
+        known |= {str(index): index for index in range(len(labels))}
     examples = []
     for number, row in enumerate(rows, 1):
         place = f"row {number} of {where}"
-        if task.rewrite is None:
-            examples.append(_example(task, row, known, place))
-        else:
-            try:
-                rewritten = list(task.rewrite(row))
-            except (LookupError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{place} is not one of task {task.name} ({type(error).__name__}: {error}): it has "
-                    f"{', '.join(row)}. The columns must be those of {task.hub and task.hub[0]} on the hub."
-                ) from error
-            examples += [_example(task, one, known, place) for one in rewritten]
+        try:
+            rewritten = [row] if task.rewrite is None else list(task.rewrite(row))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{place} is not one of task {task.name} ({type(error).__name__}: {error}): it has "
+                f"{', '.join(row)}. The columns must be those of {task.hub and task.hub[0]} on the hub."
+            ) from error
+        examples += [_example(task, one, known, place) for one in rewritten]
     if not examples:
         raise DataError(f"{where} has no rows.")
     return examples
 
 
-def check_columns(columns: Columns, row: Row, where: str, needs_label: bool = True) -> None:
+def check_columns(columns: Columns, row: Row, where: str) -> None:
     """Raise DataError for a column that a row lacks, with those that it has."""
-    named = {"text": columns.text, "pair": columns.pair, **({"label": columns.label} if needs_label else {})}
-    for role, name in [*named.items(), *(("choices", name) for name in columns.choices)]:
+    named = (("text", columns.text), ("pair", columns.pair), ("label", columns.label))
+    for role, name in (*named, *(("choices", name) for name in columns.choices)):
         if name is not None and name not in row:
             option = f" Name it with {_OPTIONS[role]}." if role in _OPTIONS else ""
             raise DataError(f"{where} has no column {name!r}: it has {', '.join(map(repr, row))}.{option}")
@@ -173,7 +169,7 @@ def _question(question: str, context: str, answers: Any, place: str) -> Example:
     return Example(question, context, start=starts[0] if starts else 0, answers=tuple(texts))
 
 
-def digest_of(data: TaskData) -> str:
+def digest_of(data: Examples) -> str:
     """Return a digest of all examples, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for examples in (data.train, data.validation, *data.also.values()):

@@ -1,17 +1,12 @@
 """Examples to what a model takes: token ids in batches, and a model's outputs back to metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
-from transformers import (
-    DataCollatorForMultipleChoice,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedTokenizerFast,
-)
+from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from raptr_ds.finetuning.metrics import measure, measure_answers, with_score
 from raptr_ds.finetuning.spans import Window, best_answers, positions_of, windows_of
@@ -60,16 +55,13 @@ def encode(task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokeniz
         if task.kind == "question-answering":
             new = windows_of(chunk, tokenizer, max_length, begin)
             windows += new
-            rows += [_answer_row(window, examples[window.example]) for window in new]
+            for window in new:
+                start, end = positions_of(window, examples[window.example])
+                inputs = {name: np.array(ids, np.int32) for name, ids in window.inputs.items()}
+                rows.append({**inputs, "start_positions": start, "end_positions": end})
         else:
             rows += (_choice_rows if task.kind == "multiple-choice" else _text_rows)(chunk, tokenizer, max_length)
     return Features(task, examples, rows, tuple(windows))
-
-
-def collator(task: Task, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return what makes a batch of features: it pads to the longest."""
-    kind = DataCollatorForMultipleChoice if task.kind == "multiple-choice" else DataCollatorWithPadding
-    return kind(tokenizer)
 
 
 def _text_rows(
@@ -97,12 +89,6 @@ def _choice_rows(
         inputs = {name: [np.array(ids, np.int32) for ids in encoded[name][part]] for name in encoded}
         rows.append({**inputs, "label": example.label})
     return rows
-
-
-def _answer_row(window: Window, example: Example) -> dict[str, Any]:
-    start, end = positions_of(window, example)
-    inputs = {name: np.array(ids, np.int32) for name, ids in window.inputs.items()}
-    return {**inputs, "start_positions": start, "end_positions": end}
 
 
 def _listed(value: Any) -> Any:

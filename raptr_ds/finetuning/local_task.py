@@ -7,7 +7,7 @@ from pathlib import Path
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.examples import check_columns, is_missing, to_data
 from raptr_ds.finetuning.row_files import TRAIN, read_folder, read_rows
-from raptr_ds.finetuning.task import Columns, Kind, Recipe, Row, Task, TaskData
+from raptr_ds.finetuning.task import Columns, Examples, Kind, Recipe, Row, Task
 from raptr_ds.user_paths import is_folder
 
 _TEXTS = ("sentence1", "sentence", "text", "premise", "question", "goal", "context")
@@ -33,7 +33,7 @@ class LocalOptions:
     fraction: float = 0.1
 
 
-def load_local(path: Path, options: LocalOptions) -> tuple[Task, TaskData]:
+def load_local(path: Path, options: LocalOptions) -> tuple[Task, Examples]:
     """Return the task in a file, or in a folder that the datasets library saved.
 
     Raises: ConfigError or DataError for what cannot be read, is not there, or fits no kind of task.
@@ -41,7 +41,12 @@ def load_local(path: Path, options: LocalOptions) -> tuple[Task, TaskData]:
     splits = read_folder(path) if is_folder(path) else {TRAIN: read_rows(path)}
     if TRAIN not in splits:
         raise DataError(f"{path} has no split {TRAIN!r}: it has {', '.join(splits)}.")
-    task = describe(path.stem, splits[TRAIN], str(path), options)
+    train = splits[TRAIN]
+    columns, kind = _columns(train[0], str(path), options)
+    check_columns(columns, train[0], str(path))
+    if kind is None:
+        kind = "regression" if _is_score(train, columns.label) else "classification"
+    task = Task(path.stem, kind, _METRICS[kind], columns, Recipe())
     where, validation = {TRAIN: str(path)}, {}
     if options.validation is not None:
         validation["validation"] = read_rows(options.validation)
@@ -50,17 +55,8 @@ def load_local(path: Path, options: LocalOptions) -> tuple[Task, TaskData]:
         validation["validation"] = splits["validation"]
         where = {name: f"{path}, split {name}" for name in (TRAIN, "validation")}
     for name, rows in validation.items():
-        check_columns(task.columns, rows[0], where[name])
-    return task, to_data(task, splits[TRAIN], validation, where, options.fraction)
-
-
-def describe(name: str, rows: Sequence[Row], where: str, options: LocalOptions) -> Task:
-    """Return the task that rows are of. Raises: ConfigError or DataError if their columns leave it open."""
-    columns, kind = _columns(rows[0], where, options)
-    check_columns(columns, rows[0], where)
-    if kind is None:
-        kind = "regression" if _is_score(rows, columns.label) else "classification"
-    return Task(name, kind, _METRICS[kind], columns, Recipe())
+        check_columns(columns, rows[0], where[name])
+    return task, to_data(task, train, validation, where, options.fraction)
 
 
 def _columns(row: Row, where: str, options: LocalOptions) -> tuple[Columns, Kind | None]:

@@ -1,10 +1,9 @@
 """What predictions are worth: the metrics of GLUE, SuperGLUE and SQuAD."""
 
 import math
-import re
-import string
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -12,10 +11,9 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from raptr_ds.finetuning.task import Example, Task
+from raptr_ds.hf.squad_metrics import compute_exact, compute_f1
 
 SCORE = "score"
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def measure(task: Task, logits: np.ndarray, examples: Sequence[Example]) -> dict[str, float]:
@@ -42,7 +40,7 @@ def with_score(task: Task, found: dict[str, float]) -> dict[str, float]:
 
 
 def _of_classes(predicted: np.ndarray, labels: np.ndarray, binary: bool) -> dict[str, float]:
-    found = {"accuracy": accuracy_score(labels, predicted), "f1_macro": _f1_macro(predicted, labels)}
+    found = {"accuracy": accuracy_score(labels, predicted), "f1_macro": _f1(predicted, labels, "macro")}
     if binary:
         with catch_warnings():
             simplefilter("ignore", UserWarning)  # of one class alone, whose correlation is none: 0
@@ -51,12 +49,8 @@ def _of_classes(predicted: np.ndarray, labels: np.ndarray, binary: bool) -> dict
     return {name: float(value) for name, value in found.items()}
 
 
-def _f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    return float(f1_score(labels, predicted, zero_division=0))  # type: ignore[arg-type]
-
-
-def _f1_macro(predicted: np.ndarray, labels: np.ndarray) -> float:
-    return float(f1_score(labels, predicted, average="macro", zero_division=0))  # type: ignore[arg-type]
+def _f1(predicted: np.ndarray, labels: np.ndarray, average: Literal["binary", "macro"] = "binary") -> float:
+    return float(f1_score(labels, predicted, average=average, zero_division=0))  # type: ignore[arg-type]
 
 
 def _of_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -91,21 +85,10 @@ def _of_candidates(scores: np.ndarray, examples: Sequence[Example]) -> dict[str,
 def measure_answers(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return exact match and F1 of texts, each against the nearest of its right answers.
 
-    Case, punctuation, articles and spaces do not count. Without right answers no answer is right: an empty text.
-    Source: SQuAD's evaluation (Rajpurkar et al. 2016, 2018).
+    Without right answers no answer is right: an empty text. Source: Rajpurkar et al. 2018.
     """
     pairs = [(text, right or ("",)) for text, right in zip(predicted, answers, strict=True)]
-    exact = [max(float(_words(text) == _words(one)) for one in right) for text, right in pairs]
-    overlap = [max(_word_f1(_words(text), _words(one)) for one in right) for text, right in pairs]
-    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
-
-
-def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
-def _word_f1(predicted: list[str], right: list[str]) -> float:
-    if not predicted or not right:
-        return float(predicted == right)
-    common = sum((Counter(predicted) & Counter(right)).values())
-    return 2 * common / (len(predicted) + len(right))
+    found = {}
+    for name, compute in (("exact_match", compute_exact), ("f1", compute_f1)):
+        found[name] = float(np.mean([max(compute(one, text) for one in right) for text, right in pairs]))
+    return found

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from raptr_ds.errors import ConfigError, nearest
-from raptr_ds.finetuning.task import Columns, Recipe, Row, Task
+from raptr_ds.finetuning.task import Columns, Recipe, Rewrite, Row, Task
 
 _NO_YES = ("False", "True")
 _NLI = ("entailment", "neutral", "contradiction")
@@ -59,9 +59,11 @@ _GLUE = (
 )
 
 
-def _superglue(name: str, metrics: tuple[str, ...], recipe: Recipe, columns: Columns = _PAIR, *labels: str) -> Task:
+def _superglue(
+    name: str, metrics: tuple[str, ...], recipe: Recipe, columns: Columns, *labels: str, rewrite: Rewrite | None = None
+) -> Task:
     kind = "classification" if labels else "multiple-choice"
-    return Task(name, kind, metrics, columns, recipe, labels, ("aps/super_glue", name))
+    return Task(name, kind, metrics, columns, recipe, labels, ("aps/super_glue", name), rewrite=rewrite)
 
 
 def _copa(row: Row) -> Iterator[Row]:
@@ -112,13 +114,11 @@ _SUPERGLUE = (
         "contradiction",
         "neutral",
     ),
-    replace(_superglue("copa", ("accuracy",), Recipe(30, 16, 1e-5, 0.5, 5), _CHOICE), rewrite=_copa),
-    replace(
-        _superglue("multirc", ("f1_a", "exact_match"), Recipe(6, 48, 5e-5, 0.1), _PAIR, *_NO_YES), rewrite=_multirc
-    ),
-    replace(_superglue("record", ("f1", "exact_match"), Recipe(2, 32, 3e-5, 0.1, 1), _PAIR, *_NO_YES), rewrite=_record),
-    replace(_superglue("wic", ("accuracy",), Recipe(3, 16, 3e-5, 0.1, 5), _PAIR, *_NO_YES), rewrite=_wic),
-    replace(_superglue("wsc", ("accuracy",), Recipe(30, 16, 1e-5, 0.1, 5), _PAIR, *_NO_YES), rewrite=_wsc),
+    _superglue("copa", ("accuracy",), Recipe(30, 16, 1e-5, 0.5, 5), _CHOICE, rewrite=_copa),
+    _superglue("multirc", ("f1_a", "exact_match"), Recipe(6, 48, 5e-5, 0.1), _PAIR, *_NO_YES, rewrite=_multirc),
+    _superglue("record", ("f1", "exact_match"), Recipe(2, 32, 3e-5, 0.1, 1), _PAIR, *_NO_YES, rewrite=_record),
+    _superglue("wic", ("accuracy",), Recipe(3, 16, 3e-5, 0.1, 5), _PAIR, *_NO_YES, rewrite=_wic),
+    _superglue("wsc", ("accuracy",), Recipe(30, 16, 1e-5, 0.1, 5), _PAIR, *_NO_YES, rewrite=_wsc),
 )
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 Kind = Literal["classification", "regression", "multiple-choice", "question-answering"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = Mapping[str, Any]
+Rewrite = Callable[[Row], Iterator[Row]]
+Part = TypeVar("Part")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,25 @@ class Task:
     validation: str = "validation"
     also: tuple[str, ...] = ()
     starts_from: str | None = None
-    rewrite: Callable[[Row], Iterator[Row]] | None = None
+    rewrite: Rewrite | None = None
 
 
 @dataclass(frozen=True)
-class TaskData:
-    """The examples of a task. labels: names of the classes; also: further validation examples, by name."""
+class TaskData(Generic[Part]):
+    """The splits of a task, each a list of examples, or their features.
 
-    train: list[Example]
-    validation: list[Example]
+    labels: names of the classes; also: further validation splits, by name.
+    """
+
+    train: Part
+    validation: Part
     labels: tuple[str, ...] = ()
-    also: Mapping[str, list[Example]] = field(default_factory=dict)
+    also: Mapping[str, Part] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Part], Other]) -> "TaskData[Other]":
+        """Return the same of every split changed."""
+        also = {name: change(part) for name, part in self.also.items()}
+        return TaskData(change(self.train), change(self.validation), self.labels, also)
+
+
+Examples = TaskData[list[Example]]

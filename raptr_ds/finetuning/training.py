@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import get_int_from_env
 from torch.distributed import DistNetworkError
 from transformers import (
+    DataCollatorForMultipleChoice,
+    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
@@ -24,9 +26,9 @@ from transformers import (
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning.encoder import Encoder, load_for
-from raptr_ds.finetuning.features import Features, collator
+from raptr_ds.finetuning.features import Features
 from raptr_ds.finetuning.metrics import SCORE
-from raptr_ds.finetuning.task import Recipe, Task
+from raptr_ds.finetuning.task import Recipe, Task, TaskData
 
 MODEL = "model"
 _WARMUP = 0.06  # of all steps
@@ -55,16 +57,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A task's features. also: of further validation splits, by name."""
-
-    train: Features
-    validation: Features
-    labels: tuple[str, ...] = ()
-    also: Mapping[str, Features] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class SeedResult:
     """What a seed gave. metrics: of the best model, as fractions, those of further splits as `SPLIT/NAME`.
 
@@ -79,9 +71,9 @@ class SeedResult:
     history: list[dict[str, float]]
 
 
-def num_devices() -> int:
-    """Return how many processes of a launcher, or without one how many GPUs, share a batch."""
-    return get_int_from_env(["WORLD_SIZE"], 0) or max(1, torch.cuda.device_count())
+def is_first() -> bool:
+    """Return whether this process is the one that writes and prints."""
+    return get_int_from_env(["RANK"], 0) == 0
 
 
 def batch_shares(settings: Settings) -> tuple[int, int]:
@@ -89,9 +81,11 @@ def batch_shares(settings: Settings) -> tuple[int, int]:
 
     Raises: ConfigError if the batch cannot be shared equally.
     """
-    batch, devices = settings.recipe.batch_size, num_devices()
-    micro = settings.micro_batch_size or max(1, batch // devices)
-    micro = min(micro, max(1, batch // devices))
+    batch = settings.recipe.batch_size
+    # The processes of a launcher; without one the GPUs.
+    devices = get_int_from_env(["WORLD_SIZE"], 0) or max(1, torch.cuda.device_count())
+    largest = max(1, batch // devices)
+    micro = min(settings.micro_batch_size or largest, largest)
     if batch % (micro * devices):
         raise ConfigError(
             f"--batch-size {batch} is no multiple of {devices} devices with {micro} sequences each at a time. Give a "
@@ -155,7 +149,7 @@ def training_arguments(settings: Settings, seed: int, folder: Path) -> TrainingA
 
 
 def train_seed(
-    task: Task, data: Split, encoder: Encoder, settings: Settings, seed: int, folder: Path, say: Say
+    task: Task, data: TaskData[Features], encoder: Encoder, settings: Settings, seed: int, folder: Path, say: Say
 ) -> SeedResult:
     """Train one seed in a folder, from its last checkpoint if it was interrupted; the best model goes to folder/model.
 
@@ -196,24 +190,23 @@ def train_seed(
 
 def make_trainer(
     task: Task,
-    data: Split,
+    data: TaskData[Features],
     encoder: Encoder,
     settings: Settings,
     model: PreTrainedModel,
     arguments: TrainingArguments,
 ) -> Trainer:
     """Return the Trainer of a model, which evaluates on the validation split and prints nothing by itself."""
-    callbacks: list[TrainerCallback] = []
-    if settings.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+    pads = DataCollatorForMultipleChoice if task.kind == "multiple-choice" else DataCollatorWithPadding
+    patience = settings.early_stopping
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation,  # type: ignore[arg-type]
-        data_collator=collator(task, encoder.tokenizer),
+        data_collator=pads(encoder.tokenizer),
         compute_metrics=data.validation.metrics,
-        callbacks=callbacks,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

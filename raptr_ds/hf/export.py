@@ -1,10 +1,12 @@
 """A run or a checkpoint as a folder for transformers: weights, settings, tokenizer and model card."""
 
+import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -14,17 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from raptr_ds.checkpoint.folder import sync_folder
 from raptr_ds.checkpoint.weights import TrainedModel
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.hf.model import cast_parameters, to_hugging_face
-from raptr_ds.hf.model_card import RunNumbers, model_card
+from raptr_ds.hf.model_card import model_card
 from raptr_ds.hf.shallower import Kept, shallower
-from raptr_ds.hf.source import WITHOUT, RunData, load_model, load_tokenizer, read_run_data, run_folder, tokenizer_beside
+from raptr_ds.hf.source import (
+    WITHOUT,
+    RunData,
+    load_model,
+    load_tokenizer,
+    read_run_data,
+    run_data_of,
+    run_folder,
+    settings_of,
+    tokenizer_beside,
+)
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.hf.twins import twin_of
-from raptr_ds.runtime.identity import IDENTITY
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
 from raptr_ds.user_paths import exists
 
@@ -69,25 +81,39 @@ def export(
     data = read_run_data(trained.folder, needed=tokenizer != WITHOUT)
     ours, theirs = load_tokenizer(tokenizer, data, trained), None
     if ours is not None:
-        theirs = tokenizer_beside(trained, ours)
+        theirs = tokenizer_beside(trained.model, ours)
         check_same_ids(ours, theirs, chain(SAMPLE_TEXTS, _validation_texts(data, ours)))
     twin_of(trained.model)  # refuses a model that transformers lacks, before layers are chosen
-    numbers, kept = _run_numbers(trained, data), None
+    held_out, kept = _held_out(trained), None
     if choose is not None:
         kept = choose(trained)
         trained = shallower(trained, kept.path)
     model = to_hugging_face(trained.model, trained.weights, ours)
     cast_parameters(model, dtype)
-    card = model_card(trained, replace(numbers, kept=kept), model, ours)
+    card = model_card(trained, settings_of(trained, data), held_out, kept, model, ours)
     try:
-        _write(output, model, max_shard_size, ours, theirs)
-        (output / CARD).write_text(card, encoding="utf-8")
-        _put_on_disk(output)
+        _write(output, model, max_shard_size, ours, theirs, card)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"cannot write {output}: {getattr(error, 'strerror', None) or error}. Name another folder."
         ) from error
     return Exported(type(model).__name__, trained.folder, trained.step, ours is not None, kept)
+
+
+def check_exportable(file: Path) -> None:
+    """Check a run's config.json, with its vocabulary in it, for a model and a tokenizer that transformers has.
+
+    file: `-` for standard input. Raises: ConfigError or DataError for what stands in the way.
+    """
+    try:
+        text = sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")
+        config = json.loads(text)
+        model, data = ModelSection(**config["raptr_ds"]["model"]), run_data_of(config)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} is not the config.json of a run ({type(error).__name__}: {error}).") from error
+    twin_of(model)
+    tokenizer = Tokenizer.load(data.tokenizer)
+    check_same_ids(tokenizer, tokenizer_beside(model, tokenizer), SAMPLE_TEXTS)
 
 
 def _check_size(text: str) -> None:
@@ -98,15 +124,12 @@ def _check_size(text: str) -> None:
         )
 
 
-def _run_numbers(trained: TrainedModel, data: RunData | None) -> RunNumbers:
-    """Return what the checkpoint records of its run, and the run's folder where it still lies in it."""
-    recorded = trained.run_state.get(IDENTITY) or {}
-    config = recorded.get("config") or (data.config if data else {})
+def _held_out(trained: TrainedModel) -> tuple[int, float] | None:
+    """Return step and loss of the last evaluation before the checkpoint, where it still lies in its run's folder."""
     try:
-        held_out = last_evaluation(run_folder(trained.folder) / METRICS, trained.model.num_layers, trained.step)
+        return last_evaluation(run_folder(trained.folder) / METRICS, trained.model.num_layers, trained.step)
     except (DataError, OSError):  # damaged or unreadable measurements are no reason not to export
-        held_out = None
-    return RunNumbers(config, held_out)
+        return None
 
 
 def _validation_texts(data: RunData | None, tokenizer: Tokenizer) -> Iterator[str]:
@@ -126,6 +149,7 @@ def _write(
     max_shard_size: str,
     tokenizer: Tokenizer | None,
     exported: PreTrainedTokenizerFast | None,
+    card: str,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None and exported is not None:
@@ -134,12 +158,9 @@ def _write(
     model.save_pretrained(output, max_shard_size=max_shard_size)
     for weights in output.glob("*.safetensors"):  # which safetensors lets nobody else read
         shutil.copymode(output / "config.json", weights)
-
-
-def _put_on_disk(folder: Path) -> None:
-    """Wait until what was written is on the disk, so that a crash of the machine leaves no half of a model."""
-    for file in folder.iterdir():
+    (output / CARD).write_text(card, encoding="utf-8")
+    for file in output.iterdir():  # so that a crash of the machine leaves no half of a model
         if file.is_file():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-    sync_folder(folder)
+    sync_folder(output)

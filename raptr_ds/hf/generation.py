@@ -83,7 +83,9 @@ def generate(
     """
     if not prompts:
         return []
-    rows = [_Row(number, prompt, model, max_new_tokens) for number, prompt in enumerate(prompts)]
+    rooms = _rooms(prompts, model.config.max_position_embeddings, max_new_tokens)
+    new: list[list[int]] = [[] for _ in prompts]
+    ends: list[End | None] = [None for _ in prompts]
     streams = _streams(prompts, sampling)
     cache = DynamicCache(config=model.config)
     tokens, positions, mask = _prefill(prompts, model)
@@ -92,13 +94,22 @@ def generate(
         logits = model(tokens, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         draws = torch.tensor([stream.random() for stream in streams], dtype=torch.float64, device=logits.device)
         chosen = choose(logits, sampling, draws)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            row.take(token, end_id, on_token)
-        if all(row.end for row in rows):
+        for row, token in enumerate(chosen.tolist()):
+            if ends[row] is not None:
+                continue
+            if token == end_id:
+                ends[row] = "end of text"
+                continue
+            new[row].append(token)
+            if len(new[row]) == rooms[row]:
+                ends[row] = "max_new_tokens" if rooms[row] == max_new_tokens else "longest sequence"
+            if on_token is not None and on_token(row, token):
+                ends[row] = ends[row] or "stopped"
+        if all(ends):
             break
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask[:, :, -1:], torch.zeros_like(mask[:, :, -1:, :1])], dim=-1)
-    return [Continuation(tuple(row.tokens), row.end or "max_new_tokens") for row in rows]
+    return [Continuation(tuple(ids), end or "stopped") for ids, end in zip(new, ends, strict=True)]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> torch.Tensor:
@@ -121,13 +132,13 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> tor
     return order.gather(-1, torch.minimum(place, last))[:, 0]
 
 
-class _Row:
-    """A prompt's continuation as it grows."""
-
-    def __init__(self, number: int, prompt: Prompt, model: LlamaForCausalLM, max_new_tokens: int) -> None:
-        longest, length = model.config.max_position_embeddings, len(prompt.tokens)
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={max_new_tokens}: give at least 1.")
+def _rooms(prompts: Sequence[Prompt], longest: int, max_new_tokens: int) -> list[int]:
+    """Return how many tokens may follow each prompt. longest: sequence that the model takes. Raises: ConfigError."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: give at least 1.")
+    rooms = []
+    for number, prompt in enumerate(prompts):
+        length = len(prompt.tokens)
         if not length:
             raise ConfigError(f"prompt {number} is empty: the model needs a token to begin with, such as its mode.")
         if length >= longest:
@@ -135,24 +146,8 @@ class _Row:
                 f"prompt {number} has {length:,} tokens, its mode included, and the model's longest sequence is "
                 f"{longest:,}: shorten the prompt to {longest - 1:,} at most."
             )
-        self.number = number
-        self.tokens: list[int] = []
-        self.end: End | None = None
-        self._limit = min(max_new_tokens, longest - length)
-        self._last: End = "max_new_tokens" if self._limit == max_new_tokens else "longest sequence"
-
-    def take(self, token: int, end_id: int, on_token: Callable[[int, int], bool | None] | None) -> None:
-        """Append a token; nothing once the continuation has ended."""
-        if self.end is not None:
-            return
-        if token == end_id:
-            self.end = "end of text"
-            return
-        self.tokens.append(token)
-        if len(self.tokens) == self._limit:
-            self.end = self._last
-        if on_token is not None and on_token(self.number, token):
-            self.end = self.end or "stopped"
+        rooms.append(min(max_new_tokens, longest - length))
+    return rooms
 
 
 def _streams(prompts: Sequence[Prompt], sampling: Sampling) -> list[np.random.Generator]:

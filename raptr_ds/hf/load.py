@@ -1,18 +1,19 @@
 """A prefix language model to generate with, from an exported folder, a run or a checkpoint."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import to_hugging_face
-from raptr_ds.hf.source import exported_kind, load_model, load_tokenizer, read_run_data, tokenizer_beside
-from raptr_ds.user_paths import is_file, is_folder
+from raptr_ds.hf.source import exported_kind, load_model, needed_tokenizer, tokenizer_beside
+from raptr_ds.user_paths import is_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -32,8 +33,6 @@ def load_prefix_model(where: Path, tokenizer: str | None = None, device: str | N
     there is one.
     Raises: ConfigError, DataError or CheckpointError for a folder that holds no such model, or no tokenizer.
     """
-    if not is_folder(where):
-        raise ConfigError(f"{where}: there is no such folder. Name an exported model, a run or a checkpoint.")
     kind = exported_kind(where)
     loaded = _from_checkpoint(where, tokenizer) if kind is None else _from_export(where, kind, tokenizer)
     loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
@@ -47,17 +46,27 @@ def _from_export(where: Path, kind: str, tokenizer: str | None) -> PrefixModel:
             f"masked words: transformers' pipeline('fill-mask', model='{where}'). For tasks it is fine-tuned: "
             "tools/finetune.py."
         )
-    if tokenizer is not None:
-        raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
+    refuse_tokenizer(where, tokenizer)
     theirs = exported_tokenizer(where)
     model = load_exported(where, LlamaForCausalLM)
     assert isinstance(model, LlamaForCausalLM)
-    if len(theirs) > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {where} has {len(theirs):,} entries, the model {model.config.vocab_size:,}: it is "
-            "another model's. Export the model with its own."
-        )
+    check_size(where, theirs, model.config)
     return PrefixModel(model, theirs)
+
+
+def refuse_tokenizer(where: Path, named: str | None) -> None:
+    """Raise ConfigError if a tokenizer is named for an exported model, which has its own."""
+    if named is not None:
+        raise ConfigError(f"--tokenizer is for runs and checkpoints: {where} is an exported model. Leave it out.")
+
+
+def check_size(where: Path, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
+    """Raise ConfigError if the tokenizer in a folder has ids that the model lacks."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {where} has {len(tokenizer):,} entries, the model {config.vocab_size:,}: it is another "
+            "model's. Export the model with its own."
+        )
 
 
 def exported_tokenizer(where: Path) -> PreTrainedTokenizerFast:
@@ -85,12 +94,17 @@ def load_exported(where: Path, kind: type[PreTrainedModel], may_lack: Collection
         )
     except Exception as error:  # transformers raises what the damage happens to lead to
         raise _not_loaded(where, "model", error) from error
-    missing = {str(name) for problem in ("missing_keys", "mismatched_keys") for name in found[problem]}
-    if lacking := sorted(missing - set(may_lack)):
+    if lacking := sorted(missing_tensors(found) - set(may_lack)):
         raise ConfigError(
             f"{where} lacks {len(lacking)} of the tensors of a {kind.__name__}, {lacking[0]} first. Restore its files."
         )
     return model.eval()
+
+
+def missing_tensors(found: Mapping[str, Any]) -> set[str]:
+    """Return the tensors that transformers filled with random ones. found: what it reports of the loading."""
+    names = (*found["missing_keys"], *found["mismatched_keys"])
+    return {name[0] if isinstance(name, tuple) else name for name in names}
 
 
 def _not_loaded(where: Path, what: str, error: Exception) -> ConfigError:
@@ -107,16 +121,11 @@ def _from_checkpoint(where: Path, named: str | None) -> PrefixModel:
             "it (tools/export_hf.py RUN_OR_CHECKPOINT OUTPUT) for transformers' pipeline('fill-mask', model=OUTPUT). "
             "For tasks it is fine-tuned: tools/finetune.py."
         )
-    tokenizer = load_tokenizer(named, read_run_data(trained.folder, needed=named is None), trained, is_needed=True)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
-        )
-    return prefix_model_of(trained, tokenizer)
+    return prefix_model_of(trained, needed_tokenizer(trained, named))
 
 
 def prefix_model_of(trained: TrainedModel, tokenizer: Tokenizer) -> PrefixModel:
     """Return a UL2 model that has been loaded as the one to generate with, on the CPU."""
     model = to_hugging_face(trained.model, trained.weights, tokenizer)
     assert isinstance(model, LlamaForCausalLM)
-    return PrefixModel(model, tokenizer_beside(trained, tokenizer))
+    return PrefixModel(model, tokenizer_beside(trained.model, tokenizer))

@@ -1,10 +1,9 @@
 """Our models in transformers and back, on the same weights."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import EsmConfig, LlamaConfig, MegatronBertConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
@@ -13,26 +12,15 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.hf.twins import (
     ESM,
     LLAMA,
-    MEGATRON_BERT,
     TOKEN_TYPES,
     TWINS,
     Tensors,
-    Twin,
     rename_from_hugging_face,
     rename_to_hugging_face,
     twin_of,
 )
 
 _IGNORED_LABEL = -100  # how torch and Hugging Face mark a position that is not predicted
-_PLAIN_ESM = {
-    "position_embedding_type": "rotary",
-    "emb_layer_norm_before": False,
-    "token_dropout": False,  # which would scale the embeddings by the number of masks
-    "is_decoder": False,
-    "is_folding_model": False,
-    "add_cross_attention": False,
-}
-"""What ESM must be set to for computing what BERT with rotary positions does."""
 
 
 def to_hugging_face(model: ModelSection, weights: Tensors, tokenizer: Tokenizer | None = None) -> PreTrainedModel:
@@ -75,42 +63,16 @@ def hugging_face_config(model: ModelSection, tokenizer: Tokenizer | None = None)
     Raises: ConfigError if transformers has no such model.
     """
     twin = twin_of(model)
-    shape: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_hidden_size,
-        "max_position_embeddings": model.seq_length,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "pad_token_id": tokenizer and tokenizer.pad_id,
-        "bos_token_id": tokenizer and tokenizer.bos_id,
-        "eos_token_id": tokenizer and tokenizer.eos_id,
-    }
+    settings: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in twin.settings.items()}
+    for role in ("pad", "bos", "eos"):
+        settings[f"{role}_token_id"] = tokenizer and getattr(tokenizer, f"{role}_id")
     if twin is LLAMA:
-        return LlamaConfig(
-            **shape,
-            hidden_act="silu",
-            attention_dropout=model.attention_dropout,
-            attention_bias=model.add_bias_linear,
-            mlp_bias=model.add_bias_linear,
-            rms_norm_eps=model.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
-        )
-    shape |= {
-        "hidden_dropout_prob": model.hidden_dropout,
-        "attention_probs_dropout_prob": model.attention_dropout,
-        "layer_norm_eps": model.norm_epsilon,
-    }
-    if twin is MEGATRON_BERT:
-        return MegatronBertConfig(**shape, hidden_act="gelu")  # the exact one, as ours
-    return EsmConfig(
-        **{**shape, "pad_token_id": tokenizer.pad_id if tokenizer else 0},
-        **_PLAIN_ESM,
-        mask_token_id=tokenizer and tokenizer.mask_id,
-        rope_theta=model.rotary_base,
-    )
+        rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+        settings |= {"mlp_bias": model.add_bias_linear, "rope_parameters": rope}
+    if twin is ESM:
+        settings["pad_token_id"] = tokenizer.pad_id if tokenizer else 0
+        settings["mask_token_id"] = tokenizer and tokenizer.mask_id
+    return twin.kind.config_class(**settings, **twin.fixed)  # type: ignore[misc]
 
 
 def from_hugging_face(theirs: PreTrainedModel) -> tuple[ModelSection, dict[str, torch.Tensor]]:
@@ -137,23 +99,25 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
             f"a {kind} cannot be imported: only {', '.join(twin.kind.__name__ for twin in TWINS)} compute what our "
             "models compute."
         )
-    extra, refused = _llama_settings(config) if twin is LLAMA else _bert_settings(config, twin)
-    for key, (value, wanted) in refused.items():
+    settings = {ours: getattr(config, theirs) for ours, theirs in twin.settings.items()}
+    checked = {key: (getattr(config, key) or False, wanted) for key, wanted in twin.fixed.items()}
+    if twin is LLAMA:
+        rope = config.rope_parameters
+        settings["rotary_base"] = rope["rope_theta"]
+        checked |= {
+            "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
+            "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+            "mlp_bias": (config.mlp_bias, config.attention_bias),
+            "rope_type": (rope["rope_type"], "default"),
+        }
+    for key, (value, wanted) in checked.items():
         if value != wanted:
             raise ConfigError(f"a {kind} with {key}={value} cannot be imported: {key} must be {wanted}.")
     if twin is ESM:
         _check_frequencies(theirs)
-    return ModelSection(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        seq_length=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        ffn_hidden_size=config.intermediate_size,
-        tie_word_embeddings=config.tie_word_embeddings,
-        init_method_std=config.initializer_range,
-        **extra,
-    )
+    settings["attention_dropout"] = settings["attention_dropout"] or 0.0  # Llama's may be None
+    settings["position_embedding"] = twin.requires["position_embedding"]
+    return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
 
 
 def _check_frequencies(esm: Any) -> None:
@@ -166,40 +130,6 @@ def _check_frequencies(esm: Any) -> None:
             f"those of rope_theta={esm.config.rope_theta}, but changed or rounded to 16 bits, cannot be "
             "imported: save it with its frequencies in fp32."
         )
-
-
-_Refused = Mapping[str, tuple[object, object]]  # by their key: what a model has and what it must have
-
-
-def _bert_settings(config: Any, twin: Twin) -> tuple[dict[str, Any], _Refused]:
-    extra: dict[str, Any] = {
-        "architecture": "bert",
-        "norm_epsilon": config.layer_norm_eps,
-        "hidden_dropout": float(config.hidden_dropout_prob),
-        "attention_dropout": float(config.attention_probs_dropout_prob),
-    }
-    if twin is MEGATRON_BERT:
-        return extra, {"hidden_act": (config.hidden_act, "gelu"), "is_decoder": (config.is_decoder, False)}
-    refused = {key: (getattr(config, key) or False, wanted) for key, wanted in _PLAIN_ESM.items()}
-    return {**extra, "position_embedding": "rotary", "rotary_base": config.rope_theta}, refused
-
-
-def _llama_settings(config: Any) -> tuple[dict[str, Any], _Refused]:
-    rope = config.rope_parameters
-    extra = {
-        "architecture": "ul2",
-        "norm_epsilon": config.rms_norm_eps,
-        "attention_dropout": float(config.attention_dropout or 0.0),
-        "rotary_base": float(rope["rope_theta"]),
-        "add_bias_linear": config.attention_bias,
-    }
-    return extra, {
-        "hidden_act": (config.hidden_act, "silu"),
-        "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
-        "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
-        "mlp_bias": (config.mlp_bias, config.attention_bias),
-        "rope_type": (rope["rope_type"], "default"),
-    }
 
 
 def hugging_face_inputs(model: ModelSection, batch: MicroBatch) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """The README.md of an exported model: what it is, how it was trained, what it reached, and how to load it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,25 +50,29 @@ the second ones, and the end of the text.
 """
 
 
-@dataclass(frozen=True)
-class RunNumbers:
-    """What a run's files have about a model. config: the run file, empty if it is not known. held_out: (step, loss).
+def model_card(
+    trained: TrainedModel,
+    settings: Mapping[str, Any],
+    held_out: tuple[int, float] | None,
+    kept: Kept | None,
+    theirs: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+) -> str:
+    """Return the card, in Markdown; what is not known is left out.
 
-    kept: the layers of the trained model that this one has; None for all.
+    settings: the `raptr_ds` block of the run file. held_out: step and loss of the trained model's last evaluation.
+    kept: the layers of it that this one has, None for all.
     """
-
-    config: Mapping[str, Any]
-    held_out: tuple[int, float] | None
-    kept: Kept | None = None
-
-
-def model_card(trained: TrainedModel, run: RunNumbers, theirs: PreTrainedModel, tokenizer: Tokenizer | None) -> str:
-    """Return the card, in Markdown; what is not known is left out."""
     is_bert = trained.model.architecture == "bert"
     task = "fill-mask" if is_bert else "text-generation"
     loader = "AutoModelForMaskedLM" if is_bert else "AutoModelForCausalLM"
     example = _WEIGHTS.format(loader=loader) if tokenizer is None else _FILL_MASK if is_bert else _COMPLETE
-    rows = {**_network(trained, theirs), **_kept(run.kept), **_training(trained, run), **_tokenizer(tokenizer)}
+    rows = {
+        **_network(trained, theirs),
+        **_kept(kept),
+        **_training(trained, settings, held_out, kept is None),
+        **_tokenizer(tokenizer),
+    }
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- {trained.model.architecture}\n- raptr\n---",
         f"# {'BERT' if is_bert else 'UL2'}, {trained.model.num_layers} layers of {trained.model.hidden_size}",
@@ -110,10 +113,11 @@ def _kept(kept: Kept | None) -> dict[str, str]:
     return rows
 
 
-def _training(trained: TrainedModel, run: RunNumbers) -> dict[str, str]:
-    block, state = run.config.get("raptr_ds"), trained.run_state
-    block = block if isinstance(block, dict) else {}
-    train, path = (part if isinstance(part := block.get(name), dict) else {} for name in ("train", "path"))
+def _training(
+    trained: TrainedModel, settings: Mapping[str, Any], held_out: tuple[int, float] | None, is_whole: bool
+) -> dict[str, str]:
+    state = trained.run_state
+    train, path = (part if isinstance(part := settings.get(name), dict) else {} for name in ("train", "path"))
     of = f" of {train['steps']:,}" if isinstance(train.get("steps"), int) else ""
     rows = {"steps": f"{trained.step:,}{of}"}
     if state.get("tokens"):
@@ -121,19 +125,14 @@ def _training(trained: TrainedModel, run: RunNumbers) -> dict[str, str]:
     if state.get("full_flops"):
         saved = 1 - state["flops"] / state["full_flops"]
         rows["FLOPs"] = f"{state['flops']:.3g}, {saved:.1%} less than the full model on the same batches"
-    if run.held_out is not None:
-        name = "held-out loss" if run.kept is None else "held-out loss of all layers"
-        rows[name] = f"{run.held_out[1]:.4f} nats per predicted token, after step {run.held_out[0]:,}"
+    if held_out is not None:
+        name = "held-out loss" if is_whole else "held-out loss of all layers"
+        rows[name] = f"{held_out[1]:.4f} nats per predicted token, after step {held_out[0]:,}"
     if path:
-        rows["path method"] = "; ".join(_settings(path))
+        given = {key: value for key, value in path.items() if key != "method" and value not in (None, [], False)}
+        listed = [f"{key} {value}".replace("|", "/") for key, value in given.items()]
+        rows["path method"] = "; ".join([str(path.get("method", "full")), *listed])
     return rows
-
-
-def _settings(path: Mapping[str, Any]) -> Iterator[str]:
-    yield str(path.get("method", "full"))
-    for key, value in path.items():
-        if key != "method" and value not in (None, [], False):
-            yield f"{key} {value}".replace("|", "/")
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:

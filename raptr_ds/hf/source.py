@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_at
 from raptr_ds.checkpoint.manifest import DamagedCheckpointError
 from raptr_ds.checkpoint.weights import TrainedModel, load_trained_model
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.loader import folders_of
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import CheckpointError, ConfigError, DataError
-from raptr_ds.runtime.identity import tokenizer_digest_in
-from raptr_ds.user_paths import is_file
+from raptr_ds.runtime.identity import IDENTITY, tokenizer_digest_in
+from raptr_ds.user_paths import is_file, is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,9 @@ def load_model(source: Path) -> TrainedModel:
 
 
 def exported_kind(where: Path) -> str | None:
-    """Return the class that an exported folder names, None for a folder that is none."""
+    """Return the class that an exported folder names, None for another folder. Raises: ConfigError if there is none."""
+    if not is_folder(where):
+        raise ConfigError(f"{where}: there is no such folder. Name an exported model, a run or a checkpoint.")
     config = where / "config.json"
     if not is_file(config):
         return None
@@ -103,23 +106,45 @@ def read_run_data(checkpoint: Path, needed: bool) -> RunData | None:
         ) from error
 
 
-def load_tokenizer(
-    named: str | None, data: RunData | None, trained: TrainedModel, is_needed: bool = False
-) -> Tokenizer | None:
-    """Return the tokenizer that the user or the run names, None if neither does.
+def settings_of(trained: TrainedModel, data: RunData | None) -> dict[str, Any]:
+    """Return the `raptr_ds` block of the run file that a checkpoint or its run's folder has; empty without one."""
+    recorded = trained.run_state.get(IDENTITY) or {}
+    block = (recorded.get("config") or (data.config if data else {})).get("raptr_ds")
+    return block if isinstance(block, dict) else {}
 
-    is_needed: that errors do not propose to do without it.
+
+def needed_tokenizer(trained: TrainedModel, named: str | None) -> Tokenizer:
+    """Return the tokenizer of a model. named: its file, where it is not to be found in the run's folder.
+
+    Raises: ConfigError if it is not to be found; DataError as `load_tokenizer` does.
+    """
+    data = read_run_data(trained.folder, needed=named is None)
+    found = load_tokenizer(named, data, trained, instead="")
+    if found is None:
+        raise ConfigError(
+            f"{trained.folder} has no tokenizer: it lies outside of its run's folder. Name it with --tokenizer FILE."
+        )
+    return found
+
+
+def load_tokenizer(
+    named: str | None,
+    data: RunData | None,
+    trained: TrainedModel,
+    instead: str = f", or export the weights without it by --tokenizer {WITHOUT}",
+) -> Tokenizer | None:
+    """Return the tokenizer that the user or the run names, None if neither does. instead: what errors propose, too.
+
     Raises: DataError if it cannot be read, or is not the one that the model was trained with; of a checkpoint that
     does not record its tokenizer, the size alone is known.
     """
     path = Path(named) if named else data and data.tokenizer
     if named == WITHOUT or path is None:
         return None
-    without = "" if is_needed else f", or export the weights without it by --tokenizer {WITHOUT}"
     if not named and not os.access(path, os.R_OK):
         raise DataError(
             f"the tokenizer {path}, which the run's config.json leads to, is not there or cannot be read. Name it with "
-            f"--tokenizer FILE{without}."
+            f"--tokenizer FILE{instead}."
         )
     tokenizer = Tokenizer.load(path)
     recorded = tokenizer_digest_in(trained.run_state)
@@ -131,14 +156,13 @@ def load_tokenizer(
         return tokenizer
     raise DataError(
         f"the tokenizer {path} is not the one that the model was trained with: {difference}. Name that one with "
-        f"--tokenizer FILE{without}."
+        f"--tokenizer FILE{instead}."
     )
 
 
-def tokenizer_beside(trained: TrainedModel, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def tokenizer_beside(model: ModelSection, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Return the tokenizer as transformers has it beside this model."""
     from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 
-    model = trained.model
     has_token_types = model.position_embedding == "learned"  # as MegatronBert, unlike ESM
     return tokenizer_to_hugging_face(tokenizer, model.architecture, model.seq_length, has_token_types)

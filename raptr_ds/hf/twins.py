@@ -4,8 +4,7 @@ The transformers model that computes the same as one of ours is called its twin:
 MegatronBertForMaskedLM, BERT with rotary positions EsmForMaskedLM, UL2 LlamaForCausalLM.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,6 @@ from raptr_ds.errors import ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
 
-_LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
 _QKV, _EXPAND = "attention.qkv", "mlp.expand"
 
 
@@ -24,6 +22,7 @@ _QKV, _EXPAND = "attention.qkv", "mlp.expand"
 class Twin:
     """How a Hugging Face class names our tensors, and the settings of our model that it has.
 
+    settings: ours by theirs, as far as they mean the same. fixed: what theirs must be for computing what ours does.
     layer: each module of a layer of ours and the one, two or three of theirs that it is cut into. outside: tensors
     outside the layers, by their names. again: second names of theirs, with the first. lacks: tensors of theirs that
     ours has none for, and that are zero.
@@ -31,6 +30,8 @@ class Twin:
 
     kind: type[PreTrainedModel]
     requires: Mapping[str, object]
+    settings: Mapping[str, str]
+    fixed: Mapping[str, object]
     layer_prefix: str
     layer: Mapping[str, tuple[str, ...]]
     outside: Mapping[str, str]
@@ -39,6 +40,22 @@ class Twin:
 
 
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "seq_length": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_BERT_SETTINGS = {
+    **_SETTINGS,
+    "norm_epsilon": "layer_norm_eps",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
 _BERT_LAYER = {
     _QKV: ("attention.self.query", "attention.self.key", "attention.self.value"),
     "attention.output": ("attention.output.dense",),
@@ -49,6 +66,8 @@ _BERT_ONLY = {"activation": "gelu", "normalization": "layernorm", "add_bias_line
 MEGATRON_BERT = Twin(
     kind=MegatronBertForMaskedLM,
     requires={**_BERT_ONLY, "position_embedding": "learned"},
+    settings=_BERT_SETTINGS,
+    fixed={"hidden_act": "gelu", "is_decoder": False},  # the exact gelu, as ours
     layer_prefix="bert.encoder.layer",
     layer={**_BERT_LAYER, "attention_norm": ("attention.ln",), "mlp_norm": ("ln",)},
     outside={
@@ -69,6 +88,15 @@ MEGATRON_BERT = Twin(
 ESM = Twin(
     kind=EsmForMaskedLM,
     requires={**_BERT_ONLY, "position_embedding": "rotary"},
+    settings={**_BERT_SETTINGS, "rotary_base": "rope_theta"},
+    fixed={
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": False,  # which would scale the embeddings by the number of masks
+        "is_decoder": False,
+        "is_folding_model": False,
+        "add_cross_attention": False,
+    },
     layer_prefix="esm.encoder.layer",
     layer={**_BERT_LAYER, "attention_norm": ("attention.LayerNorm",), "mlp_norm": ("LayerNorm",)},
     outside={
@@ -87,6 +115,13 @@ ESM = Twin(
 LLAMA = Twin(
     kind=LlamaForCausalLM,
     requires={"activation": "swiglu", "normalization": "rmsnorm", "position_embedding": "rotary"},
+    settings={
+        **_SETTINGS,
+        "norm_epsilon": "rms_norm_eps",
+        "attention_dropout": "attention_dropout",
+        "add_bias_linear": "attention_bias",
+    },
+    fixed={"hidden_act": "silu"},
     layer_prefix="model.layers",
     layer={
         "attention_norm": ("input_layernorm",),
@@ -130,11 +165,10 @@ def rename_to_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str, t
     Our fused matrices are split: `attention.qkv` has rows (head, query|key|value, head dim), `mlp.expand` of a gated
     model has rows (inner feature, gate|value).
     """
-    renamed = {}
+    renamed, names = {}, _names(model)
     for name, tensor in tensors.items():
-        names = _names_in_twin(twin_of(model), name)
-        for their_name, part in zip(names, _split(tensor, model, name, len(names)), strict=True):
-            renamed[their_name] = part
+        parts = _split(tensor, model, name, len(names[name]))
+        renamed.update(zip(names[name], parts, strict=True))
     return renamed
 
 
@@ -143,29 +177,23 @@ def rename_from_hugging_face(model: ModelSection, tensors: Tensors) -> dict[str,
 
     Tensors that ours lacks (token types, second names of tied tensors) are left out.
     """
-    renamed = {}
+    return {
+        name: _fuse([tensors[one] for one in theirs], model, name)
+        for name, theirs in _names(model).items()
+        if all(one in tensors for one in theirs)
+    }
+
+
+def _names(model: ModelSection) -> dict[str, list[str]]:
+    """Return every tensor that a model of ours can have, by canonical name: its names, one or several, in the twin."""
     twin = twin_of(model)
-    for name in _canonical_names(twin, model.num_layers):
-        names = _names_in_twin(twin, name)
-        if all(their_name in tensors for their_name in names):
-            renamed[name] = _fuse([tensors[their_name] for their_name in names], model, name)
-    return renamed
-
-
-def _canonical_names(twin: Twin, num_layers: int) -> Iterator[str]:
-    """Yield every tensor name that a model of ours can have."""
-    yield from twin.outside
-    for layer in range(num_layers):
-        for module in twin.layer:
-            yield from (f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias"))
-
-
-def _names_in_twin(twin: Twin, name: str) -> list[str]:
-    match = _LAYER.match(name)
-    if match is None:
-        return [twin.outside[name]]
-    layer, module, kind = match.groups()
-    return [f"{twin.layer_prefix}.{layer}.{theirs}.{kind}" for theirs in twin.layer[module]]
+    names = {ours: [theirs] for ours, theirs in twin.outside.items()}
+    for layer in range(model.num_layers):
+        for module, theirs in twin.layer.items():
+            for kind in ("weight", "bias"):
+                in_twin = [f"{twin.layer_prefix}.{layer}.{one}.{kind}" for one in theirs]
+                names[f"layers.{layer}.{module}.{kind}"] = in_twin
+    return names
 
 
 def _num_row_groups(model: ModelSection, name: str) -> int:

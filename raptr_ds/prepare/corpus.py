@@ -5,19 +5,17 @@ A source can be read again and again, and yields the same documents in the same 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from raptr_ds.errors import DataError
-from raptr_ds.prepare.readers import (
-    ReadingCounts,
-    ReadingOptions,
-    documents_of_file,
-    texts_of_rows,
-)
+from raptr_ds.prepare.readers import ReadingCounts, ReadingOptions, documents_of_file, texts_of_rows
 from raptr_ds.user_paths import path_error
+
+SHORTEST = 40  # characters of a paragraph that may not be repeated
 
 
 class Source(Protocol):
@@ -38,7 +36,7 @@ class Source(Protocol):
 
     def size_bytes(self) -> int | None:
         """Return roughly how much there is to read, for the progress bar; None if unknown."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class FileSource:
 
 
 @dataclass(frozen=True)
-class DatasetSource:
+class DatasetSource(Source):
     """A dataset of the Hugging Face hub (or a local folder that `datasets` understands), streamed."""
 
     dataset: str
@@ -99,10 +97,6 @@ class DatasetSource:
         """Digest of name, configuration, split and options; changes on the hub are not noticed."""
         return digest_of(self.dataset, self.config or "", self.split, repr(self.options))
 
-    def size_bytes(self) -> None:
-        """Unknown before it is read."""
-        return
-
     def _rows(self) -> Iterator[Any]:
         try:
             import datasets
@@ -123,12 +117,11 @@ class DistinctParagraphs:
     """Several sources as one, without the paragraphs that came before.
 
     Paragraphs are separated by blank lines and compared without regard to spaces and case. Those shorter than
-    `shortest` characters (headings, signatures) always stay, but a document of which nothing else is left is dropped. A
+    SHORTEST characters (headings, signatures) always stay, but a document of which nothing else is left is dropped. A
     paragraph held out for validation therefore never also appears in the training text.
     """
 
     sources: tuple[Source, ...]
-    shortest: int = 40
 
     @property
     def name(self) -> str:
@@ -142,7 +135,9 @@ class DistinctParagraphs:
             for document in source.documents(counts):
                 kept, num_repeated, is_new = [], 0, False
                 for paragraph in document.split("\n\n"):
-                    key = self._key(paragraph)
+                    words = " ".join(paragraph.split()).lower()
+                    is_short = len(words) < SHORTEST  # and may be repeated
+                    key = None if is_short else hashlib.blake2b(words.encode(), digest_size=16).digest()
                     if key in seen:
                         num_repeated += 1
                         continue
@@ -159,22 +154,31 @@ class DistinctParagraphs:
 
     def fingerprint(self) -> str:
         """Digest of the sources' fingerprints."""
-        return digest_of("distinct paragraphs", self.shortest, [source.fingerprint() for source in self.sources])
+        return digest_of("distinct paragraphs", SHORTEST, [source.fingerprint() for source in self.sources])
 
     def size_bytes(self) -> int | None:
         """Size of all sources; None if one is unknown."""
         return total_size_bytes(self.sources)
-
-    def _key(self, paragraph: str) -> bytes | None:
-        """Return what equal paragraphs have in common; None for a short one, which may be repeated."""
-        words = " ".join(paragraph.split()).lower()
-        return hashlib.blake2b(words.encode(), digest_size=16).digest() if len(words) >= self.shortest else None
 
 
 def total_size_bytes(sources: Sequence[Source]) -> int | None:
     """Return roughly how much there is to read in all sources; None if one is unknown."""
     sizes = [source.size_bytes() for source in sources]
     return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+
+def grouped(texts: Iterable[str], characters: int, most: int = sys.maxsize) -> Iterator[list[str]]:
+    """Yield lists of consecutive texts of at least so many characters, or of `most` texts; the last may be shorter."""
+    held: list[str] = []
+    size = 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size >= characters or len(held) >= most:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def digest_of(*parts: object) -> str:

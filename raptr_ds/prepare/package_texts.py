@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from raptr_ds.prepare.corpus import grouped
 from raptr_ds.prepare.markup import html_to_text, man_to_text, tidy
 
 GROUP_CHARACTERS = 8_000
@@ -55,10 +56,15 @@ def summaries(name: str, content: bytes) -> Iterator[str]:
             yield f"{article.get('title') or title}\n\n{extract}"
 
 
-def reviews(name: str, content: bytes) -> Iterator[str]:
-    """Yield the column `text` of a CSV file, its HTML line breaks as line ends."""
+def labelled_reviews(content: bytes) -> Iterator[tuple[str, int]]:
+    """Yield the columns `text`, its HTML line breaks as line ends, and `label` of a CSV file."""
     for row in csv.DictReader(io.StringIO(decode(content), newline="")):
-        yield tidy(re.sub(r"\s*(<br\s*/?>\s*)+", "\n\n", row["text"] or ""))
+        yield tidy(re.sub(r"\s*(<br\s*/?>\s*)+", "\n\n", row["text"] or "")), int(row["label"])
+
+
+def reviews(name: str, content: bytes) -> Iterator[str]:
+    """Yield the texts of a CSV file of film reviews."""
+    yield from (text for text, _ in labelled_reviews(content))
 
 
 def sword_chapters(name: str, content: bytes) -> Iterator[str]:
@@ -118,7 +124,7 @@ def dictionary_entries(name: str, content: bytes) -> Iterator[str]:
     text = re.sub(r"(?m)^\s*\[[^\]\n]{1,40}\]\s*$", "", decode(unpacked(name, content)))
     entries = re.split(r"\n\s*\n(?=\S)", text)
     texts = (tidy("\n".join(line.strip() for line in entry.splitlines())) for entry in entries)
-    yield from grouped(entry for entry in texts if not entry.startswith("00-database"))
+    yield from _joined(entry for entry in texts if not entry.startswith("00-database"))
 
 
 def wordnet_glosses(name: str, content: bytes) -> Iterator[str]:
@@ -132,20 +138,9 @@ def wordnet_glosses(name: str, content: bytes) -> Iterator[str]:
                 words = parts[4 : 4 + 2 * int(parts[3], 16) : 2]
                 yield f"{', '.join(word.replace('_', ' ') for word in words)}: {gloss.strip()}"
 
-    yield from grouped(sets())
+    yield from _joined(sets())
 
 
-def grouped(texts: Iterable[str], characters: int = GROUP_CHARACTERS) -> Iterator[str]:
-    """Join short texts, in order, into documents of at least this many characters; the last may be shorter."""
-    held: list[str] = []
-    size = 0
-    for text in texts:
-        if not text:
-            continue
-        held.append(text)
-        size += len(text)
-        if size >= characters:
-            yield "\n\n".join(held)
-            held, size = [], 0
-    if held:
-        yield "\n\n".join(held)
+def _joined(texts: Iterable[str]) -> Iterator[str]:
+    """Join short texts, in order, into documents of some thousand characters."""
+    return map("\n\n".join, grouped(filter(None, texts), GROUP_CHARACTERS))

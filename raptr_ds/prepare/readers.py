@@ -135,40 +135,35 @@ def _rows(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterato
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            yield where, parse_row(line)
-        except RowError as error:
-            counts.bad_text(options, where, str(error), error)
+        row = parse_row(line)
+        if isinstance(row, str):
+            counts.bad_text(options, where, row)
+        else:
+            yield where, row
 
 
-class RowError(ValueError):
-    """A line that is not one JSON object; the message says why, details in brackets."""
+def parse_row(line: bytes) -> dict[str, Any] | str:
+    """Return the JSON object on a line, or why it is none, details in brackets.
 
-
-def parse_row(line: bytes) -> dict[str, Any]:
-    """Return the JSON object on a line; values that JSON lacks but Python writes, such as NaN, are read.
-
-    Raises: RowError if it is not UTF-8 text, not JSON, not an object, or has a key twice.
+    Values that JSON lacks but Python writes, such as NaN, are read; a key that stands twice is not.
     """
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=JsonObject)
     except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start})") from error
+        return f"not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start})"
     except json.JSONDecodeError as error:
-        raise RowError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise RowError("JSON that is nested too deeply to be read") from error
-    except ValueError as error:  # Python's limit on the digits of an integer
-        raise RowError(
-            f"JSON with a number that is too long ({sys.get_int_max_str_digits()} digits at most)"
-        ) from error
+        return f"not JSON ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return "JSON that is nested too deeply to be read"
+    except ValueError:  # Python's limit on the digits of an integer
+        return f"JSON with a number that is too long ({sys.get_int_max_str_digits()} digits at most)"
     if not isinstance(row, JsonObject):
-        raise RowError("not a JSON object (every line must be one)")
+        return "not a JSON object (every line must be one)"
     found = dict(row)
-    if len(found) < len(row):
-        twice = [key for key, count in Counter(key for key, _ in row).items() if count > 1]
-        raise RowError(f"JSON with a key that stands twice ({', '.join(map(repr, twice))}: which value counts?)")
-    return found
+    if len(found) == len(row):
+        return found
+    twice = [key for key, count in Counter(key for key, _ in row).items() if count > 1]
+    return f"JSON with a key that stands twice ({', '.join(map(repr, twice))}: which value counts?)"
 
 
 class JsonObject(list[tuple[str, Any]]):

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import sentencepiece
@@ -76,7 +77,9 @@ def sample_documents(
     Each source may fill an equal share, and what small ones leave is shared by the larger ones: no large file decides
     alone on the tokenizer, and none has to be read to its end.
     """
-    sources = [part for source in sources for part in _parts(source)]
+    # Each part of a corpus by name has its share; repeated paragraphs do no harm here.
+    whole = [source.sources if isinstance(source, DistinctParagraphs) else (source,) for source in sources]
+    sources = list(chain.from_iterable(whole))
     sizes = [source.size_bytes() for source in sources]
     order = sorted(range(len(sources)), key=lambda i: (sizes[i] is None, sizes[i] or 0))
     left = sample_bytes
@@ -94,11 +97,6 @@ def sample_documents(
             return
 
 
-def _parts(source: Source) -> Sequence[Source]:
-    """Return what a source is made of, so that each part has its share; repeated paragraphs do no harm here."""
-    return source.sources if isinstance(source, DistinctParagraphs) else (source,)
-
-
 def train_tokenizer(sources: Sequence[Source], settings: TokenizerSettings) -> Tokenizer:
     """Train on a sample of the documents of `sources`.
 
@@ -113,21 +111,20 @@ def train_tokenizer(sources: Sequence[Source], settings: TokenizerSettings) -> T
     try:
         return Tokenizer(_train(lines, size, settings), "the tokenizer just trained")
     except RuntimeError as error:
-        limits = _vocab_limits(str(error))
-        if limits is None:
-            raise DataError(f"sentencepiece could not train a tokenizer: {error}") from error
-        largest, smallest = limits
-        if settings.vocab_size is None and largest is not None:
-            return Tokenizer(_train(lines, largest, settings), "the tokenizer just trained")
-        if largest is not None:
+        message = str(error)  # of sentencepiece 0.2
+        if match := re.search(r"set it to a value <= (\d+)", message):
+            if settings.vocab_size is None:
+                return Tokenizer(_train(lines, int(match[1]), settings), "the tokenizer just trained")
             raise ConfigError(
                 f"--vocab-size {size} is too large for this corpus of {sum(map(len, lines)):,} characters: the largest "
-                f"possible is {largest}. Lower it, leave it out, or add text."
+                f"possible is {match[1]}. Lower it, leave it out, or add text."
             ) from error
-        raise ConfigError(
-            f"--vocab-size {size} is too small: the special tokens and the characters of this corpus take {smallest}. "
-            f"Raise it to {smallest} or more, or lower --sentinels."
-        ) from error
+        if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+            raise ConfigError(
+                f"--vocab-size {size} is too small: the special tokens and the characters of this corpus take "
+                f"{match[1]}. Raise it to {match[1]} or more, or lower --sentinels."
+            ) from error
+        raise DataError(f"sentencepiece could not train a tokenizer: {error}") from error
 
 
 def _train(lines: list[str], vocab_size: int, settings: TokenizerSettings) -> bytes:
@@ -167,12 +164,3 @@ def _training_lines(documents: Iterable[str]) -> Iterator[str]:
                 continue
             for start in range(0, len(line), LONGEST_LINE):
                 yield line[start : start + LONGEST_LINE]
-
-
-def _vocab_limits(message: str) -> tuple[int | None, int | None] | None:
-    """Return the (largest, smallest) vocabulary size that sentencepiece 0.2's error names; None for another error."""
-    if match := re.search(r"set it to a value <= (\d+)", message):
-        return int(match[1]), None
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return None, int(match[1])
-    return None

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ LOCK = ".lock"
 JOURNAL = "journal.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 LARGEST_VALIDATION_SHARE = 10
+_FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "lengths"))
 _LENGTH = np.dtype(np.int32)
 
 
@@ -94,21 +94,16 @@ def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
 
 def _continue_or_empty(work: WorkingFolder) -> None:
     """Take over what the journal records as done if it is from the same preparation; else empty the folder."""
-    journal = _read_journal(work.path)
-    if journal.get("fingerprint") == work.fingerprint:
-        work.done = Done(**journal["done"])
-        return
+    try:
+        journal = json.loads((work.path / JOURNAL).read_text())
+        if journal["fingerprint"] == work.fingerprint:
+            work.done = Done(**journal["done"])
+            return
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # a missing or damaged journal means to start again
     shutil.rmtree(work.path)
     work.path.mkdir()
     work.write_journal()
-
-
-def _read_journal(path: Path) -> dict[str, Any]:
-    try:
-        journal = json.loads((path / JOURNAL).read_text())
-    except (OSError, ValueError):
-        return {}  # a missing or damaged journal means to start again
-    return journal if isinstance(journal, dict) else {}
 
 
 def _remove(output: Path) -> None:
@@ -129,11 +124,10 @@ class SplitWriter:
 
     def restore(self, sizes: dict[str, int]) -> bool:
         """Cut the files to the sizes that `sync` returned; if they are shorter, empty them and return False."""
-        names = [f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "lengths")]
-        for name in names:
+        for name in _FILES:
             (self.folder / name).touch()
-        possible = bool(sizes) and all((self.folder / name).stat().st_size >= sizes[name] for name in names)
-        for name in names:
+        possible = bool(sizes) and all((self.folder / name).stat().st_size >= sizes[name] for name in _FILES)
+        for name in _FILES:
             os.truncate(self.folder / name, sizes[name] if possible else 0)
         return possible
 
@@ -146,11 +140,10 @@ class SplitWriter:
     def sync(self) -> dict[str, int]:
         """Wait until everything is on disk and return the size in bytes of each file."""
         sizes = {}
-        for split in SPLITS:
-            for suffix in ("bin", "lengths"):
-                with (self.folder / f"{split}.{suffix}").open("ab") as stream:
-                    os.fsync(stream.fileno())
-                    sizes[f"{split}.{suffix}"] = stream.tell()
+        for name in _FILES:
+            with (self.folder / name).open("ab") as stream:
+                os.fsync(stream.fileno())
+                sizes[name] = stream.tell()
         return sizes
 
     def finish(self, min_validation_tokens: int) -> dict[str, dict[str, int]]:

@@ -15,9 +15,9 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
     """Return the results, and how many sequences this rank computed."""
     from raptr_ds.evaluation.catalogue import Catalogue
     from raptr_ds.evaluation.language_model import PrefixLM
-    from raptr_ds.evaluation.ranks import join
+    from raptr_ds.evaluation.ranks import joined
     from raptr_ds.evaluation.report import as_json
-    from raptr_ds.evaluation.run import Options, run_tasks
+    from raptr_ds.evaluation.run import run_tasks
     from raptr_ds.evaluation.tasks import load_tasks
     from raptr_ds.hf.load import load_prefix_model
 
@@ -28,9 +28,10 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
         done += kind == "scoring" and part == total and total
 
     loaded = load_prefix_model(Path(run))
-    model = PrefixLM(loaded, batch_size=3, ranks=join(), on_progress=count)
     tasks = load_tasks(Catalogue(), ["boolq", "cb", "nq_open", "winogrande"], Path(task_files))
-    outcomes = run_tasks(tasks, {"prefix": model}, Options(shots=(0, 2)))
+    with joined() as ranks:
+        model = PrefixLM(loaded, batch_size=3, ranks=ranks, on_progress=count)
+        outcomes = run_tasks(tasks, {"prefix": model}, (0, 2))
     return as_json("", outcomes, {}), done
 
 

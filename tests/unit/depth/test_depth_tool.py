@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.depth.held_out import read_held_out
-from raptr_ds.depth.measure import depth_table
 from raptr_ds.depth.source import open_model
-from raptr_ds.depth.table import read_table
+from raptr_ds.depth.table import depth_table, read_table
 from raptr_ds.errors import DataError
 from tests.depth_runs import MakeRun
 from tests.exported_runs import Tool, is_refused

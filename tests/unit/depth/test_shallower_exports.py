@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from raptr_ds.depth.choice import LayerChoice, parse_layers
 from raptr_ds.depth.held_out import read_held_out
 from raptr_ds.depth.network import Network
+from raptr_ds.depth.removal import LayerChoice, parse_layers
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.model import hugging_face_inputs
 from raptr_ds.paths import LayerPath

@@ -10,7 +10,7 @@ from lm_eval.api.model import LM
 
 from raptr_ds.evaluation.catalogue import Catalogue
 from raptr_ds.evaluation.gold_bits import gold_answer
-from raptr_ds.evaluation.run import Options, Outcome, run_tasks
+from raptr_ds.evaluation.run import Outcome, run_tasks
 from raptr_ds.evaluation.tasks import load_tasks
 
 
@@ -38,7 +38,7 @@ class Known(LM):
 def outcome_of(task_files: Path, name: str, shots: int = 0) -> tuple[Outcome, Known, Any]:
     (task,) = load_tasks(Catalogue(), [name], task_files)
     model = Known()
-    (outcome,) = run_tasks([task], {"prefix": model}, Options((shots,)))
+    (outcome,) = run_tasks([task], {"prefix": model}, (shots,))
     return outcome, model, task
 
 

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.evaluation.catalogue import GROUPS, Catalogue
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
-from raptr_ds.evaluation.run import Options, run_tasks
+from raptr_ds.evaluation.run import run_tasks
 from raptr_ds.evaluation.tasks import fetch_tasks, load_tasks
 
 
@@ -64,7 +64,7 @@ def test_examples_are_never_the_document_that_is_asked(
     catalogue: Catalogue, task_files: Path, name: str, split: str
 ) -> None:
     (task,) = load_tasks(catalogue, [name], task_files)
-    (outcome,) = run_tasks([task], {"prefix": get_model("dummy")()}, Options((2,)))
+    (outcome,) = run_tasks([task], {"prefix": get_model("dummy")()}, (2,))
     assert outcome.examples_from == split
     for instance in task.instances:
         asked = task.doc_to_text(instance.doc)
@@ -75,7 +75,7 @@ def test_examples_are_never_the_document_that_is_asked(
 def test_too_few_documents_for_the_examples(catalogue: Catalogue, task_files: Path) -> None:
     tasks = load_tasks(catalogue, ["cb"], task_files)
     with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs more than 7"):
-        run_tasks(tasks, {"prefix": get_model("dummy")()}, Options((0, 5, 7)))
+        run_tasks(tasks, {"prefix": get_model("dummy")()}, (0, 5, 7))
 
 
 def test_missing_files_and_how_to_get_them(catalogue: Catalogue, task_files: Path) -> None:

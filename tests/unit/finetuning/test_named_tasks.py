@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.named_tasks import GROUPS, NAMED_TASKS, named_tasks
-from raptr_ds.finetuning.packaged_tasks import PACKAGED_TASKS, read_packaged
-from raptr_ds.finetuning.sources import load_named
+from raptr_ds.finetuning.sources import PACKAGED_TASKS, load_named, read_packaged
 from raptr_ds.finetuning.task import Example, Task
-from tests.unit.prepare.test_named_corpora import needs_pip
+from tests.unit.prepare.test_named_corpora import needs_pip, quiet, wheel
 
 SQUAD = {"question": "Where?", "context": "On a mat.", "answers": {"text": ["a mat"], "answer_start": [3]}}
 HUB_ROWS: dict[str, tuple[dict[str, Any], list[Example]]] = {
@@ -74,10 +72,6 @@ def saved(folder: Path, task: Task, rows: list[dict[str, Any]]) -> Path:
     splits = {split: datasets.Dataset.from_list(rows) for split in ("train", task.validation, *task.also)}
     datasets.DatasetDict(splits).save_to_disk(str(folder))
     return folder
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize("name", [name for name, task in NAMED_TASKS.items() if task.hub is not None])
@@ -158,16 +152,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return tmp_path / "cache"
-
-
-def wheel(folder: Path, name: str, version: str, content: dict[str, Any]) -> None:
-    base = f"{name.replace('-', '_')}-{version}"
-    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as archive:
-        for path, text in content.items():
-            archive.writestr(path, text)
-        archive.writestr(f"{base}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{base}.dist-info/RECORD", "")
 
 
 @needs_pip

@@ -13,9 +13,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from raptr_ds.finetuning.encoder import Encoder, load_for
 from raptr_ds.finetuning.examples import to_examples
-from raptr_ds.finetuning.features import encode
-from raptr_ds.finetuning.task import Columns, Recipe, Task
-from raptr_ds.finetuning.training import Settings, Split, make_trainer, training_arguments
+from raptr_ds.finetuning.features import Features, encode
+from raptr_ds.finetuning.task import Columns, Recipe, Task, TaskData
+from raptr_ds.finetuning.training import Settings, make_trainer, training_arguments
 from tests.unit.finetuning.conftest import sentences
 
 TASK = Task("toy", "classification", ("accuracy",), Columns(), Recipe())
@@ -23,13 +23,13 @@ RECIPE = Recipe(epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.1)
 LABELS = ("no", "yes")
 
 
-def split_of(task: Task, encoder: Encoder, labels: tuple[str, ...]) -> Split:
+def split_of(task: Task, encoder: Encoder, labels: tuple[str, ...]) -> TaskData[Features]:
     rows = sentences(40)
     if task.kind == "regression":
         rows = [{**row, "label": len(row["text"]) / 10} for row in rows]
     train, validation = (to_examples(task, part, labels, "rows") for part in (rows[:32], rows[32:]))
     parts = [encode(task, examples, encoder.tokenizer, 16) for examples in (train, validation)]
-    return Split(parts[0], parts[1], labels)
+    return TaskData(parts[0], parts[1], labels)
 
 
 def plain_loop(

@@ -10,9 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.generation import GREEDY, Prompt, Sampling, generate
-from raptr_ds.hf.infilling import filled, infilling_prompt
 from raptr_ds.hf.load import load_prefix_model
-from raptr_ds.hf.text import TextStream, mode_ids, prompt_tokens, sentinel_ids
+from raptr_ds.hf.text import TextStream, filled, infilling_prompt, mode_ids, prompt_tokens, sentinel_ids
 from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer

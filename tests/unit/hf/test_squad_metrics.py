@@ -2,7 +2,7 @@
 
 import pytest
 
-from raptr_ds.evaluation.squad_metrics import compute_exact, compute_f1, normalize_answer, stand_in
+from raptr_ds.hf.squad_metrics import compute_exact, compute_f1, normalize_answer, stand_in
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SQuAD's exact match and F1, for tasks of the harness that import them from a module that transformers had.
+"""SQuAD's exact match and F1, by the names of a module that transformers had.
 
 lm-eval 0.4.13 (coqa, record) imports transformers.data.metrics.squad_metrics, which transformers 5.24 no longer has.
 Source: Rajpurkar et al. 2016, section 6.1.
