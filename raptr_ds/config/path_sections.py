@@ -382,6 +382,11 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
         """Return the method."""
         return f"raptr_ds.path.method={self.method!r}"
 
+    @property
+    def phase_widths(self) -> tuple[int, ...]:
+        """Heads of each phase of a completed schedule; empty if it cannot be read."""
+        return self.phase_lengths
+
 
 AnyPathSection = (
     FullSection

@@ -3,8 +3,17 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from raptr_ds.config.path_sections import (
+    AnyPathSection,
+    ConstantSection,
+    FullSection,
+    RunSizes,
+    ScheduledSection,
+    WarmedUpSection,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,19 @@ class Phases:
         return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.first_step) - 1]
 
 
+def phases_of(section: AnyPathSection, sizes: RunSizes) -> Phases:
+    """Return the phases of a completed section's schedule, or a single one over all steps for methods without one."""
+    num_layers, num_steps = sizes.num_layers, sizes.num_steps
+    if isinstance(section, ScheduledSection):
+        warmup = section.full_warmup_steps if isinstance(section, WarmedUpSection) else 0
+        phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
+        if section.parts == "layers":
+            return phases
+        return Phases(tuple(replace(phase, path_length=num_layers) for phase in phases.phases))
+    length = section.constant_length if isinstance(section, ConstantSection) else None
+    return Phases((Phase(0, num_layers if isinstance(section, FullSection) else length, 0, num_steps),))
+
+
 def split_phases(
     lengths: Sequence[int],
     num_layers: int,
@@ -104,8 +126,3 @@ def _weights(lengths: Sequence[int], split: str | Sequence[float]) -> list[Fract
     if kind == "power":
         return [Fraction(number ** float(power)) for number in range(1, len(lengths) + 1)]
     return [Fraction(length if kind == "proportional" else 1) for length in lengths]
-
-
-def one_phase(path_length: int | None, num_steps: int) -> Phases:
-    """Return a single phase over all steps, for methods without a schedule."""
-    return Phases((Phase(0, path_length, 0, num_steps),))
