@@ -30,7 +30,3 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no conversions but whole floats to integers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    def has_set(self, key: str) -> bool:
-        """Return whether a key has another value than its default."""
-        return getattr(self, key) != type(self).model_fields[key].default
