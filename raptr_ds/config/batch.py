@@ -1,8 +1,9 @@
 """The batch triangle: global batch = micro batch x accumulation steps x data parallel size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raptr_ds.errors import ConfigError
 
@@ -60,6 +61,12 @@ def solve_batch(
             f"or set {GLOBAL} to {product}."
         )
     return BatchGeometry(global_batch, micro_batch, accumulation, data_parallel)
+
+
+def given_sizes(tree: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Return the global batch, micro batch and accumulation that a run file gives."""
+    total, micro, accumulation = (int(tree[key]) if key in tree else None for key in BATCH_KEYS)
+    return total, micro, accumulation
 
 
 def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:

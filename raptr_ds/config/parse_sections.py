@@ -8,10 +8,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
-from raptr_ds.config.deepspeed_part import BLOCK, auto_value, unknown_key
+from raptr_ds.config.deepspeed_part import auto_value, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
-from raptr_ds.config.sections import INNER, SECTIONS, UNION_TAGS, Section, keys_of
+from raptr_ds.config.sections import BLOCK, INNER, SECTIONS, UNION_TAGS, Section, keys_of
 from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
@@ -32,7 +32,7 @@ _TYPES = {
 """What pydantic's types of error ask for, in the words of a run file."""
 
 
-def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Section], list[str]]:
+def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], list[str]]:
     """Return the sections by name and one message for each key that is unknown, missing or not what it must be.
 
     Sections that are wrong are left out of the result; it is complete where there are no messages.
@@ -49,7 +49,7 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Sectio
         ]
     misplaced = _misplaced([*outside, *(name for name in block if name not in SECTIONS)])
     errors = [unknown_key(f"{BLOCK}.", name, list(SECTIONS), place) for name in block if name not in SECTIONS]
-    sections: dict[str, Section] = {}
+    sections: dict[str, Any] = {}
     for name in SECTIONS:
         content = block.get(name, {})
         if not isinstance(content, dict):

@@ -19,6 +19,9 @@ from raptr_ds.config.section_types import (
     Text,
 )
 
+BLOCK = "raptr_ds"
+"""The key of a run file that holds our sections, beside DeepSpeed's keys."""
+
 _FFN_MULTIPLE = 64
 BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "bert": {
@@ -44,10 +47,6 @@ BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
 def _derived() -> Any:
     """Return the default of a key that is derived: None, which no complete section holds."""
     return Field(default=None)
-
-
-def _due(interval: int, step: int) -> bool:
-    return interval > 0 and step > 0 and step % interval == 0
 
 
 def passes_multiple(interval: int, since: int, step: int) -> bool:
@@ -272,7 +271,7 @@ class EvalSection(Section):
 
     def due(self, step: int) -> bool:
         """Return whether to evaluate after `step` steps; the end of the run is not counted."""
-        return self.batches > 0 and _due(self.interval, step)
+        return self.batches > 0 and passes_multiple(self.interval, max(0, step - 1), step)
 
 
 class CheckpointSection(Section):
@@ -363,3 +362,10 @@ SECTIONS: dict[str, tuple[type[Section], ...]] = {
 def keys_of(section: str) -> dict[str, FieldInfo]:
     """Return all keys that an object of the block may have, by name; of the first class that has it."""
     return {key: field for kind in reversed(SECTIONS[section]) for key, field in kind.model_fields.items()}
+
+
+def field_of(dotted: str) -> FieldInfo | None:
+    """Return the field of a dotted key of the run file; None for what is no key of a section."""
+    block, _, rest = dotted.partition(".")
+    section, _, key = rest.partition(".")
+    return keys_of(section).get(key) if block == BLOCK and section in SECTIONS else None
