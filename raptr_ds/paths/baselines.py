@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raptr_ds.config.path_sections import FullSection, LayerDropoutSection, LayerDropSection, PldSection, WidthSection
+from raptr_ds.config.path_sections import LayerDropoutSection, LayerDropSection, PldSection
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import DrawnPaths
@@ -14,17 +14,15 @@ from raptr_ds.paths.raptr import DrawnPaths
 
 @dataclass(frozen=True)
 class FullPaths(PathMethod):
-    """Standard training: every layer at each step."""
-
-    section: FullSection | WidthSection
-
-    def marginals_at(self, step: int) -> np.ndarray:
-        """Return one for every layer, (num_layers,) float64."""
-        return np.ones(self.num_layers)
+    """Standard training: every layer that the model has, at each step."""
 
     def path_at(self, step: int) -> LayerPath:
-        """Return the full path."""
+        """Return the path through all layers that the model has at a step."""
         return self.model_at(step)
+
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return one for each layer that the model has at a step, zero for the others, (num_layers,) float64."""
+        return np.isin(np.arange(self.num_layers), self.model_at(step).layers).astype(np.float64)
 
 
 @dataclass(frozen=True)

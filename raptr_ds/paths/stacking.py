@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from raptr_ds.config.path_sections import StackingSection
+from raptr_ds.paths.baselines import FullPaths
 from raptr_ds.paths.growth import Growth, layers_of_phases
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.protocol import PathMethod
 
 
 @dataclass(frozen=True)
-class Stacking(PathMethod):
+class Stacking(FullPaths):
     """Growing models: gradual stacking (6-9-12), progressive stacking, which doubles (3-6-12), MIDAS, one expansion.
 
     Each phase trains the layers that the model has by then and no others. After a growth the learning rate rises again
@@ -27,18 +25,10 @@ class Stacking(PathMethod):
         """The layers of each phase, by their places in the full model."""
         return layers_of_phases([phase.fixed_length for phase in self.phases.phases], self.section.growth_position)
 
-    def path_at(self, step: int) -> LayerPath:
-        """Return the path of a step: all layers that the model has by then."""
-        return self.model_at(step)
-
     def model_at(self, step: int) -> LayerPath:
         """Return the path through the layers that the model has at a step."""
         phase = self.phase_at(step)
         return LayerPath(self.layers[phase.index], self.num_layers, phase.index)
-
-    def marginals_at(self, step: int) -> np.ndarray:
-        """Return one for each layer that the model has at a step, zero for the others, (num_layers,) float64."""
-        return np.isin(np.arange(self.num_layers), self.model_at(step).layers).astype(np.float64)
 
     def growth_at(self, step: int) -> Growth | None:
         """Return how the model grows before a step, None where it does not.
