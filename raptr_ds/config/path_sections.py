@@ -38,11 +38,6 @@ class RunSizes:
 class PathSection(Section):
     """What the methods' sections have in common."""
 
-    @property
-    def narrowed_by(self) -> str | None:
-        """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""
-        return None
-
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """Return the values of keys that follow from others."""
         return {}
@@ -184,9 +179,8 @@ class ScheduledSection(PathSection):
         yield from super().broken_rules(sizes)
         lengths = self.phase_lengths
         yield from broken_schedule("schedule", self.schedule, lengths, self._num_parts(sizes), self.parts)
-        if not lengths:
-            return
-        yield from broken_split(self.split, self.schedule, len(lengths))
+        if lengths:
+            yield from broken_split(self.split, self.schedule, len(lengths))
 
     def _num_parts(self, sizes: RunSizes) -> int:
         return sizes.num_layers if self.parts == "layers" else sizes.num_heads
@@ -204,10 +198,8 @@ class WarmedUpSection(ScheduledSection):
         """A ratio becomes steps."""
         update = super().derived(sizes)
         if self.full_warmup_ratio is not None and not self.full_warmup_steps:
-            update |= {
-                "full_warmup_steps": round(self.full_warmup_ratio * sizes.num_steps),
-                "full_warmup_ratio": None,
-            }
+            num_steps = round(self.full_warmup_ratio * sizes.num_steps)
+            update |= {"full_warmup_steps": num_steps, "full_warmup_ratio": None}
         return update
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
@@ -236,11 +228,6 @@ class RaptrSection(WarmedUpSection, RandomSection):
     width_schedule: Schedule | None = None
     """Heads that run of each layer of a path in each phase of the schedule, of num_attention_heads, and as many blocks
     of its MLP; by numbers or by name, as a schedule. Left out: all."""
-
-    @property
-    def narrowed_by(self) -> str | None:
-        """Return the key of the widths."""
-        return self.width_schedule and f"raptr_ds.path.width_schedule={self.width_schedule!r}"
 
     @property
     def phase_widths(self) -> tuple[int, ...]:
@@ -310,7 +297,7 @@ class LayerDropSection(DrawingSection):
     """layerdrop: each layer is dropped with one probability, independently of the others."""
 
     method: Literal["layerdrop"] = "layerdrop"
-    layerdrop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layerdrop: OpenFraction | None = None
     """Probability of dropping a layer. Derived: paths have the derived constant_length on average."""
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
@@ -376,16 +363,6 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
     parts: ClassVar[str] = "heads"
 
     method: Literal["width"] = "width"
-
-    @property
-    def narrowed_by(self) -> str | None:
-        """Return the method."""
-        return f"raptr_ds.path.method={self.method!r}"
-
-    @property
-    def phase_widths(self) -> tuple[int, ...]:
-        """Heads of each phase of a completed schedule; empty if it cannot be read."""
-        return self.phase_lengths
 
 
 AnyPathSection = (

@@ -29,8 +29,9 @@ class RandomParts(PathMethod):
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Active heads of each layer in each phase, all of them in a warm-up."""
-        widths, num_phases = self.section.phase_widths, len(self.phases.phases)
-        return (self.sizes.num_heads,) * (num_phases - len(widths)) + widths
+        section = self.section
+        widths = section.phase_widths if isinstance(section, RaptrSection) else section.phase_lengths
+        return (self.sizes.num_heads,) * (len(self.phases.phases) - len(widths)) + widths
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a step, a pure function of (seed, step)."""
