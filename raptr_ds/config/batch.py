@@ -42,10 +42,9 @@ def solve_batch(
     Raises: ConfigError, with the values and numbers that would fit, if nothing whole solves it.
     Source: DeepSpeed 0.19.8, runtime/config.py, _set_batch_related_parameters, without its silent rounding.
     """
-    if global_batch is None and micro_batch is None:
-        raise ConfigError(f"{GLOBAL} is missing: set {GLOBAL}, or {MICRO}, to a number of sequences.")
     if global_batch is None:
-        assert micro_batch is not None
+        if micro_batch is None:
+            raise ConfigError(f"{GLOBAL} is missing: set {GLOBAL}, or {MICRO}, to a number of sequences.")
         accumulation = accumulation or 1
         return BatchGeometry(micro_batch * accumulation * data_parallel, micro_batch, accumulation, data_parallel)
     if micro_batch is None:

@@ -1,8 +1,9 @@
 """From the `raptr_ds` object to sections, with one message for everything that is wrong with a single key."""
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, get_args
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -83,9 +84,9 @@ def _parse_section(name: str, content: dict[str, Any]) -> Section:
 def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     section, model = f"{BLOCK}.{name}", SECTIONS[name][0]
     kind, value, location = detail["type"], detail["input"], [str(part) for part in detail["loc"]]
-    if kind == "union_tag_invalid" and name == "path":
-        return _wrong_choice(f"{section}.method", value["method"], METHODS, place(f"{section}.method"))
-    if name == "path":  # pydantic puts the method before the key
+    if kind == "union_tag_invalid":  # of the methods: other unions go by what kind of value it is
+        location, value = ["method"], value["method"]
+    elif name == "path":  # pydantic puts the method before the key
         method, *location = location
         model = PATH_SECTIONS[method]
     parts = [part for part in location if part not in UNION_TAGS]
@@ -101,8 +102,11 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         about = (key and key.description) or ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
     where = place(dotted) or place(f"{section}.{field}")
-    if kind == "literal_error":
-        return _wrong_choice(dotted, value, _choices(model, parts[-1]), where)
+    if kind in {"literal_error", "union_tag_invalid"}:
+        context = detail.get("ctx", {})
+        choices = re.findall("'(.*?)'", context.get("expected") or context["expected_tags"])
+        guess = nearest(str(value), choices) or "."
+        return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
     must = _TYPES.get(kind)
     rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
     if value == "auto":
@@ -110,32 +114,12 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"
 
 
-def _wrong_choice(dotted: str, value: Any, choices: Sequence[str], where: str) -> str:
-    guess = nearest(str(value), choices) or "."
-    return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
-
-
 def _replaced_by_micro_batches(value: Any, place: Place) -> str:
-    line = (
-        ""
-        if value is False
-        else (", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints")
-    )
+    added = ", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints"
     return (
         f"{_GROW_MICRO_BATCH}={value!r}{place(_GROW_MICRO_BATCH)} is replaced by {BLOCK}.parallel.micro_batches, "
-        f"which has the size for each phase. Remove it{line}."
+        f"which has the size for each phase. Remove it{'' if value is False else added}."
     )
-
-
-def _choices(model: type[Section], field: str) -> list[str]:
-    """Return the strings that a field may be, found inside its unions and annotations."""
-
-    def strings(annotation: Any) -> list[str]:
-        if isinstance(annotation, str):
-            return [annotation]
-        return [name for part in get_args(annotation) for name in strings(part)]
-
-    return strings(model.model_fields[field].annotation)
 
 
 def _unquoted(value: Any) -> str:

@@ -35,13 +35,9 @@ def _schedule_text(value: Any) -> Any:
 Schedule = Annotated[str, BeforeValidator(_schedule_text)]
 
 
-def _split_form(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else "preset"
-
-
 Split = Annotated[
     Annotated[str, Tag("preset")] | Annotated[tuple[OpenFraction, ...], Field(strict=False), Tag("list")],
-    Discriminator(_split_form),
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "preset"),
 ]
 
 

@@ -102,20 +102,15 @@ class ModelSection(Section):
         values = {**BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
         hidden = values.get("hidden_size")
         if isinstance(hidden, int | float) and "ffn_hidden_size" not in values:
-            values["ffn_hidden_size"] = _ffn_hidden_size(int(hidden), values.get("activation"))
+            # swiglu's three matrices are as large as gelu's two at 8/3 of the width.
+            swiglu = -(-8 * int(hidden) // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+            values["ffn_hidden_size"] = swiglu if values.get("activation") == "swiglu" else 4 * int(hidden)
         return values
 
     @property
     def head_dim(self) -> int:
         """Channels of an attention head."""
         return self.hidden_size // self.num_attention_heads
-
-
-def _ffn_hidden_size(hidden_size: int, activation: Any) -> int:
-    """Return 8/3 x hidden_size, up to a multiple of 64, for swiglu's three matrices; else 4 x hidden_size."""
-    if activation != "swiglu":
-        return 4 * hidden_size
-    return -(-8 * hidden_size // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
 
 
 class ParallelSection(Section):
@@ -171,24 +166,16 @@ class Denoiser(Section):
         return None
 
 
-def _denoisers_form(value: Any) -> str:
-    return "preset" if isinstance(value, str) else "list"
-
-
-def _corpus_form(value: Any) -> str:
-    return "folder" if isinstance(value, str) else "blend"
-
-
 UNION_TAGS = frozenset({"preset", "list", "folder", "blend"})
 
 Denoisers = Annotated[
     Annotated[Literal["ul2", "causal_prefix_span"], Tag("preset")]
     | Annotated[tuple[Denoiser, ...], Field(strict=False, min_length=1), Tag("list")],
-    Discriminator(_denoisers_form),
+    Discriminator(lambda value: "preset" if isinstance(value, str) else "list"),
 ]
 Corpus = Annotated[
     Annotated[Text, Tag("folder")] | Annotated[dict[Text, Positive], Field(min_length=1), Tag("blend")],
-    Discriminator(_corpus_form),
+    Discriminator(lambda value: "folder" if isinstance(value, str) else "blend"),
 ]
 
 
