@@ -31,11 +31,6 @@ class BalancedStages:
     num_layers: tuple[int, ...]
     costs: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        assert len(self.num_layers) == len(self.costs) >= 1
-        assert min(self.num_layers) >= 1, f"num_layers={self.num_layers}"
-        assert min(self.costs) >= 0.0, f"costs={self.costs}"
-
     @classmethod
     def of(cls, num_layers: Sequence[int], head_cost: float = 0.0) -> "BalancedStages":
         """Return the stages with the head's cost on the last."""

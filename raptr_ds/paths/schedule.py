@@ -50,13 +50,6 @@ class Phases:
 
     phases: tuple[Phase, ...]
 
-    def __post_init__(self) -> None:
-        assert self.phases
-        assert self.phases[0].first_step == 0
-        for before, after in zip(self.phases, self.phases[1:], strict=False):
-            assert before.end_step == after.first_step
-            assert after.index == before.index + 1
-
     @property
     def num_steps(self) -> int:
         """The number of steps that the phases cover."""
@@ -82,9 +75,12 @@ def phases_of(section: AnyPathSection, sizes: RunSizes) -> Phases:
         phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
         if section.parts == "layers":
             return phases
-        return Phases(tuple(replace(phase, path_length=num_layers) for phase in phases.phases))
-    length = section.constant_length if isinstance(section, ConstantSection) else None
-    return Phases((Phase(0, num_layers if isinstance(section, FullSection) else length, 0, num_steps),))
+        return Phases(tuple(replace(phase, path_length=num_layers) for phase in phases.phases))  # a schedule of heads
+    if isinstance(section, FullSection):
+        length = num_layers
+    else:
+        length = section.constant_length if isinstance(section, ConstantSection) else None
+    return Phases((Phase(0, length, 0, num_steps),))
 
 
 def split_phases(
@@ -102,9 +98,6 @@ def split_phases(
     w_s) / (w_0 + ... + w_last) steps after the warm-up, rounded to the nearest whole step, halves up; rounding the
     cumulative sums, not the parts, covers all steps exactly.
     """
-    assert lengths
-    assert num_steps >= 1, f"num_steps={num_steps}"
-    assert full_warmup_steps >= 0, f"full_warmup_steps={full_warmup_steps}"
     warmup_steps = min(full_warmup_steps, num_steps)
     phases = [Phase(0, num_layers, 0, warmup_steps)] if warmup_steps else []
     weights = _weights(lengths, split)
@@ -120,7 +113,6 @@ def split_phases(
 
 def _weights(lengths: Sequence[int], split: str | Sequence[float]) -> list[Fraction]:
     if not isinstance(split, str):
-        assert len(split) == len(lengths), (split, lengths)
         return [Fraction(str(share)) for share in split]  # as it is written: 0.8 is four fifths
     kind, _, power = split.partition(":")
     if kind == "power":
