@@ -70,28 +70,24 @@ def given_sizes(tree: Mapping[str, Any]) -> tuple[int | None, int | None, int | 
 
 def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
     """Raise ConfigError unless each of a step's paths gets the same number of micro batches."""
-    if batch.accumulation % paths_per_step == 0:
-        return
-    per_rank = batch.micro_batch * batch.accumulation
-    fits = per_rank % paths_per_step == 0
-    fix = f"Set {MICRO} to {per_rank // paths_per_step} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
-    raise ConfigError(
-        f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
-        f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
-    )
+    if batch.accumulation % paths_per_step:
+        micro_batch, rest = divmod(batch.micro_batch * batch.accumulation, paths_per_step)
+        fix = f"Enlarge {GLOBAL}" if rest else f"Set {MICRO} to {micro_batch} and remove {ACCUMULATION}"
+        raise ConfigError(
+            f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
+            f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
+        )
 
 
 def check_micro_batches(batch: BatchGeometry, sizes: Sequence[int]) -> None:
     """Raise ConfigError unless micro batches of each of these sizes make up what a rank trains on in a step."""
     per_rank = batch.micro_batch * batch.accumulation
-    wrong = next((size for size in sizes if per_rank % size), None)
-    if wrong is None:
-        return
-    fits = ", ".join(map(str, divisors(per_rank)))
-    raise ConfigError(
-        f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one "
-        f"data-parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
-    )
+    for wrong in (size for size in sizes if per_rank % size):
+        fits = ", ".join(map(str, divisors(per_rank)))
+        raise ConfigError(
+            f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one data-"
+            f"parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
+        )
 
 
 def divisors(number: int) -> list[int]:

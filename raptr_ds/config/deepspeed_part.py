@@ -54,10 +54,8 @@ def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what
     """
     section, dotted = prefix.rstrip("."), f"{prefix}{name}"
     if "." in name:
-        inner = "{...}"
-        for part in reversed(name.split(".")):
-            inner = f'"{part}": {inner}' if inner == "{...}" else f'"{part}": {{{inner}}}'
-        nested = inner.replace("{...}", "...")
+        *outer, last = name.split(".")
+        nested = "".join(f'"{part}": {{' for part in outer) + f'"{last}": ...' + "}" * len(outer)
         return (
             f"{name!r}{place(dotted)}{f' in {section}' if section else ''} is one key with dots in it: dotted keys are "
             f"for --set. In a file objects are nested: write {nested}."

@@ -17,7 +17,7 @@ from raptr_ds.config.batch import (
 )
 from raptr_ds.config.deepspeed_keys import KNOWN
 from raptr_ds.config.deepspeed_part import check_table
-from raptr_ds.config.derive import derive_parallel, derive_train
+from raptr_ds.config.derive import derive_pipeline_layers, derive_train
 from raptr_ds.config.differences import leaves
 from raptr_ds.config.elastic import keep_global_batch
 from raptr_ds.config.hjson_text import line_of, read_hjson
@@ -69,12 +69,13 @@ def load_run_config(
     sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
     notes = replaced + unused
-    parallel, train = sections["parallel"], derive_train(sections["train"], tree.get("fp16", {}), path.stem)
+    sections["train"] = derive_train(sections["train"], tree.get("fp16", {}), path.stem)
     if is_restart:
-        paths_per_step = sections["path"].paths_per_step
-        tree, parallel, fitted = keep_global_batch(tree, Path(str(train.save)), parallel, paths_per_step, world_size)
+        folder, paths_per_step = Path(str(sections["train"].save)), sections["path"].paths_per_step
+        tree, sections["parallel"], fitted = keep_global_batch(
+            tree, folder, sections["parallel"], paths_per_step, world_size
+        )
         notes += fitted
-    sections |= {"parallel": derive_parallel(parallel, sections["model"].num_layers), "train": train}
     config, batch_errors = _complete(tree, sections, world_size, notes)
     _raise_all(check_rules(config) + batch_errors, path)
     return config
@@ -96,11 +97,14 @@ def _complete(
 
     notes: lines to print before those of the derived values.
     """
-    num_steps, scheduler = sections["train"].steps, tree.get("scheduler")
+    parallel, num_steps, scheduler = sections["parallel"], sections["train"].steps, tree.get("scheduler")
+    if parallel.pipeline_layers is None:
+        layers = derive_pipeline_layers(sections["model"].num_layers, parallel.pipeline_model_parallel_size)
+        parallel = parallel.model_copy(update={"pipeline_layers": layers})
     optimizer = complete_optimizer(tree.get("optimizer"), scheduler)
     lr = optimizer["params"]["lr"]
     scheduler = complete_scheduler(scheduler, lr, num_steps)
-    batch, errors = _solve_batch(tree, sections["parallel"], sections["path"].paths_per_step, world_size)
+    batch, errors = _solve_batch(tree, parallel, sections["path"].paths_per_step, world_size)
     deepspeed = {key: value for key, value in tree.items() if key not in {BLOCK, "scheduler"}}
     deepspeed["optimizer"] = optimizer
     deepspeed.setdefault("gradient_clipping", DEFAULT_GRADIENT_CLIPPING)
@@ -109,7 +113,7 @@ def _complete(
         deepspeed.setdefault("zero_allow_untested_optimizer", True)
     deepspeed |= zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True)
     config = RunConfig(
-        **sections,
+        **{**sections, "parallel": parallel},
         batch=batch,
         optimizer=optimizer,
         scheduler=scheduler,

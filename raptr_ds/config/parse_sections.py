@@ -60,9 +60,10 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], 
             sections[name] = _parse_section(name, content)
         except ValidationError as error:
             details = error.errors()
-            meant = misplaced | _misplaced({str(d["loc"][-1]): None for d in details if d["type"] == "extra_forbidden"})
-            messages = [(d["type"] == "missing" and bool({name, str(d["loc"][-1])} & meant), d) for d in details]
-            errors += [_message(name, detail, place) for follows, detail in messages if not follows]
+            meant = misplaced | _misplaced(str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden")
+            for detail in details:
+                if detail["type"] != "missing" or not meant & {name, str(detail["loc"][-1])}:
+                    errors.append(_message(name, detail, place))
     return sections, errors
 
 

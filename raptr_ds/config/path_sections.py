@@ -16,7 +16,6 @@ from raptr_ds.config.schedules import (
     Split,
     broken_schedule,
     broken_split,
-    broken_widths,
     named_schedule,
     numbers_of,
     read_schedule,
@@ -246,9 +245,20 @@ class RaptrSection(WarmedUpSection, RandomSection):
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
         """Every phase has room for the fixed layers, and a width if there are any."""
         yield from super().broken_rules(sizes)
+        lengths, fixed, widths = self.phase_lengths, self.least_length(sizes), self.phase_widths
         if self.width_schedule is not None:
-            yield from broken_widths(self.width_schedule, self.schedule, sizes.num_heads, self.paths_per_step)
-        lengths, fixed = self.phase_lengths, self.least_length(sizes)
+            written = f"raptr_ds.path.width_schedule={self.width_schedule!r}"
+            yield from broken_schedule("width_schedule", self.width_schedule, widths, sizes.num_heads, "heads")
+            if widths and lengths and len(widths) != len(lengths):
+                yield (
+                    f"{written} has {len(widths)} phases and raptr_ds.path.schedule={self.schedule!r} has "
+                    f"{len(lengths)}: a phase has a length and a width. Write as many of both."
+                )
+            if self.paths_per_step > 1:
+                yield (
+                    f"{written} with raptr_ds.path.paths_per_step={self.paths_per_step}: heads and blocks are drawn "
+                    "for a whole step. Remove one."
+                )
         if lengths and min(lengths) < fixed:
             yield (
                 f"raptr_ds.path.schedule={self.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} "

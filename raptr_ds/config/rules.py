@@ -83,10 +83,8 @@ def _width_rules(config: RunConfig) -> Iterator[str]:
         cause = f"raptr_ds.path.width_schedule={path.width_schedule!r}"
     else:
         return
-    yield from _multiple(
-        "model.ffn_hidden_size", model.ffn_hidden_size, "model.num_attention_heads", model.num_attention_heads,
-        f": {cause} cuts the MLP into as many blocks as there are heads",
-    )  # fmt: skip
+    heads, why = model.num_attention_heads, f": {cause} cuts the MLP into as many blocks as there are heads"
+    yield from _multiple("model.ffn_hidden_size", model.ffn_hidden_size, "model.num_attention_heads", heads, why)
     # Parts of a tensor can be frozen where a process has all of its optimizer state.
     is_whole = config.zero_stage == 0 or (config.zero_stage < 3 and data == 1)
     if path.skipped_update == "freeze" and not is_whole:

@@ -61,8 +61,7 @@ class RunConfig:
     @property
     def precision(self) -> str:
         """bf16, fp16 or fp32."""
-        enabled = [name for name in ("bf16", "fp16") if self.deepspeed.get(name, {}).get("enabled", False)]
-        return enabled[0] if enabled else "fp32"
+        return next((name for name in ("bf16", "fp16") if self.deepspeed.get(name, {}).get("enabled")), "fp32")
 
     @property
     def gradient_clipping(self) -> float:

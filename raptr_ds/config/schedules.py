@@ -95,20 +95,3 @@ def broken_split(split: str | tuple[float, ...], schedule: str | None, num_phase
             f"of schedule={schedule!r}, which add up to 1; it has {len(split)}, which add up to {sum(split):.6g}. "
             "Correct it, or write uniform, proportional or power:1."
         )
-
-
-def broken_widths(widths: str, schedule: str | None, num_heads: int, paths_per_step: int) -> Iterator[str]:
-    """Yield a message for each rule that the widths of a schedule's phases break."""
-    num_widths, num_lengths = len(read_schedule(widths)), len(read_schedule(schedule))
-    written = f"raptr_ds.path.width_schedule={widths!r}"
-    yield from broken_schedule("width_schedule", widths, read_schedule(widths), num_heads, "heads")
-    if num_widths and num_lengths and num_widths != num_lengths:
-        yield (
-            f"{written} has {num_widths} phases and raptr_ds.path.schedule={schedule!r} has {num_lengths}: a phase has "
-            "a length and a width. Write as many of both."
-        )
-    if paths_per_step > 1:
-        yield (
-            f"{written} with raptr_ds.path.paths_per_step={paths_per_step}: heads and blocks are drawn for a whole "
-            "step. Remove one."
-        )
