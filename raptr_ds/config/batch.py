@@ -1,8 +1,9 @@
 """The batch triangle: global batch = micro batch x accumulation steps x data parallel size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raptr_ds.errors import ConfigError
 
@@ -41,10 +42,9 @@ def solve_batch(
     Raises: ConfigError, with the values and numbers that would fit, if nothing whole solves it.
     Source: DeepSpeed 0.19.8, runtime/config.py, _set_batch_related_parameters, without its silent rounding.
     """
-    if global_batch is None and micro_batch is None:
-        raise ConfigError(f"{GLOBAL} is missing: set {GLOBAL}, or {MICRO}, to a number of sequences.")
     if global_batch is None:
-        assert micro_batch is not None
+        if micro_batch is None:
+            raise ConfigError(f"{GLOBAL} is missing: set {GLOBAL}, or {MICRO}, to a number of sequences.")
         accumulation = accumulation or 1
         return BatchGeometry(micro_batch * accumulation * data_parallel, micro_batch, accumulation, data_parallel)
     if micro_batch is None:
@@ -62,30 +62,32 @@ def solve_batch(
     return BatchGeometry(global_batch, micro_batch, accumulation, data_parallel)
 
 
+def given_sizes(tree: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Return the global batch, micro batch and accumulation that a run file gives."""
+    total, micro, accumulation = (int(tree[key]) if key in tree else None for key in BATCH_KEYS)
+    return total, micro, accumulation
+
+
 def check_paths_per_step(batch: BatchGeometry, paths_per_step: int) -> None:
     """Raise ConfigError unless each of a step's paths gets the same number of micro batches."""
-    if batch.accumulation % paths_per_step == 0:
-        return
-    per_rank = batch.micro_batch * batch.accumulation
-    fits = per_rank % paths_per_step == 0
-    fix = f"Set {MICRO} to {per_rank // paths_per_step} and remove {ACCUMULATION}" if fits else f"Enlarge {GLOBAL}"
-    raise ConfigError(
-        f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
-        f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
-    )
+    if batch.accumulation % paths_per_step:
+        micro_batch, rest = divmod(batch.micro_batch * batch.accumulation, paths_per_step)
+        fix = f"Enlarge {GLOBAL}" if rest else f"Set {MICRO} to {micro_batch} and remove {ACCUMULATION}"
+        raise ConfigError(
+            f"raptr_ds.path.paths_per_step={paths_per_step} must divide the micro batches of a step, {ACCUMULATION}="
+            f"{batch.accumulation}: each path is taken by an equal share. {fix}, or change paths_per_step."
+        )
 
 
 def check_micro_batches(batch: BatchGeometry, sizes: Sequence[int]) -> None:
     """Raise ConfigError unless micro batches of each of these sizes make up what a rank trains on in a step."""
     per_rank = batch.micro_batch * batch.accumulation
-    wrong = next((size for size in sizes if per_rank % size), None)
-    if wrong is None:
-        return
-    fits = ", ".join(map(str, divisors(per_rank)))
-    raise ConfigError(
-        f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one "
-        f"data-parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
-    )
+    for wrong in (size for size in sizes if per_rank % size):
+        fits = ", ".join(map(str, divisors(per_rank)))
+        raise ConfigError(
+            f"raptr_ds.parallel.micro_batches={list(sizes)}: {wrong} must divide the sequences of a step on one data-"
+            f"parallel rank, {GLOBAL}={batch.global_batch} / {batch.data_parallel} = {per_rank}. Write one of {fits}."
+        )
 
 
 def divisors(number: int) -> list[int]:

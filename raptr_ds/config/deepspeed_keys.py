@@ -20,7 +20,8 @@ Check = Callable[[Any], str | None]
 """Returns what a value must be, or None if it is that."""
 
 
-def _must(be: str, fits: Callable[[Any], bool]) -> Check:
+def must(be: str, fits: Callable[[Any], bool]) -> Check:
+    """Make a check for what `fits`; be: what that is."""
     return lambda value: None if fits(value) else f"must be {be}"
 
 
@@ -28,20 +29,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-flag = _must("true or false", lambda value: isinstance(value, bool))
-text = _must("a string", lambda value: isinstance(value, str))
-texts = _must("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+flag = must("true or false", lambda value: isinstance(value, bool))
+text = must("a string", lambda value: isinstance(value, str))
+texts = must("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def choice(*values: str) -> Check:
     """Make a check for one of some strings."""
-    return _must(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
+    return must(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
 
 
 def whole(least: int, most: float = inf) -> Check:
     """Make a check for integers, which may be written as floats: 5e8."""
     be = f"a whole number, {least} " + ("or more" if most == inf else f"to {most}")
-    return _must(be, lambda value: _is_number(value) and value % 1 == 0 and least <= value <= most)
+    return must(be, lambda value: _is_number(value) and value % 1 == 0 and least <= value <= most)
 
 
 def number(least: float, most: float = inf, *, above: bool = False) -> Check:
@@ -51,7 +52,7 @@ def number(least: float, most: float = inf, *, above: bool = False) -> Check:
     def fits(value: Any) -> bool:
         return _is_number(value) and least <= value <= most and value != inf and not (above and value == least)
 
-    return _must(be if most == inf else f"{be} and at most {most:g}", fits)
+    return must(be if most == inf else f"{be} and at most {most:g}", fits)
 
 
 Table = dict[str, "Check | Table"]

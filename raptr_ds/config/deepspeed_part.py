@@ -6,23 +6,11 @@ from typing import Any
 from raptr_ds.config.batch import BATCH_KEYS
 from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, INSTEAD, KNOWN, Check, Table
 from raptr_ds.config.overrides import Place
-from raptr_ds.config.sections import SECTIONS, keys_of
+from raptr_ds.config.sections import BLOCK, SECTIONS, keys_of
 from raptr_ds.errors import nearest
 
-BLOCK = "raptr_ds"
 _FREE = {"optimizer.params", "scheduler.params"}
 _UNSUPPORTED = "is not supported by raptr_ds"
-
-"""Returns where a dotted key was written, in parentheses, for messages."""
-
-
-def check_deepspeed_part(tree: dict[str, Any], place: Place) -> list[str]:
-    """Return one message for each key that is not supported, and each value out of range.
-
-    Parameters of optimizers and schedulers depend on their types: optimization.py checks them.
-    """
-    part = {key: value for key, value in tree.items() if key != BLOCK}
-    return check_table(part, KNOWN, "", place)
 
 
 def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix: str, place: Place) -> list[str]:
@@ -66,10 +54,8 @@ def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what
     """
     section, dotted = prefix.rstrip("."), f"{prefix}{name}"
     if "." in name:
-        inner = "{...}"
-        for part in reversed(name.split(".")):
-            inner = f'"{part}": {inner}' if inner == "{...}" else f'"{part}": {{{inner}}}'
-        nested = inner.replace("{...}", "...")
+        *outer, last = name.split(".")
+        nested = "".join(f'"{part}": {{' for part in outer) + f'"{last}": ...' + "}" * len(outer)
         return (
             f"{name!r}{place(dotted)}{f' in {section}' if section else ''} is one key with dots in it: dotted keys are "
             f"for --set. In a file objects are nested: write {nested}."

@@ -19,14 +19,6 @@ def derive_pipeline_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(base + (stage in from_the_middle[:extra]) for stage in range(num_stages))
 
 
-def derive_parallel(parallel: ParallelSection, num_layers: int) -> ParallelSection:
-    """Return the layout with the layers of each pipeline stage."""
-    if parallel.pipeline_layers is not None:
-        return parallel
-    layers = derive_pipeline_layers(num_layers, parallel.pipeline_model_parallel_size)
-    return parallel.model_copy(update={"pipeline_layers": layers})
-
-
 def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: ParallelSection, paths_per_step: int) -> bool:
     """Return whether ZeRO reduces gradients during the backward pass on GPUs; overlap_comm of a run file decides.
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raptr_ds.config.deepspeed_part import BLOCK
-from raptr_ds.config.sections import SECTIONS, keys_of
+from raptr_ds.config.sections import field_of
 
 
 def differences(
@@ -16,7 +15,7 @@ def differences(
     there: as `RunConfig.resolved` gave it, of this version or of an earlier one that did not have all keys: it then ran
     with their defaults. here: as it gives it now.
     """
-    old, new = _leaves(dict(there)), _leaves(json.loads(json.dumps(here)))
+    old, new = leaves(there), leaves(json.loads(json.dumps(here)))
     old = {key: _default_of(key) for key in new} | old
     keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(tuple(ignored)))
     return {key: (old[key], new.get(key)) for key in keys if old[key] != new.get(key)}
@@ -24,14 +23,13 @@ def differences(
 
 def _default_of(key: str) -> Any:
     """Return the default of a dotted key of raptr_ds; None where it has none."""
-    block, _, rest = key.partition(".")
-    section, _, name = rest.partition(".")
-    field = keys_of(section).get(name) if block == BLOCK and section in SECTIONS else None
+    field = field_of(key)
     return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values in nested objects by their dotted keys."""
+    if not isinstance(tree, Mapping):
         return {prefix: tree}
-    inner = [_leaves(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
-    return {key: value for leaves in inner for key, value in leaves.items()}
+    inner = [leaves(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items()]
+    return {key: value for found in inner for key, value in found.items()}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.config.batch import ACCUMULATION, BATCH_KEYS, GLOBAL, MICRO, BatchGeometry, divisors, solve_batch
+from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, divisors, given_sizes, solve_batch
 from raptr_ds.config.sections import ParallelSection
 from raptr_ds.errors import ConfigError
 
@@ -56,9 +56,8 @@ def largest_fitting(size: int, per_rank: int, paths_per_step: int) -> int:
 
 def _batch_of(tree: dict[str, Any], ranks: int) -> BatchGeometry | None:
     """Return the batch that a run file gives on a number of ranks, None if it gives none that is whole."""
-    total, micro, accumulation = (int(tree[key]) if key in tree else None for key in BATCH_KEYS)
     try:
-        return solve_batch(total, micro, accumulation, ranks)
+        return solve_batch(*given_sizes(tree), ranks)
     except ConfigError:
         return None
 

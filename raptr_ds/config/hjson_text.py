@@ -37,18 +37,13 @@ def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"run file {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"run file {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-    return parse_hjson(text, str(file)), text
-
-
-def parse_hjson(text: str, source: str) -> dict[str, Any]:
-    """Return the object that `text` holds; `source` names it in errors. Raises: ConfigError."""
-    loaded = parse_value(text, source)
+    loaded = parse_hjson(text, str(file))
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{source} must hold one object {{...}}, as a DeepSpeed configuration does.")
-    return loaded
+        raise ConfigError(f"{file} must hold one object {{...}}, as a DeepSpeed configuration does.")
+    return loaded, text
 
 
-def parse_value(text: str, source: str, advice: str = _ADVICE) -> Any:
+def parse_hjson(text: str, source: str, advice: str = _ADVICE) -> Any:
     """Return the value that `text` writes, within the limits; `source` names it in errors. Raises: ConfigError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

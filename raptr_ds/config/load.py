@@ -1,9 +1,10 @@
 """From a run file, overrides and the number of processes to one checked, complete, frozen configuration."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from raptr_ds.config.batch import (
     BATCH_KEYS,
@@ -11,10 +12,13 @@ from raptr_ds.config.batch import (
     check_micro_batches,
     check_paths_per_step,
     data_parallel_size,
+    given_sizes,
     solve_batch,
 )
-from raptr_ds.config.deepspeed_part import BLOCK, check_deepspeed_part
-from raptr_ds.config.derive import derive_parallel, derive_train
+from raptr_ds.config.deepspeed_keys import KNOWN
+from raptr_ds.config.deepspeed_part import check_table
+from raptr_ds.config.derive import derive_pipeline_layers, derive_train
+from raptr_ds.config.differences import leaves
 from raptr_ds.config.elastic import keep_global_batch
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.optimization import (
@@ -27,8 +31,8 @@ from raptr_ds.config.optimization import (
 from raptr_ds.config.overrides import Place, apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
 from raptr_ds.config.rules import check_rules
-from raptr_ds.config.run import RunConfig, plain, run_sizes
-from raptr_ds.config.sections import ParallelSection, Section, keys_of
+from raptr_ds.config.run import RunConfig
+from raptr_ds.config.sections import BLOCK, ParallelSection, field_of
 from raptr_ds.config.usage import settle_overridden, settle_unused
 from raptr_ds.errors import ConfigError
 
@@ -65,20 +69,20 @@ def load_run_config(
     sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
     notes = replaced + unused
+    sections["train"] = derive_train(sections["train"], tree.get("fp16", {}), path.stem)
     if is_restart:
-        train, parallel, of_path = (cast(Any, sections[name]) for name in ("train", "parallel", "path"))
-        folder = Path(str(derive_train(train, {}, path.stem).save))
+        folder, paths_per_step = Path(str(sections["train"].save)), sections["path"].paths_per_step
         tree, sections["parallel"], fitted = keep_global_batch(
-            tree, folder, parallel, of_path.paths_per_step, world_size
+            tree, folder, sections["parallel"], paths_per_step, world_size
         )
         notes += fitted
-    config, batch_errors = _complete(tree, sections, world_size, path.stem, notes)
+    config, batch_errors = _complete(tree, sections, world_size, notes)
     _raise_all(check_rules(config) + batch_errors, path)
     return config
 
 
 def _check_deepspeed(tree: dict[str, Any], place: Place) -> list[str]:
-    errors = check_deepspeed_part(tree, place)
+    errors = check_table({key: value for key, value in tree.items() if key != BLOCK}, KNOWN, "", place)
     for name, check in (("optimizer", check_optimizer), ("scheduler", check_scheduler)):
         part = tree.get(name)
         if isinstance(part, dict) and isinstance(part.get("params", {}), dict):
@@ -87,39 +91,46 @@ def _check_deepspeed(tree: dict[str, Any], place: Place) -> list[str]:
 
 
 def _complete(
-    tree: dict[str, Any], sections: dict[str, Section], world_size: int, name: str, notes: list[str]
+    tree: dict[str, Any], sections: dict[str, Any], world_size: int, notes: list[str]
 ) -> tuple[RunConfig, list[str]]:
     """Return the run with everything derived, and what is wrong with its batch sizes.
 
-    name: of the run, from its file. notes: lines to print before those of the derived values.
+    notes: lines to print before those of the derived values.
     """
-    complete = cast(dict[str, Any], dict(sections))
-    train = complete["train"] = derive_train(complete["train"], tree.get("fp16", {}), name)
-    model = complete["model"]
-    parallel = complete["parallel"] = derive_parallel(complete["parallel"], model.num_layers)
-    complete["path"] = complete["path"].completed(run_sizes(model, parallel, train))
-    optimizer = complete_optimizer(tree.get("optimizer"), tree.get("scheduler"))
-    scheduler = complete_scheduler(tree.get("scheduler"), optimizer["params"]["lr"], train.steps)
+    parallel, num_steps, scheduler = sections["parallel"], sections["train"].steps, tree.get("scheduler")
+    if parallel.pipeline_layers is None:
+        layers = derive_pipeline_layers(sections["model"].num_layers, parallel.pipeline_model_parallel_size)
+        parallel = parallel.model_copy(update={"pipeline_layers": layers})
+    optimizer = complete_optimizer(tree.get("optimizer"), scheduler)
+    lr = optimizer["params"]["lr"]
+    scheduler = complete_scheduler(scheduler, lr, num_steps)
+    batch, errors = _solve_batch(tree, parallel, sections["path"].paths_per_step, world_size)
     deepspeed = {key: value for key, value in tree.items() if key not in {BLOCK, "scheduler"}}
     deepspeed["optimizer"] = optimizer
     deepspeed.setdefault("gradient_clipping", DEFAULT_GRADIENT_CLIPPING)
     if optimizer["type"] == "SGD":
         # SGD works on each number alone, so ZeRO's cut of the parameters is harmless; DeepSpeed asks to confirm it.
         deepspeed.setdefault("zero_allow_untested_optimizer", True)
-    batch, errors = _solve_batch(tree, parallel, complete["path"].paths_per_step, world_size)
-    sizes = dict(zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True))
-    deepspeed = cast(dict[str, Any], plain({**deepspeed, **sizes}))
-    config = RunConfig(**complete, batch=batch, optimizer=optimizer, scheduler=scheduler, deepspeed=deepspeed)
-    warnings = list(schedule_warnings(scheduler, optimizer["params"]["lr"], train.steps))
-    lines = [*_derived_lines(tree, config.resolved()), f"data parallel size {batch.data_parallel}"]
-    return replace(config, derived=notes + lines, warnings=warnings), errors
+    deepspeed |= zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True)
+    config = RunConfig(
+        **{**sections, "parallel": parallel},
+        batch=batch,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        deepspeed=copy.deepcopy(deepspeed),
+        warnings=list(schedule_warnings(scheduler, lr, num_steps)),
+    )
+    config = replace(config, path=config.path.completed(config.sizes))
+    given, complete = leaves(tree), leaves(config.resolved())
+    lines = [f"{key}={value}" for key, value in complete.items() if key not in given and value and _is_derived(key)]
+    return replace(config, derived=[*notes, *lines, f"data parallel size {batch.data_parallel}"]), errors
 
 
 def _solve_batch(
     tree: dict[str, Any], parallel: ParallelSection, paths_per_step: int, world_size: int
 ) -> tuple[BatchGeometry, list[str]]:
     """Return the batch and no error, or the sizes as they are given and what is wrong with them."""
-    given = tuple(int(tree[key]) if key in tree else None for key in BATCH_KEYS)
+    given = given_sizes(tree)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     try:
         batch = solve_batch(*given, data_parallel=data_parallel_size(world_size, tensor, pipeline))
@@ -131,25 +142,12 @@ def _solve_batch(
     return batch, []
 
 
-def _derived_lines(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return `key=value` for every value of `after` that is new and not a plain default of its section."""
-    lines = []
-    for key, value in after.items():
-        old, dotted = before.get(key), f"{prefix}{key}"
-        if isinstance(value, dict):
-            lines += _derived_lines(old or {}, value, f"{dotted}.")
-        elif old is None and value and _is_derived(dotted):
-            lines.append(f"{dotted}={value}")
-    return lines
-
-
 def _is_derived(dotted: str) -> bool:
-    block, _, rest = dotted.partition(".")
-    section, _, rest = rest.partition(".")
-    key, _, inner = rest.partition(".")
-    if block != BLOCK:
-        return True
-    return not inner and (keys_of(section)[key].default is None or key == "full_warmup_steps")
+    """Return whether a value that the file does not give is worth a line, as it is no plain default of its section."""
+    field = field_of(dotted)
+    if field is None:
+        return not dotted.startswith(f"{BLOCK}.")
+    return field.default is None or dotted.endswith(".full_warmup_steps")
 
 
 def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:

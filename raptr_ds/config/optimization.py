@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
-from raptr_ds.config.deepspeed_keys import Check, choice, flag, number, whole
+from raptr_ds.config.deepspeed_keys import Check, choice, flag, must, number, whole
 from raptr_ds.config.deepspeed_part import auto_value, check_table
 from raptr_ds.config.overrides import Place
 from raptr_ds.errors import nearest
 
 
-def _betas(value: Any) -> str | None:
-    fits = isinstance(value, list) and len(value) == 2 and not any(number(0)(beta) or beta >= 1 for beta in value)
-    return None if fits else "must be a list of two numbers, 0 or more and less than 1"
+def _is_share(value: Any) -> bool:
+    return number(0, 1)(value) is None and value < 1
 
 
-def _share(value: Any) -> str | None:
-    fits = number(0, 1)(value) is None and value < 1
-    return None if fits else "must be a fraction of the steps, 0 or more and less than 1"
-
+_betas = must(
+    "a list of two numbers, 0 or more and less than 1",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_share, value)),
+)
+_share = must("a fraction of the steps, 0 or more and less than 1", _is_share)
 
 _RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
 _ADAM: dict[str, Check] = {**_RATE, "betas": _betas, "eps": number(0, above=True)}
@@ -246,9 +246,7 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
         decay = min(round(params.pop("decay_ratio", 0.1) * total), max(0, total - warmup))
         values |= {"decay_num_steps": decay, "decay_type": "linear", "decay_min_lr": 0.0}
     values |= params
-    for key in ("warmup_num_steps", "total_num_steps", "decay_num_steps"):
-        if key in values:
-            values[key] = int(values[key])
+    values |= {key: int(values[key]) for key in values if key.endswith("_num_steps")}
     return {"type": name, "params": values}
 
 

@@ -5,8 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from raptr_ds.config.hjson_text import check_limits, whole_number
-from raptr_ds.config.hjson_text import parse_value as parse_hjson_value
+from raptr_ds.config.hjson_text import check_limits, parse_hjson, whole_number
 from raptr_ds.errors import ConfigError
 
 Place = Callable[[str], str]
@@ -43,7 +42,7 @@ def parse_value(text: str, key: str = "value") -> Any:
     """
     if text[:1] in {"[", "{"}:
         advice = f"Quote it for the shell as one word, and strings inside it with double quotes: --set '{key}=[1, 2]'"
-        return parse_hjson_value(text, f"--set {key}", advice)
+        return parse_hjson(text, f"--set {key}", advice)
     try:
         value = json.loads(text, parse_constant=str, parse_int=whole_number)
     except json.JSONDecodeError:

@@ -1,17 +1,18 @@
 """From the `raptr_ds` object to sections, with one message for everything that is wrong with a single key."""
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, get_args
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
-from raptr_ds.config.deepspeed_part import BLOCK, auto_value, unknown_key
+from raptr_ds.config.deepspeed_part import auto_value, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
-from raptr_ds.config.sections import INNER, SECTIONS, UNION_TAGS, Section, keys_of
+from raptr_ds.config.sections import BLOCK, INNER, SECTIONS, UNION_TAGS, Section, keys_of
 from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
@@ -32,7 +33,7 @@ _TYPES = {
 """What pydantic's types of error ask for, in the words of a run file."""
 
 
-def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Section], list[str]]:
+def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], list[str]]:
     """Return the sections by name and one message for each key that is unknown, missing or not what it must be.
 
     Sections that are wrong are left out of the result; it is complete where there are no messages.
@@ -49,7 +50,7 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Sectio
         ]
     misplaced = _misplaced([*outside, *(name for name in block if name not in SECTIONS)])
     errors = [unknown_key(f"{BLOCK}.", name, list(SECTIONS), place) for name in block if name not in SECTIONS]
-    sections: dict[str, Section] = {}
+    sections: dict[str, Any] = {}
     for name in SECTIONS:
         content = block.get(name, {})
         if not isinstance(content, dict):
@@ -59,9 +60,10 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Sectio
             sections[name] = _parse_section(name, content)
         except ValidationError as error:
             details = error.errors()
-            meant = misplaced | _misplaced({str(d["loc"][-1]): None for d in details if d["type"] == "extra_forbidden"})
-            messages = [(d["type"] == "missing" and bool({name, str(d["loc"][-1])} & meant), d) for d in details]
-            errors += [_message(name, detail, place) for follows, detail in messages if not follows]
+            meant = misplaced | _misplaced(str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden")
+            for detail in details:
+                if detail["type"] != "missing" or not meant & {name, str(detail["loc"][-1])}:
+                    errors.append(_message(name, detail, place))
     return sections, errors
 
 
@@ -83,9 +85,9 @@ def _parse_section(name: str, content: dict[str, Any]) -> Section:
 def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     section, model = f"{BLOCK}.{name}", SECTIONS[name][0]
     kind, value, location = detail["type"], detail["input"], [str(part) for part in detail["loc"]]
-    if kind == "union_tag_invalid" and name == "path":
-        return _wrong_choice(f"{section}.method", value["method"], METHODS, place(f"{section}.method"))
-    if name == "path":  # pydantic puts the method before the key
+    if kind == "union_tag_invalid":  # of the methods: other unions go by what kind of value it is
+        location, value = ["method"], value["method"]
+    elif name == "path":  # pydantic puts the method before the key
         method, *location = location
         model = PATH_SECTIONS[method]
     parts = [part for part in location if part not in UNION_TAGS]
@@ -101,8 +103,11 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         about = (key and key.description) or ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
     where = place(dotted) or place(f"{section}.{field}")
-    if kind == "literal_error":
-        return _wrong_choice(dotted, value, _choices(model, parts[-1]), where)
+    if kind in {"literal_error", "union_tag_invalid"}:
+        context = detail.get("ctx", {})
+        choices = re.findall("'(.*?)'", context.get("expected") or context["expected_tags"])
+        guess = nearest(str(value), choices) or "."
+        return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
     must = _TYPES.get(kind)
     rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
     if value == "auto":
@@ -110,32 +115,12 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"
 
 
-def _wrong_choice(dotted: str, value: Any, choices: Sequence[str], where: str) -> str:
-    guess = nearest(str(value), choices) or "."
-    return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
-
-
 def _replaced_by_micro_batches(value: Any, place: Place) -> str:
-    line = (
-        ""
-        if value is False
-        else (", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints")
-    )
+    added = ", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints"
     return (
         f"{_GROW_MICRO_BATCH}={value!r}{place(_GROW_MICRO_BATCH)} is replaced by {BLOCK}.parallel.micro_batches, "
-        f"which has the size for each phase. Remove it{line}."
+        f"which has the size for each phase. Remove it{'' if value is False else added}."
     )
-
-
-def _choices(model: type[Section], field: str) -> list[str]:
-    """Return the strings that a field may be, found inside its unions and annotations."""
-
-    def strings(annotation: Any) -> list[str]:
-        if isinstance(annotation, str):
-            return [annotation]
-        return [name for part in get_args(annotation) for name in strings(part)]
-
-    return strings(model.model_fields[field].annotation)
 
 
 def _unquoted(value: Any) -> str:

@@ -16,7 +16,6 @@ from raptr_ds.config.schedules import (
     Split,
     broken_schedule,
     broken_split,
-    broken_widths,
     named_schedule,
     numbers_of,
     read_schedule,
@@ -37,11 +36,6 @@ class RunSizes:
 
 class PathSection(Section):
     """What the methods' sections have in common."""
-
-    @property
-    def narrowed_by(self) -> str | None:
-        """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""
-        return None
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """Return the values of keys that follow from others."""
@@ -184,9 +178,8 @@ class ScheduledSection(PathSection):
         yield from super().broken_rules(sizes)
         lengths = self.phase_lengths
         yield from broken_schedule("schedule", self.schedule, lengths, self._num_parts(sizes), self.parts)
-        if not lengths:
-            return
-        yield from broken_split(self.split, self.schedule, len(lengths))
+        if lengths:
+            yield from broken_split(self.split, self.schedule, len(lengths))
 
     def _num_parts(self, sizes: RunSizes) -> int:
         return sizes.num_layers if self.parts == "layers" else sizes.num_heads
@@ -204,10 +197,8 @@ class WarmedUpSection(ScheduledSection):
         """A ratio becomes steps."""
         update = super().derived(sizes)
         if self.full_warmup_ratio is not None and not self.full_warmup_steps:
-            update |= {
-                "full_warmup_steps": round(self.full_warmup_ratio * sizes.num_steps),
-                "full_warmup_ratio": None,
-            }
+            num_steps = round(self.full_warmup_ratio * sizes.num_steps)
+            update |= {"full_warmup_steps": num_steps, "full_warmup_ratio": None}
         return update
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
@@ -238,11 +229,6 @@ class RaptrSection(WarmedUpSection, RandomSection):
     of its MLP; by numbers or by name, as a schedule. Left out: all."""
 
     @property
-    def narrowed_by(self) -> str | None:
-        """Return the key of the widths."""
-        return self.width_schedule and f"raptr_ds.path.width_schedule={self.width_schedule!r}"
-
-    @property
     def phase_widths(self) -> tuple[int, ...]:
         """Heads of each phase of a completed width_schedule; empty without one, and if it cannot be read."""
         return read_schedule(self.width_schedule)
@@ -259,9 +245,20 @@ class RaptrSection(WarmedUpSection, RandomSection):
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
         """Every phase has room for the fixed layers, and a width if there are any."""
         yield from super().broken_rules(sizes)
+        lengths, fixed, widths = self.phase_lengths, self.least_length(sizes), self.phase_widths
         if self.width_schedule is not None:
-            yield from broken_widths(self.width_schedule, self.schedule, sizes.num_heads, self.paths_per_step)
-        lengths, fixed = self.phase_lengths, self.least_length(sizes)
+            written = f"raptr_ds.path.width_schedule={self.width_schedule!r}"
+            yield from broken_schedule("width_schedule", self.width_schedule, widths, sizes.num_heads, "heads")
+            if widths and lengths and len(widths) != len(lengths):
+                yield (
+                    f"{written} has {len(widths)} phases and raptr_ds.path.schedule={self.schedule!r} has "
+                    f"{len(lengths)}: a phase has a length and a width. Write as many of both."
+                )
+            if self.paths_per_step > 1:
+                yield (
+                    f"{written} with raptr_ds.path.paths_per_step={self.paths_per_step}: heads and blocks are drawn "
+                    "for a whole step. Remove one."
+                )
         if lengths and min(lengths) < fixed:
             yield (
                 f"raptr_ds.path.schedule={self.schedule!r} has paths of {min(lengths)} layers, fewer than the {fixed} "
@@ -310,7 +307,7 @@ class LayerDropSection(DrawingSection):
     """layerdrop: each layer is dropped with one probability, independently of the others."""
 
     method: Literal["layerdrop"] = "layerdrop"
-    layerdrop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layerdrop: OpenFraction | None = None
     """Probability of dropping a layer. Derived: paths have the derived constant_length on average."""
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
@@ -376,11 +373,6 @@ class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
     parts: ClassVar[str] = "heads"
 
     method: Literal["width"] = "width"
-
-    @property
-    def narrowed_by(self) -> str | None:
-        """Return the method."""
-        return f"raptr_ds.path.method={self.method!r}"
 
 
 AnyPathSection = (

@@ -1,12 +1,13 @@
 """A run: every section complete, DeepSpeed's part complete, nothing left to derive."""
 
+import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from raptr_ds.config.batch import ACCUMULATION, MICRO, BatchGeometry
-from raptr_ds.config.deepspeed_part import BLOCK
 from raptr_ds.config.path_sections import AnyPathSection, RunSizes
 from raptr_ds.config.sections import (
+    BLOCK,
     SECTIONS,
     CheckpointSection,
     DataSection,
@@ -60,8 +61,7 @@ class RunConfig:
     @property
     def precision(self) -> str:
         """bf16, fp16 or fp32."""
-        enabled = [name for name in ("bf16", "fp16") if self.deepspeed.get(name, {}).get("enabled", False)]
-        return enabled[0] if enabled else "fp32"
+        return next((name for name in ("bf16", "fp16") if self.deepspeed.get(name, {}).get("enabled")), "fp32")
 
     @property
     def gradient_clipping(self) -> float:
@@ -71,7 +71,8 @@ class RunConfig:
     @property
     def sizes(self) -> RunSizes:
         """What the path section depends on."""
-        return run_sizes(self.model, self.parallel, self.train)
+        stages = self.parallel.pipeline_model_parallel_size
+        return RunSizes(self.model.num_layers, self.train.steps, self.model.num_attention_heads, stages)
 
     def with_vocab_size(self, vocab_size: int) -> "RunConfig":
         """Return the run with the tokenizer's vocabulary. Raises: ConfigError if the file gives another size."""
@@ -111,17 +112,4 @@ class RunConfig:
         if self.scheduler is not None:
             tree["scheduler"] = self.scheduler
         block = {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in SECTIONS}
-        return cast(dict[str, Any], plain(keep_used({**tree, BLOCK: block})))
-
-
-def run_sizes(model: ModelSection, parallel: ParallelSection, train: TrainSection) -> RunSizes:
-    """Return what the path section depends on."""
-    stages = parallel.pipeline_model_parallel_size
-    return RunSizes(model.num_layers, train.steps, model.num_attention_heads, stages)
-
-
-def plain(value: Any) -> Any:
-    """Return a deep copy of nested dictionaries and sequences, for JSON."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return copy.deepcopy(keep_used({**tree, BLOCK: block}))

@@ -35,13 +35,9 @@ def _schedule_text(value: Any) -> Any:
 Schedule = Annotated[str, BeforeValidator(_schedule_text)]
 
 
-def _split_form(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else "preset"
-
-
 Split = Annotated[
     Annotated[str, Tag("preset")] | Annotated[tuple[OpenFraction, ...], Field(strict=False), Tag("list")],
-    Discriminator(_split_form),
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "preset"),
 ]
 
 
@@ -98,21 +94,4 @@ def broken_split(split: str | tuple[float, ...], schedule: str | None, num_phase
             f"raptr_ds.path.split={list(split)} must have a fraction of the steps for each of the {num_phases} phases "
             f"of schedule={schedule!r}, which add up to 1; it has {len(split)}, which add up to {sum(split):.6g}. "
             "Correct it, or write uniform, proportional or power:1."
-        )
-
-
-def broken_widths(widths: str, schedule: str | None, num_heads: int, paths_per_step: int) -> Iterator[str]:
-    """Yield a message for each rule that the widths of a schedule's phases break."""
-    num_widths, num_lengths = len(read_schedule(widths)), len(read_schedule(schedule))
-    written = f"raptr_ds.path.width_schedule={widths!r}"
-    yield from broken_schedule("width_schedule", widths, read_schedule(widths), num_heads, "heads")
-    if num_widths and num_lengths and num_widths != num_lengths:
-        yield (
-            f"{written} has {num_widths} phases and raptr_ds.path.schedule={schedule!r} has {num_lengths}: a phase has "
-            "a length and a width. Write as many of both."
-        )
-    if paths_per_step > 1:
-        yield (
-            f"{written} with raptr_ds.path.paths_per_step={paths_per_step}: heads and blocks are drawn for a whole "
-            "step. Remove one."
         )

@@ -14,10 +14,10 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 MOST_COUNT = 2**31 - 1
 """Largest count: what indexes of 32 bits can count, and few enough to look for divisors of."""
 
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=MOST_COUNT)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_COUNT)]
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Parts = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=65536)]
+Count = Annotated[Whole, Field(gt=0, le=MOST_COUNT)]
+CountOrZero = Annotated[Whole, Field(ge=0, le=MOST_COUNT)]
+Seed = Annotated[Whole, Field(ge=0)]
+Parts = Annotated[Whole, Field(gt=0, le=65536)]
 """Layers, or processes that share a model: each is listed somewhere."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -30,7 +30,3 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no conversions but whole floats to integers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    def has_set(self, key: str) -> bool:
-        """Return whether a key has another value than its default."""
-        return getattr(self, key) != type(self).model_fields[key].default

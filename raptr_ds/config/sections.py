@@ -19,6 +19,9 @@ from raptr_ds.config.section_types import (
     Text,
 )
 
+BLOCK = "raptr_ds"
+"""The key of a run file that holds our sections, beside DeepSpeed's keys."""
+
 _FFN_MULTIPLE = 64
 BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "bert": {
@@ -44,10 +47,6 @@ BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
 def _derived() -> Any:
     """Return the default of a key that is derived: None, which no complete section holds."""
     return Field(default=None)
-
-
-def _due(interval: int, step: int) -> bool:
-    return interval > 0 and step > 0 and step % interval == 0
 
 
 def passes_multiple(interval: int, since: int, step: int) -> bool:
@@ -103,20 +102,15 @@ class ModelSection(Section):
         values = {**BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
         hidden = values.get("hidden_size")
         if isinstance(hidden, int | float) and "ffn_hidden_size" not in values:
-            values["ffn_hidden_size"] = _ffn_hidden_size(int(hidden), values.get("activation"))
+            # swiglu's three matrices are as large as gelu's two at 8/3 of the width.
+            swiglu = -(-8 * int(hidden) // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
+            values["ffn_hidden_size"] = swiglu if values.get("activation") == "swiglu" else 4 * int(hidden)
         return values
 
     @property
     def head_dim(self) -> int:
         """Channels of an attention head."""
         return self.hidden_size // self.num_attention_heads
-
-
-def _ffn_hidden_size(hidden_size: int, activation: Any) -> int:
-    """Return 8/3 x hidden_size, up to a multiple of 64, for swiglu's three matrices; else 4 x hidden_size."""
-    if activation != "swiglu":
-        return 4 * hidden_size
-    return -(-8 * hidden_size // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
 
 
 class ParallelSection(Section):
@@ -172,24 +166,16 @@ class Denoiser(Section):
         return None
 
 
-def _denoisers_form(value: Any) -> str:
-    return "preset" if isinstance(value, str) else "list"
-
-
-def _corpus_form(value: Any) -> str:
-    return "folder" if isinstance(value, str) else "blend"
-
-
 UNION_TAGS = frozenset({"preset", "list", "folder", "blend"})
 
 Denoisers = Annotated[
     Annotated[Literal["ul2", "causal_prefix_span"], Tag("preset")]
     | Annotated[tuple[Denoiser, ...], Field(strict=False, min_length=1), Tag("list")],
-    Discriminator(_denoisers_form),
+    Discriminator(lambda value: "preset" if isinstance(value, str) else "list"),
 ]
 Corpus = Annotated[
     Annotated[Text, Tag("folder")] | Annotated[dict[Text, Positive], Field(min_length=1), Tag("blend")],
-    Discriminator(_corpus_form),
+    Discriminator(lambda value: "folder" if isinstance(value, str) else "blend"),
 ]
 
 
@@ -272,7 +258,7 @@ class EvalSection(Section):
 
     def due(self, step: int) -> bool:
         """Return whether to evaluate after `step` steps; the end of the run is not counted."""
-        return self.batches > 0 and _due(self.interval, step)
+        return self.batches > 0 and passes_multiple(self.interval, max(0, step - 1), step)
 
 
 class CheckpointSection(Section):
@@ -363,3 +349,10 @@ SECTIONS: dict[str, tuple[type[Section], ...]] = {
 def keys_of(section: str) -> dict[str, FieldInfo]:
     """Return all keys that an object of the block may have, by name; of the first class that has it."""
     return {key: field for kind in reversed(SECTIONS[section]) for key, field in kind.model_fields.items()}
+
+
+def field_of(dotted: str) -> FieldInfo | None:
+    """Return the field of a dotted key of the run file; None for what is no key of a section."""
+    block, _, rest = dotted.partition(".")
+    section, _, key = rest.partition(".")
+    return keys_of(section).get(key) if block == BLOCK and section in SECTIONS else None

@@ -31,11 +31,6 @@ class BalancedStages:
     num_layers: tuple[int, ...]
     costs: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        assert len(self.num_layers) == len(self.costs) >= 1
-        assert min(self.num_layers) >= 1, f"num_layers={self.num_layers}"
-        assert min(self.costs) >= 0.0, f"costs={self.costs}"
-
     @classmethod
     def of(cls, num_layers: Sequence[int], head_cost: float = 0.0) -> "BalancedStages":
         """Return the stages with the head's cost on the last."""
@@ -88,11 +83,7 @@ def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_len
     free = [count - f for count, f in zip(stages.num_layers, fixed, strict=True)]
     wanted = path_length - len(fixed_layers)
     assert 0 <= wanted <= sum(free), f"path_length={path_length}, {len(fixed_layers)} of {sum(stages.num_layers)} fixed"
-    limit = _least_maximum(stages, fixed, path_length)
-    caps = [
-        min(room, math.floor(limit - cost + _TOLERANCE) - f)
-        for room, f, cost in zip(free, fixed, stages.costs, strict=True)
-    ]
+    caps = [most - f for most, f in zip(_most_active(stages, fixed, path_length), fixed, strict=True)]
     means = _water_filled(caps, free, wanted)
     denominator = math.lcm(*(mean.denominator for mean in means))
     least = tuple(math.floor(mean) for mean in means)
@@ -100,19 +91,15 @@ def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_len
     return StageCounts(least, extra, denominator)
 
 
-def _least_maximum(stages: BalancedStages, fixed: Sequence[int], path_length: int) -> float:
-    """Return the smallest possible load of the fullest stage, in layers."""
-    least = max(f + cost for f, cost in zip(fixed, stages.costs, strict=True))
-    loads = {least}
-    for num_layers, f, cost in zip(stages.num_layers, fixed, stages.costs, strict=True):
-        loads.update(count + cost for count in range(f, num_layers + 1) if count + cost > least)
-    for limit in sorted(loads):
-        room = (
-            min(num_layers, math.floor(limit - cost + _TOLERANCE))
-            for num_layers, cost in zip(stages.num_layers, stages.costs, strict=True)
-        )
-        if sum(room) >= path_length:
-            return limit
+def _most_active(stages: BalancedStages, fixed: Sequence[int], path_length: int) -> list[int]:
+    """Return the most layers of each stage that keep the load of the fullest one as small as it can be."""
+    sizes = list(zip(stages.num_layers, fixed, stages.costs, strict=True))
+    least = max(f + cost for _, f, cost in sizes)
+    loads = {count + cost for num_layers, f, cost in sizes for count in range(f, num_layers + 1)}
+    for limit in sorted(load for load in loads if load >= least):
+        most = [min(num_layers, math.floor(limit - cost + _TOLERANCE)) for num_layers, _, cost in sizes]
+        if sum(most) >= path_length:
+            return most
     raise AssertionError(f"{path_length} layers do not fit into {stages}")
 
 

@@ -3,62 +3,46 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
-from raptr_ds.config.path_sections import LayerDropoutSection, LayerDropSection, PldSection, RunSizes
+from raptr_ds.config.path_sections import LayerDropoutSection, LayerDropSection, PldSection
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
-from raptr_ds.paths.raptr import scaled_path
-from raptr_ds.paths.schedule import one_phase
-from raptr_ds.rng import stream
+from raptr_ds.paths.raptr import DrawnPaths
 
 
 @dataclass(frozen=True)
 class FullPaths(PathMethod):
-    """Standard training: every layer at each step."""
-
-    @classmethod
-    def from_section(cls, sizes: RunSizes) -> Self:
-        """Return the method of a run."""
-        return cls(one_phase(sizes.num_layers, sizes.num_steps), sizes.num_layers)
-
-    def marginals_at(self, step: int) -> np.ndarray:
-        """Return one for every layer, (num_layers,) float64."""
-        self.phase_at(step)
-        return np.ones(self.num_layers)
+    """Standard training: every layer that the model has, at each step."""
 
     def path_at(self, step: int) -> LayerPath:
-        """Return the full path."""
+        """Return the path through all layers that the model has at a step."""
         return self.model_at(step)
+
+    def marginals_at(self, step: int) -> np.ndarray:
+        """Return one for each layer that the model has at a step, zero for the others, (num_layers,) float64."""
+        return np.isin(np.arange(self.num_layers), self.model_at(step).layers).astype(np.float64)
 
 
 @dataclass(frozen=True)
-class LayerDrop(PathMethod):
+class LayerDrop(DrawnPaths):
     """LayerDrop: every layer is dropped independently with one probability, from the first step to the last.
 
     A path without layers is drawn again, so that a layer runs with probability (1 - p) / (1 - p^L).
     Source: Fan, Grave and Joulin 2020, arXiv 1909.11556.
     """
 
-    seed: int
-    drop_probability: float
-    residual_scale: str = "none"
+    section: LayerDropSection
 
-    def __post_init__(self) -> None:
-        assert 0.0 <= self.drop_probability < 1.0, f"drop_probability={self.drop_probability}"
-
-    @classmethod
-    def from_section(cls, section: LayerDropSection, sizes: RunSizes, seed: int) -> Self:
-        """Return the method of a completed section."""
-        assert section.layerdrop is not None
-        phases = one_phase(None, sizes.num_steps)
-        return cls(phases, sizes.num_layers, seed, section.layerdrop, section.residual_scale)
+    @property
+    def drop_probability(self) -> float:
+        """Probability of dropping a layer."""
+        assert self.section.layerdrop is not None, "not derived"
+        return self.section.layerdrop
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs, at any step, (num_layers,) float64."""
-        self.phase_at(step)
         drop = self.drop_probability
         return np.full(self.num_layers, (1.0 - drop) / (1.0 - drop**self.num_layers))
 
@@ -66,26 +50,22 @@ class LayerDrop(PathMethod):
         """Return the sum of the expected path lengths of this step and all later ones."""
         return float(self.marginals_at(0).sum()) * max(0, self.num_steps - step)
 
-    def path_at(self, step: int) -> LayerPath:
-        """Return the path of a 0-based step, a pure function of (seed, step)."""
-        _phase, generator = self.phase_at(step), stream(self.seed, "path", step)
+    def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
+        """Return the layers of a 0-based step, at least one."""
         layers: tuple[int, ...] = ()
         while not layers:
             kept = generator.random(self.num_layers) >= self.drop_probability
             layers = tuple(np.flatnonzero(kept).tolist())
-        return scaled_path(self, step, layers, self.residual_scale)
+        return layers
 
 
 @dataclass(frozen=True)
-class DepthDropping(PathMethod):
+class DepthDropping(DrawnPaths):
     """Layers are dropped independently, the deeper the more often, at a rate that changes with time.
 
     Layer i is kept at step t with probability 1 - d_i r(t): d_i grows linearly with depth from 0, so that layer 0 is
     always kept and no path is empty.
     """
-
-    seed: int
-    residual_scale: str
 
     @abstractmethod
     def depth_shares(self) -> np.ndarray:
@@ -109,11 +89,10 @@ class DepthDropping(PathMethod):
         dropped = float(self.depth_shares().sum()) * self.drop_rates_from(step) if steps_left else 0.0
         return self.num_layers * steps_left - dropped
 
-    def path_at(self, step: int) -> LayerPath:
-        """Return the path of a 0-based step, a pure function of (seed, step)."""
-        uniforms = stream(self.seed, "path", step).random(self.num_layers)
-        layers = tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
-        return scaled_path(self, step, layers, self.residual_scale)
+    def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
+        """Return the layers of a 0-based step."""
+        uniforms = generator.random(self.num_layers)
+        return tuple(np.flatnonzero(uniforms < self.marginals_at(step)).tolist())
 
 
 @dataclass(frozen=True)
@@ -125,18 +104,7 @@ class ProgressiveLayerDropping(DepthDropping):
     Source: Zhang and He 2020, arXiv 2010.13369.
     """
 
-    gamma: float = 0.001
-    theta: float = 0.5
-
-    def __post_init__(self) -> None:
-        assert 0.0 <= self.theta <= 1.0, f"theta={self.theta}"
-        assert self.gamma > 0.0, f"gamma={self.gamma}"
-
-    @classmethod
-    def from_section(cls, section: PldSection, sizes: RunSizes, seed: int) -> Self:
-        """Return the method of a section."""
-        phases = one_phase(None, sizes.num_steps)
-        return cls(phases, sizes.num_layers, seed, section.residual_scale, section.pld_gamma, section.pld_theta)
+    section: PldSection
 
     def depth_shares(self) -> np.ndarray:
         """Return i/L of each layer, (num_layers,) float64."""
@@ -144,13 +112,14 @@ class ProgressiveLayerDropping(DepthDropping):
 
     def drop_rate_at(self, step: int) -> float:
         """Return 1 - theta(t) of a 0-based step."""
-        return 1.0 - ((1.0 - self.theta) * math.exp(-self.gamma * step) + self.theta)
+        gamma, theta = self.section.pld_gamma, self.section.pld_theta
+        return 1.0 - ((1.0 - theta) * math.exp(-gamma * step) + theta)
 
     def drop_rates_from(self, step: int) -> float:
         """Return the sum over this step and all later ones: the exponentials of theta(t) form a geometric series."""
-        steps_left = self.num_steps - step
-        exponentials = math.exp(-self.gamma * step) * math.expm1(-self.gamma * steps_left) / math.expm1(-self.gamma)
-        return (1.0 - self.theta) * (steps_left - exponentials)
+        gamma, steps_left = self.section.pld_gamma, self.num_steps - step
+        exponentials = math.exp(-gamma * step) * math.expm1(-gamma * steps_left) / math.expm1(-gamma)
+        return (1.0 - self.section.pld_theta) * (steps_left - exponentials)
 
 
 @dataclass(frozen=True)
@@ -161,16 +130,7 @@ class LayerDropout(DepthDropping):
     Source: Elhoushi et al. 2026, arXiv 2609.05275 (docs/methods.md says what is second-hand).
     """
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        assert 0.0 < self.rate < 1.0, f"rate={self.rate}"
-
-    @classmethod
-    def from_section(cls, section: LayerDropoutSection, sizes: RunSizes, seed: int) -> Self:
-        """Return the method of a section."""
-        phases = one_phase(None, sizes.num_steps)
-        return cls(phases, sizes.num_layers, seed, section.residual_scale, section.layer_dropout)
+    section: LayerDropoutSection
 
     def depth_shares(self) -> np.ndarray:
         """Return i/(L - 1) of each layer, 0 of a single one, (num_layers,) float64."""
@@ -178,9 +138,9 @@ class LayerDropout(DepthDropping):
 
     def drop_rate_at(self, step: int) -> float:
         """Return the last layer's rate at a 0-based step; 0 beyond the end."""
-        return self.rate * max(0, self.num_steps - step) / self.num_steps
+        return self.section.layer_dropout * max(0, self.num_steps - step) / self.num_steps
 
     def drop_rates_from(self, step: int) -> float:
         """Return the sum over this step and all later ones, of which n have rates of 1/T to n/T of the first."""
         steps_left = self.num_steps - step
-        return self.rate * steps_left * (steps_left + 1) / 2 / self.num_steps
+        return self.section.layer_dropout * steps_left * (steps_left + 1) / 2 / self.num_steps

@@ -31,8 +31,7 @@ def head_cost_in_layers(shape: ModelSection, predicted_per_sequence: float) -> f
 
     Forward and backward are in the same proportion. The embedding is a look-up, which costs nothing in these units.
     """
-    per_position = head_forward_flops(shape, 1)
-    return predicted_per_sequence * per_position / layer_forward_flops(shape)
+    return predicted_per_sequence * head_forward_flops(shape, 1) / layer_forward_flops(shape)
 
 
 def head_forward_flops(shape: ModelSection, num_predicted: int) -> int:
@@ -100,8 +99,8 @@ class StepFlops:
         """Return the FLOPs expected from a 0-based step on, from the method's expected path lengths."""
         total = 0.0
         for phase in method.phases.phases:
-            first = max(step, phase.first_step)
-            if num_steps := max(0, phase.end_step - first):
+            if num_steps := phase.steps_from(step):
+                first = max(step, phase.first_step)
                 layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
                 total += num_steps * self.expected_flops(layers / num_steps, num_predicted)
         return total

@@ -22,7 +22,7 @@ from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.stacking import Stacking
-from raptr_ds.paths.width import RandomParts, RandomWidths
+from raptr_ds.paths.width import RandomParts
 from raptr_ds.rng import stream_key
 
 
@@ -33,27 +33,27 @@ def build_path_method(
     # The first draw has the run's own seed, so that it does not depend on how many there are.
     seeds = [seed, *(stream_key(seed, "draw", draw) for draw in range(1, section.paths_per_step))]
     draws = tuple(_one_path(section, sizes, seed, stages) for seed in seeds)
-    return draws[0] if len(draws) == 1 else SeveralPaths(draws[0].phases, sizes.num_layers, draws)
+    return draws[0] if len(draws) == 1 else SeveralPaths(section, sizes, seed, draws)
 
 
 def _one_path(section: AnyPathSection, sizes: RunSizes, seed: int, stages: BalancedStages | None) -> PathMethod:
     match section:
         case FullSection():
-            return FullPaths.from_section(sizes)
+            return FullPaths(section, sizes, seed)
         case RaptrSection(width_schedule=str()):
-            return RandomParts.from_section(section, sizes, seed, stages)
+            return RandomParts(section, sizes, seed, RandomPaths(section, sizes, seed, stages))
         case RaptrSection() | ConstantSection():
-            return RandomPaths.from_section(section, sizes, seed, stages)
+            return RandomPaths(section, sizes, seed, stages)
         case PldSection():
-            return ProgressiveLayerDropping.from_section(section, sizes, seed)
+            return ProgressiveLayerDropping(section, sizes, seed)
         case LayerDropoutSection():
-            return LayerDropout.from_section(section, sizes, seed)
+            return LayerDropout(section, sizes, seed)
         case LayerDropSection():
-            return LayerDrop.from_section(section, sizes, seed)
+            return LayerDrop(section, sizes, seed)
         case StackingSection():
-            return Stacking.from_section(section, sizes)
+            return Stacking(section, sizes, seed)
         case WidthSection():
-            return RandomWidths.from_section(section, sizes, seed)
+            return RandomParts(section, sizes, seed, FullPaths(section, sizes, seed))
 
 
 @dataclass(frozen=True)

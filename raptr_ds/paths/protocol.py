@@ -2,23 +2,41 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from raptr_ds.config.path_sections import AnyPathSection, RunSizes
 from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.schedule import Phase, Phases
+from raptr_ds.paths.schedule import Phase, Phases, phases_of
 
 
 @dataclass(frozen=True)
 class PathMethod(ABC):
-    """Phases over the steps of a run on a model of num_layers layers, and a path for each step.
+    """A path section, completed and checked, in a run of these sizes: phases over its steps, and a path for each.
 
     Steps are 0-based, and every answer is a pure function of (seed, step).
     """
 
-    phases: Phases
-    num_layers: int
+    section: AnyPathSection
+    sizes: RunSizes
+    seed: int
+
+    @cached_property
+    def phases(self) -> Phases:
+        """The phases over the steps of the run."""
+        return phases_of(self.section, self.sizes)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the full model."""
+        return self.sizes.num_layers
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.sizes.num_steps
 
     @abstractmethod
     def path_at(self, step: int) -> LayerPath:
@@ -38,11 +56,6 @@ class PathMethod(ABC):
         """
         phases = self.phases.phases
         return float(sum(phase.fixed_length * phase.steps_from(step) for phase in phases))
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps that the phases cover."""
-        return self.phases.num_steps
 
     def phase_at(self, step: int) -> Phase:
         """Return the phase of a step."""

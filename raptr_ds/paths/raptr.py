@@ -1,76 +1,91 @@
 """RaPTr: at each step a random path whose length follows the schedule's phases."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property
 
 import numpy as np
 
-from raptr_ds.config.path_sections import ConstantSection, RaptrSection, RunSizes
+from raptr_ds.config.path_sections import (
+    ConstantSection,
+    LayerDropoutSection,
+    LayerDropSection,
+    PldSection,
+    RaptrSection,
+)
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
-from raptr_ds.paths.schedule import one_phase, split_phases
 from raptr_ds.rng import stream
 
 
 @dataclass(frozen=True)
-class RandomPaths(PathMethod):
+class DrawnPaths(PathMethod):
+    """Methods that draw the layers of each step."""
+
+    section: RaptrSection | ConstantSection | PldSection | LayerDropSection | LayerDropoutSection
+
+    @abstractmethod
+    def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
+        """Return the layers of a 0-based step."""
+
+    def path_at(self, step: int) -> LayerPath:
+        """Return the path of a 0-based step, a pure function of (seed, step), with the factors on its branches.
+
+        Under `inverse` a branch is divided by its layer's probability of being drawn, so that what it adds to the
+        stream is in expectation what it adds in the full model; the other rules are those of `residual_scale_of`. A
+        layer that is never drawn needs no factor.
+        """
+        layers = self.draw(stream(self.seed, "path", step), step)
+        num_layers, phase, rule = self.num_layers, self.phase_at(step).index, self.section.residual_scale
+        if rule == "inverse":
+            marginals = self.marginals_at(step)
+            scales = tuple((1.0 / np.where(marginals > 0.0, marginals, 1.0)).tolist())
+            return LayerPath(layers, num_layers, phase, layer_scales=() if set(scales) == {1.0} else scales)
+        return LayerPath(layers, num_layers, phase, residual_scale_of(rule, len(layers), num_layers))
+
+
+@dataclass(frozen=True)
+class RandomPaths(DrawnPaths):
     """Random paths by phases: RaPTr with a schedule's phases, constant-rate depth with a single phase.
 
     path_at is a pure function of (seed, step): every rank computes the same path, and resuming needs the step alone.
-    fixed_layers: 0-based, sorted, in every path. stages: what balanced sampling balances.
+    stages: what balanced sampling balances.
     Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
     """
 
-    seed: int
-    fixed_layers: tuple[int, ...]
-    sampling: str = "uniform"
-    residual_scale: str = "none"
+    section: RaptrSection | ConstantSection
     stages: BalancedStages | None = None
 
     def __post_init__(self) -> None:
-        assert self.sampling != "balanced" or self.stages is not None
+        assert self.section.sampling != "balanced" or self.stages is not None
         assert self.stages is None or sum(self.stages.num_layers) == self.num_layers
 
-    @classmethod
-    def from_section(
-        cls, section: RaptrSection | ConstantSection, sizes: RunSizes, seed: int, stages: BalancedStages | None
-    ) -> Self:
-        """Return the method of a completed section."""
-        num_layers, num_steps = sizes.num_layers, sizes.num_steps
-        if isinstance(section, RaptrSection):
-            warmup = section.full_warmup_steps
-            phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
-        else:
-            phases = one_phase(section.constant_length, num_steps)
-        fixed = section.fixed_in(num_layers)
-        return cls(phases, num_layers, seed, fixed, section.sampling, section.residual_scale, stages)
+    @cached_property
+    def fixed_layers(self) -> tuple[int, ...]:
+        """The layers in every path, 0-based, sorted."""
+        return self.section.fixed_in(self.num_layers)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return each layer's exact probability of being in the path of a 0-based step, (num_layers,) float64."""
         length = self.phase_at(step).fixed_length
-        if self.sampling == "balanced":
+        if self.section.sampling == "balanced":
             assert self.stages is not None
             return balanced_marginals(self.stages, self.fixed_layers, length)
         marginals = np.full(self.num_layers, _free_share(self.num_layers, length, self.fixed_layers))
         marginals[list(self.fixed_layers)] = 1.0
         return marginals
 
-    def path_at(self, step: int) -> LayerPath:
-        """Return the path of a 0-based step, a pure function of (seed, step)."""
+    def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
+        """Return the layers of a 0-based step: of the phase's length, in expectation under Bernoulli sampling."""
         length = self.phase_at(step).fixed_length
         if length == self.num_layers:
-            return self.model_at(step)
-        generator = stream(self.seed, "path", step)
-        layers = self._draw(generator, length)
-        return scaled_path(self, step, layers, self.residual_scale)
-
-    def _draw(self, generator: np.random.Generator, length: int) -> tuple[int, ...]:
-        if self.sampling == "balanced":
+            return tuple(range(length))
+        if self.section.sampling == "balanced":
             assert self.stages is not None
             return draw_balanced(generator, self.stages, length, self.fixed_layers)
-        draw = draw_uniform if self.sampling == "uniform" else draw_bernoulli
+        draw = draw_uniform if self.section.sampling == "uniform" else draw_bernoulli
         return draw(generator, self.num_layers, length, self.fixed_layers)
 
 
@@ -95,21 +110,6 @@ def draw_bernoulli(
     free = _free_layers(num_layers, fixed_layers)
     keep_probability = _free_share(num_layers, path_length, fixed_layers)
     return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
-
-
-def scaled_path(method: PathMethod, step: int, layers: tuple[int, ...], rule: str) -> LayerPath:
-    """Return the path through a step's drawn layers with the factors that a rule gives its branches.
-
-    Under `inverse` a branch is divided by its layer's probability of being drawn, so that what it adds to the stream is
-    in expectation what it adds in the full model; the other rules are those of `residual_scale_of`. A layer that is
-    never drawn needs no factor.
-    """
-    num_layers, phase = method.num_layers, method.phase_at(step).index
-    if rule == "inverse":
-        marginals = method.marginals_at(step)
-        scales = tuple((1.0 / np.where(marginals > 0.0, marginals, 1.0)).tolist())
-        return LayerPath(layers, num_layers, phase, layer_scales=() if set(scales) == {1.0} else scales)
-    return LayerPath(layers, num_layers, phase, residual_scale_of(rule, len(layers), num_layers))
 
 
 def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:

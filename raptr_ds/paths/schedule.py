@@ -3,8 +3,17 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+from raptr_ds.config.path_sections import (
+    AnyPathSection,
+    ConstantSection,
+    FullSection,
+    RunSizes,
+    ScheduledSection,
+    WarmedUpSection,
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,6 @@ class Phases:
 
     phases: tuple[Phase, ...]
 
-    def __post_init__(self) -> None:
-        assert self.phases
-        assert self.phases[0].first_step == 0
-        for before, after in zip(self.phases, self.phases[1:], strict=False):
-            assert before.end_step == after.first_step
-            assert after.index == before.index + 1
-
     @property
     def num_steps(self) -> int:
         """The number of steps that the phases cover."""
@@ -65,6 +67,22 @@ class Phases:
         return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.first_step) - 1]
 
 
+def phases_of(section: AnyPathSection, sizes: RunSizes) -> Phases:
+    """Return the phases of a completed section's schedule, or a single one over all steps for methods without one."""
+    num_layers, num_steps = sizes.num_layers, sizes.num_steps
+    if isinstance(section, ScheduledSection):
+        warmup = section.full_warmup_steps if isinstance(section, WarmedUpSection) else 0
+        phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
+        if section.parts == "layers":
+            return phases
+        return Phases(tuple(replace(phase, path_length=num_layers) for phase in phases.phases))  # a schedule of heads
+    if isinstance(section, FullSection):
+        length = num_layers
+    else:
+        length = section.constant_length if isinstance(section, ConstantSection) else None
+    return Phases((Phase(0, length, 0, num_steps),))
+
+
 def split_phases(
     lengths: Sequence[int],
     num_layers: int,
@@ -80,9 +98,6 @@ def split_phases(
     w_s) / (w_0 + ... + w_last) steps after the warm-up, rounded to the nearest whole step, halves up; rounding the
     cumulative sums, not the parts, covers all steps exactly.
     """
-    assert lengths
-    assert num_steps >= 1, f"num_steps={num_steps}"
-    assert full_warmup_steps >= 0, f"full_warmup_steps={full_warmup_steps}"
     warmup_steps = min(full_warmup_steps, num_steps)
     phases = [Phase(0, num_layers, 0, warmup_steps)] if warmup_steps else []
     weights = _weights(lengths, split)
@@ -98,14 +113,8 @@ def split_phases(
 
 def _weights(lengths: Sequence[int], split: str | Sequence[float]) -> list[Fraction]:
     if not isinstance(split, str):
-        assert len(split) == len(lengths), (split, lengths)
         return [Fraction(str(share)) for share in split]  # as it is written: 0.8 is four fifths
     kind, _, power = split.partition(":")
     if kind == "power":
         return [Fraction(number ** float(power)) for number in range(1, len(lengths) + 1)]
     return [Fraction(length if kind == "proportional" else 1) for length in lengths]
-
-
-def one_phase(path_length: int | None, num_steps: int) -> Phases:
-    """Return a single phase over all steps, for methods without a schedule."""
-    return Phases((Phase(0, path_length, 0, num_steps),))

@@ -15,8 +15,6 @@ import torch
 from raptr_ds.config.path_sections import ConstantSection, FullSection, PldSection, RaptrSection, RunSizes
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.raptr import RandomPaths
-from raptr_ds.paths.schedule import split_phases
 from raptr_ds.rng import stream, stream_key
 from raptr_ds.theory.residual_network import NetworkShape, ResidualNetwork
 
@@ -79,7 +77,7 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
     sizes = RunSizes(settings.num_layers, settings.steps)
     growing = RaptrSection(schedule=settings.schedule, fixed_layers=()).checked(sizes)
     lengths = growing.phase_lengths
-    backwards = split_phases(lengths[::-1], settings.num_layers, settings.steps)
+    backwards = growing.model_copy(update={"schedule": "-".join(map(str, lengths[::-1]))})
     mean = round(sum(lengths) / len(lengths))
     # At half of the steps theta has covered all but a twentieth (exp(-3)) of the way to its limit.
     gamma = 6.0 / settings.steps
@@ -87,7 +85,7 @@ def path_methods(settings: PolynomialSettings, seed: int) -> dict[str, PathMetho
         "full": build_path_method(FullSection(), sizes, seed),
         "growing": build_path_method(growing, sizes, seed),
         "constant": build_path_method(ConstantSection(constant_length=mean, fixed_layers=()), sizes, seed),
-        "shrinking": RandomPaths(backwards, settings.num_layers, seed, ()),
+        "shrinking": build_path_method(backwards, sizes, seed),
         "pld": build_path_method(PldSection(pld_gamma=gamma), sizes, seed),
     }
 

@@ -66,7 +66,7 @@ def weights(stage: int, steps: tuple[tuple[tuple[int, ...], ...], ...], **option
 
 
 def test_zero_1_with_overlap_reduces_the_last_micro_batchs_layers_only() -> None:
-    """Fixed: config/rules.py, overlapped_reduction_sees_every_path, can go."""
+    """Fixed: config/rules.py, the rule on overlap_comm, can go."""
     right = weights(1, FIRST_ALONE)
     assert weights(2, FIRST_ALONE, overlap_comm=True) == pytest.approx(right, abs=1e-6)
     assert weights(1, FIRST_ALONE, overlap_comm=True) != pytest.approx(right, abs=1e-3)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from raptr_ds.config.rules import RULES
 from raptr_ds.errors import ConfigError
 from tests.unit.config.export_rules import EXPORT_RULES
 
@@ -374,10 +373,6 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
 }
 
 FLAT = [(name, *case) for name, cases in CASES.items() for case in cases]
-
-
-def test_every_rule_has_cases():
-    assert {rule.__name__ for rule in RULES} <= set(CASES)
 
 
 @pytest.mark.parametrize("case", FLAT, ids=lambda case: case[0])
