@@ -12,8 +12,8 @@ from raptr_ds.model.key_ranges import KeyRanges, dense_mask, key_ranges
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import vocab_embedding
 from raptr_ds.parallel.sequence import sum_gradients
+from raptr_ds.parallel.word_embedding import WordEmbedding
 from raptr_ds.paths.path import LayerPath
 
 EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before layer 0
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
         self.drop = torch.compile(dropout, dynamic=False) if compiled else dropout
         self.dropout_rate = model.hidden_dropout
         self.is_shared = model.tie_word_embeddings and groups.is_last_stage
-        self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
+        self.word = WordEmbedding(model.vocab_size, model.hidden_size, groups)
         learned = model.position_embedding == "learned"
         self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
         self.sequence_rank = groups.sequence_rank

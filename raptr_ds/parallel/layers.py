@@ -1,24 +1,22 @@
 """Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from raptr_ds.parallel.column_product import column_product, even_and_odd_columns, reads_rows_apart
-from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import (
     ColumnParallelLinear,
     ModelParallelConfig,
     RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from raptr_ds.parallel.sequence import sum_of_part
 from raptr_ds.parallel.uncompiled import outside_graphs
-from raptr_ds.parallel.word_embedding import WordEmbedding
 
 
 @dataclass(frozen=True)
@@ -81,30 +79,23 @@ def is_owner(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
     return shard_of(parameter).dim is not None or groups.tensor_rank == 0
 
 
-def _parallel_config(groups: ProcessGroups) -> ModelParallelConfig:
-    # Weights are drawn by name later (model/initialization.py), so that no layout changes them.
-    return ModelParallelConfig(
-        tensor_model_parallel_size=groups.topology.tensor,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        gradient_accumulation_fusion=False,
+def megatron_arguments(groups: ProcessGroups) -> dict[str, Any]:
+    """Return what all of megatron-core's layers get. They draw no weights, so init_method is never called: weights are
+    drawn by name later (model/initialization.py), so that no layout changes them."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=groups.topology.tensor, use_cpu_initialization=True, perform_initialization=False
     )
+    return {"config": config, "init_method": nn.init.zeros_, "tp_group": groups.tensor}
 
 
-def _no_initialization(_: torch.Tensor) -> None:
-    return None
-
-
-def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -> None:
+def mark_shard(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -> None:
+    """Say that the tensor ranks hold equal parts of a parameter, `full` elements along `dim` without padding."""
+    if groups.topology.tensor == 1:
+        return
     shape = list(parameter.shape)
-    local = shape[dim]
-    shape[dim] = full
-    start = min(groups.tensor_rank * local, full)
-    if groups.topology.tensor > 1:
-        shard = TensorShard(tuple(shape), dim, start, min(local, full - start))
-    else:
-        shard = TensorShard(tuple(shape))
-    parameter.shard = shard  # type: ignore[attr-defined]
+    start = min(groups.tensor_rank * shape[dim], full)
+    size, shape[dim] = min(shape[dim], full - start), full
+    parameter.shard = TensorShard(tuple(shape), dim, start, size)  # type: ignore[attr-defined]
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -114,19 +105,11 @@ class ColumnLinear(ColumnParallelLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_parallel_config(groups),
-            init_method=_no_initialization,
-            bias=bias,
-            gather_output=False,
-            tp_group=groups.tensor,
-        )
+        super().__init__(in_features, out_features, bias=bias, gather_output=False, **megatron_arguments(groups))
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
         for parameter in (self.weight, self.bias):
             if parameter is not None:
-                _mark(parameter, 0, out_features, groups)
+                mark_shard(parameter, 0, out_features, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
@@ -188,15 +171,13 @@ class RowLinear(RowParallelLinear):
         super().__init__(
             in_features,
             out_features,
-            config=_parallel_config(groups),
-            init_method=_no_initialization,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=groups.tensor,
+            **megatron_arguments(groups),
         )
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
-        _mark(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
+        mark_shard(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the summed outputs, the same on every tensor rank, or its part of them."""
@@ -219,57 +200,3 @@ class RowLinear(RowParallelLinear):
             return sum_of_part(y, bias, self.tp_group)
         y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
         return y if bias is None else y + bias
-
-
-def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
-    """Return the vocabulary rows including the padding that makes the tensor ranks' shares equal."""
-    tensor = groups.topology.tensor
-    return -(-vocab_size // tensor) * tensor
-
-
-def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> WordEmbedding:
-    """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden).
-
-    With sequence parallelism it returns this rank's part of the sequences, (b, T / tensor, hidden).
-    """
-    layer = WordEmbedding(
-        padded_vocab_size(vocab_size, groups),
-        hidden_size,
-        init_method=_no_initialization,
-        config=_parallel_config(groups),
-        tp_group=groups.tensor,
-    )
-    layer.is_split, layer.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
-    layer.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    _mark(layer.weight, 0, vocab_size, groups)
-    return layer
-
-
-def vocab_bias(vocab_size: int, groups: ProcessGroups) -> nn.Parameter:
-    """Return an output bias split over the tensor ranks by vocabulary."""
-    bias = nn.Parameter(torch.zeros(padded_vocab_size(vocab_size, groups) // groups.topology.tensor))
-    bias.tensor_model_parallel = True  # type: ignore[attr-defined]
-    _mark(bias, 0, vocab_size, groups)
-    return bias
-
-
-def vocab_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    *,
-    vocab_size: int,
-    groups: ProcessGroups,
-) -> torch.Tensor:
-    """Return each position's cross-entropy over the whole vocabulary, in fp32 (fp64 for an fp64 model).
-
-    Shapes: hidden (N, H); weight (V / tensor, H), this rank's rows; bias (V / tensor,); targets (N,) global token
-    ids; returns (N,). Rows of padding take no part.
-    """
-    if groups.topology.tensor > 1:
-        hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)
-    rows = weight.shape[0]
-    first_row = groups.tensor_rank * rows
-    real_rows = max(0, min(rows, vocab_size - first_row))
-    return cross_entropy(hidden, weight, bias, targets, first_row=first_row, real_rows=real_rows, group=groups.tensor)
