@@ -111,16 +111,24 @@ class ColumnLinear(ColumnParallelLinear):
             if parameter is not None:
                 mark_shard(parameter, 0, out_features, groups)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
         assert self.weight is not None
-        return self._linear(x, self.weight, self.bias)
+        return self._outputs(x, self.weight, self.bias)
 
-    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others."""
+    def of_rows(self, x: torch.Tensor, rows: torch.Tensor | None) -> Any:
+        """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others; None: all.
+
+        Some are computed without visiting the module: see PathCoordinator.read_in_parts for ZeRO 3.
+        """
+        if rows is None:
+            return self(x)
         assert self.weight is not None
         bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return self._linear(x, self.weight.index_select(0, rows), bias)
+        return self._outputs(x, self.weight.index_select(0, rows), bias)
+
+    def _outputs(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        return self._linear(x, weight, bias)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not self.is_split:
@@ -134,23 +142,13 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class GatedColumnLinear(ColumnLinear):
-    """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
+    """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i, which it returns apart.
 
-    In that order a feature's two rows are on one rank whatever the tensor size.
+    forward: (b, T, in) -> two (b, T, out / 2 / tensor). In that order a feature's two rows are on one rank whatever the
+    tensor size; of_rows takes pairs of them.
     """
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        """Map (b, T, in) to gate and value, each (b, T, out / 2 / tensor)."""
-        assert self.weight is not None
-        return self._gate_and_value(x, self.weight, self.bias)
-
-    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        """Return gate and value of those features whose pairs of rows `rows` (2 n,) names, (..., n) each."""
-        assert self.weight is not None
-        bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return self._gate_and_value(x, self.weight.index_select(0, rows), bias)
-
-    def _gate_and_value(
+    def _outputs(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not reads_rows_apart(x.device):
@@ -185,8 +183,13 @@ class RowLinear(RowParallelLinear):
             return functional.linear(x, self.weight, self.bias)
         return self._sum(functional.linear(x, self.weight), self.bias)
 
-    def of_columns(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return the summed outputs for inputs (..., n) at the positions `columns` (n,) int64; the others are 0."""
+    def of_columns(self, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+        """Return the summed outputs for inputs (..., n) at the positions `columns` (n,) int64; None: all.
+
+        The other inputs are 0.
+        """
+        if columns is None:
+            return self(x)
         # Not functional.linear: at ZeRO 3 DeepSpeed puts one in its place that fails where a rank has no columns.
         y = x @ self.weight.index_select(1, columns).t()
         if self.is_split:
