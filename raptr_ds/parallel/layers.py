@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.parallel.column_product import column_product, even_and_odd_columns, reads_rows_apart
+from raptr_ds.parallel.column_product import column_product, reads_rows_apart
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import (
     ColumnParallelLinear,
@@ -152,7 +152,8 @@ class GatedColumnLinear(ColumnLinear):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not reads_rows_apart(x.device):
-            return even_and_odd_columns(self._linear(x, weight, bias))
+            gate, value = self._linear(x, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
+            return gate, value
         gate, value = self._products(x, weight, 2) if self.is_split else column_product(x, weight, 2)
         if bias is not None:
             gate, value = gate + bias[0::2], value + bias[1::2]
