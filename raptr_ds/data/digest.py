@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from raptr_ds.errors import DataError
+from raptr_ds.data.indexed import reading
 
 _BLOCK_BYTES = 1 << 14
 _MAX_BLOCKS = 512
@@ -26,16 +26,11 @@ def corpus_digest(folders: Mapping[str, float]) -> str:
 
 
 def _add_file(digest: "hashlib.blake2b", path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{path.name}:{size};".encode())
-            count = -(-size // _BLOCK_BYTES)
-            for number in range(min(count, _MAX_BLOCKS)):
-                block = number if count <= _MAX_BLOCKS else number * (count - 1) // (_MAX_BLOCKS - 1)
-                stream.seek(block * _BLOCK_BYTES)
-                digest.update(stream.read(_BLOCK_BYTES))
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}. Check its permissions and its disk."
-        ) from error
+    with reading(path, "Check its permissions and its disk."), path.open("rb") as stream:
+        size = stream.seek(0, 2)
+        digest.update(f"{path.name}:{size};".encode())
+        count = -(-size // _BLOCK_BYTES)
+        for number in range(min(count, _MAX_BLOCKS)):
+            block = number if count <= _MAX_BLOCKS else number * (count - 1) // (_MAX_BLOCKS - 1)
+            stream.seek(block * _BLOCK_BYTES)
+            digest.update(stream.read(_BLOCK_BYTES))

@@ -52,11 +52,10 @@ class Samples:
         self._mixture = Mixture(folders)
         self._streams = [
             TokenStream(
-                open_indexed(Path(folder) / split, tokenizer.vocab_size),
+                open_indexed(Path(folder) / split, tokenizer.vocab_size).tokens,
                 objective.window,
                 seed,
                 f"{split} {number}",
-                tokenizer.vocab_size,
             )
             for number, folder in enumerate(folders)
         ]

@@ -240,7 +240,7 @@ def test_every_rank_of_an_epoch_reads_all_text(data_folder: Path, tokenizer: Tok
     seen = np.zeros(tokenizer.vocab_size, np.int64)
     for index in range(stream.windows_per_epoch):
         seen += np.bincount(stream.read(index), minlength=tokenizer.vocab_size)
-    tokens = stream.corpus.tokens
+    tokens = stream.tokens
     missing = np.bincount(tokens.read(0, len(tokens)), minlength=tokenizer.vocab_size) - seen
     assert (missing >= 0).all()
-    assert missing.sum() == len(stream.corpus.tokens) % stream.window
+    assert missing.sum() == len(tokens) % stream.window
