@@ -86,8 +86,8 @@ class Block(nn.Module):
         """
         attended = self.attention(self.attention_norm(x), mask, rotary, masks, heads)
         first = self.sequence_rank * x.shape[1]
-        attended = dropout(attended, self.dropout_rate, masks, "attention_output", first_position=first)
+        attended = dropout(attended, self.dropout_rate, masks, "attention_output", first)
         x = x + (attended if residual_scale is None else attended * residual_scale)
         processed = self.mlp(self.mlp_norm(x), blocks)
-        processed = dropout(processed, self.dropout_rate, masks, "mlp_output", first_position=first)
+        processed = dropout(processed, self.dropout_rate, masks, "mlp_output", first)
         return x + (processed if residual_scale is None else processed * residual_scale)

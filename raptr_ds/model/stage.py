@@ -56,7 +56,7 @@ class Embedding(nn.Module):
         if streams is None or self.dropout_rate == 0.0:
             return x, weight
         masks = streams.of_layer(EMBEDDING_LAYER)
-        return self.drop(x, self.dropout_rate, masks, "embedding", first_position=first), weight
+        return self.drop(x, self.dropout_rate, masks, "embedding", first), weight
 
 
 class Stage(nn.Module):
