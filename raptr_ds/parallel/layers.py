@@ -9,13 +9,8 @@ from torch.nn import functional
 
 from raptr_ds.parallel.column_product import column_product, reads_rows_apart
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.megatron_core import (
-    ColumnParallelLinear,
-    ModelParallelConfig,
-    RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
-)
-from raptr_ds.parallel.sequence import sum_of_part
+from raptr_ds.parallel.megatron_core import ColumnParallelLinear, ModelParallelConfig, RowParallelLinear
+from raptr_ds.parallel.sequence import sum_over_ranks
 from raptr_ds.parallel.uncompiled import outside_graphs
 
 
@@ -107,6 +102,7 @@ class ColumnLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
         super().__init__(in_features, out_features, bias=bias, gather_output=False, **megatron_arguments(groups))
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
+        self.group = groups.tensor
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 mark_shard(parameter, 0, out_features, groups)
@@ -138,7 +134,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     @outside_graphs  # it waits for other ranks
     def _products(self, x: torch.Tensor, weight: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, ...]:
-        return column_product(x, weight, num_parts, self.tp_group, self.is_along_sequence)
+        return column_product(x, weight, num_parts, self.group, self.is_along_sequence)
 
 
 class GatedColumnLinear(ColumnLinear):
@@ -176,6 +172,7 @@ class RowLinear(RowParallelLinear):
             **megatron_arguments(groups),
         )
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
+        self.group = groups.tensor
         mark_shard(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -199,8 +196,4 @@ class RowLinear(RowParallelLinear):
 
     @outside_graphs  # it waits for other ranks
     def _sum(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.tp_group is not None
-        if self.is_along_sequence:
-            return sum_of_part(y, bias, self.tp_group)
-        y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
-        return y if bias is None else y + bias
+        return sum_over_ranks(y, bias, self.group, self.is_along_sequence)

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import mark_shard, megatron_arguments
-from raptr_ds.parallel.megatron_core import VocabParallelEmbedding, reduce_from_tensor_model_parallel_region
-from raptr_ds.parallel.sequence import sum_of_part
+from raptr_ds.parallel.megatron_core import VocabParallelEmbedding
+from raptr_ds.parallel.sequence import sum_over_ranks
 
 
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
@@ -41,6 +41,7 @@ class WordEmbedding(VocabParallelEmbedding):
     def __init__(self, vocab_size: int, hidden_size: int, groups: ProcessGroups) -> None:
         super().__init__(padded_vocab_size(vocab_size, groups), hidden_size, **megatron_arguments(groups))
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
+        self.group = groups.tensor
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         mark_shard(self.weight, 0, vocab_size, groups)
 
@@ -72,11 +73,7 @@ class WordEmbedding(VocabParallelEmbedding):
     def _sum(self, rows: torch.Tensor, is_elsewhere: torch.Tensor | None) -> torch.Tensor:
         if is_elsewhere is None:
             return rows
-        assert self.tp_group is not None
-        rows = rows.masked_fill(is_elsewhere[..., None], 0.0)
-        if self.is_along_sequence:
-            return sum_of_part(rows, None, self.tp_group)
-        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+        return sum_over_ranks(rows.masked_fill(is_elsewhere[..., None], 0.0), None, self.group, self.is_along_sequence)
 
 
 class _RowsAndWeight(torch.autograd.Function):
