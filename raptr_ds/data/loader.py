@@ -12,8 +12,7 @@ from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
 from raptr_ds.data.denoisers import MixtureOfDenoisers, denoisers_of, mean_predictions
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER, Manifest
-from raptr_ds.data.masked_lm import MaskedLM
-from raptr_ds.data.masked_lm import mean_predictions as mean_masked
+from raptr_ds.data.masked_lm import MaskedLM, num_masked
 from raptr_ds.data.packed_documents import PackedDocuments
 from raptr_ds.data.token_stream import Mixture, TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
@@ -214,5 +213,5 @@ def build_loader(
 def predictions_per_sequence(config: RunConfig) -> float:
     """Return the expected number of predicted positions of a full sequence, which depends on the objective only."""
     if config.model.architecture == "bert":
-        return mean_masked(config.model.seq_length, config.objective.mask_rate)
+        return float(num_masked(config.model.seq_length - 2, config.objective.mask_rate))  # without [CLS] and [SEP]
     return mean_predictions(config.model.seq_length, denoisers_of(config.objective))

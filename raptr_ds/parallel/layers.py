@@ -32,12 +32,8 @@ class TensorShard:
         if self.dim is None:
             return full
         part = full.narrow(self.dim, self.start, self.size)
-        missing = local_shape[self.dim] - self.size
-        if not missing:
-            return part
-        padding = list(part.shape)
-        padding[self.dim] = missing
-        return torch.cat([part, part.new_zeros(padding)], dim=self.dim)
+        following_dims = full.ndim - 1 - self.dim  # torch takes padding from the last dim on
+        return functional.pad(part, [0, 0] * following_dims + [0, local_shape[self.dim] - self.size])
 
 
 def mark_parts(parameter: nn.Parameter | None, kind: str, dim: int) -> None:
