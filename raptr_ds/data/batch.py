@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
-
-_Batch = TypeVar("_Batch", "MicroBatch", "StepBatch")
 
 PADDING = -1
 ALIGNMENT = 16
@@ -50,8 +48,26 @@ class Segments:
     in_prefix: torch.Tensor
 
 
+class Movable:
+    """A tree of tensors (torch.utils._pytree)."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same on `device`: on a GPU as views of one buffer, filled by a single copy that nothing waits for.
+
+        The copy is made from pinned memory: from any other the host would wait for the device.
+        """
+        leaves, structure = pytree.tree_flatten(self)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
+            moved = iter(unpacked(packed(tensors, pin_memory=True).to(device, non_blocking=True), tensors))
+        else:
+            moved = (tensor.to(device) for tensor in tensors)
+        leaves = [next(moved) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(leaves, structure)
+
+
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(Movable):
     """Sequences that go through the model together; all tensors are int64, made on the CPU.
 
     Shapes: tokens (b, T), padded at the end; positions (N,) where the model predicts, in the flattened b*T, increasing;
@@ -76,13 +92,9 @@ class MicroBatch:
         """Number of predicted positions N."""
         return self.targets.shape[0]
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro batch on `device`; the copy to a GPU is asynchronous."""
-        return _to_device(self, device)
-
 
 @dataclass(frozen=True)
-class StepBatch:
+class StepBatch(Movable):
     """The micro batches of one step on one data-parallel rank, in the order of accumulation."""
 
     micro_batches: tuple[MicroBatch, ...]
@@ -92,29 +104,9 @@ class StepBatch:
         """Predicted positions in all micro batches."""
         return sum(micro.num_predictions for micro in self.micro_batches)
 
-    def to(self, device: torch.device) -> "StepBatch":
-        """Return the batch on `device`."""
-        return _to_device(self, device)
-
 
 for _part in (Segments, MicroBatch, StepBatch):
     pytree.register_dataclass(_part)
-
-
-def _to_device(batch: _Batch, device: torch.device) -> _Batch:
-    """Return a batch on `device`; on a GPU as views of one buffer, filled by a single copy.
-
-    The copy is made from pinned memory: from any other the host would wait for the device.
-    """
-    leaves, structure = pytree.tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
-        moved = iter(unpacked(packed(tensors, pin_memory=True).to(device, non_blocking=True), tensors))
-    else:
-        moved = (tensor.to(device) for tensor in tensors)
-    return pytree.tree_unflatten(
-        [next(moved) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
-    )
 
 
 def packed(tensors: Sequence[torch.Tensor], pin_memory: bool) -> torch.Tensor:

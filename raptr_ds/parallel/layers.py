@@ -120,9 +120,6 @@ class ColumnLinear(ColumnParallelLinear):
         return self._outputs(x, self.weight.index_select(0, rows), bias)
 
     def _outputs(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        return self._linear(x, weight, bias)
-
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not self.is_split:
             return functional.linear(x, weight, bias)
         (y,) = self._products(x, weight, 1)
@@ -144,7 +141,7 @@ class GatedColumnLinear(ColumnLinear):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not reads_rows_apart(x.device):
-            gate, value = self._linear(x, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
+            gate, value = super()._outputs(x, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
             return gate, value
         gate, value = self._products(x, weight, 2) if self.is_split else column_product(x, weight, 2)
         if bias is not None:
