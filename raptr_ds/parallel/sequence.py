@@ -6,7 +6,6 @@ on a CPU and want the sequence as the first dim.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -110,8 +109,4 @@ def sum_gradients(module: nn.Module, groups: ProcessGroups) -> None:
     """
     if groups.sequence_parallel:
         for parameter in module.parameters():
-            parameter.register_hook(partial(_sum, group=groups.tensor))
-
-
-def _sum(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return start_sum(gradient.clone(), group).take()
+            parameter.register_hook(lambda gradient: start_sum(gradient.clone(), groups.tensor).take())
