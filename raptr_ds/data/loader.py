@@ -37,25 +37,17 @@ class Samples:
 
         Raises: DataError if a folder's files cannot be used.
         """
-        self._objective = objective
-        self._split = split
-        self._seed = seed
+        self._objective, self._split, self._seed = objective, split, seed
         self._mixture = Mixture(folders)
+        corpora = [open_indexed(Path(folder) / split, tokenizer.vocab_size).tokens for folder in folders]
         self._streams = [
-            TokenStream(
-                open_indexed(Path(folder) / split, tokenizer.vocab_size).tokens,
-                objective.window,
-                seed,
-                f"{split} {number}",
-            )
-            for number, folder in enumerate(folders)
+            TokenStream(tokens, objective.window, seed, f"{split} {number}") for number, tokens in enumerate(corpora)
         ]
 
     def __getitem__(self, number: int) -> Sample | PackedSample:
         corpus, index = self._mixture.locate(number)
-        return self._objective.sample(
-            self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number)
-        )
+        rng = stream(self._seed, "sample", self._split, number)
+        return self._objective.sample(self._streams[corpus].read(index), rng)
 
 
 @dataclass(eq=False)
