@@ -1,19 +1,17 @@
-"""From samples to what a training step receives: packing, and micro batches of tensors."""
+"""From samples to what a training step receives: micro batches of tensors, on the CPU or a device."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Self
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 PADDING = -1
 ALIGNMENT = 16
 """Bytes; the alignment of a tensor's address that the widest load of a GPU kernel needs."""
-
-
-SMALLEST_TEXT = 2  # tokens; an objective hides at least one and keeps at least one
 
 
 @dataclass(frozen=True)
@@ -37,44 +35,6 @@ class PackedSample:
     parts: tuple[Sample, ...]
 
 
-class PackableObjective(Protocol):
-    """An objective that can make samples shorter than a sequence."""
-
-    window: int
-    smallest_room: int
-    """Most tokens that a sample of SMALLEST_TEXT tokens takes."""
-
-    def sample(self, text: np.ndarray, rng: np.random.Generator, room: int | None = None) -> Sample:
-        """Corrupt `text`, or as much of it as gives a sample of at most `room` tokens."""
-        ...
-
-
-class PackedDocuments:
-    """Makes packed samples: the documents of a window, in order, each corrupted by itself, until the sequence is full.
-
-    Of a document that the window cuts, the part inside counts. What no longer fits is left out, and so are documents of
-    a single token. If there are no longer ones, the window is one example.
-    """
-
-    def __init__(self, objective: PackableObjective, seq_length: int, end_id: int) -> None:
-        """Pack samples of `objective`; end_id: the token that ends each document."""
-        self.window = objective.window
-        self._objective, self._seq_length, self._end_id = objective, seq_length, end_id
-
-    def sample(self, text: np.ndarray, rng: np.random.Generator) -> PackedSample:
-        """Make the examples of `text` (at most `window` tokens, int64)."""
-        ends = np.flatnonzero(text == self._end_id) + 1
-        documents = [part for part in np.split(text, ends) if len(part) >= SMALLEST_TEXT] or [text]
-        parts: list[Sample] = []
-        room = self._seq_length
-        for document in documents:
-            if room < self._objective.smallest_room:
-                break
-            parts.append(self._objective.sample(document, rng, room))
-            room -= len(parts[-1].tokens)
-        return PackedSample(tuple(parts))
-
-
 @dataclass(frozen=True)
 class Segments:
     """Where the examples of packed sequences are. Attention stays within a segment, positions count from its start.
@@ -88,8 +48,26 @@ class Segments:
     in_prefix: torch.Tensor
 
 
+class Movable:
+    """A tree of tensors (torch.utils._pytree)."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same on `device`: on a GPU as views of one buffer, filled by a single copy that nothing waits for.
+
+        The copy is made from pinned memory: from any other the host would wait for the device.
+        """
+        leaves, structure = pytree.tree_flatten(self)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
+            moved = iter(unpacked(packed(tensors, pin_memory=True).to(device, non_blocking=True), tensors))
+        else:
+            moved = (tensor.to(device) for tensor in tensors)
+        leaves = [next(moved) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(leaves, structure)
+
+
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(Movable):
     """Sequences that go through the model together; all tensors are int64, made on the CPU.
 
     Shapes: tokens (b, T), padded at the end; positions (N,) where the model predicts, in the flattened b*T, increasing;
@@ -114,13 +92,9 @@ class MicroBatch:
         """Number of predicted positions N."""
         return self.targets.shape[0]
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro batch on `device`; the copy to a GPU is asynchronous."""
-        return _to_device((self,), device)[0]
-
 
 @dataclass(frozen=True)
-class StepBatch:
+class StepBatch(Movable):
     """The micro batches of one step on one data-parallel rank, in the order of accumulation."""
 
     micro_batches: tuple[MicroBatch, ...]
@@ -130,44 +104,9 @@ class StepBatch:
         """Predicted positions in all micro batches."""
         return sum(micro.num_predictions for micro in self.micro_batches)
 
-    def to(self, device: torch.device) -> "StepBatch":
-        """Return the batch on `device`."""
-        return StepBatch(_to_device(self.micro_batches, device))
 
-
-def _to_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> tuple[MicroBatch, ...]:
-    """Return micro batches on `device`; on a GPU as views of one buffer, filled by a single copy.
-
-    The copy is made from pinned memory: from any other the host would wait for the device.
-    """
-    tensors = [tensor for micro in micro_batches for tensor in _tensors_of(micro)]
-    if device.type == "cuda" and not any(tensor.is_cuda for tensor in tensors):
-        moved = unpacked(packed(tensors, pin_memory=True).to(device, non_blocking=True), tensors)
-    else:
-        moved = [tensor.to(device) for tensor in tensors]
-    following = iter(moved)
-    return tuple(_with_tensors(micro, following) for micro in micro_batches)
-
-
-def _tensors_of(value: MicroBatch | Segments) -> Iterator[torch.Tensor]:
-    for field in fields(value):
-        part = getattr(value, field.name)
-        if isinstance(part, torch.Tensor):
-            yield part
-        elif isinstance(part, Segments):
-            yield from _tensors_of(part)
-
-
-def _with_tensors(value: Any, following: Iterator[torch.Tensor]) -> Any:
-    """Return a copy of `value` with the following tensors, in the order of _tensors_of."""
-    changes: dict[str, Any] = {}
-    for field in fields(value):
-        part = getattr(value, field.name)
-        if isinstance(part, torch.Tensor):
-            changes[field.name] = next(following)
-        elif isinstance(part, Segments):
-            changes[field.name] = _with_tensors(part, following)
-    return replace(value, **changes)
+for _part in (Segments, MicroBatch, StepBatch):
+    pytree.register_dataclass(_part)
 
 
 def packed(tensors: Sequence[torch.Tensor], pin_memory: bool) -> torch.Tensor:
@@ -198,16 +137,23 @@ def collate(
     """Put samples into a micro batch; all of them are packed, or none is."""
     rows = [sample.parts if isinstance(sample, PackedSample) else (sample,) for sample in samples]
     is_packed = any(isinstance(sample, PackedSample) for sample in samples)
-    tokens = np.full((len(samples), seq_length), pad_id, np.int64)
+    shape = len(samples), seq_length
+    tokens, ids = np.full(shape, pad_id, np.int64), np.full(shape, PADDING, np.int64)
+    places, in_prefix = np.zeros(shape, np.int64), np.zeros(shape, bool)
     positions, targets, lengths = [], [], []
     for row, parts in enumerate(rows):
         start = 0
-        for part in parts:
-            tokens[row, start : start + len(part.tokens)] = part.tokens
+        for number, part in enumerate(parts):
+            end = start + len(part.tokens)
+            tokens[row, start:end] = part.tokens
+            ids[row, start:end] = number
+            places[row, start:end] = np.arange(end - start)
+            in_prefix[row, start : start + part.prefix_length] = True
             positions.append(row * seq_length + start + part.positions)
             targets.append(part.targets)
-            start += len(part.tokens)
+            start = end
         lengths.append(start)
+    segments = Segments(*map(torch.from_numpy, (ids, places, in_prefix)))
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(np.concatenate(positions)),
@@ -216,20 +162,5 @@ def collate(
         lengths=torch.tensor(lengths, dtype=torch.int64),
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         is_full=all(length == seq_length for length in lengths),
-        segments=_segments(rows, seq_length) if is_packed else None,
+        segments=segments if is_packed else None,
     )
-
-
-def _segments(rows: Sequence[Sequence[Sample]], seq_length: int) -> Segments:
-    ids = np.full((len(rows), seq_length), PADDING, np.int64)
-    positions = np.zeros((len(rows), seq_length), np.int64)
-    in_prefix = np.zeros((len(rows), seq_length), bool)
-    for row, parts in enumerate(rows):
-        start = 0
-        for number, part in enumerate(parts):
-            end = start + len(part.tokens)
-            ids[row, start:end] = number
-            positions[row, start:end] = np.arange(end - start)
-            in_prefix[row, start : start + part.prefix_length] = True
-            start = end
-    return Segments(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(in_prefix))

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from raptr_ds.errors import DataError
+from raptr_ds.data.indexed import reading
 
 _BLOCK_BYTES = 1 << 14
 _MAX_BLOCKS = 512
@@ -21,21 +21,13 @@ def corpus_digest(folders: Mapping[str, float]) -> str:
     for folder, weight in folders.items():
         digest.update(f"{float(weight)!r};".encode())
         for name in _FILES:
-            _add_file(digest, Path(folder) / name)
+            path = Path(folder, name)
+            with reading(path, "Check its permissions and its disk."), path.open("rb") as stream:
+                size = stream.seek(0, 2)
+                digest.update(f"{name}:{size};".encode())
+                count = -(-size // _BLOCK_BYTES)
+                for number in range(min(count, _MAX_BLOCKS)):
+                    block = number if count <= _MAX_BLOCKS else number * (count - 1) // (_MAX_BLOCKS - 1)
+                    stream.seek(block * _BLOCK_BYTES)
+                    digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def _add_file(digest: "hashlib.blake2b", path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{path.name}:{size};".encode())
-            count = -(-size // _BLOCK_BYTES)
-            for number in range(min(count, _MAX_BLOCKS)):
-                block = number if count <= _MAX_BLOCKS else number * (count - 1) // (_MAX_BLOCKS - 1)
-                stream.seek(block * _BLOCK_BYTES)
-                digest.update(stream.read(_BLOCK_BYTES))
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}. Check its permissions and its disk."
-        ) from error

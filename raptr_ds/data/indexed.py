@@ -8,6 +8,8 @@ of imports; the tests compare both byte by byte.
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -44,18 +46,25 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
             stream.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
+@contextmanager
+def reading(path: Path, fix: str = FIX) -> Iterator[None]:
+    """Turn what the operating system says about a file that is read in this block into a DataError with the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
+
+
 class TokenFile:
     """The tokens of a .bin, num_tokens of a dtype, all documents one after the other; any thread may read them.
 
     The file is read and not mapped: where a mapped file becomes shorter, the process ends by SIGBUS without a message.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, num_tokens: int) -> None:
-        self._path, self._dtype, self._num_tokens = path, dtype, num_tokens
-        try:
+    def __init__(self, path: Path, dtype: np.dtype, num_tokens: int, vocab_size: int) -> None:
+        self._path, self._dtype, self._num_tokens, self._vocab_size = path, dtype, num_tokens, vocab_size
+        with reading(path):
             self._file = FileIO(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -64,27 +73,31 @@ class TokenFile:
     def read(self, first: int, count: int) -> np.ndarray:
         """Return up to `count` tokens from token `first` on, fewer at the end of the file.
 
-        Raises: DataError if they cannot be read, or the file is shorter than it was.
+        Raises: DataError if they cannot be read or are outside the vocabulary, or the file is shorter than it was.
         """
         count = max(0, min(count, self._num_tokens - first))
         size = self._dtype.itemsize
-        try:
-            found = os.pread(self._file.fileno(), count * size, first * size)
-        except OSError as error:
-            raise DataError(f"cannot read {self._path}: {error.strerror or error}. Check its disk.") from error
-        if len(found) < count * size:
+        with reading(self._path, "Check its disk."):
+            content = os.pread(self._file.fileno(), count * size, first * size)
+        if len(content) < count * size:
             raise DataError(
                 f"{self._path} has become shorter while it was read: it ends before token {first + count:,} of "
                 f"{self._num_tokens:,}. Start again when it is whole. {FIX}"
             )
-        return np.frombuffer(found, self._dtype)
+        tokens = np.frombuffer(content, self._dtype)
+        if count and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
+            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise DataError(
+                f"{self._path} holds the token id {wrong}, outside the tokenizer's vocabulary of {self._vocab_size}: "
+                f"it is damaged from token {first} on, or was made with another tokenizer. {FIX}"
+            )
+        return tokens
 
 
 @dataclass(frozen=True)
 class IndexedTokens:
     """A checked pair of files. lengths: (num_documents,) int32, in tokens."""
 
-    prefix: Path
     tokens: TokenFile
     lengths: np.ndarray
 
@@ -97,13 +110,13 @@ class IndexedTokens:
 def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
     """Open PREFIX.idx and PREFIX.bin and check everything that a run relies on.
 
-    Of the token ids, a million are checked, in blocks spread evenly over the file; TokenStream.read checks all that it
-    reads.
+    Of the token ids, which are checked when they are read, a million are read here, in blocks spread evenly.
     Raises: DataError that names the file, what is wrong with it and how to fix it.
     """
     index_path, tokens_path = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
     lengths, dtype = _read_index(index_path)
-    size = _size(tokens_path)
+    with reading(tokens_path):
+        size = tokens_path.stat().st_size
     num_tokens = int(lengths.sum(dtype=np.int64))
     if size != num_tokens * dtype.itemsize:
         kind = "truncated" if size < num_tokens * dtype.itemsize else "longer than its index says"
@@ -113,25 +126,18 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
         )
     if num_tokens == 0:
         raise DataError(f"{tokens_path} is empty: there is nothing to train on. Add text. {FIX}")
-    tokens = TokenFile(tokens_path, dtype, num_tokens)
-    _check_ids(tokens, vocab_size, tokens_path)
-    return IndexedTokens(prefix, tokens, lengths)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
+    tokens = TokenFile(tokens_path, dtype, num_tokens, vocab_size)
+    blocks = min(CHECKED_TOKENS, num_tokens) // _BLOCK_TOKENS + 1
+    for number in range(blocks):
+        tokens.read(num_tokens * number // blocks, _BLOCK_TOKENS)
+    return IndexedTokens(tokens, lengths)
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
     """Return (lengths, token dtype) of an .idx after checking its parts against each other."""
-    size = _size(path)
-    try:
+    with reading(path):
+        size = path.stat().st_size
         content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. {FIX}") from error
     if size < HEADER.size:
         raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
     magic, version, code, num_sequences, num_boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
@@ -162,16 +168,3 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
             f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
         )
     return lengths, dtype
-
-
-def _check_ids(tokens: TokenFile, vocab_size: int, path: Path) -> None:
-    blocks = min(CHECKED_TOKENS, len(tokens)) // _BLOCK_TOKENS + 1
-    for number in range(blocks):
-        checked = tokens.read(len(tokens) * number // blocks, _BLOCK_TOKENS)
-        smallest, largest = int(checked.min()), int(checked.max())
-        if smallest < 0 or largest >= vocab_size:
-            wrong = smallest if smallest < 0 else largest
-            raise DataError(
-                f"{path} holds the token id {wrong}, outside the tokenizer's vocabulary of {vocab_size}: it is "
-                f"damaged, or was made with another tokenizer. {FIX}"
-            )

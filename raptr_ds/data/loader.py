@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from raptr_ds.config.batch import BatchGeometry
 from raptr_ds.config.run import RunConfig
 from raptr_ds.config.sections import DataSection, ModelSection, ObjectiveSection
-from raptr_ds.data.batch import MicroBatch, PackedDocuments, PackedSample, Sample, StepBatch, collate
+from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
 from raptr_ds.data.denoisers import MixtureOfDenoisers, denoisers_of, mean_predictions
 from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import TOKENIZER, Manifest
-from raptr_ds.data.masked_lm import MaskedLM
-from raptr_ds.data.masked_lm import mean_predictions as mean_masked
+from raptr_ds.data.masked_lm import MaskedLM, num_masked
+from raptr_ds.data.packed_documents import PackedDocuments
 from raptr_ds.data.token_stream import Mixture, TokenStream
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
@@ -26,14 +24,7 @@ from raptr_ds.user_paths import is_folder
 VALIDATION_SEED = 20240213
 
 
-class Objective(Protocol):
-    """Makes a sample from a window of text; all randomness comes from the generator."""
-
-    window: int
-
-    def sample(self, text: np.ndarray, rng: np.random.Generator) -> Sample | PackedSample:
-        """Corrupt at most `window` tokens."""
-        ...
+Objective = MaskedLM | MixtureOfDenoisers | PackedDocuments
 
 
 class Samples:
@@ -46,63 +37,44 @@ class Samples:
 
         Raises: DataError if a folder's files cannot be used.
         """
-        self._objective = objective
-        self._split = split
-        self._seed = seed
+        self._objective, self._split, self._seed = objective, split, seed
         self._mixture = Mixture(folders)
+        corpora = [open_indexed(Path(folder) / split, tokenizer.vocab_size).tokens for folder in folders]
         self._streams = [
-            TokenStream(
-                open_indexed(Path(folder) / split, tokenizer.vocab_size),
-                objective.window,
-                seed,
-                f"{split} {number}",
-                tokenizer.vocab_size,
-            )
-            for number, folder in enumerate(folders)
+            TokenStream(tokens, objective.window, seed, f"{split} {number}") for number, tokens in enumerate(corpora)
         ]
 
     def __getitem__(self, number: int) -> Sample | PackedSample:
         corpus, index = self._mixture.locate(number)
-        return self._objective.sample(
-            self._streams[corpus].read(index), stream(self._seed, "sample", self._split, number)
-        )
+        rng = stream(self._seed, "sample", self._split, number)
+        return self._objective.sample(self._streams[corpus].read(index), rng)
 
 
+@dataclass(eq=False)
 class Loader:
     """Makes the batches of one data-parallel rank, for any step in any order; a context manager that ends its threads.
 
     A step reads the run's samples from `first_sample` on: sample g of them (0 <= g < global_batch) belongs to micro
     batch m, rank r and row i with g = (m * data_parallel + r) * micro_batch + i. Its text and mask depend on its number
     in the run alone.
+
+    num_workers: threads that keep the next `prefetch` steps ready; 0: none. micro_batch_at: sequences per micro batch
+    of a training step; evaluation has the geometry's.
     """
 
-    def __init__(
-        self,
-        train: Samples,
-        validation: Samples,
-        geometry: BatchGeometry,
-        dp_rank: int,
-        *,
-        seq_length: int,
-        pad_id: int,
-        num_workers: int,
-        prefetch: int,
-        micro_batch_at: Callable[[int], int] | None = None,
-    ) -> None:
-        """Start `num_workers` threads that keep the next `prefetch` steps ready; 0: no threads.
+    training_samples: Samples
+    validation_samples: Samples
+    geometry: BatchGeometry
+    dp_rank: int
+    seq_length: int
+    pad_id: int
+    num_workers: int
+    prefetch: int
+    micro_batch_at: Callable[[int], int]
 
-        micro_batch_at: sequences per micro batch of a training step; None: the geometry's.
-        """
-        assert 0 <= dp_rank < geometry.data_parallel, (dp_rank, geometry.data_parallel)
-        self._train = train
-        self._validation = validation
-        self._geometry = geometry
-        self._dp_rank = dp_rank
-        self._seq_length = seq_length
-        self._pad_id = pad_id
-        self._prefetch = prefetch
-        self._micro_batch_at = micro_batch_at
-        self._threads = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
+    def __post_init__(self) -> None:
+        assert 0 <= self.dp_rank < self.geometry.data_parallel, (self.dp_rank, self.geometry.data_parallel)
+        self._threads = ThreadPoolExecutor(self.num_workers, "batches") if self.num_workers else None
         self._ahead: dict[tuple[int, int], Future[StepBatch]] = {}
 
     def at(self, step: int, first_sample: int | None = None) -> StepBatch:
@@ -112,12 +84,12 @@ class Loader:
         has changed its batch.
         Raises: DataError for damaged tokens, also if the batch was prepared ahead in a thread.
         """
-        size = self._geometry.global_batch
+        size = self.geometry.global_batch
         first = step * size if first_sample is None else first_sample
         if self._threads is None:
             return self._training_batch(step, first)
         ready = self._ahead.pop((step, first), None)
-        wanted = [(step + later, first + later * size) for later in range(1, 1 + self._prefetch)]
+        wanted = [(step + later, first + later * size) for later in range(1, 1 + self.prefetch)]
         for other in [key for key in self._ahead if key not in wanted]:
             self._ahead.pop(other).cancel()
         for other in wanted:
@@ -127,7 +99,7 @@ class Loader:
 
     def validation(self, index: int) -> StepBatch:
         """Return validation batch `index`: held-out text, the same at every step and for every seed."""
-        return self._make(self._validation, index * self._geometry.global_batch, self._geometry.micro_batch)
+        return self._make(self.validation_samples, index * self.geometry.global_batch, self.geometry.micro_batch)
 
     def close(self) -> None:
         """End the threads."""
@@ -142,19 +114,16 @@ class Loader:
         self.close()
 
     def _training_batch(self, step: int, first_sample: int) -> StepBatch:
-        size = self._geometry.micro_batch if self._micro_batch_at is None else self._micro_batch_at(step)
-        return self._make(self._train, first_sample, size)
+        return self._make(self.training_samples, first_sample, self.micro_batch_at(step))
 
     def _make(self, samples: Samples, first_sample: int, size: int) -> StepBatch:
-        share = size * self._geometry.data_parallel
-        assert self._geometry.global_batch % share == 0, (self._geometry, size)
-        first = first_sample + self._dp_rank * size
-        starts = (first + number * share for number in range(self._geometry.global_batch // share))
-        return StepBatch(tuple(self._micro_batch(samples, start, size) for start in starts))
-
-    def _micro_batch(self, samples: Samples, first: int, size: int) -> MicroBatch:
-        ids = range(first, first + size)
-        return collate([samples[i] for i in ids], ids, self._seq_length, self._pad_id)
+        share, total = size * self.geometry.data_parallel, self.geometry.global_batch
+        assert total % share == 0, (self.geometry, size)
+        starts = range(first_sample + self.dp_rank * size, first_sample + total, share)
+        micro_batches = (range(start, start + size) for start in starts)
+        return StepBatch(
+            tuple(collate([samples[i] for i in ids], ids, self.seq_length, self.pad_id) for ids in micro_batches)
+        )
 
 
 def folders_of(path: str | Mapping[str, float]) -> dict[str, float]:
@@ -229,12 +198,12 @@ def build_loader(
         pad_id=tokenizer.pad_id,
         num_workers=data.num_workers,
         prefetch=data.prefetch,
-        micro_batch_at=micro_batch_at,
+        micro_batch_at=micro_batch_at or (lambda _step: batch.micro_batch),
     )
 
 
 def predictions_per_sequence(config: RunConfig) -> float:
     """Return the expected number of predicted positions of a full sequence, which depends on the objective only."""
     if config.model.architecture == "bert":
-        return mean_masked(config.model.seq_length, config.objective.mask_rate)
+        return float(num_masked(config.model.seq_length - 2, config.objective.mask_rate))  # without [CLS] and [SEP]
     return mean_predictions(config.model.seq_length, denoisers_of(config.objective))

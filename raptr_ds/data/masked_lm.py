@@ -10,9 +10,9 @@ MASKED_SHARE = 0.8
 RANDOM_SHARE = 0.1
 
 
-def mean_predictions(seq_length: int, mask_rate: float) -> float:
-    """Return the number of predicted tokens of a sequence full of text between [CLS] and [SEP]."""
-    return float(max(1, round(mask_rate * (seq_length - 2))))
+def num_masked(num_tokens: int, mask_rate: float) -> int:
+    """Return how many of a sample's text tokens are predicted."""
+    return max(1, round(num_tokens * mask_rate))
 
 
 class MaskedLM:
@@ -58,7 +58,7 @@ class MaskedLM:
         elif self.whole_word:
             positions = self._choose_words(tokens, candidates, rng)
         else:
-            positions = np.sort(rng.permutation(candidates)[: self._budget(len(candidates))])
+            positions = np.sort(rng.permutation(candidates)[: num_masked(len(candidates), self.mask_rate)])
         targets = tokens[positions]
         fate = rng.random(len(positions))
         tokens[positions[fate < MASKED_SHARE]] = self._mask_id
@@ -66,12 +66,9 @@ class MaskedLM:
         tokens[replaced] = rng.choice(self._text_ids, len(replaced))
         return Sample(tokens, positions, targets, prefix_length=len(tokens))
 
-    def _budget(self, num_candidates: int) -> int:
-        return max(1, round(num_candidates * self.mask_rate))
-
     def _choose_words(self, tokens: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the positions of random whole words that fit the budget; longer words count token by token."""
-        budget = self._budget(len(candidates))
+        budget = num_masked(len(candidates), self.mask_rate)
         # Candidates that are not neighbours have a special token between them, so they are not one word.
         text = tokens[candidates]
         begins = self._starts_word[text]

@@ -6,8 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from raptr_ds.data.indexed import IndexedTokens
-from raptr_ds.errors import DataError
+from raptr_ds.data.indexed import TokenFile
 from raptr_ds.rng import stream, stream_key
 
 NUM_ROUNDS = 6
@@ -60,42 +59,31 @@ class TokenStream:
     window is one window of all its tokens.
     """
 
-    def __init__(self, corpus: IndexedTokens, window: int, seed: int, purpose: str, vocab_size: int) -> None:
-        """Read `corpus` in windows of `window` >= 1 tokens, shuffled by (seed, purpose)."""
+    def __init__(self, tokens: TokenFile, window: int, seed: int, purpose: str) -> None:
+        """Read a corpus in windows of `window` >= 1 tokens, shuffled by (seed, purpose)."""
         assert window >= 1, window
-        self.corpus = corpus
-        self.seed = seed
-        self.purpose = purpose
-        self.vocab_size = vocab_size
-        self.window = min(window, len(corpus.tokens))
-        self.windows_per_epoch = len(corpus.tokens) // self.window
+        self.tokens, self.seed, self.purpose = tokens, seed, purpose
+        self.window = min(window, len(tokens))
+        self.windows_per_epoch = len(tokens) // self.window
         self._order = lru_cache(maxsize=4)(self._order_of)
 
     def _order_of(self, epoch: int) -> tuple[Permutation, int]:
         """Return the order of an epoch's windows, and the token at which the first one begins."""
         permutation = Permutation(self.windows_per_epoch, self.seed, epoch, self.purpose)
-        return permutation, int(stream(self.seed, "offset", self.purpose, epoch).integers(len(self.corpus.tokens)))
+        return permutation, int(stream(self.seed, "offset", self.purpose, epoch).integers(len(self.tokens)))
 
     def read(self, index: int) -> np.ndarray:
         """Return window `index` (window,) int64, a pure function of (seed, purpose, index); index >= 0 has no limit.
 
-        Raises: DataError if a token cannot be read or is outside the vocabulary, which the check at opening may have
-        missed.
+        Raises: DataError if a token cannot be read or is outside the vocabulary.
         """
         epoch, place = divmod(index, self.windows_per_epoch)
         permutation, offset = self._order(epoch)
-        tokens = self.corpus.tokens
-        start = (offset + permutation(place) * self.window) % len(tokens)
-        found = tokens.read(start, self.window).astype(np.int64)
+        start = (offset + permutation(place) * self.window) % len(self.tokens)
+        found = self.tokens.read(start, self.window)
         if len(found) < self.window:
-            found = np.concatenate([found, tokens.read(0, self.window - len(found)).astype(np.int64)])
-        if found.max() >= self.vocab_size or found.min() < 0:
-            raise DataError(
-                f"{self.corpus.prefix.with_suffix('.bin')} holds a token id outside the vocabulary of "
-                f"{self.vocab_size} in the {self.window} tokens from {start}: it is damaged. Run tools/prepare_data.py "
-                "--overwrite."
-            )
-        return found
+            found = np.concatenate([found, self.tokens.read(0, self.window - len(found))])
+        return found.astype(np.int64)
 
 
 class Mixture:

@@ -45,21 +45,26 @@ class Tokenizer:
         Raises: DataError if it is not a sentencepiece model, has options that are not supported or lacks a special
             token.
         """
-        self.model = model
-        self.origin = origin
-        self._processor = open_processor(model, origin)
+        self.model, self.origin = model, origin
+        self._processor = processor = open_processor(model, origin)
         self.content = read_sentencepiece_model(model, origin)
-        missing = missing_specials(self._processor)
-        if lacks_bytes(self._processor):
+        missing = missing_specials(processor)
+        if lacks_bytes(processor):
             missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
         if missing:
             raise DataError(
                 f"the tokenizer {origin} lacks {', '.join(missing)}; BERT and UL2 need them as control pieces. "
                 f"{ADD_THEM}"
             )
-        named = {name: self._processor.piece_to_id(name) for name in (CLS, SEP, MASK, *MODES)}
-        roles = {name: role_id(self._processor, role) for role, name in ROLES.items()}
-        self._ids = {UNK: self._processor.unk_id(), **roles, **named}
+        self.vocab_size: int = processor.get_piece_size()  # ids run from 0, special ones included
+        self.pad_id: int = processor.pad_id()  # fills positions beyond a sample's length
+        self.unk_id: int = processor.unk_id()  # unknown text; byte fallback leaves it unused
+        self.bos_id: int = processor.bos_id()  # begins a text; unused in pretraining, for downstream use
+        self.eos_id: int = processor.eos_id()  # ends a document and the targets of span corruption
+        # These begin and end a BERT sample, and hide a token in it.
+        self.cls_id, self.sep_id, self.mask_id = map(processor.piece_to_id, (CLS, SEP, MASK))
+        self.newline_id: int = processor.piece_to_id(NEWLINE)  # joins lines
+        self.mode_ids: dict[str, int] = {name: processor.piece_to_id(name) for name in MODES}
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -72,56 +77,6 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the model to a file."""
         Path(path).write_bytes(self.model)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, special ones included; ids run from 0."""
-        return self._processor.get_piece_size()
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills positions beyond a sample's length."""
-        return self._ids[PAD]
-
-    @property
-    def unk_id(self) -> int:
-        """Id of unknown text; byte fallback leaves it unused."""
-        return self._ids[UNK]
-
-    @property
-    def bos_id(self) -> int:
-        """Id of the beginning of a text; unused in pretraining, for downstream use."""
-        return self._ids[BOS]
-
-    @property
-    def eos_id(self) -> int:
-        """Id that ends a document and the targets of span corruption."""
-        return self._ids[EOS]
-
-    @property
-    def cls_id(self) -> int:
-        """Id that begins a BERT sample."""
-        return self._ids[CLS]
-
-    @property
-    def sep_id(self) -> int:
-        """Id that ends a BERT sample."""
-        return self._ids[SEP]
-
-    @property
-    def mask_id(self) -> int:
-        """Id that hides a token from BERT."""
-        return self._ids[MASK]
-
-    @property
-    def newline_id(self) -> int:
-        """Id of the newline byte, which joins lines."""
-        return self._processor.piece_to_id(NEWLINE)
-
-    @property
-    def mode_ids(self) -> dict[str, int]:
-        """Ids of UL2's mode tokens, by name."""
-        return {name: self._ids[name] for name in MODES}
 
     @cached_property
     def sentinel_ids(self) -> np.ndarray:
@@ -159,8 +114,6 @@ class Tokenizer:
 
         Raises: DataError for a text that UTF-8 cannot represent.
         """
-        newline = self.newline_id
-        ids: list[int] = []
         try:
             lines = self._processor.encode(text.split("\n"))
         except TypeError as error:  # sentencepiece's, without a reason
@@ -169,17 +122,14 @@ class Tokenizer:
                 f"a text cannot be encoded: {text[place]!r}, its character {place}, is half of a surrogate pair. "
                 "Replace it."
             ) from error
-        for line in lines:
-            ids.extend(line)
-            ids.append(newline)
+        ids = list(itertools.chain.from_iterable((*line, self.newline_id) for line in lines))
         return np.array(ids[:-1], np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of `tokens`, without special tokens."""
-        newline = self.newline_id
         lines: list[list[int]] = [[]]
         for token in map(int, tokens):
-            if token == newline:
+            if token == self.newline_id:
                 lines.append([])
             else:
                 lines[-1].append(token)
@@ -225,11 +175,6 @@ def open_processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProc
     return processor
 
 
-def role_id(processor: sentencepiece.SentencePieceProcessor, role: Role) -> int:
-    """Return the id of the piece that a model has for a role; negative without one."""
-    return getattr(processor, f"{role}_id")()
-
-
 def is_control(processor: sentencepiece.SentencePieceProcessor, name: str) -> bool:
     """Return whether a model has a control piece of this name."""
     token = processor.piece_to_id(name)
@@ -238,7 +183,7 @@ def is_control(processor: sentencepiece.SentencePieceProcessor, name: str) -> bo
 
 def missing_specials(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
     """Return our names of the special tokens, besides sentinels, that a model lacks."""
-    missing = [name for role, name in ROLES.items() if role_id(processor, role) < 0]
+    missing = [name for role, name in ROLES.items() if getattr(processor, f"{role}_id")() < 0]
     return missing + [name for name in (CLS, SEP, MASK, *MODES) if not is_control(processor, name)]
 
 

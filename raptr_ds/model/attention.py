@@ -46,79 +46,76 @@ class Attention(nn.Module):
         to (b, heads, T, T). active: (n,) int64, those of this rank's heads that run, counted from its first; None for
         all of them.
         """
-        num_heads = self.num_local_heads if active is None else len(active)
-        qkv = self.qkv(x) if active is None else self.qkv.of_rows(x, pieces(active, 3 * self.head_dim))
+        num_heads, rows, columns = self.num_local_heads, None, None
+        if active is not None:
+            num_heads, rows, columns = len(active), pieces(active, 3 * self.head_dim), pieces(active, self.head_dim)
+        qkv = self.qkv.of_rows(x, rows)
         batch, length, _ = qkv.shape  # whole sequences, where x may be a part of them
-        qkv = qkv.view(batch, length, num_heads, 3, self.head_dim)
-        query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        query, key, value = qkv.view(batch, length, num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        if self.dropout_rate == 0.0:
-            dropout = None
         if num_heads == 0:
-            mixed = value.transpose(1, 2)  # nothing, but the other tensor ranks' gradients for x pass through
-        elif isinstance(mask, KeyRanges) or (self.uses_kernel and dropout is not None):
-            mixed = self._attend_by_kernel(query, key, value, mask, dropout, active)
-        elif dropout is None:
-            mixed = _attend(query, key, value, mask).transpose(1, 2)
+            mixed = value  # nothing, but the other tensor ranks' gradients for x pass through
+        elif dropout is None or self.dropout_rate == 0.0:
+            mixed = _attend(query, key, value, mask)
         else:
-            mixed = self._attend_with_dropout(query, key, value, mask, dropout, active).transpose(1, 2)
-        mixed = mixed.reshape(batch, length, num_heads * self.head_dim)
-        return self.output(mixed) if active is None else self.output.of_columns(mixed, pieces(active, self.head_dim))
-
-    def _attend_by_kernel(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | KeyRanges | None,
-        dropout: LayerDropout | None,
-        active: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the result as (b, T, heads, head dim)."""
-        from raptr_ds.model.fused_attention import fused_attention  # Triton is not there on every machine
-
-        assert mask is None or isinstance(mask, KeyRanges), "a dense mask for the kernel"
-        if dropout is None:
-            return fused_attention(query, key, value, mask)
-        hashes = attention_hashes(dropout, query.shape[2], heads=self._heads(active, query.device))
-        return fused_attention(query, key, value, mask, hashes, self.dropout_rate)
-
-    def _heads(self, active: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Return the global indices of the heads that run here."""
-        local = torch.arange(self.num_local_heads, device=device) if active is None else active
-        return self.first_head + local
+            local = torch.arange(num_heads, device=x.device) if active is None else active
+            mixed = self._attend_with_dropout(query, key, value, mask, dropout, self.first_head + local)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, num_heads * self.head_dim)
+        return self.output.of_columns(mixed, columns)
 
     def _attend_with_dropout(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | KeyRanges | None,
         dropout: LayerDropout,
-        active: torch.Tensor | None,
+        heads: torch.Tensor,
     ) -> torch.Tensor:
-        """Return what scaled_dot_product_attention would, spelled out: its kernels draw dropout that a layout changes.
+        """Return what scaled_dot_product_attention would, whose kernels draw dropout that a layout changes.
 
-        Scores are the largest tensors of the model: what needs no copy of them for the backward pass is done in place,
-        and the kept weights' factor 1 / (1 - rate) is left to the smaller result.
+        By our kernel, or spelled out. Then scores are the largest tensors of the model: what needs no copy of them for
+        the backward pass is done in place, and the kept weights' factor 1 / (1 - rate) is left to the smaller result.
+        heads: global indices of those that run here.
         """
+        length, rate = query.shape[2], self.dropout_rate
+        if self.uses_kernel:
+            return _by_kernel(query, key, value, mask, attention_hashes(dropout, length, heads=heads), rate)
         scores = at_least_fp32(query @ key.transpose(-1, -2)).mul_(self.head_dim**-0.5)
         if mask is not None:
+            assert isinstance(mask, torch.Tensor), "key ranges without the kernel"
             scores = scores.add_(mask)
-        heads = self._heads(active, query.device)
-        keep = attention_keep_mask(self.dropout_rate, dropout, query.shape[2], heads=heads)
+        keep = attention_keep_mask(rate, dropout, length, heads=heads)
         weights = torch.where(keep, scores.softmax(-1), 0.0)
-        return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - self.dropout_rate))
+        return (weights.to(value.dtype) @ value) * (1.0 / (1.0 - rate))
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return scaled_dot_product_attention's result, computed in fp32 where that is faster.
+def _by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | KeyRanges | None,
+    hashes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rate: float = 0.0,
+) -> torch.Tensor:
+    from raptr_ds.model.fused_attention import fused_attention  # Triton is not there on every machine
+
+    assert mask is None or isinstance(mask, KeyRanges), "a dense mask for the kernel"
+    return fused_attention(query, key, value, mask, hashes, rate).transpose(1, 2)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | KeyRanges | None
+) -> torch.Tensor:
+    """Return attention without dropout: by our kernel for ranges, else by torch, in fp32 where that is faster.
 
     On a CPU the backward pass of torch's fused kernel (2.13.0, _scaled_dot_product_flash_attention_for_cpu_backward)
     takes two to three times as long in 16 bits as in fp32, whatever the CPU has for 16 bits. On long sequences its
     forward pass outweighs that.
     """
+    if isinstance(mask, KeyRanges):
+        return _by_kernel(query, key, value, mask)
     dtype = query.dtype
     if query.device.type != "cpu" or dtype.itemsize != 2 or query.shape[2] > _SHORT:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -29,10 +29,9 @@ class MLP(nn.Module):
     def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
         hidden, inner, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
-        if model.activation == "swiglu":
-            self.expand = GatedColumnLinear(hidden, 2 * inner, bias, groups)
-        else:
-            self.expand = ColumnLinear(hidden, inner, bias, groups)
+        self.rows_per_feature = 2 if model.activation == "swiglu" else 1
+        expand = GatedColumnLinear if model.activation == "swiglu" else ColumnLinear
+        self.expand = expand(hidden, self.rows_per_feature * inner, bias, groups)
         self.contract = RowLinear(inner, hidden, bias, groups)
         self.block_size = inner // model.num_attention_heads
         for parameter, dim in ((self.expand.weight, 0), (self.expand.bias, 0), (self.contract.weight, 1)):
@@ -44,16 +43,12 @@ class MLP(nn.Module):
         active: (n,) int64, those of this rank's blocks of inner features that run, counted from its first; a block is
         as many features as make one for each attention head of the model. None for all of them.
         """
-        if isinstance(self.expand, GatedColumnLinear):
-            rows = None if active is None else pieces(active, 2 * self.block_size)
-            gate, value = self.expand(x) if rows is None else self.expand.of_rows(x, rows)
-            inner = functional.silu(gate) * value
-        else:
-            rows = None if active is None else pieces(active, self.block_size)
-            inner = functional.gelu(self.expand(x) if rows is None else self.expand.of_rows(x, rows))
-        if active is None:
-            return self.contract(inner)
-        return self.contract.of_columns(inner, pieces(active, self.block_size))
+        rows = columns = None
+        if active is not None:
+            rows, columns = pieces(active, self.rows_per_feature * self.block_size), pieces(active, self.block_size)
+        inner = self.expand.of_rows(x, rows)
+        inner = functional.gelu(inner) if self.rows_per_feature == 1 else functional.silu(inner[0]) * inner[1]
+        return self.contract.of_columns(inner, columns)
 
 
 class Block(nn.Module):
@@ -91,8 +86,8 @@ class Block(nn.Module):
         """
         attended = self.attention(self.attention_norm(x), mask, rotary, masks, heads)
         first = self.sequence_rank * x.shape[1]
-        attended = dropout(attended, self.dropout_rate, masks, "attention_output", first_position=first)
+        attended = dropout(attended, self.dropout_rate, masks, "attention_output", first)
         x = x + (attended if residual_scale is None else attended * residual_scale)
         processed = self.mlp(self.mlp_norm(x), blocks)
-        processed = dropout(processed, self.dropout_rate, masks, "mlp_output", first_position=first)
+        processed = dropout(processed, self.dropout_rate, masks, "mlp_output", first)
         return x + (processed if residual_scale is None else processed * residual_scale)

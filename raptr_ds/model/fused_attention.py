@@ -95,14 +95,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, size = query.shape
     return query.new_empty(batch, length, heads, size), query.new_empty(batch, heads, length, dtype=torch.float32)
 
@@ -149,17 +142,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logarithms: torch.Tensor,
-    ranges: Sequence[torch.Tensor],
-    hashes: Sequence[torch.Tensor],
-    rate: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(_gradient: torch.Tensor, query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, length, size = query.shape
     by_query, by_key, by_value = (query.new_empty(batch, length, heads, size).transpose(1, 2) for _ in range(3))
     return by_query, by_key, by_value

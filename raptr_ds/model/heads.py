@@ -6,9 +6,10 @@ from torch.nn import functional
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import build_norm
+from raptr_ds.parallel.cross_entropy import cross_entropy
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import vocab_bias, vocab_cross_entropy, vocab_embedding
 from raptr_ds.parallel.sequence import pick_positions
+from raptr_ds.parallel.word_embedding import WordEmbedding, vocab_bias
 
 
 class Head(nn.Module):
@@ -24,7 +25,7 @@ class Head(nn.Module):
         self.norm = build_norm(model.normalization, hidden, model.norm_epsilon)
         self.transform = nn.Linear(hidden, hidden) if is_bert else None
         self.transform_norm = build_norm(model.normalization, hidden, model.norm_epsilon) if is_bert else None
-        self.output = None if model.tie_word_embeddings else vocab_embedding(vocab_size, hidden, groups)
+        self.output = None if model.tie_word_embeddings else WordEmbedding(vocab_size, hidden, groups)
         self.bias = vocab_bias(vocab_size, groups) if is_bert else None
 
     def forward(
@@ -36,7 +37,7 @@ class Head(nn.Module):
         (N,); returns (N,).
         """
         x, weight = self._before_output(x, positions, tied_weight)
-        return vocab_cross_entropy(x, weight, self.bias, targets, vocab_size=self.vocab_size, groups=self.groups)
+        return cross_entropy(x, weight, self.bias, targets, vocab_size=self.vocab_size, groups=self.groups)
 
     def logits(self, x: torch.Tensor, positions: torch.Tensor, tied_weight: torch.Tensor | None) -> torch.Tensor:
         """Return the logits at some positions, where no rank shares the vocabulary. Shapes: as in forward; (N, V)."""

@@ -8,41 +8,27 @@ from torch.utils.checkpoint import checkpoint
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.block import Block
-from raptr_ds.model.compiler import let_integers_wrap
 from raptr_ds.model.key_ranges import KeyRanges
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.transfer import without_waiting
 from raptr_ds.paths.path import LayerPath
 
-_MOST_GRAPHS = 64
-
 
 class Stack(nn.ModuleDict):
     """Blocks keyed by their global layer index, so that a parameter has the same name in every layout."""
 
+    keep_activations_up_to: int
+    """Most layers here along which a training step keeps their activations; along more it computes them again."""
+
     def __init__(
-        self,
-        model: ModelSection,
-        groups: ProcessGroups,
-        layers: Iterable[int],
-        recompute: bool,
-        compiled: bool,
-        keep_activations_up_to: int = 0,
-        attention_kernel: bool = False,
+        self, model: ModelSection, groups: ProcessGroups, layers: Iterable[int], attention_kernel: bool = False
     ) -> None:
-        """recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here."""
         super().__init__({str(layer): Block(model, groups, attention_kernel) for layer in layers})
-        self.recompute, self.keep_activations_up_to = recompute, keep_activations_up_to
+        self.keep_activations_up_to = len(self)
         self.num_local_parts = model.num_attention_heads // groups.topology.tensor
         self.first_part = groups.tensor_rank * self.num_local_parts
         self.has_dropout = model.hidden_dropout > 0 or model.attention_dropout > 0
-        if compiled:
-            # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
-            torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-            let_integers_wrap()
-            for block in self.values():  # one graph of a size serves all: a block holds nothing else
-                block.compile(dynamic=False)
 
     def forward(
         self,
@@ -68,7 +54,7 @@ class Stack(nn.ModuleDict):
 
     def recomputes(self, num_active: int) -> bool:
         """Return whether training along so many of the layers here recomputes their activations."""
-        return self.recompute and num_active > self.keep_activations_up_to
+        return num_active > self.keep_activations_up_to
 
     def _local_parts(self, path: LayerPath, layer: int, device: torch.device) -> list[torch.Tensor | None]:
         """Return which of this rank's heads and MLP blocks run in a layer, counted from its first; None for all."""

@@ -6,16 +6,18 @@ from torch import nn
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.model.attention import rotary_table
+from raptr_ds.model.compiler import let_integers_wrap
 from raptr_ds.model.heads import Head
 from raptr_ds.model.initialization import initialize
 from raptr_ds.model.key_ranges import KeyRanges, dense_mask, key_ranges
 from raptr_ds.model.stack import Stack
 from raptr_ds.parallel.dropout import DropoutStreams, dropout
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import vocab_embedding
 from raptr_ds.parallel.sequence import sum_gradients
+from raptr_ds.parallel.word_embedding import WordEmbedding
 from raptr_ds.paths.path import LayerPath
 
+_MOST_GRAPHS = 64
 EMBEDDING_LAYER = -1  # the dropout streams' layer number for what lies before layer 0
 
 
@@ -25,13 +27,12 @@ class Embedding(nn.Module):
     Where the head is tied to it and on the same stage, both use the weight that forward returns.
     """
 
-    def __init__(self, model: ModelSection, groups: ProcessGroups, compiled: bool = False) -> None:
-        """compiled: dropout by torch.compile; what is around it is a few kernels anyway."""
+    def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
-        self.drop = torch.compile(dropout, dynamic=False) if compiled else dropout
+        self.drop = dropout
         self.dropout_rate = model.hidden_dropout
         self.is_shared = model.tie_word_embeddings and groups.is_last_stage
-        self.word = vocab_embedding(model.vocab_size, model.hidden_size, groups)
+        self.word = WordEmbedding(model.vocab_size, model.hidden_size, groups)
         learned = model.position_embedding == "learned"
         self.position = nn.Embedding(model.seq_length, model.hidden_size) if learned else None
         self.sequence_rank = groups.sequence_rank
@@ -56,7 +57,7 @@ class Embedding(nn.Module):
         if streams is None or self.dropout_rate == 0.0:
             return x, weight
         masks = streams.of_layer(EMBEDDING_LAYER)
-        return self.drop(x, self.dropout_rate, masks, "embedding", first_position=first), weight
+        return self.drop(x, self.dropout_rate, masks, "embedding", first), weight
 
 
 class Stage(nn.Module):
@@ -67,23 +68,15 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self,
-        model: ModelSection,
-        groups: ProcessGroups,
-        layers: range,
-        recompute: bool = False,
-        compiled: bool = False,
-        keep_activations_up_to: int = 0,
-        attention_kernel: bool = False,
+        self, model: ModelSection, groups: ProcessGroups, layers: range, attention_kernel: bool = False
     ) -> None:
         super().__init__()
-        self.attention_kernel = attention_kernel
-        self.model = model
+        self.model, self.attention_kernel = model, attention_kernel
         self.is_first, self.is_last = groups.is_first_stage, groups.is_last_stage
         self.embedding = None
         if self.is_first or (self.is_last and model.tie_word_embeddings):
-            self.embedding = Embedding(model, groups, compiled)
-        self.layers = Stack(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
+            self.embedding = Embedding(model, groups)
+        self.layers = Stack(model, groups, layers, attention_kernel)
         self.head = Head(model, groups) if self.is_last else None
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
@@ -112,6 +105,16 @@ class Stage(nn.Module):
             return x
         return self.head(x, batch.positions, batch.targets, word_weight)
 
+    def compile_parts(self) -> None:
+        """Compile each block when it first runs, and the embedding's dropout: what is around that is a few kernels."""
+        # Each size of micro batch, with and without a residual scale, and evaluation have a graph of their own.
+        torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+        let_integers_wrap()
+        for block in self.layers.values():  # one graph of a size serves all: a block holds nothing else
+            block.compile(dynamic=False)
+        if self.embedding is not None:
+            self.embedding.drop = torch.compile(dropout, dynamic=False)
+
     def attention_inputs(
         self, batch: MicroBatch, x: torch.Tensor
     ) -> tuple[torch.Tensor | KeyRanges | None, torch.Tensor | None]:
@@ -139,8 +142,12 @@ def build_stage(
     """Return this rank's stage with its initial weights, a pure function of (seed, parameter name).
 
     recompute: activations in the backward pass, on paths of more than keep_activations_up_to layers here.
-    compiled: by torch.compile, each block when it first runs. attention_kernel: our own, for masks and dropout.
+    compiled: by torch.compile. attention_kernel: our own, for masks and dropout.
     """
-    stage = Stage(model, groups, layers, recompute, compiled, keep_activations_up_to, attention_kernel)
+    stage = Stage(model, groups, layers, attention_kernel)
     initialize(stage, model, seed)
+    if recompute:
+        stage.layers.keep_activations_up_to = keep_activations_up_to
+    if compiled:
+        stage.compile_parts()
     return stage

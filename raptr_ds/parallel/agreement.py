@@ -4,6 +4,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -57,9 +58,8 @@ class PathAgreement(Generic[PathT]):
         self._words_at, self._decode = words_at, decode
         self._stop_requested, self._num_steps = stop_requested, num_steps
         self._group = dist.new_group(backend="gloo")
-        self._wanted: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[int, Agreed[PathT] | Exception]] = queue.SimpleQueue()
-        self._under_way: int | None = None
+        self._wanted: queue.SimpleQueue[tuple[Future[Agreed[PathT]], int, Sequence[float]]] = queue.SimpleQueue()
+        self._under_way: tuple[int, Future[Agreed[PathT]]] | None = None
         # A daemon: a rank that leaves must not wait for an exchange whose other side is gone.
         threading.Thread(target=self._serve, name="path-agreement", daemon=True).start()
 
@@ -69,18 +69,13 @@ class PathAgreement(Generic[PathT]):
         report: numbers that all ranks get with what is agreed for the next step, zeros if left out.
         Raises: AgreementError, on every rank, naming the step and the ranks whose path differs.
         """
-        if self._under_way != step:
-            assert self._under_way is None, f"agreement on step {self._under_way} is under way, not on {step}"
-            self._wanted.put((step, ()))
-        answered, answer = self._answers.get()
+        under_way, exchange = self._under_way or self._begin(step, ())
         self._under_way = None
-        assert answered == step, (answered, step)
-        if isinstance(answer, Exception):
-            raise answer
-        if step + 1 < self._num_steps and not answer.stop:
-            self._wanted.put((step + 1, report))
-            self._under_way = step + 1
-        return answer
+        assert under_way == step, f"agreement on step {under_way} is under way, not on {step}"
+        agreed = exchange.result()
+        if step + 1 < self._num_steps and not agreed.stop:
+            self._under_way = self._begin(step + 1, report)
+        return agreed
 
     def restart(self) -> None:
         """Drop the exchange under way, so that any step may come next; every rank calls it between two steps.
@@ -89,20 +84,22 @@ class PathAgreement(Generic[PathT]):
         rank repeats it at the next step.
         Raises: what that exchange raised.
         """
-        if self._under_way is None:
-            return
-        self._under_way = None
-        _, answer = self._answers.get()
-        if isinstance(answer, Exception):
-            raise answer
+        if self._under_way is not None:
+            (_, exchange), self._under_way = self._under_way, None
+            exchange.result()
+
+    def _begin(self, step: int, report: Sequence[float]) -> tuple[int, Future[Agreed[PathT]]]:
+        exchange: Future[Agreed[PathT]] = Future()
+        self._wanted.put((exchange, step, report))
+        return step, exchange
 
     def _serve(self) -> None:
         while True:
-            step, report = self._wanted.get()
+            exchange, step, report = self._wanted.get()
             try:
-                self._answers.put((step, self._agree(step, report)))
+                exchange.set_result(self._agree(step, report))
             except Exception as error:  # handed to the loop, which raises it
-                self._answers.put((step, error))
+                exchange.set_exception(error)
 
     def _agree(self, step: int, report: Sequence[float]) -> Agreed[PathT]:
         own = torch.from_numpy(np.concatenate([[step], self._words_at(step)]).astype(np.int64))

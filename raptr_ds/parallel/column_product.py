@@ -78,21 +78,3 @@ def reads_rows_apart(device: torch.device) -> bool:
     compiled block takes the outputs apart in the kernel that multiplies them, and puts the gradients together likewise.
     """
     return device.type == "cpu"
-
-
-def even_and_odd_columns(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of y's even and odd features, (..., F / 2) each; their gradients are interleaved in one pass."""
-    return _EvenAndOddColumns.apply(y)
-
-
-class _EvenAndOddColumns(torch.autograd.Function):
-    """Slices whose gradients autograd would pad with zeros and add."""
-
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        return y[..., 0::2], y[..., 1::2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # pyright: ignore
-        return torch.stack(gradients, dim=-1).flatten(-2)

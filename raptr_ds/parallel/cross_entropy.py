@@ -6,7 +6,6 @@ in the backward pass. On GPUs two kernels do the same in one pass each (cross_en
 same, to rounding.
 """
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,12 +13,16 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.megatron_core import copy_to_tensor_model_parallel_region
+
 # On a CPU a piece of logits stays in a core's second-level cache; elsewhere it bounds the fp32 copies.
 _CPU_PIECE_ELEMENTS = 1 << 18
 _PIECE_ELEMENTS = 1 << 26
 # On a GPU each row of logits begins at a multiple of so many: an odd vocabulary would keep the matrix products (three
 # read or write logits) and the kernels from wide loads.
 _ALIGNED = 64
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def cross_entropy(
@@ -28,18 +31,22 @@ def cross_entropy(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     *,
-    first_row: int,
-    real_rows: int,
-    group: dist.ProcessGroup,
+    vocab_size: int,
+    groups: ProcessGroups,
 ) -> torch.Tensor:
     """Return each position's cross-entropy over the whole vocabulary, fp32 (fp64 for an fp64 model).
 
-    Shapes: hidden (N, H), the same on every rank of `group`; weight (rows, H) and bias (rows,), this rank's rows of
-    the vocabulary, from row `first_row` of it on, of which those from `real_rows` on are padding; targets (N,) global
-    ids; returns (N,). The gradient by `hidden` is this rank's part: whoever sums over the ranks does so before.
+    Shapes: hidden (N, H), the same on every tensor rank; weight (rows, H) and bias (rows,), this rank's rows of the
+    vocabulary, those beyond vocab_size being padding that takes no part; targets (N,) global ids; returns (N,).
     """
+    if groups.topology.tensor > 1:
+        hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)  # whose backward pass sums over the ranks
+    first_row = groups.tensor_rank * len(weight)
+    real_rows = max(0, min(len(weight), vocab_size - first_row))
+    local = targets - first_row
+    local = torch.where((local >= 0) & (local < real_rows), local, -1)  # -1: another rank has it
     form = _ByKernel if _has_kernel(hidden) else _InPieces
-    return form.apply(hidden, weight, bias, targets, first_row, real_rows, group)
+    return form.apply(hidden, weight, bias, local, real_rows, groups.tensor)
 
 
 class _InPieces(torch.autograd.Function):
@@ -51,14 +58,11 @@ class _InPieces(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        first_row: int,
+        local: torch.Tensor,
         real_rows: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        local = targets - first_row
-        is_here = (local >= 0) & (local < real_rows)
-        local = local.clamp(0, max(0, real_rows - 1))
+        is_here, local = local >= 0, local.clamp(min=0)
         logits = _logits(hidden, weight, bias)
         if real_rows < len(weight):
             logits[:, real_rows:] = -torch.inf
@@ -96,15 +100,12 @@ class _ByKernel(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        first_row: int,
+        local: torch.Tensor,
         real_rows: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         from raptr_ds.parallel.cross_entropy_kernel import statistics_of  # Triton is not there on every machine
 
-        local = targets - first_row
-        local = torch.where((local >= 0) & (local < real_rows), local, -1)
         rows = hidden.new_empty(len(hidden), -(-len(weight) // _ALIGNED) * _ALIGNED)[:, : len(weight)]
         logits = _logits(hidden, weight, bias, out=rows)
         statistics = statistics_of(logits, local, real_rows)
@@ -131,13 +132,8 @@ class _ByKernel(torch.autograd.Function):
         return _gradients(logits, hidden, weight, ctx.has_bias)
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _has_kernel(hidden: torch.Tensor) -> bool:
-    return hidden.is_cuda and hidden.dtype != torch.float64 and _has_triton()
+    return hidden.is_cuda and hidden.dtype != torch.float64 and _HAS_TRITON
 
 
 def _logits(
@@ -152,7 +148,7 @@ def _gradients(
     by_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, has_bias: bool
 ) -> tuple[torch.Tensor | None, ...]:
     by_bias = by_logits.sum(0) if has_bias else None
-    return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None, None
+    return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None
 
 
 def _to_exponentials(

@@ -46,11 +46,6 @@ def _mix_in_place(x: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _to_int32(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
 def keep_threshold(rate: float) -> int:
     """Return below which number 31 bits of hash keep an element."""
     return round((1.0 - rate) * (1 << 31))
@@ -61,14 +56,9 @@ def dropout_keys(seed: int, step: int, num_layers: int, device: torch.device) ->
 
     Made once a step, and copied to a GPU without waiting for it.
     """
-    keys = [
-        [_halves(stream_key(seed, "dropout", step, layer, site)) for site in SITES] for layer in range(-1, num_layers)
-    ]
-    return without_waiting(torch.tensor(keys, dtype=torch.int32), device)
-
-
-def _halves(key: int) -> tuple[int, int]:
-    return _to_int32(key), _to_int32(key >> 32)
+    layers = range(-1, num_layers)
+    keys = torch.tensor([[[stream_key(seed, "dropout", step, layer, site)] for site in SITES] for layer in layers])
+    return without_waiting(keys.view(torch.int32), device)  # a key's lower half comes first
 
 
 class DropoutStreams:
@@ -156,20 +146,15 @@ def dropout(
     rate: float,
     layer: LayerDropout | None,
     site: str,
-    *,
-    features: torch.Tensor | None = None,
     first_position: int = 0,
 ) -> torch.Tensor:
     """Drop elements of x and scale the rest by 1 / (1 - rate); the identity without a layer's masks (evaluation).
 
-    Shapes: x (b, T, F); features (F,) global feature indices, by default all of them in order. first_position: of the
-    T positions, where they are a part of a sequence.
+    Shapes: x (b, T, F). first_position: of the T positions, where they are a part of a sequence.
     """
     if layer is None or rate == 0.0:
         return x
-    if features is None:
-        features = torch.arange(x.shape[-1], device=x.device)
-    keep = layer.keep_mask(rate, site, x.shape[1], features, first_position)
+    keep = layer.keep_mask(rate, site, x.shape[1], torch.arange(x.shape[-1], device=x.device), first_position)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
 
 

@@ -55,7 +55,8 @@ def detect_launch() -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:  # deepspeed, torchrun, and anything that imitates them
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-        found = Launch(rank, local, world, _address(), _port(), launcher, store_attempt=_store_attempt())
+        port = int(env.get("MASTER_PORT") or _DEFAULT_PORT)
+        found = Launch(rank, local, world, _address(), port, launcher, store_attempt=_store_attempt())
     elif "OMPI_COMM_WORLD_RANK" in env:
         found = _mpirun_launch()
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
@@ -197,10 +198,6 @@ def _address() -> str:
     if address is None and int(os.environ["WORLD_SIZE"]) > 1:
         raise ConfigError("RANK and WORLD_SIZE are set but MASTER_ADDR is not. Start with deepspeed, torchrun or srun.")
     return address or "127.0.0.1"
-
-
-def _port() -> int:
-    return int(os.environ.get("MASTER_PORT") or _DEFAULT_PORT)
 
 
 def free_port() -> int:

@@ -1,24 +1,17 @@
 """Megatron-core's tensor-parallel layers as the model uses them, and which part of a parameter a rank holds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from raptr_ds.parallel.column_product import column_product, even_and_odd_columns, reads_rows_apart
-from raptr_ds.parallel.cross_entropy import cross_entropy
+from raptr_ds.parallel.column_product import column_product, reads_rows_apart
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.megatron_core import (
-    ColumnParallelLinear,
-    ModelParallelConfig,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
-from raptr_ds.parallel.sequence import sum_of_part
+from raptr_ds.parallel.megatron_core import ColumnParallelLinear, ModelParallelConfig, RowParallelLinear
+from raptr_ds.parallel.sequence import sum_over_ranks
 from raptr_ds.parallel.uncompiled import outside_graphs
-from raptr_ds.parallel.word_embedding import WordEmbedding
 
 
 @dataclass(frozen=True)
@@ -39,12 +32,8 @@ class TensorShard:
         if self.dim is None:
             return full
         part = full.narrow(self.dim, self.start, self.size)
-        missing = local_shape[self.dim] - self.size
-        if not missing:
-            return part
-        padding = list(part.shape)
-        padding[self.dim] = missing
-        return torch.cat([part, part.new_zeros(padding)], dim=self.dim)
+        following_dims = full.ndim - 1 - self.dim  # torch takes padding from the last dim on
+        return functional.pad(part, [0, 0] * following_dims + [0, local_shape[self.dim] - self.size])
 
 
 def mark_parts(parameter: nn.Parameter | None, kind: str, dim: int) -> None:
@@ -81,30 +70,23 @@ def is_owner(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
     return shard_of(parameter).dim is not None or groups.tensor_rank == 0
 
 
-def _parallel_config(groups: ProcessGroups) -> ModelParallelConfig:
-    # Weights are drawn by name later (model/initialization.py), so that no layout changes them.
-    return ModelParallelConfig(
-        tensor_model_parallel_size=groups.topology.tensor,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        gradient_accumulation_fusion=False,
+def megatron_arguments(groups: ProcessGroups) -> dict[str, Any]:
+    """Return what all of megatron-core's layers get. They draw no weights, so init_method is never called: weights are
+    drawn by name later (model/initialization.py), so that no layout changes them."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=groups.topology.tensor, use_cpu_initialization=True, perform_initialization=False
     )
+    return {"config": config, "init_method": nn.init.zeros_, "tp_group": groups.tensor}
 
 
-def _no_initialization(_: torch.Tensor) -> None:
-    return None
-
-
-def _mark(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -> None:
+def mark_shard(parameter: nn.Parameter, dim: int, full: int, groups: ProcessGroups) -> None:
+    """Say that the tensor ranks hold equal parts of a parameter, `full` elements along `dim` without padding."""
+    if groups.topology.tensor == 1:
+        return
     shape = list(parameter.shape)
-    local = shape[dim]
-    shape[dim] = full
-    start = min(groups.tensor_rank * local, full)
-    if groups.topology.tensor > 1:
-        shard = TensorShard(tuple(shape), dim, start, min(local, full - start))
-    else:
-        shard = TensorShard(tuple(shape))
-    parameter.shard = shard  # type: ignore[attr-defined]
+    start = min(groups.tensor_rank * shape[dim], full)
+    size, shape[dim] = min(shape[dim], full - start), full
+    parameter.shard = TensorShard(tuple(shape), dim, start, size)  # type: ignore[attr-defined]
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -114,32 +96,30 @@ class ColumnLinear(ColumnParallelLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groups: ProcessGroups) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_parallel_config(groups),
-            init_method=_no_initialization,
-            bias=bias,
-            gather_output=False,
-            tp_group=groups.tensor,
-        )
+        super().__init__(in_features, out_features, bias=bias, gather_output=False, **megatron_arguments(groups))
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
+        self.group = groups.tensor
         for parameter in (self.weight, self.bias):
             if parameter is not None:
-                _mark(parameter, 0, out_features, groups)
+                mark_shard(parameter, 0, out_features, groups)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return this rank's outputs (megatron-core returns a pair, its second part for deferred biases)."""
         assert self.weight is not None
-        return self._linear(x, self.weight, self.bias)
+        return self._outputs(x, self.weight, self.bias)
 
-    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others."""
+    def of_rows(self, x: torch.Tensor, rows: torch.Tensor | None) -> Any:
+        """Return those of this rank's outputs that `rows` (n,) int64 names, (..., n), and compute no others; None: all.
+
+        Some are computed without visiting the module: see PathCoordinator.read_in_parts for ZeRO 3.
+        """
+        if rows is None:
+            return self(x)
         assert self.weight is not None
         bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return self._linear(x, self.weight.index_select(0, rows), bias)
+        return self._outputs(x, self.weight.index_select(0, rows), bias)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _outputs(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         if not self.is_split:
             return functional.linear(x, weight, bias)
         (y,) = self._products(x, weight, 1)
@@ -147,31 +127,22 @@ class ColumnLinear(ColumnParallelLinear):
 
     @outside_graphs  # it waits for other ranks
     def _products(self, x: torch.Tensor, weight: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, ...]:
-        return column_product(x, weight, num_parts, self.tp_group, self.is_along_sequence)
+        return column_product(x, weight, num_parts, self.group, self.is_along_sequence)
 
 
 class GatedColumnLinear(ColumnLinear):
-    """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i; forward gives the two apart.
+    """A column linear with rows 2i and 2i + 1 for gate and value of inner feature i, which it returns apart.
 
-    In that order a feature's two rows are on one rank whatever the tensor size.
+    forward: (b, T, in) -> two (b, T, out / 2 / tensor). In that order a feature's two rows are on one rank whatever the
+    tensor size; of_rows takes pairs of them.
     """
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        """Map (b, T, in) to gate and value, each (b, T, out / 2 / tensor)."""
-        assert self.weight is not None
-        return self._gate_and_value(x, self.weight, self.bias)
-
-    def of_rows(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        """Return gate and value of those features whose pairs of rows `rows` (2 n,) names, (..., n) each."""
-        assert self.weight is not None
-        bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return self._gate_and_value(x, self.weight.index_select(0, rows), bias)
-
-    def _gate_and_value(
+    def _outputs(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not reads_rows_apart(x.device):
-            return even_and_odd_columns(self._linear(x, weight, bias))
+            gate, value = super()._outputs(x, weight, bias).unflatten(-1, (-1, 2)).unbind(-1)
+            return gate, value
         gate, value = self._products(x, weight, 2) if self.is_split else column_product(x, weight, 2)
         if bias is not None:
             gate, value = gate + bias[0::2], value + bias[1::2]
@@ -188,15 +159,14 @@ class RowLinear(RowParallelLinear):
         super().__init__(
             in_features,
             out_features,
-            config=_parallel_config(groups),
-            init_method=_no_initialization,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=groups.tensor,
+            **megatron_arguments(groups),
         )
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
-        _mark(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
+        self.group = groups.tensor
+        mark_shard(self.weight, 1, in_features, groups)  # the bias is replicated and stays unmarked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the summed outputs, the same on every tensor rank, or its part of them."""
@@ -204,8 +174,13 @@ class RowLinear(RowParallelLinear):
             return functional.linear(x, self.weight, self.bias)
         return self._sum(functional.linear(x, self.weight), self.bias)
 
-    def of_columns(self, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return the summed outputs for inputs (..., n) at the positions `columns` (n,) int64; the others are 0."""
+    def of_columns(self, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+        """Return the summed outputs for inputs (..., n) at the positions `columns` (n,) int64; None: all.
+
+        The other inputs are 0.
+        """
+        if columns is None:
+            return self(x)
         # Not functional.linear: at ZeRO 3 DeepSpeed puts one in its place that fails where a rank has no columns.
         y = x @ self.weight.index_select(1, columns).t()
         if self.is_split:
@@ -214,62 +189,4 @@ class RowLinear(RowParallelLinear):
 
     @outside_graphs  # it waits for other ranks
     def _sum(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.tp_group is not None
-        if self.is_along_sequence:
-            return sum_of_part(y, bias, self.tp_group)
-        y = reduce_from_tensor_model_parallel_region(y, self.tp_group)
-        return y if bias is None else y + bias
-
-
-def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
-    """Return the vocabulary rows including the padding that makes the tensor ranks' shares equal."""
-    tensor = groups.topology.tensor
-    return -(-vocab_size // tensor) * tensor
-
-
-def vocab_embedding(vocab_size: int, hidden_size: int, groups: ProcessGroups) -> WordEmbedding:
-    """Return a word embedding split over the tensor ranks by vocabulary; forward: (b, T) ids -> (b, T, hidden).
-
-    With sequence parallelism it returns this rank's part of the sequences, (b, T / tensor, hidden).
-    """
-    layer = WordEmbedding(
-        padded_vocab_size(vocab_size, groups),
-        hidden_size,
-        init_method=_no_initialization,
-        config=_parallel_config(groups),
-        tp_group=groups.tensor,
-    )
-    layer.is_split, layer.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
-    layer.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    _mark(layer.weight, 0, vocab_size, groups)
-    return layer
-
-
-def vocab_bias(vocab_size: int, groups: ProcessGroups) -> nn.Parameter:
-    """Return an output bias split over the tensor ranks by vocabulary."""
-    bias = nn.Parameter(torch.zeros(padded_vocab_size(vocab_size, groups) // groups.topology.tensor))
-    bias.tensor_model_parallel = True  # type: ignore[attr-defined]
-    _mark(bias, 0, vocab_size, groups)
-    return bias
-
-
-def vocab_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    *,
-    vocab_size: int,
-    groups: ProcessGroups,
-) -> torch.Tensor:
-    """Return each position's cross-entropy over the whole vocabulary, in fp32 (fp64 for an fp64 model).
-
-    Shapes: hidden (N, H); weight (V / tensor, H), this rank's rows; bias (V / tensor,); targets (N,) global token
-    ids; returns (N,). Rows of padding take no part.
-    """
-    if groups.topology.tensor > 1:
-        hidden = copy_to_tensor_model_parallel_region(hidden, groups.tensor)
-    rows = weight.shape[0]
-    first_row = groups.tensor_rank * rows
-    real_rows = max(0, min(rows, vocab_size - first_row))
-    return cross_entropy(hidden, weight, bias, targets, first_row=first_row, real_rows=real_rows, group=groups.tensor)
+        return sum_over_ranks(y, bias, self.group, self.is_along_sequence)

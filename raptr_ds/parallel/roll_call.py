@@ -43,7 +43,11 @@ def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> Store:
     except dist.DistError as error:
         raise AbsentRankError(_who_is_missing(store, keys, timeout)) from error
     if problem := device_problem(devices):
-        _stay_until_all_know(store, launch, timeout)
+        # Rank 0's process, and the store in it, stay until every rank has read what it needs to come to the same end.
+        ends = [_DONE.format(rank) for rank in range(launch.world_size)]
+        store.set(ends[launch.rank], "")
+        if launch.rank == 0:
+            store.wait(ends, timeout)
         raise ConfigError(problem)
     return store
 
@@ -104,14 +108,6 @@ def _open_store(launch: Launch, timeout: timedelta) -> Store:
             f"{timeout.total_seconds():g} s, where rank 0 should be ({error})"
         ) from error
     return PrefixStore(f"attempt_{launch.store_attempt or 0}", store)
-
-
-def _stay_until_all_know(store: Store, launch: Launch, timeout: timedelta) -> None:
-    """Keep rank 0's process, and the store in it, until every rank has read what it needs to come to the same end."""
-    keys = [_DONE.format(rank) for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], "")
-    if launch.rank == 0:
-        store.wait(keys, timeout)
 
 
 def _who_is_missing(store: Store, keys: Sequence[str], timeout: timedelta) -> str:

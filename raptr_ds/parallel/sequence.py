@@ -6,7 +6,6 @@ on a CPU and want the sequence as the first dim.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,23 +22,18 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 
 
 class Arriving:
-    """A tensor that is under way between ranks."""
+    """A tensor that is under way between ranks; has_parts: as the ranks' parts of sequences, (ranks, b, t, H)."""
 
-    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
-        self._work, self._tensor = work, tensor
+    def __init__(self, work: Any, tensor: torch.Tensor, has_parts: bool = False) -> None:
+        self._work, self._tensor, self._has_parts = work, tensor, has_parts
 
     def take(self) -> torch.Tensor:
-        """Return the tensor, once it is there: on a GPU later kernels wait for it, the host does not."""
+        """Return the tensor, once it is there: on a GPU later kernels wait for it, the host does not.
+
+        Parts are put together to (b, T, H): a view where there is one sequence, a copy of several.
+        """
         self._work.wait()
-        return self._tensor
-
-
-class ArrivingSequence(Arriving):
-    """Whole sequences that are under way, the ranks' parts one behind the other."""
-
-    def take(self) -> torch.Tensor:
-        """Return them, (b, T, H): a view where there is one sequence, a copy of several."""
-        return super().take().transpose(0, 1).flatten(1, 2)
+        return self._tensor.transpose(0, 1).flatten(1, 2) if self._has_parts else self._tensor
 
 
 def start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
@@ -47,10 +41,10 @@ def start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
     return Arriving(dist.all_reduce(x, group=group, async_op=True), x)
 
 
-def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> ArrivingSequence:
+def start_gather(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
     """Start to put the ranks' parts (b, t, H) together to whole sequences."""
     parts = x.new_empty(group.size(), *x.shape)
-    return ArrivingSequence(_all_gather(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True), parts)
+    return Arriving(_all_gather(parts.flatten(0, 1), x.contiguous(), group=group, async_op=True), parts, True)
 
 
 def start_sum_of_part(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
@@ -60,12 +54,17 @@ def start_sum_of_part(x: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
     return Arriving(_reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True), part)
 
 
-def sum_of_part(x: torch.Tensor, bias: torch.Tensor | None, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return this rank's part of the sum over the ranks, plus the bias.
+def sum_over_ranks(
+    x: torch.Tensor, bias: torch.Tensor | None, group: dist.ProcessGroup, along_sequence: bool
+) -> torch.Tensor:
+    """Return the sum over the tensor ranks plus the bias, or with along_sequence this rank's part of it.
 
-    Shapes: x (b, T, H), bias (H,); returns (b, T / ranks, H). Both gradients are those of whole sequences.
+    Shapes: x (b, T, H), bias (H,); returns (b, T, H) or (b, T / ranks, H). Gradients are those of whole sequences.
     """
-    return _SumOfPart.apply(x, bias, group)
+    if along_sequence:
+        return _SumOfPart.apply(x, bias, group)
+    x = reduce_from_tensor_model_parallel_region(x, group)
+    return x if bias is None else x + bias
 
 
 class _SumOfPart(torch.autograd.Function):
@@ -110,8 +109,4 @@ def sum_gradients(module: nn.Module, groups: ProcessGroups) -> None:
     """
     if groups.sequence_parallel:
         for parameter in module.parameters():
-            parameter.register_hook(partial(_sum, group=groups.tensor))
-
-
-def _sum(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return start_sum(gradient.clone(), group).take()
+            parameter.register_hook(lambda gradient: start_sum(gradient.clone(), groups.tensor).take())

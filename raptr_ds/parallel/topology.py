@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,4 @@ class Topology:
 
 def stage_layers(layers_per_stage: Sequence[int]) -> list[range]:
     """Return each pipeline stage's contiguous layers, 0-based and global, from their counts."""
-    starts = [sum(layers_per_stage[:s]) for s in range(len(layers_per_stage))]
-    return [range(start, start + count) for start, count in zip(starts, layers_per_stage, strict=True)]
+    return [range(start, end) for start, end in pairwise(accumulate(layers_per_stage, initial=0))]

@@ -11,8 +11,9 @@ N, HIDDEN, VOCAB = 23, 8, 61
 
 def on_this_rank(launch, tensor: int) -> dict[str, float]:
     """Return the largest differences from plain torch on this rank, relative to the largest element."""
+    from raptr_ds.parallel.cross_entropy import cross_entropy
     from raptr_ds.parallel.groups import initialize_process_groups
-    from raptr_ds.parallel.layers import padded_vocab_size, vocab_cross_entropy
+    from raptr_ds.parallel.word_embedding import padded_vocab_size
 
     groups = initialize_process_groups(launch, tensor, 1)
     generator = torch.Generator().manual_seed(1)
@@ -25,7 +26,7 @@ def on_this_rank(launch, tensor: int) -> dict[str, float]:
     plain = [full[0].clone(), full[1].clone(), bias.clone()]
     for value in (*ours, *plain):
         value.requires_grad_()
-    losses = vocab_cross_entropy(*ours, targets, vocab_size=VOCAB, groups=groups)
+    losses = cross_entropy(*ours, targets, vocab_size=VOCAB, groups=groups)
     (losses * torch.arange(1, N + 1)).sum().backward()
     logits = functional.linear(*plain)[:, :VOCAB]
     expected = functional.cross_entropy(logits, targets, reduction="none")

@@ -8,7 +8,7 @@ from raptr_ds.data.batch import Sample, StepBatch, collate
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.layers import vocab_embedding
+from raptr_ds.parallel.word_embedding import WordEmbedding
 from tests.dist.counting import Counter
 from tests.dist.workers import run_distributed
 
@@ -22,7 +22,7 @@ def sum_gradients(
 ) -> list[tuple[torch.Tensor, torch.Tensor, int]] | None:
     """Return (sum, the all-reduce's, bytes sent) of two steps on this rank; None on a stage in the middle."""
     groups = initialize_process_groups(launch, tensor, pipeline)
-    embedding = vocab_embedding(VOCAB, HIDDEN, groups)
+    embedding = WordEmbedding(VOCAB, HIDDEN, groups)
     if groups.embedding is None:
         return None
     tied = TiedGradient(embedding, groups, dtype)

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.layers import padded_vocab_size, vocab_embedding
+from raptr_ds.parallel.word_embedding import WordEmbedding, padded_vocab_size
 from tests.dist.workers import run_distributed
 
 HIDDEN, VOCAB = 8, 61
@@ -26,7 +26,7 @@ def on_this_rank(launch: Launch, tensor: int, dtype: torch.dtype) -> dict[str, b
     expected = functional.embedding(TOKENS, plain)
     ((plain * by_head).sum() + (expected * by_rows).sum()).backward()
 
-    embedding = vocab_embedding(VOCAB, HIDDEN, groups).to(dtype)
+    embedding = WordEmbedding(VOCAB, HIDDEN, groups).to(dtype)
     with torch.no_grad():
         embedding.weight.copy_(whole[part])
     rows, weight = embedding.with_weight(TOKENS)

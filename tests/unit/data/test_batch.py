@@ -1,8 +1,9 @@
 """A micro batch travels to a GPU in one buffer and comes out of it as it was."""
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from raptr_ds.data.batch import ALIGNMENT, MicroBatch, Segments, StepBatch, _tensors_of, packed, unpacked
+from raptr_ds.data.batch import ALIGNMENT, MicroBatch, Segments, StepBatch, packed, unpacked
 
 
 def micro_batch(rows: int, is_packed: bool) -> MicroBatch:
@@ -16,7 +17,7 @@ def micro_batch(rows: int, is_packed: bool) -> MicroBatch:
 
 def test_what_is_packed_comes_out_as_it_was() -> None:
     batch = StepBatch((micro_batch(1, False), micro_batch(3, True)))
-    tensors = [tensor for micro in batch.micro_batches for tensor in _tensors_of(micro)]
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
     assert len(tensors) == 6 + 9
     views = unpacked(packed(tensors, pin_memory=False), tensors)
     for view, tensor in zip(views, tensors, strict=True):
@@ -36,5 +37,5 @@ def test_moving_keeps_everything_in_its_place() -> None:
     moved = StepBatch((micro, micro_batch(1, False))).to(torch.device("cpu")).micro_batches
     assert moved[1].segments is None
     assert moved[0].is_full
-    for before, after in zip(_tensors_of(micro), _tensors_of(moved[0]), strict=True):
-        assert torch.equal(before, after)
+    for before, after in zip(tree_leaves(micro), tree_leaves(moved[0]), strict=True):
+        assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after

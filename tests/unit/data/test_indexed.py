@@ -118,6 +118,19 @@ def test_ids_outside_the_vocabulary(split: Path) -> None:
     refused(split, "token id -1")
 
 
+def test_damage_that_the_check_at_opening_missed_is_found(tmp_path: Path) -> None:
+    tokens = np.zeros(3 << 20, np.uint16)  # more than are checked
+    tokens[1500] = 500
+    tokens.tofile(tmp_path / "train.bin")
+    write_index(tmp_path / "train.idx", np.array([len(tokens)]), tokens.dtype)
+    opened = open_indexed(tmp_path / "train", 500)
+    assert not opened.tokens.read(0, 1500).any()
+    with pytest.raises(
+        DataError, match=r"train\.bin holds the token id 500, outside the tokenizer's vocabulary of 500"
+    ):
+        opened.tokens.read(0, 1501)
+
+
 def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(split: Path) -> None:
     """A mapped file would end the process by SIGBUS."""
     opened = open_indexed(split, VOCAB_SIZE)

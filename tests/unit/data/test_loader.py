@@ -236,11 +236,11 @@ def test_the_tokenizer_of_the_folder_is_found(data_folder: Path) -> None:
 def test_every_rank_of_an_epoch_reads_all_text(data_folder: Path, tokenizer: Tokenizer) -> None:
     """With nothing masked away, the samples of one epoch hold the corpus, up to the rest of a window."""
     one = loader(data_folder, batch=geometry(1, 1, 1), mask_rate=1e-9)
-    stream = one._train._streams[0]
+    stream = one.training_samples._streams[0]
     seen = np.zeros(tokenizer.vocab_size, np.int64)
     for index in range(stream.windows_per_epoch):
         seen += np.bincount(stream.read(index), minlength=tokenizer.vocab_size)
-    tokens = stream.corpus.tokens
+    tokens = stream.tokens
     missing = np.bincount(tokens.read(0, len(tokens)), minlength=tokenizer.vocab_size) - seen
     assert (missing >= 0).all()
-    assert missing.sum() == len(stream.corpus.tokens) % stream.window
+    assert missing.sum() == len(tokens) % stream.window

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from raptr_ds.data.batch import PADDING, PackedDocuments
+from raptr_ds.data.batch import PADDING
 from raptr_ds.data.loader import Loader, build_loader
 from raptr_ds.data.masked_lm import MaskedLM
+from raptr_ds.data.packed_documents import PackedDocuments
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from tests.made_up_text import TextSource, made_up_text
