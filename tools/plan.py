@@ -27,10 +27,10 @@ from raptr_ds.planner.advice import advice
 from raptr_ds.planner.law import fit_law, read_results
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
-from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
+from raptr_ds.planner.plan import RunPlan, keepable_layers, plan_run, propose_schedule
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
 from raptr_ds.planner.shortage import shortage
-from raptr_ds.planner.step_time import Device
+from raptr_ds.planner.step_time import Device, Setting
 from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
@@ -301,7 +301,7 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"- time: {plan.seconds / 3600:,.4g} h, {plan.seconds_saved:.1%} less than the standard run's "
         f"{standard:,.4g} h",
         "",
-        f"Memory of the fullest rank at its peak, GiB, on a {'GPU' if setting.state.on_gpu else 'CPU'}"
+        f"Memory of the fullest rank at its peak, GiB, on a {'GPU' if setting.device.is_gpu else 'CPU'}"
         f"{_counted_as(setting)}:",
         "",
         "| phase | micro batch | recomputed | pipeline stage | weights | gradients | optimizer | activations | total |",
@@ -320,9 +320,9 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
 
 def _counted_as(setting: Setting) -> str:
     """Return what the memory of a GPU is counted with."""
-    if not setting.state.on_gpu:
+    if not setting.device.is_gpu:
         return ""
-    layers = "compiled" if setting.state.compiled else "not compiled"
+    layers = "compiled" if setting.layout.compiled else "not compiled"
     return (
         f" (attention in one kernel, layers {layers}; the total has {GPU_CONTEXT_BYTES / _GIB:.1f} GiB for context and "
         "workspaces, an estimate)"

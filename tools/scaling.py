@@ -15,7 +15,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import head_cost_in_layers
 from raptr_ds.planner.scaling import pipeline_speed_up, plot_scaling, sampled_paths
-from raptr_ds.planner.step_time import Device, Layout, step_seconds
+from raptr_ds.planner.step_time import Device, Layout, Setting, step_seconds
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tools/scaling.py: begin -->", "<!-- tools/scaling.py: end -->"
@@ -124,11 +124,12 @@ def _ranks_table(num_paths: int) -> list[str]:
     head = head_cost_in_layers(UL2, UL2_PREDICTED)
     for ranks in RANKS:
         layout = Layout((6, 6, 6, 6), 1, UL2_BATCH * 8 // ranks, tensor=2, data=ranks // 8)
-        full = float(step_seconds([LayerPath.full(24)], UL2, layout, device, UL2_PREDICTED).total[0])
+        setting = Setting(UL2, layout, device, UL2_PREDICTED)
+        full = float(step_seconds([LayerPath.full(24)], setting).total[0])
         seconds = []
         for sampling in SAMPLINGS:
             paths = sampled_paths(sampling, UL2_LENGTH, layout.stage_layers, num_paths, head)
-            seconds.append(float(step_seconds(paths, UL2, layout, device, UL2_PREDICTED).total.mean()))
+            seconds.append(float(step_seconds(paths, setting).total.mean()))
         cells = " | ".join(f"{full / value:.2f}" for value in seconds)
         tokens = UL2_BATCH * UL2.seq_length / seconds[-1]
         lines.append(

@@ -23,7 +23,7 @@ from raptr_ds.paths.path import Parts
 from raptr_ds.paths.raptr import draw_uniform
 from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.setting import setting_of
-from raptr_ds.planner.step_time import Device
+from raptr_ds.planner.step_time import Device, step_seconds
 from raptr_ds.rng import stream
 from raptr_ds.runtime.method import step_cost_of
 
@@ -88,7 +88,7 @@ class OurEntrant:
         self._probe = None
         for row in self.rows:
             path = measured_path(self._config, row.path_length, stream(0, "bench prediction"))
-            row.predicted_seconds = float(setting.seconds([path]).total[0])
+            row.predicted_seconds = float(step_seconds([path], setting).total[0])
 
     def close(self) -> None:
         """Free the engine, once the agreement has ended on every rank; all ranks call it."""

@@ -227,7 +227,7 @@ def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
     need = MemoryNeed.of(config, 0, on_gpu, config.model.num_layers)
     if name == OurEntrant.name:
         return need.memory.total
-    plain = replace(need.setting, state=replace(need.setting.state, compiled=False))
+    plain = replace(need.setting, layout=replace(need.setting.layout, compiled=False))
     total = replace(need, setting=plain).memory.total
     if not name.startswith(HuggingFaceStack.name):
         return total

@@ -52,7 +52,7 @@ class DeviceProbe:
 
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
         self._groups, self._config = groups, config
-        self._layout, self._shape = layout_of(config), config.model
+        self._layout, self._shape = layout_of(config, groups.device.type == "cuda"), config.model
         size = groups.topology.world_size
         # Split over tensor ranks as the run's layers are; where they span machines, whole.
         self._tensor = self._layout.tensor if size % self._layout.tensor == 0 else 1

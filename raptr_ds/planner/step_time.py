@@ -13,7 +13,13 @@ import numpy as np
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.parallel import topology
-from raptr_ds.paths.cost import head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
+from raptr_ds.paths.cost import (
+    StepFlops,
+    head_forward_flops,
+    layer_forward_flops,
+    layer_parameters,
+    outer_parameters,
+)
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
@@ -45,10 +51,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is spread out.
+    """How a step is spread out and computed.
 
     stage_layers: layers of each pipeline stage. micro_batch: sequences; num_micro_batches: of each data-parallel rank.
-    sequence_parallel: the residual stream is split over the tensor ranks (which decides memory; times leave it out).
+    These decide memory, and times leave them out: sequence_parallel: the residual stream is split over the tensor
+    ranks. optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of a buffer
+    of gradients in ZeRO, at most; reduce_buffers: their number. compiled: layers are compiled by torch.compile, which
+    makes no difference here on a CPU.
     """
 
     stage_layers: tuple[int, ...]
@@ -62,6 +71,10 @@ class Layout:
     gradient_bytes_per_value: int | None = None
     kept_whole: float = np.inf
     sequence_parallel: bool = False
+    optimizer_bytes: int = 8
+    reduce_bucket: int = 0
+    reduce_buffers: int = 1
+    compiled: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -77,6 +90,30 @@ class Layout:
     def num_ranks(self) -> int:
         """Processes of the job."""
         return self.tensor * self.data * self.num_stages
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a plan needs besides the paths: model, layout, device, and what one step trains on.
+
+    predicted_per_sequence: expected predicted positions of a sequence, which the head runs on. keep_up_to: active
+    layers of a pipeline stage up to which none is recomputed. micro_batches: sequences of a micro batch in each phase;
+    empty: the layout's.
+    """
+
+    shape: ModelSection
+    layout: Layout
+    device: Device
+    predicted_per_sequence: float
+    keep_up_to: int = 0
+    micro_batches: tuple[int, ...] = ()
+
+    def flops(self, path_length: float) -> float:
+        """Return the FLOPs of a step of this (expected) path length, by the whole job."""
+        layout = self.layout
+        sequences = layout.micro_batch * layout.num_micro_batches * layout.data
+        steps = StepFlops(self.shape, sequences, layout.recompute)
+        return steps.expected_flops(path_length, round(sequences * self.predicted_per_sequence))
 
 
 @dataclass(frozen=True)
@@ -121,19 +158,18 @@ def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.nd
     return np.stack([activity[:, layers.start : layers.stop].sum(axis=1) for layers in ranges], axis=1)
 
 
-def step_seconds(
-    paths: Sequence[LayerPath], shape: ModelSection, layout: Layout, device: Device, predicted_per_sequence: float
-) -> StepSeconds:
+def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 
     A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
-    whole optimizer step. predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
+    whole optimizer step.
     """
+    shape, layout, device = setting.shape, setting.layout, setting.device
     active = active_in_stages(activity_table(paths), layout.stage_layers)
     trained = active_in_stages(trained_table(paths), layout.stage_layers)
     layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
     reduction = tensor_reduction_seconds(shape, layout, device)
-    head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
+    head = layout.micro_batch * setting.predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
     # The backward pass has two products for each one of the forward pass, and as many reductions.
     forward, backward = active * (layer + reduction), active * (2 * layer + reduction)

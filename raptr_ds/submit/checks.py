@@ -16,9 +16,8 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import build_objective, folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
-from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.exports import EXPORTS
 from raptr_ds.runtime.out_of_memory import DeviceMemory
@@ -74,8 +73,8 @@ def check_memory(config: RunConfig, layout: JobLayout, device_gib: float | None)
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the size of a checkpoint: weights and optimizer state in fp32. The vocabulary's size must be known."""
-    state = setting_of(config, Device(is_gpu=False)).state
-    return num_parameters(config.model) * (_WEIGHT_BYTES + state.optimizer_bytes)
+    layout = layout_of(config, on_gpu=False)
+    return num_parameters(config.model) * (_WEIGHT_BYTES + layout.optimizer_bytes)
 
 
 def exports_bytes(config: RunConfig) -> int:
