@@ -7,7 +7,6 @@ srun, stops, requeueing.
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.lab.plan import PlannedRun, Planner
 from raptr_ds.lab.runner import REPOSITORY, ComparisonProgress, current_progress, refuse_other_runs
 from raptr_ds.lab.status import status_of
+from raptr_ds.supervise.slurm_commands import sbatch
 
 _FOLDER = "slurm"
 
@@ -132,15 +132,7 @@ def submit(jobs: Jobs, only_write: bool = False) -> list[str]:
     lines, before = [], None
     for file in jobs.files:
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{before}"] if before else []), str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise ConfigError(
-                "there is no sbatch here. --write-only writes the batch files without submitting them."
-            ) from error
-        if done.returncode:
-            raise ConfigError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-        before = done.stdout.strip().split(";")[0]
+        before = sbatch(command, "--write-only writes the batch files without submitting them.")
         lines.append(f"submitted {file} as job {before}")
     return lines
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.exports import EXPORTS
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
+from raptr_ds.supervise.slurm_commands import run_slurm
 from raptr_ds.supervise.status import ALIVE_SECONDS, holder_of
 from raptr_ds.user_paths import exists, is_folder
 
@@ -164,12 +164,9 @@ def _nearest(folder: Path) -> Path:
 def _still_in_queue(jobs: Sequence[str]) -> list[str]:
     if not jobs:
         return []
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):  # sbatch, which follows, prints why Slurm does not answer
-        return []
-    return sorted(set(jobs) & set(listed))
+    code, listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i")
+    # If Slurm does not answer, sbatch, which follows, prints why.
+    return sorted(set(jobs) & set(listed.split())) if code == 0 else []
 
 
 def complete_run_file(config: RunConfig, file: Path, overrides: Sequence[str]) -> str:
