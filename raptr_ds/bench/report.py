@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raptr_ds.bench.preparation import PreparationTimes
-from raptr_ds.bench.samples import Measured, MedianRatio
+from raptr_ds.bench.samples import SAMPLES, Measured, MedianRatio
 from raptr_ds.bench.steps import StepBenchmark
 from raptr_ds.config.run import RunConfig
 
@@ -68,7 +68,7 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
 
 def row_without_memory(full: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """Return the row of a layout whose processes ran out of memory. full: our full path's row in any layout."""
-    empty = {"seconds": [], "agreement_seconds": [], "loader_seconds": [], "memory_bytes": [], "peak_bytes": []}
+    empty = {name: [] for name in SAMPLES}
     unknown = dict.fromkeys(("loss", "predicted_seconds", "median_seconds", "speed_up", "reached"))
     return {**full, **empty, **unknown, "layout": layout, "out_of_memory": "out of memory"}
 

@@ -129,14 +129,16 @@ def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Call
     return lambda: dist.all_reduce(message, group=groups.world)
 
 
-def slowest_seconds(groups: ProcessGroups, work: Callable[[], object]) -> float:
+def slowest_seconds(
+    groups: ProcessGroups, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of some work, which all ranks do, on the slowest rank."""
     synchronize(groups.device)
     dist.barrier(group=groups.control)
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize(groups.device)
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    seconds = torch.tensor(clock() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     return seconds.item()
 
