@@ -17,6 +17,7 @@ from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import ConstantSection, RunSizes
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
+from raptr_ds.markdown import markdown_table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
 from raptr_ds.paths import LayerPath, build_path_method
@@ -96,21 +97,16 @@ def _report(
     full = median(step.measured_seconds for step in of_kind[kinds[0]])
     full_simulated = layer * of_kind[kinds[0]][0].simulated_seconds + rest
     stages = len(config.parallel.pipeline_layers or ())
-    lines = [
-        f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}",
-        "",
-        "| paths | length | measured, s | simulated, s | largest difference | speed-up, measured | simulated |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    title = f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}"
+    rows = []
     for (sampling, length), found in of_kind.items():
         measured = sum(step.measured_seconds for step in found) / len(found)
         simulated = sum(layer * step.simulated_seconds + rest for step in found) / len(found)
         worst = max(abs(s.measured_seconds / (layer * s.simulated_seconds + rest) - 1) for s in found)
-        lines.append(
-            f"| {sampling} | {length} | {measured:.3f} | {simulated:.3f} | {worst:.1%} | {full / measured:.2f} | "
-            f"{full_simulated / simulated:.2f} |"
-        )
-    return "\n".join(lines)
+        speed_ups = (f"{full / measured:.2f}", f"{full_simulated / simulated:.2f}")
+        rows.append([sampling, length, f"{measured:.3f}", f"{simulated:.3f}", f"{worst:.1%}", *speed_ups])
+    head = ["paths", "length", "measured, s", "simulated, s", "largest difference", "speed-up, measured", "simulated"]
+    return "\n".join([title, "", *markdown_table(head, rows)])
 
 
 if __name__ == "__main__":

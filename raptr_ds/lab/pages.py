@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from raptr_ds.markdown import markdown_table
+
 
 @dataclass(frozen=True)
 class Block:
@@ -31,13 +33,11 @@ def table(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) -> Blo
     rows: at least one, cells by column; a missing one is shown as -. columns: by default those of the first row.
     """
     columns = columns or list(rows[0])
-    cells = [columns, *([row.get(column, "-") for column in columns] for row in rows)]
-    head, *lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
-    markdown = [head, "|---|" + "---:|" * (len(columns) - 1), *lines]
+    cells = [[row.get(column, "-") for column in columns] for row in rows]
     titles = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells[1:])
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     html = f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody>\n</table></div>'
-    return Block(markdown, html)
+    return Block(markdown_table(columns, cells, "---:"), html)
 
 
 def picture(name: str, png: bytes | None, caption: str) -> list[Block]:
