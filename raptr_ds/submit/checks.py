@@ -26,8 +26,7 @@ from raptr_ds.supervise.status import ALIVE_SECONDS, holder_of
 from raptr_ds.user_paths import exists, is_folder
 
 _GIB = 1 << 30
-_WEIGHT_BYTES = 4  # checkpoints hold fp32
-_EXPORT_BYTES = {"fp32": 4, "bf16": 2}
+_WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def load_checked(file: Path, overrides: Sequence[str], layout: JobLayout) -> RunConfig:
@@ -74,7 +73,7 @@ def check_memory(config: RunConfig, layout: JobLayout, device_gib: float | None)
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the size of a checkpoint: weights and optimizer state in fp32. The vocabulary's size must be known."""
     layout = layout_of(config, on_gpu=False)
-    return num_parameters(config.model) * (_WEIGHT_BYTES + layout.optimizer_bytes)
+    return num_parameters(config.model) * (_WEIGHT_BYTES["fp32"] + layout.optimizer_bytes)
 
 
 def exports_bytes(config: RunConfig) -> int:
@@ -83,7 +82,7 @@ def exports_bytes(config: RunConfig) -> int:
     if not section.export_interval:
         return 0
     count = -(-config.train.steps // section.export_interval)  # and the end of the run
-    return count * num_parameters(config.model) * _EXPORT_BYTES[section.export_precision]
+    return count * num_parameters(config.model) * _WEIGHT_BYTES[section.export_precision]
 
 
 def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
@@ -141,9 +140,12 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
             f"another run works in {folder}: {holder}. Set raptr_ds.train.save to another folder, or wait for that run "
             "to end."
         )
-    jobs = [str(event["job"]) for event in read_events(folder) if event.get("event") == "submit" and "job" in event]
-    waiting = [] if may_wait else _still_in_queue(jobs)
-    if waiting:
+    jobs = {str(event["job"]) for event in read_events(folder) if event.get("event") == "submit" and "job" in event}
+    if may_wait or not jobs:
+        return
+    code, listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i")
+    # If Slurm does not answer, sbatch, which follows, prints why.
+    if code == 0 and (waiting := sorted(jobs.intersection(listed.split()))):
         raise ConfigError(
             f"job {', '.join(waiting)} is in the queue for {folder} already. Cancel it (scancel {waiting[0]}), or set "
             "raptr_ds.train.save to another folder."
@@ -159,14 +161,6 @@ def measured_lead(folder: Path) -> int | None:
 def _nearest(folder: Path) -> Path:
     """Return the folder, or what there is of the path to it."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
-
-
-def _still_in_queue(jobs: Sequence[str]) -> list[str]:
-    if not jobs:
-        return []
-    code, listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i")
-    # If Slurm does not answer, sbatch, which follows, prints why.
-    return sorted(set(jobs) & set(listed.split())) if code == 0 else []
 
 
 def complete_run_file(config: RunConfig, file: Path, overrides: Sequence[str]) -> str:
