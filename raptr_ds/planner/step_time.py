@@ -6,7 +6,7 @@ links or memory. Only what the pipeline's schedule overlaps is taken to overlap,
 where communication hides behind computation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,17 +132,12 @@ class StepSeconds:
         return self.pipeline + self.gradients + self.gathers + self.copies + self.optimizer
 
 
-def activity_table(paths: Iterable[LayerPath]) -> np.ndarray:
+def activity_table(paths: Iterable[LayerPath], combine: Callable[..., np.ndarray] = np.mean) -> np.ndarray:
     """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
 
-    Of several paths in one step, their mean.
+    combine: of several paths in one step: their mean, or np.max for what any of them runs.
     """
-    return np.array([np.mean([_activity(draw) for draw in path.draws], axis=0) for path in paths])
-
-
-def trained_table(paths: Iterable[LayerPath]) -> np.ndarray:
-    """Return how much of each layer each step trains, (steps, layers): of several paths in one step, what any runs."""
-    return np.array([np.max([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+    return np.array([combine([_activity(draw) for draw in path.draws], axis=0) for path in paths])
 
 
 def _activity(path: LayerPath) -> np.ndarray:
@@ -166,7 +161,7 @@ def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     """
     shape, layout, device = setting.shape, setting.layout, setting.device
     active = active_in_stages(activity_table(paths), layout.stage_layers)
-    trained = active_in_stages(trained_table(paths), layout.stage_layers)
+    trained = active_in_stages(activity_table(paths, np.max), layout.stage_layers)  # what any path runs
     layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
     reduction = tensor_reduction_seconds(shape, layout, device)
     head = layout.micro_batch * setting.predicted_per_sequence * head_forward_flops(shape, 1)
@@ -214,22 +209,24 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
     An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
     (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
     """
-    if layout.data == 1:
-        return np.zeros_like(parameters)
-    ring = 1 if layout.zero_stage == 3 else 2
-    times = layout.num_micro_batches if layout.zero_stage >= 2 else 1
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
-    size = parameters * width * ring * (layout.data - 1) / layout.data
-    return times * (size / _data_link(layout, device) + device.latency_seconds)
+    sent = parameters * width * (1 if layout.zero_stage == 3 else 2)
+    return _data_parallel_seconds(sent, layout.num_micro_batches if layout.zero_stage >= 2 else 1, layout, device)
 
 
 def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
     """Return the seconds of ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
-    if layout.data == 1 or layout.zero_stage == 0:
-        return np.zeros_like(parameters)
-    times = layout.num_micro_batches if layout.zero_stage == 3 else 1
-    size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
-    return times * (size / _data_link(layout, device) + device.latency_seconds)
+    times = {0: 0, 3: layout.num_micro_batches}.get(layout.zero_stage, 1)
+    return _data_parallel_seconds(parameters * layout.bytes_per_value, times, layout, device)
+
+
+def _data_parallel_seconds(sent: np.ndarray, times: int, layout: Layout, device: Device) -> np.ndarray:
+    """Return the seconds of sending so many bytes, but for a rank's own part, so many times to data-parallel ranks."""
+    if layout.data == 1:
+        return np.zeros_like(sent)
+    # Ranks count tensor fastest, then data, then pipeline.
+    link = device.link_bytes_per_second(layout.tensor * layout.data)
+    return times * (sent * (layout.data - 1) / layout.data / link + device.latency_seconds)
 
 
 def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
@@ -246,11 +243,6 @@ def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: 
     written = layout.num_micro_batches * each * run + once * trained
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
     return 2 * width * written / device.memory_bytes_per_second
-
-
-def _data_link(layout: Layout, device: Device) -> float:
-    # Ranks count tensor fastest, then data, then pipeline.
-    return device.link_bytes_per_second(layout.tensor * layout.data)
 
 
 def _optimizer_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
