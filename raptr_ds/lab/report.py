@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 
 from raptr_ds.lab.comparison import Comparison
 from raptr_ds.lab.pages import Block, Section, code, picture, table, text, to_html, to_markdown
-from raptr_ds.lab.paired import CONFIDENCE, paired_difference, summarize
+from raptr_ds.lab.paired import CONFIDENCE, paired_difference
 from raptr_ds.lab.plots import loss_picture, paths_picture, phases_picture, rates_picture
 from raptr_ds.lab.status import last_log_lines
 
@@ -81,18 +82,18 @@ def _loss_table(comparison: Comparison) -> Block:
     rows = []
     for name in comparison.contestants:
         losses, about = comparison.final_losses(name), comparison.about(name)
-        summary, difference = summarize(list(losses.values())), paired_difference(losses, reference)
+        values, difference = list(losses.values()), paired_difference(losses, reference)
         row = {
             "contestant": name,
             "paths": about["path"],
             "steps": f"{about['steps']:,}",
             "learning rate": _rate(about["learning_rate"]),
-            "n": str(len(losses)),
+            "n": str(len(values)),
         }
-        if summary is not None:
-            row["mean held-out loss"] = f"{summary.mean:.4f}"
-            row["deviation"] = _number(summary.deviation)
-            row["range"] = f"{summary.least:.4f} to {summary.most:.4f}"
+        if values:
+            row["mean held-out loss"] = f"{fmean(values):.4f}"
+            row["deviation"] = _number(stdev(values) if len(values) > 1 else None)
+            row["range"] = f"{min(values):.4f} to {max(values):.4f}"
         if name != first and difference is not None:
             half = "" if difference.half_width is None else f" ± {difference.half_width:.4f}"
             mark = " *" if difference.is_clear else ""
@@ -228,8 +229,8 @@ def _origin(comparison: Comparison) -> list[Block]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    summary = summarize(list(values))
-    return None if summary is None else summary.mean
+    known = list(values)
+    return fmean(known) if known else None
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
