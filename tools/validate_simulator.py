@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import _command_line
+import numpy as np
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
@@ -20,7 +21,7 @@ from raptr_ds.markdown import markdown_table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
 from raptr_ds.paths import LayerPath
-from raptr_ds.planner.pipeline_timing import TimedStep, fit_layer_seconds, time_steps
+from raptr_ds.planner.pipeline_timing import TimedStep, time_steps
 from raptr_ds.planner.scaling import sampled_paths
 
 RUN_FILE = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
@@ -79,7 +80,10 @@ def _config(arguments: argparse.Namespace, num_stages: int) -> RunConfig:
 def _report(config: RunConfig, of_kind: dict[tuple[str, int], list[TimedStep]], fit: bool) -> str:
     layer, rest, fitted = 1.0, 0.0, ""
     if fit:
-        layer, rest = fit_layer_seconds([step for found in of_kind.values() for step in found[::2]])
+        # The simulation took one second a layer for both passes together.
+        fitted_to = [step for found in of_kind.values() for step in found[::2]]
+        simulated = [step.simulated_seconds for step in fitted_to]
+        layer, rest = np.polyfit(simulated, [step.measured_seconds for step in fitted_to], 1).tolist()
         fitted = f"; fitted on every other step: {layer * 1e3:.2f} ms a layer, {rest * 1e3:.1f} ms a step beside them"
         of_kind = {kind: found[1::2] for kind, found in of_kind.items()}
     whole = next(iter(of_kind.values()))
