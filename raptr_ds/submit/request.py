@@ -21,7 +21,7 @@ from raptr_ds.submit.checks import (
 from raptr_ds.submit.container import ContainerWords, container_words
 from raptr_ds.submit.layout import DEFAULT_LEAD_SECONDS, JobLayout, job_layout
 from raptr_ds.submit.snapshot import copy_code, free_number
-from raptr_ds.submit.sweep import Point, run_settings, sweep
+from raptr_ds.submit.sweep import sweep
 from raptr_ds.supervise.record import append_event, run_folder
 from raptr_ds.supervise.slurm_commands import sbatch
 from raptr_ds.user_paths import make_folder, open_to_all, write_error
@@ -166,15 +166,14 @@ def check(request: Request) -> Submission:
             f"--chain {request.chain}: a chain has 1 to {_MAX_CHAIN} jobs, and is none of arrays, whose runs would "
             "wait for each other. Submit a chain for each run."
         )
-    points = sweep(request.array) if request.array else [Point((), "")]
     folder = run_folder(["--deepspeed_config", str(request.run_file), "--set", *request.set]) or Path("runs")
     lead = request.signal_lead
     if lead is None:
         lead = max(DEFAULT_LEAD_SECONDS, measured_lead(folder) or 0)
     layout = job_layout(request.nodes, request.gpus_per_node, request.tasks_per_node, request.time, lead)
     runs = []
-    for point in points:
-        settings = [*request.set, *run_settings(point, folder)]
+    for own in sweep(request.array, folder) if request.array else [[]]:
+        settings = [*request.set, *own]
         config = load_checked(request.run_file, settings, layout)
         text = complete_run_file(config, request.run_file, settings)
         runs.append(CheckedRun(config, Path(str(config.train.save)), text))

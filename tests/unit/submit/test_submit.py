@@ -19,7 +19,7 @@ from raptr_ds.submit.container import ContainerWords, container_words
 from raptr_ds.submit.layout import check_more_options, job_layout
 from raptr_ds.submit.request import CheckedRun, Request, Submission
 from raptr_ds.submit.snapshot import code_files, copy_code, free_number
-from raptr_ds.submit.sweep import run_settings, sweep
+from raptr_ds.submit.sweep import sweep
 
 NASTY = "a b \"c\" 'd' $(touch ran) `touch ran`; touch ran & #[1]*?"
 MODEL = {"architecture": "bert", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 2, "seq_length": 32}
@@ -63,21 +63,22 @@ def test_further_options_of_sbatch() -> None:
             check_more_options(words)
 
 
+def names_of(points: list[list[str]]) -> list[str]:
+    return [Path(json.loads(point[-1].partition("=")[2])).name for point in points]
+
+
 def test_sweeps(tmp_path: Path) -> None:
-    points = sweep(["optimizer.params.lr=1e-3,2e-3", "raptr_ds.train.seed=1,2"])
-    assert [point.name for point in points] == [
-        f"lr={rate},seed={seed}" for rate in ("1e-3", "2e-3") for seed in (1, 2)
-    ]
-    save = run_settings(points[0], tmp_path / NASTY)[-1]
-    config = load_run_config(run_file(tmp_path), [save])
+    points = sweep(["optimizer.params.lr=1e-3,2e-3", "raptr_ds.train.seed=1,2"], tmp_path / NASTY)
+    assert names_of(points) == [f"lr={rate},seed={seed}" for rate in ("1e-3", "2e-3") for seed in (1, 2)]
+    config = load_run_config(run_file(tmp_path), [points[0][-1]])
     assert config.train.save == str(tmp_path / NASTY / "lr=1e-3,seed=1")
     (tmp_path / "points").write_text("a.b=1 'c.d=[1, 2]'  # two\n\ne.f=../$(x)\n")
-    first, second = sweep([str(tmp_path / "points")])
-    assert first.settings == ("a.b=1", "c.d=[1, 2]")
-    assert re.fullmatch(r"[\w=.,-]+", first.name)
-    assert "/" not in second.name
-    same_end = sweep(["a.x=1", "b.x=1,2"])
-    assert len({point.name for point in same_end}) == 2
+    points = sweep([str(tmp_path / "points")], tmp_path)
+    assert points[0][:-1] == ["a.b=1", "c.d=[1, 2]"]
+    assert re.fullmatch(r"[\w=.,-]+", names_of(points)[0])
+    assert [Path(json.loads(point[-1].partition("=")[2])).parent for point in points] == [tmp_path] * 2
+    same_end = sweep(["a.x=1", "b.x=1,2"], tmp_path)
+    assert len(set(names_of(same_end))) == 2
     (tmp_path / "wrong").write_text("a.b 1\n")
     for words in (
         ["x"],
@@ -89,7 +90,7 @@ def test_sweeps(tmp_path: Path) -> None:
         [str(tmp_path / "wrong")],
     ):
         with pytest.raises(ConfigError, match="--array"):
-            sweep(words)
+            sweep(words, tmp_path)
 
 
 def test_the_copied_run_file_serves_other_sizes(tmp_path: Path) -> None:
