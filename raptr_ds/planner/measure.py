@@ -25,22 +25,10 @@ from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
-_WARMUP, _REPETITIONS = 2, 7
 _SMALL_MESSAGE = 1  # elements
 _SHORTEST = 1e-9  # seconds: a message that took no longer than a small one
 _LEAST_COMPUTING = 0.1  # of a step's time, whatever its reductions were measured to take
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> Device:
-    """Return `device` with what this machine reaches in place of its speeds; see DeviceProbe."""
-    probe = DeviceProbe(config, groups)
-    for _ in range(_WARMUP):
-        probe.sample()
-    probe.forget()
-    for _ in range(_REPETITIONS):
-        probe.sample()
-    return probe.device(device)
 
 
 class DeviceProbe:
