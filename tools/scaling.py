@@ -15,8 +15,9 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.markdown import markdown_table
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import head_cost_in_layers
-from raptr_ds.planner.scaling import pipeline_speed_up, plot_scaling, sampled_paths
+from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
 from raptr_ds.planner.step_time import Device, Layout, Setting, step_seconds
+from raptr_ds.plots.studies import plot_scaling
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tools/scaling.py: begin -->", "<!-- tools/scaling.py: end -->"
