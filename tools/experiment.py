@@ -48,9 +48,9 @@ def main() -> None:
     elif arguments.keep is not None:
         print(f"kept in {keep(load_comparison(planner.output), arguments.keep)}")
     elif arguments.slurm:
-        jobs = write_jobs(planner, arguments.file, arguments.set)
-        write_record(planner, jobs.progress, name, session_of(command))
-        print("\n".join(submit(jobs, only_write=arguments.write_only)))
+        progress, files = write_jobs(planner, arguments.file, arguments.set)
+        write_record(planner, progress, name, session_of(command))
+        print("\n".join(submit(files, only_write=arguments.write_only)))
     else:
         _run(planner, name, command)
 

@@ -22,16 +22,17 @@ from raptr_ds.config.path_sections import RandomSection, RaptrSection, Scheduled
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import are_prepared, load_tokenizer
 from raptr_ds.errors import ConfigError
+from raptr_ds.markdown import markdown_table
 from raptr_ds.paths.cost import layer_parameters, num_parameters
 from raptr_ds.planner.advice import advice
 from raptr_ds.planner.law import fit_law
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
-from raptr_ds.planner.plan import RunPlan, Setting, keepable_layers, plan_run, propose_schedule
+from raptr_ds.planner.plan import RunPlan, keepable_layers, plan_run, propose_schedule
 from raptr_ds.planner.results import read_results
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
 from raptr_ds.planner.shortage import shortage
-from raptr_ds.planner.step_time import Device
+from raptr_ds.planner.step_time import Device, Setting
 from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
@@ -284,17 +285,20 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"- paths: {path.method}{schedule}{sampling}{over}",
         *(f"- {note}" for note in notes),
         *_kept_whole(setting),
-        "",
-        "| phase | steps | path length | PFLOP a step | seconds a step | speed-up | by FLOPs | hours |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for phase in plan.phases:
-        lines.append(
-            f"| {phase.phase.index} | {phase.phase.num_steps:,} | {phase.path_length:.4g} | "
-            f"{phase.step_flops / 1e15:.4g} | {phase.step_seconds:.4g} | "
-            f"{plan.full_step_seconds / phase.step_seconds:.2f} | {plan.full_step_flops / phase.step_flops:.2f} | "
-            f"{phase.phase.num_steps * phase.step_seconds / 3600:,.4g} |"
-        )
+    rows = [
+        [
+            phase.phase.index,
+            f"{phase.phase.num_steps:,}",
+            *(f"{value:.4g}" for value in (phase.path_length, phase.step_flops / 1e15, phase.step_seconds)),
+            f"{plan.full_step_seconds / phase.step_seconds:.2f}",
+            f"{plan.full_step_flops / phase.step_flops:.2f}",
+            f"{phase.phase.num_steps * phase.step_seconds / 3600:,.4g}",
+        ]
+        for phase in plan.phases
+    ]
+    head = ["phase", "steps", "path length", "PFLOP a step", "seconds a step", "speed-up", "by FLOPs", "hours"]
+    lines += ["", *markdown_table(head, rows)]
     standard = plan.num_steps * plan.full_step_seconds / 3600
     lines += [
         "",
@@ -302,28 +306,29 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         f"- time: {plan.seconds / 3600:,.4g} h, {plan.seconds_saved:.1%} less than the standard run's "
         f"{standard:,.4g} h",
         "",
-        f"Memory of the fullest rank at its peak, GiB, on a {'GPU' if setting.state.on_gpu else 'CPU'}"
+        f"Memory of the fullest rank at its peak, GiB, on a {'GPU' if setting.device.is_gpu else 'CPU'}"
         f"{_counted_as(setting)}:",
         "",
-        "| phase | micro batch | recomputed | pipeline stage | weights | gradients | optimizer | activations | total |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for phase in plan.phases:
-        memory = phase.memory
-        values = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        cells = " | ".join(f"{value / _GIB:.2f}" for value in values)
-        recomputed = "yes" if phase.layout.recompute else "no"
-        lines.append(
-            f"| {phase.phase.index} | {phase.layout.micro_batch} | {recomputed} | {phase.fullest_stage} | {cells} |"
-        )
-    return lines
+    parts = ["weights", "gradients", "optimizer", "activations", "total"]
+    rows = [
+        [
+            phase.phase.index,
+            phase.layout.micro_batch,
+            "yes" if phase.layout.recompute else "no",
+            phase.fullest_stage,
+            *(f"{getattr(phase.memory, part) / _GIB:.2f}" for part in parts),
+        ]
+        for phase in plan.phases
+    ]
+    return [*lines, *markdown_table(["phase", "micro batch", "recomputed", "pipeline stage", *parts], rows)]
 
 
 def _counted_as(setting: Setting) -> str:
     """Return what the memory of a GPU is counted with."""
-    if not setting.state.on_gpu:
+    if not setting.device.is_gpu:
         return ""
-    layers = "compiled" if setting.state.compiled else "not compiled"
+    layers = "compiled" if setting.layout.compiled else "not compiled"
     return (
         f" (attention in one kernel, layers {layers}; the total has {GPU_CONTEXT_BYTES / _GIB:.1f} GiB for context and "
         "workspaces, an estimate)"

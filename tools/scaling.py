@@ -12,10 +12,12 @@ import _command_line
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
+from raptr_ds.markdown import markdown_table
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import head_cost_in_layers
-from raptr_ds.planner.scaling import pipeline_speed_up, plot_scaling, sampled_paths
-from raptr_ds.planner.step_time import Device, Layout, step_seconds
+from raptr_ds.planner.scaling import pipeline_speed_up, sampled_paths
+from raptr_ds.planner.step_time import Device, Layout, Setting, step_seconds
+from raptr_ds.plots.studies import plot_scaling
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tools/scaling.py: begin -->", "<!-- tools/scaling.py: end -->"
@@ -66,18 +68,13 @@ def _columns() -> tuple[str, ...]:
 
 
 def _shallow_table(num_paths: int) -> list[str]:
-    lines = [
-        "24 layers, 32 micro batches:",
-        "",
-        "| stages | path length | by FLOPs | uniform | bernoulli | balanced |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for stages, length in SHALLOW:
         layers = derive_pipeline_layers(24, stages)
         values = [pipeline_speed_up(name, length, layers, 32, num_paths=num_paths) for name in SAMPLINGS]
-        cells = " | ".join(f"{value:.2f}" for value in values)
-        lines.append(f"| {stages} | {length} | {24 / length:.2f} | {cells} |")
-    return lines
+        rows.append([stages, length, *(f"{value:.2f}" for value in (24 / length, *values))])
+    head = ["stages", "path length", "by FLOPs", *SAMPLINGS]
+    return ["24 layers, 32 micro batches:", "", *markdown_table(head, rows)]
 
 
 def _deep(num_paths: int) -> dict[tuple[int, int, str], float]:
@@ -99,42 +96,37 @@ def _deep(num_paths: int) -> dict[tuple[int, int, str], float]:
 
 
 def _deep_table(deep: dict[tuple[int, int, str], float]) -> list[str]:
-    lines = [
-        f"{DEEP_LAYERS} layers, {DEEP_MICRO_BATCHES} micro batches (with 2 chunks: interleaved):",
-        "",
-        f"| path length | by FLOPs | sampling | {' | '.join(f'{stages} stages' for stages in STAGES)} |",
-        f"|---|---|---|{'---|' * len(STAGES)}",
+    rows = [
+        [length, f"{DEEP_LAYERS / length:.2f}", name, *(f"{deep[stages, length, name]:.2f}" for stages in STAGES)]
+        for length in LENGTHS
+        for name in _columns()
     ]
-    for length in LENGTHS:
-        for name in _columns():
-            cells = " | ".join(f"{deep[stages, length, name]:.2f}" for stages in STAGES)
-            lines.append(f"| {length} | {DEEP_LAYERS / length:.2f} | {name} | {cells} |")
-    return lines
+    head = ["path length", "by FLOPs", "sampling", *(f"{stages} stages" for stages in STAGES)]
+    title = f"{DEEP_LAYERS} layers, {DEEP_MICRO_BATCHES} micro batches (with 2 chunks: interleaved):"
+    return [title, "", *markdown_table(head, rows)]
 
 
 def _ranks_table(num_paths: int) -> list[str]:
     device = Device()
-    lines = [
+    title = (
         f"ul2_1b, {UL2_BATCH} sequences a step in micro batches of 1, tensor 2 x pipeline 4, ZeRO 1, paths of "
-        f"{UL2_LENGTH} of 24 layers, {device.flops_per_second / 1e12:g} effective TFLOP/s a device:",
-        "",
-        "| ranks | data parallel | micro batches | full step, s | uniform | bernoulli | balanced | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"{UL2_LENGTH} of 24 layers, {device.flops_per_second / 1e12:g} effective TFLOP/s a device:"
+    )
+    titles = ["ranks", "data parallel", "micro batches", "full step, s", *SAMPLINGS, "tokens/s"]
+    rows = []
     head = head_cost_in_layers(UL2, UL2_PREDICTED)
     for ranks in RANKS:
         layout = Layout((6, 6, 6, 6), 1, UL2_BATCH * 8 // ranks, tensor=2, data=ranks // 8)
-        full = float(step_seconds([LayerPath.full(24)], UL2, layout, device, UL2_PREDICTED).total[0])
+        setting = Setting(UL2, layout, device, UL2_PREDICTED)
+        full = float(step_seconds([LayerPath.full(24)], setting).total[0])
         seconds = []
         for sampling in SAMPLINGS:
             paths = sampled_paths(sampling, UL2_LENGTH, layout.stage_layers, num_paths, head)
-            seconds.append(float(step_seconds(paths, UL2, layout, device, UL2_PREDICTED).total.mean()))
-        cells = " | ".join(f"{full / value:.2f}" for value in seconds)
-        tokens = UL2_BATCH * UL2.seq_length / seconds[-1]
-        lines.append(
-            f"| {ranks:,} | {layout.data} | {layout.num_micro_batches} | {full:.3g} | {cells} | {tokens / 1e6:.3g}M |"
-        )
-    return lines
+            seconds.append(float(step_seconds(paths, setting).total.mean()))
+        speed_ups = [f"{full / value:.2f}" for value in seconds]
+        tokens = f"{UL2_BATCH * UL2.seq_length / seconds[-1] / 1e6:.3g}M"
+        rows.append([f"{ranks:,}", layout.data, layout.num_micro_batches, f"{full:.3g}", *speed_ups, tokens])
+    return [title, "", *markdown_table(titles, rows)]
 
 
 if __name__ == "__main__":

@@ -21,42 +21,24 @@ import _command_line
 from raptr_ds.errors import ConfigError
 from raptr_ds.submit.container import RUNTIMES
 from raptr_ds.submit.layout import DEFAULT_LEAD_SECONDS, check_more_options
-from raptr_ds.submit.request import Request, check
+from raptr_ds.submit.request import WITHOUT_SBATCH, Request, check
 
 
 def main() -> None:
     """Parse the command line, check, copy and submit."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
-    options, more = _parse(words[:end]), check_more_options(words[end + 1 :])
-    if not options.dry_run and shutil.which("sbatch") is None:
-        raise ConfigError("there is no sbatch here. Submit from a login node, or see the command by --dry-run.")
-    request = Request(
-        run_file=options.run_file,
-        settings=tuple(options.set),
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        tasks_per_node=options.tasks_per_node,
-        time=options.time,
-        lead_seconds=options.signal_lead,
-        partition=options.partition,
-        job_name=options.job_name,
-        device_gib=options.device_memory,
-        chain=options.chain,
-        array=tuple(options.array),
-        image=options.container,
-        runtime=options.container_runtime,
-        more_options=tuple(more),
-        home=Path.cwd(),
-        venv=sys.prefix if (Path(sys.prefix) / "bin" / "activate").is_file() else "",
-        env=os.environ,
-    )
-    checked = check(request)
-    print("\n".join(checked.lines))
-    if options.dry_run:
-        print(f"would run: {shlex.join(checked.submission.command(checked.submission.folder / 'submitted-N.sbatch'))}")
+    options, more = vars(_parse(words[:end])), check_more_options(words[end + 1 :])
+    is_dry_run = options.pop("dry_run")
+    if not is_dry_run and shutil.which("sbatch") is None:
+        raise ConfigError(f"there is no sbatch here. {WITHOUT_SBATCH}")
+    venv = sys.prefix if (Path(sys.prefix) / "bin" / "activate").is_file() else ""
+    submission = check(Request(**options, more_options=more, home=Path.cwd(), venv=venv, env=os.environ))
+    print("\n".join(submission.lines))
+    if is_dry_run:
+        print(f"would run: {shlex.join(submission.command(submission.folder / 'submitted-N.sbatch'))}")
     else:
-        print("\n".join(checked.send(os.environ)))
+        print("\n".join(submission.send()))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

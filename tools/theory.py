@@ -17,7 +17,7 @@ import torch
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import prepare_imports
-from raptr_ds.theory.plots import plot_polynomials, plot_stability, plot_transitions
+from raptr_ds.plots.studies import plot_polynomials, plot_stability, plot_transitions
 from raptr_ds.theory.polynomials import PolynomialCurve, PolynomialSettings, learn, path_methods, polynomial_table
 from raptr_ds.theory.stability import (
     VARIANTS,

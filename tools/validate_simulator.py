@@ -12,16 +12,17 @@ from pathlib import Path
 from statistics import median
 
 import _command_line
+import numpy as np
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.config.path_sections import ConstantSection, RunSizes
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
+from raptr_ds.markdown import markdown_table
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch
-from raptr_ds.paths import LayerPath, build_path_method
-from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.planner.pipeline_timing import TimedStep, fit_layer_seconds, time_steps
+from raptr_ds.paths import LayerPath
+from raptr_ds.planner.pipeline_timing import TimedStep, time_steps
+from raptr_ds.planner.scaling import sampled_paths
 
 RUN_FILE = Path(__file__).parent.parent / "deepspeed_configs" / "bert_quickstart.json"
 SAMPLINGS = ("uniform", "bernoulli", "balanced")
@@ -45,19 +46,20 @@ def main() -> None:
     if launch.world_size < 2:
         raise ConfigError("one process has no pipeline. Start with torchrun --nproc-per-node 2 (or 4).")
     config = _config(arguments, launch.world_size)
-    kinds = [("full", arguments.layers)]
-    kinds += [(sampling, length) for length in arguments.lengths for sampling in SAMPLINGS]
-    labels = [
-        kind for _ in range(arguments.steps) for kind in kinds
-    ]  # in turns, so that a busy machine disturbs all of them
-    paths = [_path(config, *kind, number // len(kinds)) for number, kind in enumerate(labels)]
+    stages = config.parallel.pipeline_layers or ()
+    of_kind = {("full", arguments.layers): [LayerPath.full(arguments.layers)] * arguments.steps}
+    for length in arguments.lengths:
+        for sampling in SAMPLINGS:
+            of_kind[sampling, length] = sampled_paths(sampling, length, stages, arguments.steps)
+    # In turns, so that a busy machine disturbs all of them.
+    in_turns = [paths[number] for number in range(arguments.steps) for paths in of_kind.values()]
     groups = initialize_process_groups(launch, 1, launch.world_size)
     forward = 1 / 3 if arguments.compute else arguments.layer_ms / 1000
-    steps = time_steps(
-        config, groups, paths, forward, 2 * forward, sleeps=not arguments.compute, repetitions=arguments.repetitions
-    )
+    how = {"sleeps": not arguments.compute, "repetitions": arguments.repetitions}
+    steps = time_steps(config, groups, in_turns, forward, 2 * forward, **how)
     if groups.rank == 0:
-        print(_report(config, kinds, labels, steps, arguments.compute))
+        found = {kind: steps[number :: len(of_kind)] for number, kind in enumerate(of_kind)}
+        print(_report(config, found, arguments.compute))
 
 
 def _config(arguments: argparse.Namespace, num_stages: int) -> RunConfig:
@@ -75,42 +77,29 @@ def _config(arguments: argparse.Namespace, num_stages: int) -> RunConfig:
     return load_run_config(RUN_FILE, overrides, num_stages)
 
 
-def _path(config: RunConfig, sampling: str, length: int, number: int) -> LayerPath:
-    if sampling == "full":
-        return LayerPath.full(length)
-    section = ConstantSection.model_validate({"constant_length": length, "sampling": sampling})
-    stages = BalancedStages.of(config.parallel.pipeline_layers or ())
-    method = build_path_method(section, RunSizes(config.model.num_layers, num_steps=1), seed=1, stages=stages)
-    return method.path_at(number)
-
-
-def _report(
-    config: RunConfig, kinds: list[tuple[str, int]], labels: list[tuple[str, int]], steps: list[TimedStep], fit: bool
-) -> str:
-    of_kind = {kind: [step for label, step in zip(labels, steps, strict=True) if label == kind] for kind in kinds}
+def _report(config: RunConfig, of_kind: dict[tuple[str, int], list[TimedStep]], fit: bool) -> str:
     layer, rest, fitted = 1.0, 0.0, ""
     if fit:
-        layer, rest = fit_layer_seconds([step for found in of_kind.values() for step in found[::2]])
+        # The simulation took one second a layer for both passes together.
+        fitted_to = [step for found in of_kind.values() for step in found[::2]]
+        simulated = [step.simulated_seconds for step in fitted_to]
+        layer, rest = np.polyfit(simulated, [step.measured_seconds for step in fitted_to], 1).tolist()
         fitted = f"; fitted on every other step: {layer * 1e3:.2f} ms a layer, {rest * 1e3:.1f} ms a step beside them"
         of_kind = {kind: found[1::2] for kind, found in of_kind.items()}
-    full = median(step.measured_seconds for step in of_kind[kinds[0]])
-    full_simulated = layer * of_kind[kinds[0]][0].simulated_seconds + rest
+    whole = next(iter(of_kind.values()))
+    full = median(step.measured_seconds for step in whole)
+    full_simulated = layer * whole[0].simulated_seconds + rest
     stages = len(config.parallel.pipeline_layers or ())
-    lines = [
-        f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}",
-        "",
-        "| paths | length | measured, s | simulated, s | largest difference | speed-up, measured | simulated |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    title = f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}"
+    rows = []
     for (sampling, length), found in of_kind.items():
         measured = sum(step.measured_seconds for step in found) / len(found)
         simulated = sum(layer * step.simulated_seconds + rest for step in found) / len(found)
         worst = max(abs(s.measured_seconds / (layer * s.simulated_seconds + rest) - 1) for s in found)
-        lines.append(
-            f"| {sampling} | {length} | {measured:.3f} | {simulated:.3f} | {worst:.1%} | {full / measured:.2f} | "
-            f"{full_simulated / simulated:.2f} |"
-        )
-    return "\n".join(lines)
+        speed_ups = (f"{full / measured:.2f}", f"{full_simulated / simulated:.2f}")
+        rows.append([sampling, length, f"{measured:.3f}", f"{simulated:.3f}", f"{worst:.1%}", *speed_ups])
+    head = ["paths", "length", "measured, s", "simulated, s", "largest difference", "speed-up, measured", "simulated"]
+    return "\n".join([title, "", *markdown_table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.parallel.groups import ProcessGroups
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)\.(weight|bias)$")
@@ -39,32 +40,19 @@ class _TorchAttention(nn.Module):
 class MegatronStack(nn.Module):
     """Layers of megatron-core in place of ours: the same arguments, every layer, no dropout, one tensor rank."""
 
-    def __init__(
-        self,
-        groups: ProcessGroups,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        num_attention_heads: int,
-        norm_epsilon: float,
-        normalization: str,
-        activation: str,
-        add_bias_linear: bool,
-    ) -> None:
+    def __init__(self, groups: ProcessGroups, model: ModelSection) -> None:
         super().__init__()
         assert groups.topology.tensor == groups.topology.pipeline == 1
-        rms = normalization == "rmsnorm"
         config = TransformerConfig(
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_attention_heads=num_attention_heads,
-            layernorm_epsilon=norm_epsilon,
-            normalization="RMSNorm" if rms else "LayerNorm",
-            activation_func=functional.silu if activation == "swiglu" else functional.gelu,
-            gated_linear_unit=activation == "swiglu",
-            add_bias_linear=add_bias_linear,
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            layernorm_epsilon=model.norm_epsilon,
+            normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+            activation_func=functional.silu if model.activation == "swiglu" else functional.gelu,
+            gated_linear_unit=model.activation == "swiglu",
+            add_bias_linear=model.add_bias_linear,
             hidden_dropout=0.0,
             attention_dropout=0.0,
             use_cpu_initialization=True,
@@ -77,7 +65,7 @@ class MegatronStack(nn.Module):
         collection = ProcessGroupCollection(tp=groups.tensor, pp=groups.pipeline, cp=groups.tensor)
         layers: list[Any] = [
             build_module(spec, config=config, layer_number=number + 1, pg_collection=collection)
-            for number in range(num_layers)
+            for number in range(model.num_layers)
         ]
         self.layers = nn.ModuleList(layers)
 

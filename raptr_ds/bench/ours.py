@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raptr_ds.bench.samples import Measured, Turn
+from raptr_ds.bench.samples import Entrant, Measured, Step
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
@@ -23,14 +23,14 @@ from raptr_ds.paths.path import Parts
 from raptr_ds.paths.raptr import draw_uniform
 from raptr_ds.planner.measure import DeviceProbe
 from raptr_ds.planner.setting import setting_of
-from raptr_ds.planner.step_time import Device
+from raptr_ds.planner.step_time import Device, step_seconds
 from raptr_ds.rng import stream
 from raptr_ds.runtime.method import step_cost_of
 
 _STEPS_AHEAD = 1 << 40  # agreement never reaches the run's end
 
 
-class OurEntrant:
+class OurEntrant(Entrant):
     """Our engine; each step agrees on its path, takes a batch and trains, as the training loop does.
 
     The first row is the full path. The loader's batch is not used: all steps train on the same one.
@@ -77,9 +77,9 @@ class OurEntrant:
             self._probe.forget()
         self._probe.sample()
 
-    def turns(self) -> list[Turn]:
-        """Return a turn for each path; which path is next is agreed by all ranks."""
-        return [lambda: (self.rows[_row_number(self._step, len(self.rows))], self._train)] * len(self.rows)
+    def next_step(self) -> tuple[Measured, Step]:
+        """Return a step along the next path, on which all ranks agree."""
+        return self.rows[_row_number(self._step, len(self.rows))], self._train
 
     def end_of_timing(self) -> None:
         """Predict each row's time from the parts, and free them."""
@@ -88,7 +88,7 @@ class OurEntrant:
         self._probe = None
         for row in self.rows:
             path = measured_path(self._config, row.path_length, stream(0, "bench prediction"))
-            row.predicted_seconds = float(setting.seconds([path]).total[0])
+            row.predicted_seconds = float(step_seconds([path], setting).total[0])
 
     def close(self) -> None:
         """Free the engine, once the agreement has ended on every rank; all ranks call it."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,12 @@ import numpy as np
 import sentencepiece
 import torch
 
+from raptr_ds.bench.samples import CLOCKS
 from raptr_ds.data.indexed import token_dtype
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.readers import ReadingOptions
-
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -38,7 +36,9 @@ def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, cloc
     times = PreparationTimes(text.stat().st_size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        encode_and_index(_head(text, folder / "head.jsonl"), tokenizer, folder / "head")  # its imports are not counted
+        with text.open(encoding="utf-8") as lines:
+            (folder / "head.jsonl").write_text(next(lines), encoding="utf-8")
+        encode_and_index(folder / "head.jsonl", tokenizer, folder / "head")  # its imports are not counted
         for number in range(repetitions):
             prefix = folder / f"megatron-{number}"
             seconds, times.megatron_tokens = _timed(clock, lambda p=prefix: encode_and_index(text, tokenizer, p))
@@ -56,15 +56,9 @@ def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, cloc
 
 
 def _timed(clock: str, action: Callable[[], int]) -> tuple[float, int]:
-    start = _CLOCKS[clock]()
+    start = CLOCKS[clock]()
     result = action()
-    return _CLOCKS[clock]() - start, result
-
-
-def _head(text: Path, output: Path) -> Path:
-    with text.open(encoding="utf-8") as lines:
-        output.write_text(next(lines), encoding="utf-8")
-    return output
+    return CLOCKS[clock]() - start, result
 
 
 def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:
@@ -76,7 +70,8 @@ def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:
     # Seven seconds of imports that a training run does not need.
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(prefix.with_suffix(".bin")), dtype=_type(tokenizer.vocab_size))
+    dtype = np.uint16 if token_dtype(tokenizer.vocab_size) == np.uint16 else np.int32
+    builder = IndexedDatasetBuilder(str(prefix.with_suffix(".bin")), dtype=dtype)
     processor, total = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model), 0
     with text.open(encoding="utf-8") as lines:
         for line in lines:
@@ -86,7 +81,3 @@ def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:
             total += len(ids)
     builder.finalize(str(prefix.with_suffix(".idx")))
     return total
-
-
-def _type(vocab_size: int) -> type[np.number]:
-    return np.uint16 if token_dtype(vocab_size) == np.uint16 else np.int32

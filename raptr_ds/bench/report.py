@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from raptr_ds.bench.preparation import PreparationTimes
-from raptr_ds.bench.samples import Measured, MedianRatio
+from raptr_ds.bench.samples import SAMPLES, Measured, MedianRatio
 from raptr_ds.bench.steps import StepBenchmark
 from raptr_ds.config.run import RunConfig
+from raptr_ds.markdown import markdown_table
 
 _MIB = 1 << 20
 # The aims: speed relative to Hugging Face, share of the speed-up by executed FLOPs, shares of a full step.
@@ -68,7 +69,7 @@ def rows_of(result: StepBenchmark) -> list[dict[str, Any]]:
 
 def row_without_memory(full: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """Return the row of a layout whose processes ran out of memory. full: our full path's row in any layout."""
-    empty = {"seconds": [], "agreement_seconds": [], "loader_seconds": [], "memory_bytes": [], "peak_bytes": []}
+    empty = {name: [] for name in SAMPLES}
     unknown = dict.fromkeys(("loss", "predicted_seconds", "median_seconds", "speed_up", "reached"))
     return {**full, **empty, **unknown, "layout": layout, "out_of_memory": "out of memory"}
 
@@ -82,30 +83,29 @@ def _ratio(result: StepBenchmark, slower: Measured, faster: Measured, unit: floa
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the Markdown table of rows, of one layout or several."""
-    lines = [
-        "| step | layout | path length | seconds | spread | speed-up over our full path | by executed FLOPs | reached "
-        "| GFLOP/s | step memory, MiB | predicted, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         seconds, samples = row["median_seconds"], row["seconds"]
+        by_flops = f"{row['by_flops']:.3f}"
+        first = [row["name"], row["layout"], f"{row['path_length']:g}"]
         if row["out_of_memory"] is not None:
-            lines.append(
-                f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {row['out_of_memory']} | | | "
-                f"{row['by_flops']:.3f} | | | | |"
-            )
+            lines.append([*first, row["out_of_memory"], "", "", by_flops, "", "", "", ""])
             continue
-        spread = f"{min(samples) / seconds - 1:+.0%} {max(samples) / seconds - 1:+.0%}"
-        memory = median(row["memory_bytes"]) / _MIB
-        predicted = "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.4f}"
-        speed_up = "" if row["speed_up"] is None else f"{row['speed_up']:.3f}"
-        reached = "" if row["reached"] is None else _with_interval(MedianRatio(**row["reached"]))
         lines.append(
-            f"| {row['name']} | {row['layout']} | {row['path_length']:g} | {seconds:.4f} | {spread} | "
-            f"{speed_up} | {row['by_flops']:.3f} | {reached} | "
-            f"{row['flops'] / seconds / 1e9:.1f} | {memory:.0f} | {predicted} |"
+            [
+                *first,
+                f"{seconds:.4f}",
+                f"{min(samples) / seconds - 1:+.0%} {max(samples) / seconds - 1:+.0%}",
+                "" if row["speed_up"] is None else f"{row['speed_up']:.3f}",
+                by_flops,
+                "" if row["reached"] is None else _with_interval(MedianRatio(**row["reached"])),
+                f"{row['flops'] / seconds / 1e9:.1f}",
+                f"{median(row['memory_bytes']) / _MIB:.0f}",
+                "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.4f}",
+            ]
         )
-    return lines
+    head = ["step", "layout", "path length", "seconds", "spread", "speed-up over our full path", "by executed FLOPs"]
+    return markdown_table([*head, "reached", "GFLOP/s", "step memory, MiB", "predicted, s"], lines)
 
 
 def conclusions(result: StepBenchmark, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,16 +11,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
 
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.planner.measure import synchronize
+from raptr_ds.planner.measure import slowest_seconds, synchronize
 
 Step = Callable[[], tuple[float, float]]
 """Trains once, and returns the seconds that it waited for agreement and loader."""
 
+SAMPLES = ("seconds", "agreement_seconds", "loader_seconds", "memory_bytes", "peak_bytes")
+"""The fields of a row that hold samples."""
 _CONFIDENCE = 0.95
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -49,63 +50,64 @@ class Measured:
 
     def forget(self) -> None:
         """Remove all samples."""
-        timed = (self.seconds, self.agreement_seconds, self.loader_seconds)
-        for samples in (*timed, self.memory_bytes, self.peak_bytes):
+        for samples in (getattr(self, name) for name in SAMPLES):
             samples.clear()
 
 
-Turn = Callable[[], tuple[Measured, Step]]
-"""Returns the row that an entrant's next step belongs to, and the step."""
+class Entrant:
+    """A participant in the benchmark, with the rows that its steps fill; all ranks call its methods together."""
+
+    name: str
+    rows: list[Measured]
+
+    def build(self) -> None:
+        """Allocate memory and evaluate the batch. Raises: ConfigError for what the entrant does not support."""
+        raise NotImplementedError
+
+    def begin_round(self, is_first_to_count: bool) -> None:
+        """Do what belongs to a round but not to a step."""
+
+    def next_step(self) -> tuple[Measured, Step]:
+        """Return the next step and its row; a round has as many as there are rows."""
+        raise NotImplementedError
+
+    def end_of_timing(self) -> None:
+        """Do what follows the last timed step."""
+
+    def close(self) -> None:
+        """Free all memory; repeated calls do nothing."""
+        raise NotImplementedError
 
 
 def time_step(measured: Measured, groups: ProcessGroups, counted: bool, clock: str, step: Step) -> None:
     """Run one step and keep its time and its waits for agreement and loader, if it is counted."""
-    now, device = _CLOCKS[clock], groups.device
+    waits: list[float] = []
     gc.collect()
-    synchronize(device)
-    if groups.topology.world_size > 1:
-        dist.barrier(group=groups.control)
-    start = now()
-    agreement, loader = step()
-    synchronize(device)
-    seconds = torch.tensor(now() - start, dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
+    seconds = slowest_seconds(groups, lambda: waits.extend(step()), CLOCKS[clock])
     if counted:
-        measured.seconds.append(seconds.item())
-        measured.agreement_seconds.append(agreement)
-        measured.loader_seconds.append(loader)
+        measured.seconds.append(seconds)
+        measured.agreement_seconds.append(waits[0])
+        measured.loader_seconds.append(waits[1])
 
 
 def measure_memory(measured: Measured, device: torch.device, step: Step) -> None:
-    """Run one step and keep its peak memory."""
+    """Run one step and keep its peak memory: the allocator's on a GPU, the resident set's on a CPU."""
     gc.collect()
     synchronize(device)
-    memory = _StepMemory(device)
-    step()
-    synchronize(device)
-    peak = memory.peak()
-    measured.memory_bytes.append(peak - memory.start)
-    measured.peak_bytes.append(peak)
-
-
-class _StepMemory:
-    """The peak memory since its creation: the allocator's on a GPU, the resident set's on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
-            return
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+    else:
         library = ctypes.CDLL(ctypes.util.find_library("c"))
         if hasattr(library, "malloc_trim"):
             library.malloc_trim(0)  # or memory that an earlier step freed would hide what this one needs
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here (proc(5))
-        self.start = _status_bytes("VmRSS")
-
-    def peak(self) -> int:
-        """Return the peak so far, in bytes."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmHWM")
+        start = _status_bytes("VmRSS")
+    step()
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+    measured.memory_bytes.append(peak - start)
+    measured.peak_bytes.append(peak)
 
 
 def _status_bytes(key: str) -> int:

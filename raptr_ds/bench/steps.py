@@ -1,15 +1,14 @@
 """Step times: a model at several path lengths beside the same model in other stacks, in turns where memory allows."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
-from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherEntrant, OtherStack
+from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack
 from raptr_ds.bench.ours import OurEntrant
-from raptr_ds.bench.samples import Measured, Step, Turn, measure_memory, time_step
+from raptr_ds.bench.samples import Entrant, Measured, Step, measure_memory, time_step
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
@@ -60,33 +59,6 @@ class StepBenchmark:
     planned_bytes: float | None = None
 
 
-class Entrant(Protocol):
-    """A participant in the benchmark, with the rows that its steps fill."""
-
-    name: str
-    rows: list[Measured]
-
-    def build(self) -> None:
-        """Allocate memory and evaluate the batch. Raises: ConfigError for what the entrant does not support."""
-        ...
-
-    def begin_round(self, is_first_to_count: bool) -> None:
-        """Do what belongs to a round but not to a step."""
-        ...
-
-    def turns(self) -> list[Turn]:
-        """Return the steps of a round, as many as there are rows; they may be taken in any order."""
-        ...
-
-    def end_of_timing(self) -> None:
-        """Do what follows the last timed step."""
-        ...
-
-    def close(self) -> None:
-        """Free all memory; repeated calls do nothing."""
-        ...
-
-
 def measure_steps(
     config: RunConfig, groups: ProcessGroups, batch: StepBatch, options: Options, loader: Loader | None = None
 ) -> StepBenchmark:
@@ -134,12 +106,9 @@ def _entrants(
     ours = OurEntrant(config, groups, _layout_name(groups), batch, loader)
     if groups.topology.world_size > 1:
         return [ours]
-    hugging_face = HuggingFaceStack.name + (", compiled" if compile_others else "")
-    makers: dict[str, Callable[[], OtherStack]] = {
-        hugging_face: lambda: HuggingFaceStack(config, ours.initial_weights(), compile_others),
-        MegatronLayersStack.name: lambda: MegatronLayersStack(config, ours.initial_weights(), groups),
-    }
-    return [ours, *(OtherEntrant(name, make, config, batch) for name, make in makers.items())]
+    weights = ours.initial_weights
+    hugging_face = HuggingFaceStack(config, batch, weights, compile_others)
+    return [ours, hugging_face, MegatronLayersStack(config, batch, weights, groups)]
 
 
 def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, absent: dict[str, str]) -> bool:
@@ -149,7 +118,16 @@ def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, 
     """
     fits = False
     try:
-        _measure([entrant for entrant in entrants if _is_built(entrant, absent)], groups, options)
+        built = []
+        for entrant in entrants:
+            try:
+                entrant.build()
+                built.append(entrant)
+            except ConfigError as error:
+                if isinstance(entrant, OurEntrant):
+                    raise
+                absent[entrant.name] = str(error)
+        _measure(built, groups, options)
         fits = True
     except RuntimeError as error:
         if not is_out_of_memory(error) or groups.topology.world_size > 1:
@@ -164,17 +142,6 @@ def _in_turns(entrants: list[Entrant], groups: ProcessGroups, options: Options, 
     if groups.device.type == "cuda":
         torch.cuda.empty_cache()
     return fits
-
-
-def _is_built(entrant: Entrant, absent: dict[str, str]) -> bool:
-    try:
-        entrant.build()
-    except ConfigError as error:
-        if isinstance(entrant, OurEntrant):
-            raise
-        absent[entrant.name] = str(error)
-        return False
-    return True
 
 
 def _measure(entrants: list[Entrant], groups: ProcessGroups, options: Options) -> None:
@@ -192,9 +159,9 @@ def _measure(entrants: list[Entrant], groups: ProcessGroups, options: Options) -
 
 def _round(number: int, entrants: list[Entrant]) -> Iterator[tuple[Measured, Step]]:
     """Yield the steps of a round, each with its row, in random order."""
-    turns = [turn for entrant in [*entrants[1:], *entrants[:1]] for turn in entrant.turns()]
+    turns = [entrant for entrant in [*entrants[1:], *entrants[:1]] for _ in entrant.rows]
     for chosen in stream(0, "bench turns", number).permutation(len(turns)):
-        yield turns[chosen]()
+        yield turns[chosen].next_step()
 
 
 def _layout_name(groups: ProcessGroups) -> str:
@@ -227,7 +194,7 @@ def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
     need = MemoryNeed.of(config, 0, on_gpu, config.model.num_layers)
     if name == OurEntrant.name:
         return need.memory.total
-    plain = replace(need.setting, state=replace(need.setting.state, compiled=False))
+    plain = replace(need.setting, layout=replace(need.setting.layout, compiled=False))
     total = replace(need, setting=plain).memory.total
     if not name.startswith(HuggingFaceStack.name):
         return total

@@ -5,11 +5,10 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.lab.file import Experiment
 from raptr_ds.lab.plan import Planner
-from raptr_ds.lab.runner import REPOSITORY, ComparisonProgress, command_of
+from raptr_ds.lab.runner import ComparisonProgress, command_of
 from raptr_ds.lab.status import outcome_of
 from raptr_ds.plots.curves import Curves, curves_of
+from raptr_ds.runtime.events import code_revision
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 RECORD = "experiment.json"
@@ -39,7 +39,7 @@ class RunResult:
     contestant: str
     seed: int
     learning_rate: float | None
-    num_steps: int
+    steps: int
     folder: Path
     command: str
     curves: Curves | None
@@ -67,7 +67,7 @@ class RunResult:
         """How far it is, in words."""
         if self.is_finished:
             return "finished"
-        at = "before its first step" if self.curves is None else f"at step {self.curves.step[-1]} of {self.num_steps}"
+        at = "before its first step" if self.curves is None else f"at step {self.curves.step[-1]} of {self.steps}"
         return f"failed {at}, exit code {self.exit_code}" if self.exit_code else f"unfinished, {at}"
 
     def phase_losses(self) -> list[tuple[float, float, float | None]]:
@@ -160,12 +160,8 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
         steps, losses = curves.full_model_evaluations()
         final_loss = float(losses[-1]) if steps.size and steps[-1] == run["steps"] else None
     return RunResult(
-        contestant=run["contestant"],
-        seed=run["seed"],
-        learning_rate=run["learning_rate"],
-        num_steps=run["steps"],
+        **{key: run[key] for key in ("contestant", "seed", "learning_rate", "steps", "command")},
         folder=place,
-        command=run["command"],
         curves=curves,
         final_loss=final_loss,
         exit_code=outcome.exit_code,
@@ -233,9 +229,9 @@ def session_of(command: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(command),
         "started": time.strftime("%F %T %z"),
         "versions": {
-            "raptr_ds": f"{raptr_ds.__version__}{_commit()}",
+            "raptr_ds": raptr_ds.__version__ + (f" ({revision})" if (revision := code_revision()) else ""),
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: version(name) for name in _PACKAGES},
         },
         "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} CPU threads",
     }
@@ -249,19 +245,3 @@ def _describe_budget(experiment: Experiment) -> str:
     if budget.flops or budget.seconds:
         return f"{what}: {budget.flops:.4g}" if budget.flops else f"{what}: {budget.seconds:g} s"
     return f"{what}: those of {experiment.reference}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # without git the version alone has to do
-        return ""
-    return f" ({described.stdout.strip()})" if described.returncode == 0 else ""

@@ -2,88 +2,51 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-
-    def markdown(self) -> list[str]:
-        """Return its one line."""
-        return [self.text]
-
-    def html(self) -> str:
-        """Return a paragraph."""
-        return f"<p>{escape(self.text)}</p>"
+from raptr_ds.markdown import markdown_table
 
 
 @dataclass(frozen=True)
-class Code:
-    """Lines in a fixed-width font."""
+class Block:
+    """A piece of a page as lines of Markdown and as HTML. pictures: the PNG of each file report/NAME.png in it."""
 
-    lines: Sequence[str]
-
-    def markdown(self) -> list[str]:
-        """Return a fenced block."""
-        return ["```", *self.lines, "```"]
-
-    def html(self) -> str:
-        """Return a preformatted block."""
-        return f"<pre>{escape(chr(10).join(self.lines))}</pre>"
+    markdown: Sequence[str]
+    html: str
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of plain text, the first column aligned left, the others right.
+def text(line: str) -> Block:
+    """Return a paragraph."""
+    return Block([line], f"<p>{escape(line)}</p>")
+
+
+def code(lines: Sequence[str]) -> Block:
+    """Return lines in a fixed-width font."""
+    return Block(["```", *lines, "```"], f"<pre>{escape(chr(10).join(lines))}</pre>")
+
+
+def table(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) -> Block:
+    """Return a table of plain text, the first column aligned left, the others right; in HTML it scrolls if too wide.
 
     rows: at least one, cells by column; a missing one is shown as -. columns: by default those of the first row.
     """
-
-    rows: Sequence[Mapping[str, str]]
-    columns: Sequence[str] = ()
-
-    @property
-    def _lines(self) -> list[list[str]]:
-        columns = list(self.columns or self.rows[0])
-        return [columns, *([row.get(column, "-") for column in columns] for row in self.rows)]
-
-    def markdown(self) -> list[str]:
-        """Return a Markdown table."""
-        head, *rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in self._lines]
-        return [head, "|---|" + "---:|" * (len(self._lines[0]) - 1), *rows]
-
-    def html(self) -> str:
-        """Return a table that scrolls sideways where it is too wide."""
-        head, *rows = self._lines
-        columns = "".join(f"<th>{escape(column)}</th>" for column in head)
-        body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f'<div class="wide"><table>\n<thead><tr>{columns}</tr></thead>\n<tbody>{body}</tbody>\n</table></div>'
+    columns = columns or list(rows[0])
+    cells = [[row.get(column, "-") for column in columns] for row in rows]
+    titles = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    html = f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody>\n</table></div>'
+    return Block(markdown_table(columns, cells, "---:"), html)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture, as the bytes of a PNG."""
-
-    name: str
-    png: bytes
-    caption: str
-
-    def markdown(self) -> list[str]:
-        """Return a reference to the file report/NAME.png, and the caption."""
-        return [f"![{self.caption}](report/{self.name}.png)", "", self.caption]
-
-    def html(self) -> str:
-        """Return a figure that contains the picture."""
-        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-        caption = escape(self.caption)
-        return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-
-
-Block = Text | Code | Table | Picture
+def picture(name: str, png: bytes | None, caption: str) -> list[Block]:
+    """Return a picture with its caption, none without a PNG; the page contains it, Markdown refers to its file."""
+    if png is None:
+        return []
+    source, alt = f"data:image/png;base64,{base64.b64encode(png).decode()}", escape(caption)
+    html = f'<figure><img alt="{alt}" src="{source}"><figcaption>{alt}</figcaption></figure>'
+    return [Block([f"![{caption}](report/{name}.png)", "", caption], html, {name: png})]
 
 
 @dataclass(frozen=True)
@@ -100,7 +63,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     for section in sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
-            lines += [*block.markdown(), ""]
+            lines += [*block.markdown, ""]
     return "\n".join(lines)
 
 
@@ -108,7 +71,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     """Return a self-contained page: styles and pictures are inside it, and it runs no script."""
     body = [f"<h1>{escape(title)}</h1>"]
     for section in sections:
-        body += [f"<h2>{escape(section.title)}</h2>", *(block.html() for block in section.blocks)]
+        body += [f"<h2>{escape(section.title)}</h2>", *(block.html for block in section.blocks)]
     return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
 
 

@@ -1,24 +1,13 @@
-"""Statistics of a few seeds: mean and spread, and differences paired by seed with Student's t interval."""
+"""Differences of a few runs, paired by seed, with Student's t interval."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Values of n seeds; deviation is the sample standard deviation (n - 1), None for one seed."""
-
-    n: int
-    mean: float
-    deviation: float | None
-    least: float
-    most: float
 
 
 @dataclass(frozen=True)
@@ -40,23 +29,12 @@ class PairedDifference:
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
-def summarize(values: Sequence[float]) -> Summary | None:
-    """Return the summary of the values, None if there are none."""
-    if not values:
-        return None
-    return Summary(len(values), float(np.mean(values)), _deviation(values), min(values), max(values))
-
-
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedDifference | None:
     """Return the difference of two sets of values by seed, None if they have no seed in common."""
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if not differences:
         return None
-    n, deviation, half = len(differences), _deviation(differences), None
-    if deviation is not None:
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
-    return PairedDifference(n, float(np.mean(differences)), half, sum(difference < 0 for difference in differences))
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    n, half = len(differences), None
+    if n > 1:
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(differences) / math.sqrt(n)
+    return PairedDifference(n, fmean(differences), half, sum(difference < 0 for difference in differences))

@@ -128,9 +128,19 @@ class Planner:
             return []
         return [self._full_run("tuning", share, sweep.seed, rate) for share in shares for rate in sweep.learning_rates]
 
-    def comparison_run(self, share: Share, seed: int, rate: float | None) -> PlannedRun:
-        """Return a run that is compared; with a tuning run's seed and rate it is that run, in the same folder."""
-        return self._full_run("comparison", share, seed, rate)
+    def comparison_runs(self, shares: Sequence[Share], rates: Mapping[str, float | None]) -> list[PlannedRun | None]:
+        """Return the runs that are compared, seed by seed, so that pairs are complete early.
+
+        rates: by contestant; None stands for the run of one that has none yet. A run with a tuning run's seed and rate
+        is that run, in the same folder.
+        """
+        return [
+            self._full_run("comparison", share, seed, rates[share.contestant.name])
+            if share.contestant.name in rates
+            else None
+            for seed in self.experiment.seeds
+            for share in shares
+        ]
 
     def _full_run(self, purpose: str, share: Share, seed: int, rate: float | None) -> PlannedRun:
         folder = self.output / "runs" / share.contestant.name

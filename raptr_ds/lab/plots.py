@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 from raptr_ds.lab.comparison import Comparison, RunResult, mean_curve
 from raptr_ds.plots.curves import Curves, smooth
-from raptr_ds.plots.runs import COLOURS, draw_paths
+from raptr_ds.plots.runs import COLOURS, draw_paths, finish
 
 _TEXT_POINTS = 11
 _DPI = 110
@@ -23,16 +24,16 @@ def loss_picture(comparison: Comparison) -> bytes | None:
 
     Top: held-out losses of the full model. Bottom: training losses, along each step's path. None without runs.
     """
-    if not any(run.curves is not None for run in comparison.runs):
+    if not _begun(comparison):
         return None
     figure = Figure(figsize=(15, 9), dpi=_DPI, layout="constrained")
     rows = figure.subplots(2, 3, sharey="row")
     for row, evaluated in zip(rows, (True, False), strict=True):
         settled = []
         for axes, (by, label) in zip(row, _AXES, strict=True):
-            for colour, name in zip(_colours(comparison), comparison.contestants, strict=True):
+            for name, colour in _colours(comparison).items():
                 settled.append(_draw_mean(axes, comparison.of(name), by, evaluated, colour, name))
-            _finish(axes, label)
+            finish(axes, label, _TEXT_POINTS)
         what = "full model, held out" if evaluated else "training, along each step's path"
         row[0].set_ylabel(f"loss ({what})", fontsize=_TEXT_POINTS)
         _focus(row[0], settled)
@@ -46,22 +47,20 @@ def phases_picture(comparison: Comparison) -> bytes | None:
 
     One panel each, all seeds; dotted lines show where phases begin, with their mean path length. None without runs.
     """
-    shown = [(name, [run for run in comparison.of(name) if run.curves is not None]) for name in comparison.contestants]
-    shown = [(name, runs) for name, runs in shown if runs]
+    shown = _begun(comparison)
     if not shown:
         return None
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5 * columns, 3.7 * rows), dpi=_DPI, layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    colours = dict(zip(comparison.contestants, _colours(comparison), strict=True))
+    colours = _colours(comparison)
     settled = []
-    for axes, (name, runs) in zip(panels, shown, strict=False):
-        for run in runs:
-            assert run.curves is not None
-            settled += _draw_through_phases(axes, run.curves, colours[name], labelled=run is runs[0])
+    for axes, (name, seeds) in zip(panels, shown.items(), strict=False):
+        for curves in seeds:
+            settled += _draw_through_phases(axes, curves, colours[name], labelled=curves is seeds[0])
         axes.set_title(name, fontsize=_TEXT_POINTS + 1, loc="left")
-        _finish(axes, "step")
+        finish(axes, "step", _TEXT_POINTS)
     _focus(panels[0], settled)
     for axes in panels[::columns]:
         axes.set_ylabel("loss", fontsize=_TEXT_POINTS)
@@ -74,16 +73,12 @@ def phases_picture(comparison: Comparison) -> bytes | None:
 
 def paths_picture(comparison: Comparison) -> bytes | None:
     """Draw which layers ran at which steps, for the first seed of each contestant that has run. None without runs."""
-    firsts: list[tuple[str, Curves]] = []
-    for name in comparison.contestants:
-        curves = next((run.curves for run in comparison.of(name) if run.curves is not None), None)
-        if curves is not None:
-            firsts.append((name, curves))
+    firsts = [(name, seeds[0]) for name, seeds in _begun(comparison).items()]
     if not firsts:
         return None
     figure = Figure(figsize=(15, 2.5 * len(firsts)), dpi=_DPI, layout="constrained")
     panels = figure.subplots(len(firsts), 1, squeeze=False).ravel()
-    colours = dict(zip(comparison.contestants, _colours(comparison), strict=True))
+    colours = _colours(comparison)
     for axes, (name, curves) in zip(panels, firsts, strict=True):
         draw_paths(axes, curves, colours[name])
         ran = curves.path_length.mean() / curves.num_layers
@@ -97,7 +92,7 @@ def rates_picture(comparison: Comparison) -> bytes | None:
         return None
     figure = Figure(figsize=(7.5, 4.4), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    for colour, name in zip(_colours(comparison), comparison.contestants, strict=True):
+    for name, colour in _colours(comparison).items():
         tried = sorted(
             (run.learning_rate, run.final_loss)
             for run in comparison.tuning
@@ -115,8 +110,16 @@ def rates_picture(comparison: Comparison) -> bytes | None:
     axes.minorticks_off()
     axes.set_ylabel("final held-out loss", fontsize=_TEXT_POINTS)
     axes.legend(frameon=False, fontsize=_TEXT_POINTS)
-    _finish(axes, "learning rate (ringed: chosen)", from_zero=False)
+    finish(axes, "learning rate (ringed: chosen)", _TEXT_POINTS, from_zero=False)
     return _png(figure)
+
+
+def _begun(comparison: Comparison) -> dict[str, list[Curves]]:
+    """Return the curves of each contestant that has run, in the order of the seeds."""
+    found = {
+        name: [run.curves for run in comparison.of(name) if run.curves is not None] for name in comparison.contestants
+    }
+    return {name: curves for name, curves in found.items() if curves}
 
 
 def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colour: str, name: str) -> np.ndarray:
@@ -164,17 +167,8 @@ def _focus(axes: Axes, settled: Sequence[np.ndarray]) -> None:
         axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
 
 
-def _finish(axes: Axes, label: str, from_zero: bool = True) -> None:
-    axes.set_xlabel(label, fontsize=_TEXT_POINTS)
-    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if from_zero:
-        axes.set_xlim(left=0)
-
-
-def _colours(comparison: Comparison) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(len(comparison.contestants))]
+def _colours(comparison: Comparison) -> dict[str, str]:
+    return dict(zip(comparison.contestants, cycle(COLOURS)))
 
 
 def _png(figure: Figure) -> bytes:

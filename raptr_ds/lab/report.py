@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 
 from raptr_ds.lab.comparison import Comparison
-from raptr_ds.lab.pages import Block, Code, Picture, Section, Table, Text, to_html, to_markdown
-from raptr_ds.lab.paired import CONFIDENCE, paired_difference, summarize
+from raptr_ds.lab.pages import Block, Section, code, picture, table, text, to_html, to_markdown
+from raptr_ds.lab.paired import CONFIDENCE, paired_difference
 from raptr_ds.lab.plots import loss_picture, paths_picture, phases_picture, rates_picture
 from raptr_ds.lab.status import last_log_lines
 
@@ -18,8 +19,8 @@ def write_report(comparison: Comparison) -> tuple[Path, Path]:
     pictures = comparison.folder / "report"
     pictures.mkdir(exist_ok=True)
     for block in (block for section in sections for block in section.blocks):
-        if isinstance(block, Picture):
-            (pictures / f"{block.name}.png").write_bytes(block.png)
+        for name, png in block.pictures.items():
+            (pictures / f"{name}.png").write_bytes(png)
     markdown, page = comparison.folder / _MARKDOWN, comparison.folder / _PAGE
     markdown.write_text(to_markdown(title, sections), encoding="utf-8")
     page.write_text(to_html(title, sections), encoding="utf-8")
@@ -28,30 +29,29 @@ def write_report(comparison: Comparison) -> tuple[Path, Path]:
 
 def result_lines(comparison: Comparison) -> list[str]:
     """Return the table of held-out losses as lines of Markdown, for a terminal."""
-    return _loss_table(comparison).markdown()
+    return list(_loss_table(comparison).markdown)
 
 
 def _sections(comparison: Comparison) -> list[Section]:
-    loss = _pictures(
+    loss = picture(
         "loss",
         loss_picture(comparison),
         "Means over the seeds; shaded: lowest to highest. Top: the full model on held-out text. Bottom: the training "
         "loss along each step's path (smoothed), which cannot be compared between contestants. The first steep fall is "
         "cut off.",
     )
-    phases = _pictures(
+    phases = picture(
         "phases",
         phases_picture(comparison),
         "The full model's held-out loss through the phases, all seeds. Dotted: a phase begins, with its mean path "
         "length.",
     )
-    paths = _pictures("paths", paths_picture(comparison), "Which layers ran at which steps (first seed of each).")
-    rates = _pictures(
-        "rates", rates_picture(comparison), "Final held-out loss at each learning rate, on the tuning seed only."
-    )
-    reading = Text(_how_to_read(comparison))
+    paths = picture("paths", paths_picture(comparison), "Which layers ran at which steps (first seed of each).")
+    caption = "Final held-out loss at each learning rate, on the tuning seed only."
+    rates = picture("rates", rates_picture(comparison), caption)
+    results = [_introduction(comparison), _loss_table(comparison), _how_to_read(comparison)]
     sections = [
-        Section("Results", [_introduction(comparison), _loss_table(comparison), reading, *_problems(comparison)]),
+        Section("Results", [*results, *_problems(comparison)]),
         Section("Cost", [_cost_table(comparison)]),
         Section("Loss by steps, executed FLOPs and time", loss),
         Section("The full model's loss by phase", [*phases, *_phase_table(comparison)]),
@@ -63,11 +63,11 @@ def _sections(comparison: Comparison) -> list[Section]:
     return [section for section in sections if section.blocks]
 
 
-def _introduction(comparison: Comparison) -> Text:
+def _introduction(comparison: Comparison) -> Block:
     record = comparison.record
     seeds, processes, contestants = record["seeds"], record["processes"], comparison.contestants
     finished = sum(run.is_finished for run in comparison.runs)
-    return Text(
+    return text(
         f"{len(contestants)} contestants on {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}), {record['budget']}; base run {record['base']}, "
         f"{processes} process{'es' if processes > 1 else ''} per run. "
@@ -75,25 +75,25 @@ def _introduction(comparison: Comparison) -> Text:
     )
 
 
-def _loss_table(comparison: Comparison) -> Table:
+def _loss_table(comparison: Comparison) -> Block:
     first = comparison.contestants[0]
     against, below = f"difference from {first}, paired by seed", f"seeds below {first}"
     reference = comparison.final_losses(first)
     rows = []
     for name in comparison.contestants:
         losses, about = comparison.final_losses(name), comparison.about(name)
-        summary, difference = summarize(list(losses.values())), paired_difference(losses, reference)
+        values, difference = list(losses.values()), paired_difference(losses, reference)
         row = {
             "contestant": name,
             "paths": about["path"],
             "steps": f"{about['steps']:,}",
             "learning rate": _rate(about["learning_rate"]),
-            "n": str(len(losses)),
+            "n": str(len(values)),
         }
-        if summary is not None:
-            row["mean held-out loss"] = f"{summary.mean:.4f}"
-            row["deviation"] = _number(summary.deviation)
-            row["range"] = f"{summary.least:.4f} to {summary.most:.4f}"
+        if values:
+            row["mean held-out loss"] = f"{fmean(values):.4f}"
+            row["deviation"] = _number(stdev(values) if len(values) > 1 else None)
+            row["range"] = f"{min(values):.4f} to {max(values):.4f}"
         if name != first and difference is not None:
             half = "" if difference.half_width is None else f" ± {difference.half_width:.4f}"
             mark = " *" if difference.is_clear else ""
@@ -101,11 +101,11 @@ def _loss_table(comparison: Comparison) -> Table:
             row[below] = f"{difference.num_lower} of {difference.n}"
         rows.append(row)
     measured = ("n", "mean held-out loss", "deviation", "range", against, below)
-    return Table(rows, ("contestant", "paths", "steps", "learning rate", *measured))
+    return table(rows, ("contestant", "paths", "steps", "learning rate", *measured))
 
 
-def _how_to_read(comparison: Comparison) -> str:
-    text = (
+def _how_to_read(comparison: Comparison) -> Block:
+    words = (
         "The loss is the full model's on held-out text after the last step. The deviation is the sample standard "
         "deviation over the seeds. Differences are between runs of the same seed; ± is half the width of Student's "
         f"{CONFIDENCE:.0%} interval of their mean with n - 1 degrees of freedom, and * marks an interval that excludes "
@@ -114,40 +114,33 @@ def _how_to_read(comparison: Comparison) -> str:
     sweep = comparison.record["sweep"]
     if sweep is not None:
         is_shared = sweep["seed"] in comparison.record["seeds"]
-        text += f" Each contestant's learning rate is the one with the lowest held-out loss on seed {sweep['seed']}"
-        text += ", which is also one of those compared." if is_shared else ", which is not among those compared."
-    return text
+        words += f" Each contestant's learning rate is the one with the lowest held-out loss on seed {sweep['seed']}"
+        words += ", which is also one of those compared." if is_shared else ", which is not among those compared."
+    return text(words)
 
 
 def _problems(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = []
-    for name, edge in _edges(comparison):
-        blocks.append(Text(f"Note: {name} did best at the {edge} learning rate tried; its best may lie beyond."))
+    rates = (comparison.record["sweep"] or {}).get("learning_rates", [])
+    ends = {min(rates): "lowest", max(rates): "highest"} if len(rates) > 2 else {}
+    for name in comparison.contestants:
+        if edge := ends.get(comparison.about(name)["learning_rate"]):
+            blocks.append(text(f"Note: {name} did best at the {edge} learning rate tried; its best may lie beyond."))
     for run in (*comparison.tuning, *comparison.runs):
         if run.exit_code and not run.is_finished:
             rate = f", learning rate {run.learning_rate:g}" if run.learning_rate is not None else ""
-            blocks.append(Text(f"FAILED: {run.contestant}, seed {run.seed}{rate}: {run.state}. The end of its log:"))
-            blocks.append(Code(last_log_lines(run.folder) or ["(no log)"]))
+            blocks.append(text(f"FAILED: {run.contestant}, seed {run.seed}{rate}: {run.state}. The end of its log:"))
+            blocks.append(code(last_log_lines(run.folder) or ["(no log)"]))
     tuned, num_tuning = sum(run.is_finished for run in comparison.tuning), len(comparison.tuning)
     if tuned < num_tuning:
-        blocks.append(Text(f"{tuned} of {num_tuning} tuning runs are finished; rates are chosen from these."))
+        blocks.append(text(f"{tuned} of {num_tuning} tuning runs are finished; rates are chosen from these."))
     missing = [name for name in comparison.contestants if not comparison.of(name)]
     if missing and comparison.tuning:
-        blocks.append(Text(f"No learning rate is chosen yet for {', '.join(missing)}."))
+        blocks.append(text(f"No learning rate is chosen yet for {', '.join(missing)}."))
     return blocks
 
 
-def _edges(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return (contestant, lowest or highest) where the chosen rate is at an end of three or more."""
-    rates = (comparison.record["sweep"] or {}).get("learning_rates", [])
-    if len(rates) < 3:
-        return []
-    ends = {min(rates): "lowest", max(rates): "highest"}
-    chosen = {name: comparison.about(name)["learning_rate"] for name in comparison.contestants}
-    return [(name, ends[rate]) for name, rate in chosen.items() if rate in ends]
-
-
-def _cost_table(comparison: Comparison) -> Table:
+def _cost_table(comparison: Comparison) -> Block:
     first = comparison.contestants[0]
     flops_ratio, seconds_ratio = f"FLOPs / {first}'s", f"seconds / {first}'s"
     finished = {name: [run for run in comparison.of(name) if run.is_finished] for name in comparison.contestants}
@@ -171,10 +164,10 @@ def _cost_table(comparison: Comparison) -> Table:
                 ),
             }
         )
-    return Table(rows)
+    return table(rows)
 
 
-def _phase_table(comparison: Comparison) -> list[Table]:
+def _phase_table(comparison: Comparison) -> list[Block]:
     rows = []
     for name in comparison.contestants:
         by_seed = [run.phase_losses() for run in comparison.of(name) if run.is_finished]
@@ -188,10 +181,10 @@ def _phase_table(comparison: Comparison) -> list[Table]:
             row["full model's last held-out loss, mean"] = _number(_mean(known))
             row["n"] = str(len(known))
             rows.append(row)
-    return [Table(rows)] if rows else []
+    return [table(rows)] if rows else []
 
 
-def _rate_table(comparison: Comparison) -> list[Table]:
+def _rate_table(comparison: Comparison) -> list[Block]:
     if not comparison.tuning:
         return []
     rates = sorted({run.learning_rate for run in comparison.tuning if run.learning_rate is not None})
@@ -199,10 +192,10 @@ def _rate_table(comparison: Comparison) -> list[Table]:
     for name in comparison.contestants:
         row = {_rate(run.learning_rate): _number(run.final_loss) for run in comparison.tuning if run.contestant == name}
         rows.append({"contestant": name, **row, "chosen": _rate(comparison.about(name)["learning_rate"])})
-    return [Table(rows, ("contestant", *map(_rate, rates), "chosen"))]
+    return [table(rows, ("contestant", *map(_rate, rates), "chosen"))]
 
 
-def _run_table(comparison: Comparison) -> list[Table]:
+def _run_table(comparison: Comparison) -> list[Block]:
     rows = [
         {
             "contestant": run.contestant,
@@ -216,7 +209,7 @@ def _run_table(comparison: Comparison) -> list[Table]:
         }
         for run in comparison.runs
     ]
-    return [Table(rows)] if rows else []
+    return [table(rows)] if rows else []
 
 
 def _origin(comparison: Comparison) -> list[Block]:
@@ -224,24 +217,20 @@ def _origin(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = []
     for session in record["sessions"]:
         versions = ", ".join(f"{name} {value}" for name, value in session["versions"].items())
-        blocks += [Text(f"{session['started']}, on {session['machine']}: {versions}"), Code([session["command"]])]
+        blocks += [text(f"{session['started']}, on {session['machine']}: {versions}"), code([session["command"]])]
     if record["settings"]:
-        blocks += [Text("Set for all contestants, over the base run:"), Code(record["settings"])]
+        blocks += [text("Set for all contestants, over the base run:"), code(record["settings"])]
     settings = [f"{one['name']}: {' '.join(one['settings']) or '(nothing)'}" for one in record["contestants"]]
-    blocks += [Text("Set for each contestant:"), Code(settings)]
+    blocks += [text("Set for each contestant:"), code(settings)]
     commands = [run.command for run in comparison.runs if run.seed == record["seeds"][0]]
     if commands:
-        blocks += [Text("The runs of the first seed, one by one:"), Code(commands)]
+        blocks += [text("The runs of the first seed, one by one:"), code(commands)]
     return blocks
 
 
-def _pictures(name: str, png: bytes | None, caption: str) -> list[Picture]:
-    return [] if png is None else [Picture(name, png, caption)]
-
-
 def _mean(values: Iterable[float]) -> float | None:
-    summary = summarize(list(values))
-    return None if summary is None else summary.mean
+    known = list(values)
+    return fmean(known) if known else None
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

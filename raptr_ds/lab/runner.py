@@ -49,7 +49,7 @@ def current_progress(planner: Planner, *, as_it_stands: bool = False) -> Compari
     progress = ComparisonProgress(planner.shares())
     progress.tuning = planner.tuning_runs(progress.shares)
     progress.rates = choose_rates(progress.shares, progress.tuning, as_it_stands=as_it_stands)
-    progress.comparison = comparison_runs(planner, progress)
+    progress.comparison = _known(planner.comparison_runs(progress.shares, progress.rates))
     return progress
 
 
@@ -76,16 +76,6 @@ def choose_rates(
     return rates
 
 
-def comparison_runs(planner: Planner, progress: ComparisonProgress) -> list[PlannedRun]:
-    """Return the compared runs of the contestants that have a rate, seed by seed, so that pairs are complete early."""
-    return [
-        planner.comparison_run(share, seed, progress.rates[share.contestant.name])
-        for seed in planner.experiment.seeds
-        for share in progress.shares
-        if share.contestant.name in progress.rates
-    ]
-
-
 def run_comparison(
     planner: Planner, launch: Launcher, say: Callable[[str], None], record: Callable[[ComparisonProgress], None]
 ) -> ComparisonProgress:
@@ -103,22 +93,29 @@ def run_comparison(
         return ComparisonProgress(failed=failed)
     progress = ComparisonProgress(planner.shares(), failed=failed)
     progress.tuning = planner.tuning_runs(progress.shares)
-    refuse_other_runs([*progress.tuning, *_any_rate(planner, progress.shares)])
+    refuse_other_runs(progress.tuning)
+    sweep = planner.experiment.sweep
+    names = [share.contestant.name for share in progress.shares]
+    for rate in (None,) if sweep is None else sweep.learning_rates:  # whichever is chosen
+        refuse_other_runs(_known(planner.comparison_runs(progress.shares, dict.fromkeys(names, rate))))
     record(progress)
     _run_all("tuning", progress.tuning, launch, say, failed)
     progress.rates = choose_rates(progress.shares, progress.tuning)
-    for share in progress.shares:
-        name = share.contestant.name
+    for name in names:
         if name not in progress.rates:
             failed.append(f"{name}: no learning rate can be chosen from its tuning runs, so its runs are skipped")
         elif progress.rates[name] is not None:
             say(f"{name}: learning rate {progress.rates[name]:g}")
-    progress.comparison = comparison_runs(planner, progress)
+    progress.comparison = _known(planner.comparison_runs(progress.shares, progress.rates))
     refuse_other_runs(progress.comparison)
     record(progress)
     _run_all("comparison", progress.comparison, launch, say, failed)
     record(progress)
     return progress
+
+
+def _known(runs: Sequence[PlannedRun | None]) -> list[PlannedRun]:
+    return [run for run in runs if run is not None]
 
 
 def refuse_other_runs(runs: Sequence[PlannedRun]) -> None:
@@ -239,18 +236,6 @@ def _run_all(
             f"the end of {run.folder / LOG}:{tail}"
         )
         say(failed[-1])
-
-
-def _any_rate(planner: Planner, shares: Sequence[Share]) -> list[PlannedRun]:
-    """Return the compared runs at every rate that may be chosen, to check them before any runs."""
-    sweep = planner.experiment.sweep
-    rates = (None,) if sweep is None else sweep.learning_rates
-    return [
-        planner.comparison_run(share, seed, rate)
-        for share in shares
-        for seed in planner.experiment.seeds
-        for rate in rates
-    ]
 
 
 def _stop_with_parent() -> None:

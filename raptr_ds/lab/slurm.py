@@ -7,16 +7,15 @@ srun, stops, requeueing.
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.plan import PlannedRun, Planner
 from raptr_ds.lab.runner import REPOSITORY, ComparisonProgress, current_progress, refuse_other_runs
 from raptr_ds.lab.status import status_of
+from raptr_ds.supervise.slurm_commands import sbatch
 
 _FOLDER = "slurm"
 
@@ -50,18 +49,11 @@ cd {home} && {ask} --report
 """
 
 
-@dataclass(frozen=True)
-class Jobs:
-    """The batch files to submit, in this order, each to start after the one before has ended."""
+def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> tuple[ComparisonProgress, list[Path]]:
+    """Write batch files for the unfinished runs into the comparison's folder; return them, and how far it is.
 
-    progress: ComparisonProgress
-    files: list[Path] = field(default_factory=list)
-
-
-def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> Jobs:
-    """Write batch files for the unfinished runs into the comparison's folder.
-
-    While step times are still to be measured, only those runs are written: call this again afterwards.
+    Each job is to start after the one before has ended. While step times are still to be measured, only those runs are
+    written: call this again afterwards.
     Raises: ConfigError outside the repository, which the jobs' paths are relative to, or if other runs are in the
     folders.
     """
@@ -76,7 +68,7 @@ def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> Jobs:
         if run is None or not _is_finished(run):
             wanted["comparison" if run is None else run.purpose].append(number)
     is_measured = not wanted["probe"]
-    jobs = Jobs(current_progress(planner) if is_measured else ComparisonProgress())
+    progress = current_progress(planner) if is_measured else ComparisonProgress()
     folder = planner.output.resolve() / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "tools/experiment.py", str(file.resolve()), *(["--set", *overrides] if overrides else [])]
@@ -85,10 +77,10 @@ def write_jobs(planner: Planner, file: Path, overrides: Sequence[str]) -> Jobs:
     if is_measured:
         home = shlex.quote(str(REPOSITORY))
         texts["report"] = _REPORT.format(name=f"{file.stem}-report", output=folder, home=home, ask=ask)
-    for name, text in texts.items():
-        jobs.files.append(folder / f"{name}.sbatch")
-        jobs.files[-1].write_text(text, encoding="utf-8")
-    return jobs
+    files = [folder / f"{name}.sbatch" for name in texts]
+    for path, text in zip(files, texts.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return progress, files
 
 
 def array_runs(planner: Planner, *, as_it_stands: bool = False) -> list[PlannedRun | None]:
@@ -100,13 +92,7 @@ def array_runs(planner: Planner, *, as_it_stands: bool = False) -> list[PlannedR
     if not all(map(_is_finished, probes)):
         return [*probes]
     progress = current_progress(planner, as_it_stands=as_it_stands)
-    rates = progress.rates
-    compared = [
-        planner.comparison_run(share, seed, rates[share.contestant.name]) if share.contestant.name in rates else None
-        for seed in planner.experiment.seeds
-        for share in progress.shares
-    ]
-    return [*probes, *progress.tuning, *compared]
+    return [*probes, *progress.tuning, *planner.comparison_runs(progress.shares, progress.rates)]
 
 
 def settings_of(planner: Planner, number: int) -> list[str]:
@@ -122,25 +108,17 @@ def settings_of(planner: Planner, number: int) -> list[str]:
     return list(run.settings)
 
 
-def submit(jobs: Jobs, only_write: bool = False) -> list[str]:
+def submit(files: Sequence[Path], only_write: bool = False) -> list[str]:
     """Submit the batch files by sbatch, each to start after the one before; return what was done, in words.
 
     Raises: ConfigError if sbatch refuses.
     """
     if only_write:
-        return [f"wrote {file}" for file in jobs.files]
+        return [f"wrote {file}" for file in files]
     lines, before = [], None
-    for file in jobs.files:
+    for file in files:
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{before}"] if before else []), str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise ConfigError(
-                "there is no sbatch here. --write-only writes the batch files without submitting them."
-            ) from error
-        if done.returncode:
-            raise ConfigError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-        before = done.stdout.strip().split(";")[0]
+        before = sbatch(command, "--write-only writes the batch files without submitting them.")
         lines.append(f"submitted {file} as job {before}")
     return lines
 

@@ -69,8 +69,11 @@ def status_of(folder: Path, planned: Mapping[str, Any]) -> RunStatus:
     is_evaluated = last in metrics.evaluations or not block["eval"]["batches"]
     found = checkpoints_in(folder / CHECKPOINTS)
     checkpoint_step = (step_of(found[0]) or 0) if found else 0
-    differences = _differences(folder / "config.json", planned) if last_step or checkpoint_step else ()
-    return RunStatus(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, differences)
+    changed, config = {}, folder / "config.json"
+    if (last_step or checkpoint_step) and config.exists():
+        changed = differences(json.loads(config.read_text(encoding="utf-8")), planned, _IRRELEVANT)
+    words = tuple(f"{key}={old!r}, now {new!r}" for key, (old, new) in changed.items())
+    return RunStatus(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, words)
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,3 @@ def measured_step_time(folder: Path) -> StepTime:
     if slope <= 0 or mean - slope * center < 0:
         return StepTime(float(mean), 0.0)
     return StepTime(float(mean - slope * center), slope)
-
-
-def _differences(config: Path, planned: Mapping[str, Any]) -> tuple[str, ...]:
-    if not config.exists():
-        return ()
-    there = json.loads(config.read_text(encoding="utf-8"))
-    return tuple(f"{key}={old!r}, now {new!r}" for key, (old, new) in differences(there, planned, _IRRELEVANT).items())

@@ -18,9 +18,7 @@ _GIB = 1 << 30
 
 def advice(config: RunConfig, device: Device) -> list[str]:
     """Return a line for each change that would make the run clearly faster; the vocabulary's size must be known."""
-    plan = _plan(config, device)
-    lines = []
-    better = config
+    plan, lines, better = _plan(config, device), [], config
     if isinstance(config.path, RandomSection) and config.path.sampling != "balanced":
         stages = config.parallel.pipeline_model_parallel_size
         path = config.path.model_copy(update={"sampling": "balanced", "balance_stages": stages})
@@ -29,13 +27,13 @@ def advice(config: RunConfig, device: Device) -> list[str]:
         if faster.seconds < (1 - _WORTH) * plan.seconds:
             better = balanced
             lines.append(
-                f"raptr_ds.path.sampling={config.path.sampling} on {stages} pipeline stages saves {_percent(plan)} of "
-                f"the time where the FLOPs saved are {plan.flops_saved:.1%}: the fullest stage sets the pace. With "
-                f"raptr_ds.path.sampling=balanced it is {_percent(faster)}: {faster.seconds / 3600:,.4g} h instead of "
-                f"{plan.seconds / 3600:,.4g} h."
+                f"raptr_ds.path.sampling={config.path.sampling} on {stages} pipeline stages saves "
+                f"{plan.seconds_saved:.1%} of the time where the FLOPs saved are {plan.flops_saved:.1%}: the fullest "
+                f"stage sets the pace. With raptr_ds.path.sampling=balanced it is {faster.seconds_saved:.1%}: "
+                f"{faster.seconds / 3600:,.4g} h instead of {plan.seconds / 3600:,.4g} h."
             )
-    lines += left_out_layers(path_method_of(config)) + _uneven_lengths(better, device)
-    return lines + _other_pipelines(better, device)
+    lines += left_out_layers(path_method_of(config))
+    return lines + _uneven_lengths(better, device) + _other_pipelines(better, device)
 
 
 def _uneven_lengths(config: RunConfig, device: Device) -> list[str]:
@@ -59,31 +57,25 @@ def _uneven_lengths(config: RunConfig, device: Device) -> list[str]:
 def _other_pipelines(config: RunConfig, device: Device) -> list[str]:
     """Return a line for the fastest shorter pipeline with more data-parallel ranks instead, if it is worth it."""
     plan, stages = _plan(config, device), config.parallel.pipeline_model_parallel_size
-    found = []
+    found = {stages: plan}
     for fewer in (size for size in range(1, stages) if stages % size == 0):
+        given, ranks = config.batch, config.batch.data_parallel * stages // fewer
         try:
-            batch = solve_batch(
-                config.batch.global_batch, config.batch.micro_batch, None, config.batch.data_parallel * stages // fewer
-            )
+            batch = solve_batch(given.global_batch, given.micro_batch, None, ranks)
         except ConfigError:
             continue  # the global batch does not divide
         layers = derive_pipeline_layers(config.model.num_layers, fewer)
         parallel = config.parallel.model_copy(update={"pipeline_model_parallel_size": fewer, "pipeline_layers": layers})
-        other = _plan(replace(config, parallel=parallel, batch=batch), device)
-        found.append((other.seconds, fewer, other))
-    seconds, fewer, other = min(found, key=lambda entry: entry[0], default=(plan.seconds, stages, plan))
-    if seconds >= (1 - _WORTH) * plan.seconds:
+        found[fewer] = _plan(replace(config, parallel=parallel, batch=batch), device)
+    best = min(found, key=lambda size: (found[size].seconds, size))
+    if found[best].seconds >= (1 - _WORTH) * plan.seconds:
         return []
     return [
-        f"raptr_ds.parallel.pipeline_model_parallel_size={fewer} instead of {stages}, on as many processes, would "
-        f"take {seconds / 3600:,.4g} h instead of {plan.seconds / 3600:,.4g} h, with {other.peak_bytes / _GIB:.1f} GiB "
-        f"on the fullest rank instead of {plan.peak_bytes / _GIB:.1f}."
+        f"raptr_ds.parallel.pipeline_model_parallel_size={best} instead of {stages}, on as many processes, would "
+        f"take {found[best].seconds / 3600:,.4g} h instead of {plan.seconds / 3600:,.4g} h, with "
+        f"{found[best].peak_bytes / _GIB:.1f} GiB on the fullest rank instead of {plan.peak_bytes / _GIB:.1f}."
     ]
 
 
 def _plan(config: RunConfig, device: Device) -> RunPlan:
     return plan_run(path_method_of(config), setting_of(config, device))
-
-
-def _percent(plan: RunPlan) -> str:
-    return f"{plan.seconds_saved:.1%}"

@@ -14,6 +14,8 @@ from raptr_ds.parallel.launch import Launch, free_port, prepare_imports
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.host_memory import keep_freed_memory
 
+_WARMUP, _REPETITIONS = 2, 7
+
 
 def measure_this_machine(config: RunConfig, num_processes: int, device: Device) -> Device:
     """Return `device` with the speeds that this machine reaches on the run's shapes; those between machines stay.
@@ -36,10 +38,14 @@ def _rank(rank: int, count: int, port: int, config: RunConfig, device: Device, f
     import torch.distributed as dist
 
     from raptr_ds.parallel.groups import initialize_process_groups
-    from raptr_ds.planner.measure import measure_device
+    from raptr_ds.planner.measure import DeviceProbe
 
     groups = initialize_process_groups(Launch(rank, rank, count, "127.0.0.1", port, "none"), 1, 1)
-    measured = measure_device(config, groups, device)
+    probe = DeviceProbe(config, groups)
+    for number in range(_WARMUP + _REPETITIONS):
+        if number == _WARMUP:
+            probe.forget()
+        probe.sample()
     if rank == 0:
-        found.write_text(json.dumps(asdict(measured)), encoding="utf-8")
+        found.write_text(json.dumps(asdict(probe.device(device))), encoding="utf-8")
     dist.destroy_process_group()

@@ -25,22 +25,10 @@ from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
-_WARMUP, _REPETITIONS = 2, 7
 _SMALL_MESSAGE = 1  # elements
 _SHORTEST = 1e-9  # seconds: a message that took no longer than a small one
 _LEAST_COMPUTING = 0.1  # of a step's time, whatever its reductions were measured to take
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def measure_device(config: RunConfig, groups: ProcessGroups, device: Device) -> Device:
-    """Return `device` with what this machine reaches in place of its speeds; see DeviceProbe."""
-    probe = DeviceProbe(config, groups)
-    for _ in range(_WARMUP):
-        probe.sample()
-    probe.forget()
-    for _ in range(_REPETITIONS):
-        probe.sample()
-    return probe.device(device)
 
 
 class DeviceProbe:
@@ -52,7 +40,7 @@ class DeviceProbe:
 
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
         self._groups, self._config = groups, config
-        self._layout, self._shape = layout_of(config), config.model
+        self._layout, self._shape = layout_of(config, groups.device.type == "cuda"), config.model
         size = groups.topology.world_size
         # Split over tensor ranks as the run's layers are; where they span machines, whole.
         self._tensor = self._layout.tensor if size % self._layout.tensor == 0 else 1
@@ -129,14 +117,16 @@ def _all_reduce(groups: ProcessGroups, elements: int, config: RunConfig) -> Call
     return lambda: dist.all_reduce(message, group=groups.world)
 
 
-def slowest_seconds(groups: ProcessGroups, work: Callable[[], object]) -> float:
+def slowest_seconds(
+    groups: ProcessGroups, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of some work, which all ranks do, on the slowest rank."""
     synchronize(groups.device)
     dist.barrier(group=groups.control)
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize(groups.device)
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    seconds = torch.tensor(clock() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
     return seconds.item()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from raptr_ds.config.run import RunConfig
@@ -15,17 +14,16 @@ from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.measure import slowest_seconds
 from raptr_ds.planner.simulator import pipeline_seconds
+from raptr_ds.planner.step_time import active_in_stages, activity_table
 
 
 @dataclass(frozen=True)
 class TimedStep:
-    """One step: its path, the slowest rank's wall time, and the simulator's time for the pipeline alone."""
+    """One step: the slowest rank's wall time, and the simulator's time for the pipeline alone."""
 
-    path: LayerPath
     measured_seconds: float
     simulated_seconds: float
 
@@ -89,25 +87,8 @@ def time_steps(
             step = warmup_steps + repetition * len(paths) + number
             seconds = slowest_seconds(groups, partial(engine.train_step, batch, path, step, 1e-4))
             measured[number] = min(measured[number], seconds)
-    simulated = [_simulated(config, forward_seconds, backward_seconds, path) for path in paths]
-    return [TimedStep(*values) for values in zip(paths, measured, simulated, strict=True)]
-
-
-def fit_layer_seconds(steps: Sequence[TimedStep]) -> tuple[float, float]:
-    """Return (seconds of a layer's forward and backward pass on a micro batch, seconds of a step beside them).
-
-    Least squares over steps whose simulation took one second a layer for both passes together.
-    """
-    table = np.array([[step.simulated_seconds, 1.0] for step in steps])
-    measured = np.array([step.measured_seconds for step in steps])
-    (layer, rest), *_ = np.linalg.lstsq(table, measured, rcond=None)
-    return float(layer), float(rest)
-
-
-def _simulated(config: RunConfig, forward_seconds: float, backward_seconds: float, path: LayerPath) -> float:
-    stages = stage_layers(config.parallel.pipeline_layers or ())
-    active = np.array([len(path.active_in(layers)) for layers in stages], dtype=np.float64)
-    times = pipeline_seconds(
+    active = active_in_stages(activity_table(paths), config.parallel.pipeline_layers or ())
+    simulated = pipeline_seconds(
         active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
     )
-    return float(times.max())
+    return [TimedStep(*times) for times in zip(measured, simulated.max(axis=-1).tolist(), strict=True)]

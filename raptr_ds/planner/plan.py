@@ -6,59 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from raptr_ds.config.sections import ModelSection
-from raptr_ds.paths.cost import StepFlops
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
-from raptr_ds.planner.memory import RankMemory, TrainingState, rank_memory
-from raptr_ds.planner.step_time import Device, Layout, StepSeconds, active_in_stages, activity_table, step_seconds
+from raptr_ds.planner.memory import RankMemory, rank_memory
+from raptr_ds.planner.step_time import Layout, Setting, active_in_stages, activity_table, step_seconds
 
 _SAMPLED_STEPS = 64  # of a phase, whose paths stand for all of it
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that a plan needs besides the paths: model, layout, device, and what one step trains on.
-
-    predicted_per_sequence: expected predicted positions of a sequence. keep_up_to: active layers of a pipeline stage up
-    to which none is recomputed. micro_batches: sequences of a micro batch in each phase; empty: the layout's.
-    """
-
-    shape: ModelSection
-    layout: Layout
-    device: Device
-    state: TrainingState
-    predicted_per_sequence: float
-    keep_up_to: int = 0
-    micro_batches: tuple[int, ...] = ()
-
-    def in_phase(self, phase: Phase, most_active: int) -> "Setting":
-        """Return the setting of a phase whose paths have up to most_active layers on a pipeline stage."""
-        layout = self.layout
-        if self.micro_batches:
-            size = self.micro_batches[phase.index]
-            number = layout.micro_batch * layout.num_micro_batches // size
-            layout = replace(layout, micro_batch=size, num_micro_batches=number)
-        return replace(self, layout=replace(layout, recompute=layout.recompute and most_active > self.keep_up_to))
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of a global batch."""
-        return self.layout.micro_batch * self.layout.num_micro_batches * self.layout.data
-
-    def flops(self, path_length: float) -> float:
-        """Return the FLOPs of a step of this (expected) path length, by the whole job."""
-        steps = StepFlops(self.shape, self.num_sequences, self.layout.recompute)
-        return steps.expected_flops(path_length, round(self.num_sequences * self.predicted_per_sequence))
-
-    def seconds(self, paths: Sequence[LayerPath]) -> StepSeconds:
-        """Return the predicted times of a step along each path."""
-        return step_seconds(paths, self.shape, self.layout, self.device, self.predicted_per_sequence)
-
-    def memory(self, stage: int, num_active: int) -> RankMemory:
-        """Return what a rank of a pipeline stage holds along paths with num_active layers there."""
-        return rank_memory(self.shape, self.layout, self.state, stage, num_active, self.predicted_per_sequence)
 
 
 @dataclass(frozen=True)
@@ -120,7 +74,7 @@ def plan_run(method: PathMethod, setting: Setting) -> RunPlan:
     return RunPlan(
         tuple(_plan_phase(method, phase, setting) for phase in phases),
         setting.flops(method.num_layers),
-        float(setting.seconds([full]).total[0]),
+        float(step_seconds([full], setting).total[0]),
     )
 
 
@@ -131,16 +85,23 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
     length = expected / phase.num_steps
     draws = [draw for path in paths for draw in path.draws]
-    setting = setting.in_phase(phase, int(active_in_stages(activity_table(draws), setting.layout.stage_layers).max()))
+    layout = setting.layout
+    if setting.micro_batches:
+        size = setting.micro_batches[phase.index]
+        number = layout.micro_batch * layout.num_micro_batches // size
+        layout = replace(layout, micro_batch=size, num_micro_batches=number)
+    most_active = int(active_in_stages(activity_table(draws), layout.stage_layers).max())
+    layout = replace(layout, recompute=layout.recompute and most_active > setting.keep_up_to)
+    setting = replace(setting, layout=layout)
     stage, memory = fullest_rank(draws, setting)
-    seconds = float(setting.seconds(paths).total.mean())
-    return PhasePlan(phase, length, setting.layout, setting.flops(length), seconds, stage, memory)
+    seconds = float(step_seconds(paths, setting).total.mean())
+    return PhasePlan(phase, length, layout, setting.flops(length), seconds, stage, memory)
 
 
 def fullest_rank(paths: Sequence[LayerPath], setting: Setting) -> tuple[int, RankMemory]:
     """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
     most = active_in_stages(activity_table(paths), setting.layout.stage_layers).max(axis=0)
-    held = [setting.memory(stage, int(count)) for stage, count in enumerate(most)]
+    held = [rank_memory(setting, stage, int(count)) for stage, count in enumerate(most)]
     stage = int(np.argmax([memory.total for memory in held]))
     return stage, held[stage]
 
@@ -150,7 +111,7 @@ def keepable_layers(setting: Setting, memory_bytes: float) -> int:
     setting = replace(setting, layout=replace(setting.layout, recompute=False))
     stage_layers = setting.layout.stage_layers
     for count in range(max(stage_layers), 0, -1):
-        if max(setting.memory(stage, count).total for stage in range(len(stage_layers))) <= memory_bytes:
+        if max(rank_memory(setting, stage, count).total for stage in range(len(stage_layers))) <= memory_bytes:
             return count
     return 0
 

@@ -1,4 +1,4 @@
-"""From a run's configuration to what a plan of it needs: layout, training state, and predicted positions."""
+"""From a run's configuration to what a plan of it needs: layout, device, and predicted positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +9,19 @@ from raptr_ds.config.path_sections import WarmedUpSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths.cost import layer_parameters
-from raptr_ds.planner.memory import TrainingState, largest_micro_batch
-from raptr_ds.planner.plan import Setting
-from raptr_ds.planner.step_time import Device, Layout
+from raptr_ds.planner.memory import largest_micro_batch
+from raptr_ds.planner.step_time import Device, Layout, Setting
 from raptr_ds.runtime.method import micro_batches_of, path_method_of
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """Return how the run's steps are spread out."""
+def layout_of(config: RunConfig, on_gpu: bool) -> Layout:
+    """Return how the run's steps are spread out and computed, on GPUs or on CPUs."""
     assert config.parallel.pipeline_layers is not None, "not derived"
     recompute = config.parallel.activation_checkpointing
     layer = layer_parameters(config.model) / config.parallel.tensor_model_parallel_size
     accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
+    zero = config.deepspeed.get("zero_optimization", {})
+    momentum = 4 if config.optimizer["params"].get("momentum") else 0
     return Layout(
         stage_layers=config.parallel.pipeline_layers,
         micro_batch=config.batch.micro_batch,
@@ -33,7 +34,11 @@ def layout_of(config: RunConfig) -> Layout:
         recompute=recompute,
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
-        kept_whole=kept_whole(config.deepspeed.get("zero_optimization", {}), layer, recompute),
+        kept_whole=kept_whole(zero, layer, recompute),
+        optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
+        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
+        reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
+        compiled=config.compiles(on_gpu),
     )
 
 
@@ -68,10 +73,8 @@ def proposed_micro_batches(config: RunConfig, on_gpu: bool) -> tuple[int, ...]:
 
     One keeps no more activations on the phase's paths than train_micro_batch_size_per_gpu does on the full path.
     """
-    layout, shape, state = layout_of(config), config.model, training_state_of(config, on_gpu)
-    predicted = predictions_per_sequence(config)
-    lengths = scheduled_lengths(config)
-    return tuple(largest_micro_batch(shape, layout, state, length, predicted) for length in lengths)
+    setting = setting_of(config, Device(is_gpu=on_gpu))
+    return tuple(largest_micro_batch(setting, length) for length in scheduled_lengths(config))
 
 
 def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_parallel: int) -> int:
@@ -83,29 +86,12 @@ def reduce_buffers_of(config: RunConfig, on_gpu: bool, zero_stage: int, data_par
     return 2 if overlaps and zero_stage < 3 else 1
 
 
-def training_state_of(config: RunConfig, on_gpu: bool) -> TrainingState:
-    """Return what decides the run's memory besides shape and layout."""
-    momentum = 4 if config.optimizer["params"].get("momentum") else 0
-    zero = config.deepspeed.get("zero_optimization", {})
-    return TrainingState(
-        num_attention_heads=config.model.num_attention_heads,
-        hidden_dropout=config.model.hidden_dropout,
-        attention_dropout=config.model.attention_dropout,
-        optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
-        reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
-        reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
-        on_gpu=on_gpu,
-        compiled=config.compiles(on_gpu),
-    )
-
-
 def setting_of(config: RunConfig, device: Device) -> Setting:
     """Return what a plan of the run needs besides its paths."""
     return Setting(
         config.model,
-        layout_of(config),
+        layout_of(config, device.is_gpu),
         device,
-        training_state_of(config, device.is_gpu),
         predictions_per_sequence(config),
         keep_up_to=config.parallel.keep_activations_up_to,
         micro_batches=micro_batches_of(config, path_method_of(config)),

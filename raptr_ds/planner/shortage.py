@@ -14,10 +14,9 @@ from pathlib import Path
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
-from raptr_ds.planner.memory import RankMemory, logits_bytes
-from raptr_ds.planner.plan import Setting
+from raptr_ds.planner.memory import RankMemory, logits_bytes, rank_memory
 from raptr_ds.planner.setting import reduce_buffers_of, setting_of
-from raptr_ds.planner.step_time import Device
+from raptr_ds.planner.step_time import Device, Setting
 from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
@@ -56,15 +55,14 @@ class MemoryNeed:
     @property
     def memory(self) -> RankMemory:
         """The bytes, by kind."""
-        return self.setting.memory(self.stage, self.num_active)
+        return rank_memory(self.setting, self.stage, self.num_active)
 
     def parts(self) -> list[str]:
         """Return what is held, the largest first."""
-        memory, layout, setting = self.memory, self.setting.layout, self.setting
+        memory, layout = self.memory, self.setting.layout
         what = f"activations of {self.num_active} layers and {layout.micro_batch} sequences"
         if self.stage == layout.num_stages - 1:
-            logits = logits_bytes(setting.shape, layout, setting.predicted_per_sequence)
-            what += f", of them logits {gib(logits)}"
+            what += f", of them logits {gib(logits_bytes(self.setting))}"
         parts = {
             "weights": memory.weights,
             "gradients": memory.gradients,
@@ -78,22 +76,17 @@ class MemoryNeed:
     def remedies(self) -> list[str]:
         """Return the settings that would lower the peak, each with by how much, the best first."""
         now = self.memory.total
-        saved = [
-            (now - setting.memory(self.stage, self.num_active).total, text) for text, setting in self._alternatives()
-        ]
+        saved = [(now - replace(self, setting=setting).memory.total, text) for text, setting in self._alternatives()]
         return [f"{text}: {gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
 
     def _alternatives(self) -> Iterator[tuple[str, Setting]]:
         layout, model = self.setting.layout, self.config.model
 
         def changed(**values: int | bool) -> Setting:
-            other, state = replace(layout, **values), self.setting.state
-            state = replace(  # what the run then would derive
-                state,
-                compiled=state.compiled and other.zero_stage <= 2,
-                reduce_buffers=reduce_buffers_of(self.config, state.on_gpu, other.zero_stage, other.data),
-            )
-            return replace(self.setting, layout=other, state=state)
+            other = replace(layout, **values)  # type: ignore[arg-type]
+            buffers = reduce_buffers_of(self.config, self.setting.device.is_gpu, other.zero_stage, other.data)
+            compiled = layout.compiled and other.zero_stage <= 2  # both as the run would derive them
+            return replace(self.setting, layout=replace(other, compiled=compiled, reduce_buffers=buffers))
 
         if layout.micro_batch > 1:
             half, twice = layout.micro_batch // 2, 2 * layout.num_micro_batches

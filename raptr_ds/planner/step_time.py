@@ -6,14 +6,20 @@ links or memory. Only what the pipeline's schedule overlaps is taken to overlap,
 where communication hides behind computation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.parallel import topology
-from raptr_ds.paths.cost import head_forward_flops, layer_forward_flops, layer_parameters, outer_parameters
+from raptr_ds.paths.cost import (
+    StepFlops,
+    head_forward_flops,
+    layer_forward_flops,
+    layer_parameters,
+    outer_parameters,
+)
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.planner.simulator import pipeline_seconds
 
@@ -45,10 +51,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is spread out.
+    """How a step is spread out and computed.
 
     stage_layers: layers of each pipeline stage. micro_batch: sequences; num_micro_batches: of each data-parallel rank.
-    sequence_parallel: the residual stream is split over the tensor ranks (which decides memory; times leave it out).
+    These decide memory, and times leave them out: sequence_parallel: the residual stream is split over the tensor
+    ranks. optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of a buffer
+    of gradients in ZeRO, at most; reduce_buffers: their number. compiled: layers are compiled by torch.compile, which
+    makes no difference here on a CPU.
     """
 
     stage_layers: tuple[int, ...]
@@ -62,6 +71,10 @@ class Layout:
     gradient_bytes_per_value: int | None = None
     kept_whole: float = np.inf
     sequence_parallel: bool = False
+    optimizer_bytes: int = 8
+    reduce_bucket: int = 0
+    reduce_buffers: int = 1
+    compiled: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -80,6 +93,30 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """All that a plan needs besides the paths: model, layout, device, and what one step trains on.
+
+    predicted_per_sequence: expected predicted positions of a sequence, which the head runs on. keep_up_to: active
+    layers of a pipeline stage up to which none is recomputed. micro_batches: sequences of a micro batch in each phase;
+    empty: the layout's.
+    """
+
+    shape: ModelSection
+    layout: Layout
+    device: Device
+    predicted_per_sequence: float
+    keep_up_to: int = 0
+    micro_batches: tuple[int, ...] = ()
+
+    def flops(self, path_length: float) -> float:
+        """Return the FLOPs of a step of this (expected) path length, by the whole job."""
+        layout = self.layout
+        sequences = layout.micro_batch * layout.num_micro_batches * layout.data
+        steps = StepFlops(self.shape, sequences, layout.recompute)
+        return steps.expected_flops(path_length, round(sequences * self.predicted_per_sequence))
+
+
+@dataclass(frozen=True)
 class StepSeconds:
     """Where the time of steps goes; arrays of one shape (paths,)."""
 
@@ -95,17 +132,12 @@ class StepSeconds:
         return self.pipeline + self.gradients + self.gathers + self.copies + self.optimizer
 
 
-def activity_table(paths: Iterable[LayerPath]) -> np.ndarray:
+def activity_table(paths: Iterable[LayerPath], combine: Callable[..., np.ndarray] = np.mean) -> np.ndarray:
     """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
 
-    Of several paths in one step, their mean.
+    combine: of several paths in one step: their mean, or np.max for what any of them runs.
     """
-    return np.array([np.mean([_activity(draw) for draw in path.draws], axis=0) for path in paths])
-
-
-def trained_table(paths: Iterable[LayerPath]) -> np.ndarray:
-    """Return how much of each layer each step trains, (steps, layers): of several paths in one step, what any runs."""
-    return np.array([np.max([_activity(draw) for draw in path.draws], axis=0) for path in paths])
+    return np.array([combine([_activity(draw) for draw in path.draws], axis=0) for path in paths])
 
 
 def _activity(path: LayerPath) -> np.ndarray:
@@ -121,19 +153,18 @@ def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.nd
     return np.stack([activity[:, layers.start : layers.stop].sum(axis=1) for layers in ranges], axis=1)
 
 
-def step_seconds(
-    paths: Sequence[LayerPath], shape: ModelSection, layout: Layout, device: Device, predicted_per_sequence: float
-) -> StepSeconds:
+def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 
     A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
-    whole optimizer step. predicted_per_sequence: expected predicted positions of a sequence, which the head runs on.
+    whole optimizer step.
     """
+    shape, layout, device = setting.shape, setting.layout, setting.device
     active = active_in_stages(activity_table(paths), layout.stage_layers)
-    trained = active_in_stages(trained_table(paths), layout.stage_layers)
+    trained = active_in_stages(activity_table(paths, np.max), layout.stage_layers)  # what any path runs
     layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
     reduction = tensor_reduction_seconds(shape, layout, device)
-    head = layout.micro_batch * predicted_per_sequence * head_forward_flops(shape, 1)
+    head = layout.micro_batch * setting.predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
     # The backward pass has two products for each one of the forward pass, and as many reductions.
     forward, backward = active * (layer + reduction), active * (2 * layer + reduction)
@@ -178,22 +209,24 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
     An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
     (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
     """
-    if layout.data == 1:
-        return np.zeros_like(parameters)
-    ring = 1 if layout.zero_stage == 3 else 2
-    times = layout.num_micro_batches if layout.zero_stage >= 2 else 1
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
-    size = parameters * width * ring * (layout.data - 1) / layout.data
-    return times * (size / _data_link(layout, device) + device.latency_seconds)
+    sent = parameters * width * (1 if layout.zero_stage == 3 else 2)
+    return _data_parallel_seconds(sent, layout.num_micro_batches if layout.zero_stage >= 2 else 1, layout, device)
 
 
 def _gather_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
     """Return the seconds of ZeRO's gathers of weights: 1 and 2 once after the step, 3 at every micro batch."""
-    if layout.data == 1 or layout.zero_stage == 0:
-        return np.zeros_like(parameters)
-    times = layout.num_micro_batches if layout.zero_stage == 3 else 1
-    size = parameters * layout.bytes_per_value * (layout.data - 1) / layout.data
-    return times * (size / _data_link(layout, device) + device.latency_seconds)
+    times = {0: 0, 3: layout.num_micro_batches}.get(layout.zero_stage, 1)
+    return _data_parallel_seconds(parameters * layout.bytes_per_value, times, layout, device)
+
+
+def _data_parallel_seconds(sent: np.ndarray, times: int, layout: Layout, device: Device) -> np.ndarray:
+    """Return the seconds of sending so many bytes, but for a rank's own part, so many times to data-parallel ranks."""
+    if layout.data == 1:
+        return np.zeros_like(sent)
+    # Ranks count tensor fastest, then data, then pipeline.
+    link = device.link_bytes_per_second(layout.tensor * layout.data)
+    return times * (sent * (layout.data - 1) / layout.data / link + device.latency_seconds)
 
 
 def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: Device) -> np.ndarray:
@@ -210,11 +243,6 @@ def _copy_seconds(run: np.ndarray, trained: np.ndarray, layout: Layout, device: 
     written = layout.num_micro_batches * each * run + once * trained
     width = layout.gradient_bytes_per_value or layout.bytes_per_value
     return 2 * width * written / device.memory_bytes_per_second
-
-
-def _data_link(layout: Layout, device: Device) -> float:
-    # Ranks count tensor fastest, then data, then pipeline.
-    return device.link_bytes_per_second(layout.tensor * layout.data)
 
 
 def _optimizer_seconds(parameters: np.ndarray, layout: Layout, device: Device) -> np.ndarray:

@@ -12,6 +12,8 @@ from raptr_ds.errors import DataError
 from raptr_ds.runtime.metrics_file import METRICS, STDERR, RunMetrics, read_metrics, score_names
 from raptr_ds.user_paths import is_file
 
+_COLUMNS = ("loss", "flops", "tokens", "phase", "path_length", "tokens_per_second")  # of training lines, as they are
+
 
 @dataclass(frozen=True)
 class TaskCurve:
@@ -124,12 +126,7 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
         name=folder.resolve().name,
         num_layers=_num_layers(folder, paths, [length for _, length in evaluated]),
         step=steps,
-        loss=_column(lines, "loss"),
-        flops=_column(lines, "flops"),
-        tokens=_column(lines, "tokens"),
-        phase=_column(lines, "phase"),
-        path_length=_column(lines, "path_length"),
-        tokens_per_second=_column(lines, "tokens_per_second"),
+        **{key: _column(lines, key) for key in _COLUMNS},
         seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=0)),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),

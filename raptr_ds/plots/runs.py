@@ -43,10 +43,14 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
         is_alone = index == len(metrics) - 1 and index % 2 == 0
         place = grid[1 + len(runs) + index // 2, slice(None) if is_alone else index % 2]
         draw_tasks(figure.add_subplot(place), runs, metric)
-    _finish_loss(by_step, runs, "step")
-    _finish_loss(by_flops, runs, "executed FLOPs")
+    note = ""
+    if any(len(run.phase_starts()) > 1 for run in runs):
+        note = "; dotted: a phase begins" + (", with its path length" if len(runs) == 1 else "")
+    for axes, by in ((by_step, "step"), (by_flops, "executed FLOPs")):
+        axes.set_title(f"loss by {by}{note}", fontsize=_TEXT_POINTS, loc="left")
+        finish(axes, by, _TEXT_POINTS)
+    by_step.set_ylabel("loss", fontsize=_TEXT_POINTS)
     by_flops.tick_params(labelleft=False)
-    by_flops.set_ylabel("")
     by_step.legend(fontsize=_TEXT_POINTS - 1, loc="upper right", edgecolor="none", framealpha=0.9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
@@ -111,22 +115,15 @@ def draw_tasks(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
             style = {"marker": "o", "markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9, "capsize": 2}
             axes.errorbar(curve.step, curve.score, curve.errors, color=colour, linestyle=line, label=label, **style)
     axes.set_title(f"tasks: {metric}, with standard errors where there are any", fontsize=_TEXT_POINTS, loc="left")
-    axes.set_xlabel("step", fontsize=_TEXT_POINTS)
-    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(left=0)
+    finish(axes, "step", _TEXT_POINTS)
     axes.legend(fontsize=_TEXT_POINTS - 1.5, edgecolor="none", framealpha=0.9)
 
 
-def _finish_loss(axes: Axes, runs: Sequence[Curves], by: str) -> None:
-    axes.set_xlabel(by, fontsize=_TEXT_POINTS)
-    axes.set_ylabel("loss", fontsize=_TEXT_POINTS)
-    note = ""
-    if any(len(run.phase_starts()) > 1 for run in runs):
-        note = "; dotted: a phase begins" + (", with its path length" if len(runs) == 1 else "")
-    axes.set_title(f"loss by {by}{note}", fontsize=_TEXT_POINTS, loc="left")
-    axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
+def finish(axes: Axes, label: str, points: float, *, from_zero: bool = True) -> None:
+    """Label the x axis, and draw a grid instead of a frame. points: of the text."""
+    axes.set_xlabel(label, fontsize=points)
+    axes.tick_params(labelsize=points - 1.5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(left=0)
+    if from_zero:
+        axes.set_xlim(left=0)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,19 +15,18 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import build_objective, folders_of, load_tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.shortage import MemoryNeed, gib, shortage
-from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.exports import EXPORTS
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from raptr_ds.submit.layout import JobLayout
+from raptr_ds.supervise.slurm_commands import run_slurm
 from raptr_ds.supervise.status import ALIVE_SECONDS, holder_of
 from raptr_ds.user_paths import exists, is_folder
 
 _GIB = 1 << 30
-_WEIGHT_BYTES = 4  # checkpoints hold fp32
-_EXPORT_BYTES = {"fp32": 4, "bf16": 2}
+_WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def load_checked(file: Path, overrides: Sequence[str], layout: JobLayout) -> RunConfig:
@@ -74,8 +72,8 @@ def check_memory(config: RunConfig, layout: JobLayout, device_gib: float | None)
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the size of a checkpoint: weights and optimizer state in fp32. The vocabulary's size must be known."""
-    state = setting_of(config, Device(is_gpu=False)).state
-    return num_parameters(config.model) * (_WEIGHT_BYTES + state.optimizer_bytes)
+    layout = layout_of(config, on_gpu=False)
+    return num_parameters(config.model) * (_WEIGHT_BYTES["fp32"] + layout.optimizer_bytes)
 
 
 def exports_bytes(config: RunConfig) -> int:
@@ -84,7 +82,7 @@ def exports_bytes(config: RunConfig) -> int:
     if not section.export_interval:
         return 0
     count = -(-config.train.steps // section.export_interval)  # and the end of the run
-    return count * num_parameters(config.model) * _EXPORT_BYTES[section.export_precision]
+    return count * num_parameters(config.model) * _WEIGHT_BYTES[section.export_precision]
 
 
 def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
@@ -142,9 +140,12 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
             f"another run works in {folder}: {holder}. Set raptr_ds.train.save to another folder, or wait for that run "
             "to end."
         )
-    jobs = [str(event["job"]) for event in read_events(folder) if event.get("event") == "submit" and "job" in event]
-    waiting = [] if may_wait else _still_in_queue(jobs)
-    if waiting:
+    jobs = {str(event["job"]) for event in read_events(folder) if event.get("event") == "submit" and "job" in event}
+    if may_wait or not jobs:
+        return
+    code, listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i")
+    # If Slurm does not answer, sbatch, which follows, prints why.
+    if code == 0 and (waiting := sorted(jobs.intersection(listed.split()))):
         raise ConfigError(
             f"job {', '.join(waiting)} is in the queue for {folder} already. Cancel it (scancel {waiting[0]}), or set "
             "raptr_ds.train.save to another folder."
@@ -160,17 +161,6 @@ def measured_lead(folder: Path) -> int | None:
 def _nearest(folder: Path) -> Path:
     """Return the folder, or what there is of the path to it."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
-
-
-def _still_in_queue(jobs: Sequence[str]) -> list[str]:
-    if not jobs:
-        return []
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):  # sbatch, which follows, prints why Slurm does not answer
-        return []
-    return sorted(set(jobs) & set(listed))
 
 
 def complete_run_file(config: RunConfig, file: Path, overrides: Sequence[str]) -> str:

@@ -10,27 +10,19 @@ from raptr_ds.supervise.time_limit import limit_seconds, short_limit
 DEFAULT_LEAD_SECONDS = 120
 _MAX_LEAD_SECONDS = 65535  # sbatch's own limit
 _MAX_SIZES = 64
-# What this tool gives sbatch itself, as it has checked it or depends on it.
+# What this tool gives sbatch itself, as it has checked it or depends on it; the names that sbatch has for each.
 _OWN_OPTIONS = {
     "--signal": "--signal-lead SECONDS",
-    "--nodes": "--nodes N",
-    "-N": "--nodes N",
+    "--nodes -N": "--nodes N",
     "--ntasks-per-node": "--tasks-per-node N or --gpus-per-node N",
-    "--ntasks": "--nodes N and --tasks-per-node N",
-    "-n": "--nodes N and --tasks-per-node N",
+    "--ntasks -n": "--nodes N and --tasks-per-node N",
     "--gpus-per-node": "--gpus-per-node N",
-    "--time": "--time LIMIT",
-    "-t": "--time LIMIT",
-    "--job-name": "--job-name NAME",
-    "-J": "--job-name NAME",
-    "--partition": "--partition NAME",
-    "-p": "--partition NAME",
-    "--array": "--array KEY=V1,V2 or --array FILE",
-    "-a": "--array KEY=V1,V2 or --array FILE",
-    "--chdir": "raptr_ds.train.save for the run's folder",
-    "-D": "raptr_ds.train.save for the run's folder",
-    "--output": "raptr_ds.train.save: the output lies in the run's folder",
-    "-o": "raptr_ds.train.save: the output lies in the run's folder",
+    "--time -t": "--time LIMIT",
+    "--job-name -J": "--job-name NAME",
+    "--partition -p": "--partition NAME",
+    "--array -a": "--array KEY=V1,V2 or --array FILE",
+    "--chdir -D": "raptr_ds.train.save for the run's folder",
+    "--output -o": "raptr_ds.train.save: the output lies in the run's folder",
     "--wrap": "the run file: the job runs pretrain.py",
     "--parsable": "nothing: the tool prints the job's number",
     "--test-only": "--dry-run",
@@ -100,8 +92,8 @@ def check_more_options(words: Sequence[str]) -> list[str]:
             if before.startswith("-") and "=" not in before:
                 continue
             raise ConfigError(f"{word!r} after -- is no option of sbatch. Write its options as --account=NAME.")
-        short = word[:2] if not word.startswith("--") else ""
-        own = _OWN_OPTIONS.get(word.partition("=")[0]) or _OWN_OPTIONS.get(short)
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        own = next((own for names, own in _OWN_OPTIONS.items() if name in names.split()), None)
         if own is not None:
             raise ConfigError(f"{word} after --: tools/submit.py gives sbatch this option itself. Use {own}.")
     return list(words)

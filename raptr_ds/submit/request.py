@@ -2,8 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
@@ -19,38 +19,53 @@ from raptr_ds.submit.checks import (
     measured_lead,
 )
 from raptr_ds.submit.container import ContainerWords, container_words
-from raptr_ds.submit.job import Submission, submit
-from raptr_ds.submit.layout import DEFAULT_LEAD_SECONDS, job_layout
+from raptr_ds.submit.layout import DEFAULT_LEAD_SECONDS, JobLayout, job_layout
 from raptr_ds.submit.snapshot import copy_code, free_number
-from raptr_ds.submit.sweep import Point, run_settings, sweep
+from raptr_ds.submit.sweep import sweep
 from raptr_ds.supervise.record import append_event, run_folder
+from raptr_ds.supervise.slurm_commands import sbatch
 from raptr_ds.user_paths import make_folder, open_to_all, write_error
 
+WITHOUT_SBATCH = "Submit from a login node, or see the command by --dry-run."
 _MAX_CHAIN = 1000
+
+
+_BATCH_FILE = """\
+#!/bin/bash
+# Made by tools/submit.py, which also gives sbatch its options. The rest is in slurm/training_job.sh of the copied code.
+export RAPTR_HOME={home} RAPTR_CODE={code} RAPTR_VENV={venv}
+export RAPTR_SIGNAL_LEAD={lead} RAPTR_ARGS= SLURM_RESTART_COUNT=${{SLURM_RESTART_COUNT:-0}}
+run_files=({run_files})
+export RAPTR_CONFIG=${{run_files[${{SLURM_ARRAY_TASK_ID:-0}}]}}
+step_options=({step_options})
+task_words=({task_words})
+source "$RAPTR_CODE/slurm/training_job.sh" || exit 2
+"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. settings: of --set. home: the folder that relative paths count from.
+    """What the user asks for: tools/submit.py's options by their names, and what it finds around them.
 
-    env, venv: the environment that sbatch gets, and the virtual environment that the job activates, empty without one.
+    more_options: of sbatch. home: the folder that relative paths count from. venv: the virtual environment that the
+    job activates, empty without one. env: the environment that sbatch gets.
     """
 
     run_file: Path
-    settings: tuple[str, ...]
+    set: Sequence[str]
     nodes: str
     gpus_per_node: int | None
     tasks_per_node: int | None
     time: str | None
-    lead_seconds: int | None
+    signal_lead: int | None
     partition: str | None
     job_name: str | None
-    device_gib: float | None
+    device_memory: float | None
     chain: int
-    array: tuple[str, ...]
-    image: str | None
-    runtime: str
-    more_options: tuple[str, ...]
+    array: Sequence[str]
+    container: str | None
+    container_runtime: str
+    more_options: Sequence[str]
     home: Path
     venv: str
     env: Mapping[str, str]
@@ -66,54 +81,82 @@ class CheckedRun:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A request without a mistake. lines: what was found, for people."""
+class Submission:
+    """A request without a mistake. folder: of the run, or of the sweep's runs. lines: what was found, for people."""
 
-    submission: Submission
-    runs: tuple[CheckedRun, ...]
-    lines: tuple[str, ...]
+    request: Request
+    folder: Path
+    layout: JobLayout
+    runs: Sequence[CheckedRun]
+    container: ContainerWords
+    lines: Sequence[str]
 
-    def send(self, env: Mapping[str, str]) -> list[str]:
+    def batch_file(self, code: Path, run_files: Sequence[Path]) -> str:
+        """Return the batch file's text, in which names are quoted. code: the copy that the job runs."""
+        return _BATCH_FILE.format(
+            home=shlex.quote(str(self.request.home)),
+            code=shlex.quote(str(code)),
+            venv=shlex.quote(self.request.venv),
+            lead=self.layout.lead_seconds,
+            run_files=shlex.join(map(str, run_files)),
+            step_options=shlex.join(self.container.step),
+            task_words=shlex.join(self.container.task),
+        )
+
+    def command(self, batch_file: Path) -> list[str]:
+        """Return sbatch's words, seen by no shell. Slurm replaces % in the output's name, and \\ in it (checks.py)."""
+        request, folder = self.request, self.folder.absolute()
+        output = "slurm-%A_%a.out" if request.array else "slurm-%j.out"
+        words = ["sbatch", "--parsable", f"--job-name={request.job_name or folder.name}", *self.layout.words()]
+        words += [f"--chdir={folder}", f"--output={output}", "--open-mode=append"]
+        words += [f"--partition={request.partition}"] if request.partition else []
+        words += [f"--array=0-{len(self.runs) - 1}"] if request.array else []
+        words += ["--no-requeue", "--dependency=singleton"] if request.chain > 1 else ["--requeue"]
+        return [*words, *request.more_options, str(batch_file.absolute())]
+
+    def send(self) -> list[str]:
         """Copy the code and the run files, submit, and return what was done.
 
         Raises: ConfigError, PathError, StorageError.
         """
-        folder = self.submission.folder
+        request, folder = self.request, self.folder
         for place in (folder, *(run.folder for run in self.runs)):
             make_folder(place)
         number, code = free_number(folder), copy_code(folder.absolute())
-        files = tuple(run.folder.absolute() / f"submitted-{number}.json" for run in self.runs)
+        files = [run.folder.absolute() / f"submitted-{number}.json" for run in self.runs]
         batch = folder.absolute() / f"submitted-{number}.sbatch"
-        submission = replace(self.submission, code=code, run_files=files)
-        texts = [
-            (batch, submission.batch_file()),
-            *((file, run.text) for file, run in zip(files, self.runs, strict=True)),
-        ]
-        for path, text in texts:
+        texts = [self.batch_file(code, files), *(run.text for run in self.runs)]
+        for path, text in zip([batch, *files], texts, strict=True):
             try:
                 write_atomically(path, text)
             except OSError as error:
                 raise write_error(path, error, "Give your user permission to write it.") from error
-        command = submission.command(batch)
+        command = self.command(batch)
         lines = [f"code: {code}", f"batch file: {batch}", f"command: {shlex.join(command)}"]
-        for count in range(submission.chain):
+        for count in range(request.chain):
             try:
-                job = submit(command, env)
+                job = sbatch(command, WITHOUT_SBATCH, request.env)
             except ConfigError as error:
                 if count:
                     raise ConfigError(
-                        f"{error}\n{count} of {submission.chain} jobs are submitted: see squeue --me"
+                        f"{error}\n{count} of {request.chain} jobs are submitted: see squeue --me"
                     ) from error
                 raise
             lines.append(f"submitted job {job}")
             for index, run in enumerate(self.runs):
-                name = f"{job}_{index}" if submission.is_array else job
+                name = f"{job}_{index}" if request.array else job
                 problem = append_event(run.folder, "submit", job=name, command=command)
                 lines += [problem] if problem else []
-        return [*lines, *_how_to_watch(self.runs, folder)]
+        watched = [str(run.folder) for run in self.runs] if len(self.runs) <= 8 else [str(self.runs[0].folder), "..."]
+        return [
+            *lines,
+            f"output: {folder}/slurm-*.out",
+            f"watch: python tools/status.py {shlex.join(watched)}",
+            "stop: scancel --signal=USR1 --batch JOB saves and goes back to the queue; scancel JOB ends it",
+        ]
 
 
-def check(request: Request) -> Checked:
+def check(request: Request) -> Submission:
     """Check everything that can be known on the login node; nothing is written.
 
     Raises: ConfigError, DataError, CheckpointError, PathError.
@@ -123,21 +166,20 @@ def check(request: Request) -> Checked:
             f"--chain {request.chain}: a chain has 1 to {_MAX_CHAIN} jobs, and is none of arrays, whose runs would "
             "wait for each other. Submit a chain for each run."
         )
-    points = sweep(request.array) if request.array else [Point((), "")]
-    folder = run_folder(["--deepspeed_config", str(request.run_file), "--set", *request.settings]) or Path("runs")
-    lead = request.lead_seconds
+    folder = run_folder(["--deepspeed_config", str(request.run_file), "--set", *request.set]) or Path("runs")
+    lead = request.signal_lead
     if lead is None:
         lead = max(DEFAULT_LEAD_SECONDS, measured_lead(folder) or 0)
     layout = job_layout(request.nodes, request.gpus_per_node, request.tasks_per_node, request.time, lead)
     runs = []
-    for point in points:
-        settings = [*request.settings, *run_settings(point, folder)]
+    for own in sweep(request.array, folder) if request.array else [[]]:
+        settings = [*request.set, *own]
         config = load_checked(request.run_file, settings, layout)
         text = complete_run_file(config, request.run_file, settings)
         runs.append(CheckedRun(config, Path(str(config.train.save)), text))
     for run in runs:
         check_folder(run.folder, time.time(), may_wait=request.chain > 1)
-    needs = [check_memory(run.config, layout, request.device_gib) for run in runs]
+    needs = [check_memory(run.config, layout, request.device_memory) for run in runs]
     sizes = " or ".join(map(str, layout.world_sizes))
     lines = [
         f"run: {len(runs)} x {request.run_file}, {sizes} processes, folder {folder}",
@@ -147,43 +189,20 @@ def check(request: Request) -> Checked:
         *(f"warning: {line}" for run in runs[:1] for line in run.config.warnings),
         *(f"warning: {problem}" for run in runs if (problem := open_to_all(run.folder))),
     ]
-    submission = Submission(
-        name=request.job_name or folder.absolute().name,
-        folder=folder,
-        layout=layout,
-        home=request.home,
-        code=folder.absolute() / "code-DIGEST",
-        venv=request.venv,
-        run_files=tuple(run.folder.absolute() / "submitted-N.json" for run in runs),
-        is_array=bool(request.array),
-        chain=request.chain,
-        partition=request.partition,
-        more_options=request.more_options,
-        container=_container_of(request, runs, folder),
-    )
-    return Checked(submission, tuple(runs), tuple(lines))
+    return Submission(request, folder, layout, runs, _container_of(request, runs, folder), lines)
 
 
 def _container_of(request: Request, runs: list[CheckedRun], folder: Path) -> ContainerWords:
-    if request.image is None:
+    if request.container is None:
         return ContainerWords()
     places = [folder, *(Path(place) for run in runs for place in folders_of(run.config.data.path))]
     places += [Path(run.config.data.tokenizer).parent for run in runs if run.config.data.tokenizer]
     loads = {run.config.checkpoint.load for run in runs} - {"auto", "none"}
     return container_words(
-        request.image,
-        request.runtime,
+        request.container,
+        request.container_runtime,
         [*places, *map(Path, sorted(loads))],
         has_gpus=request.gpus_per_node is not None,
         home=request.home,
         env=request.env,
     )
-
-
-def _how_to_watch(runs: tuple[CheckedRun, ...], folder: Path) -> list[str]:
-    watched = [str(run.folder) for run in runs] if len(runs) <= 8 else [str(runs[0].folder), "..."]
-    return [
-        f"output: {folder}/slurm-*.out",
-        f"watch: python tools/status.py {shlex.join(watched)}",
-        "stop: scancel --signal=USR1 --batch JOB saves and goes back to the queue; scancel JOB ends it",
-    ]

@@ -1,6 +1,7 @@
 """The copy of the code that a submitted job runs, so that later edits of the clone do not reach it."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -29,10 +30,8 @@ def code_files(repository: Path = REPOSITORY) -> list[Path]:
         *_PARTS,
     ]
     try:
-        listed = subprocess.run(words, capture_output=True, timeout=60, check=True).stdout.decode(
-            errors="surrogateescape"
-        )
-        found = [Path(name) for name in listed.split("\0") if name]
+        listed = subprocess.run(words, capture_output=True, timeout=60, check=True).stdout
+        found = [Path(os.fsdecode(name)) for name in listed.split(b"\0") if name]
     except (OSError, subprocess.SubprocessError):
         found = []
     if not found:  # no clone, or one inside another repository that ignores it

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -16,17 +15,10 @@ _MAX_NAME = 100
 _MAX_RUNS = 1000
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep. name: of its folder, inside that of the sweep."""
+def sweep(words: Sequence[str], folder: Path) -> list[list[str]]:
+    """Return the settings of each run of --array, its own folder, inside that of the sweep, among them.
 
-    settings: tuple[str, ...]
-    name: str
-
-
-def sweep(words: Sequence[str]) -> list[Point]:
-    """Return the runs of --array: of a file with a run's settings in each line, or of all combinations of KEY=V1,V2.
-
+    words: a file with a run's settings in each line, or KEY=V1,V2 of which all combinations are run.
     Raises: ConfigError.
     """
     if len(words) == 1 and is_file(words[0]):
@@ -44,14 +36,10 @@ def sweep(words: Sequence[str]) -> list[Point]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"--array has two runs with the settings {twice}. Give each run settings of its own.")
-    return [Point(point, name) for point, name in zip(settings, names, strict=True)]
-
-
-def run_settings(point: Point, folder: Path) -> list[str]:
-    """Return the settings of one run, its folder inside that of the sweep; none for a run that is alone."""
-    if not point.name:
-        return []
-    return [*point.settings, f"raptr_ds.train.save={json.dumps(str(folder / point.name))}"]
+    return [
+        [*point, f"raptr_ds.train.save={json.dumps(str(folder / name))}"]
+        for point, name in zip(settings, names, strict=True)
+    ]
 
 
 def _lines_of(file: Path) -> list[tuple[str, ...]]:

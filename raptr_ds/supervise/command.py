@@ -31,9 +31,8 @@ class StopRequests:
         is_hang_up_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
         self._listened = _WAITED - {signal.SIGHUP} if is_hang_up_ignored else _WAITED
         signal.pthread_sigmask(signal.SIG_BLOCK, self._listened)
-        for (
-            number
-        ) in _REQUESTS:  # a child must not inherit that they are ignored, as a batch script makes them at first
+        # A child must not inherit that they are ignored, as a batch script makes them at first.
+        for number in _REQUESTS:
             signal.signal(number, signal.SIG_DFL)
         self.requested = False
 
@@ -95,7 +94,7 @@ def run_command(
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED),  # noqa: PLW1509  (no thread yet)
         )
     except OSError as error:
-        return Ending(127, Failure(None, 127, f"{words[0]} cannot be started: {error.strerror}"))
+        return Ending(127, [Failure(None, 127, f"{words[0]} cannot be started: {error.strerror}")])
     copier = threading.Thread(target=_copy, args=(child, reports), daemon=True)
     copier.start()
     while child.poll() is None:
@@ -104,8 +103,7 @@ def run_command(
             on_stop(child, asked)
     copier.join(5)  # a process that outlives the launcher may hold the pipe open
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    failures = reports.failures
-    return Ending(code, failures[0] if failures else None, tuple(failures[1:]), stops.requested, reports.port_taken)
+    return Ending(code, tuple(reports.failures), stops.requested, reports.port_taken)
 
 
 def adopt_orphans() -> None:
@@ -121,14 +119,14 @@ def end_orphans(seconds: float) -> int:
             is_gone, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return killed
-        if not is_gone and time.monotonic() > deadline:
+        if is_gone:
+            continue
+        if time.monotonic() > deadline:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             killed += len(children)
             for child in children:
                 os.kill(int(child), signal.SIGKILL)  # not reaped yet, so the number is still its own
-            time.sleep(0.1)
-        elif not is_gone:
-            time.sleep(0.1)
+        time.sleep(0.1)
 
 
 def _copy(child: subprocess.Popen[bytes], reports: Reports) -> None:

@@ -35,14 +35,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ending:
-    """How one try ended: the launcher's exit code and what it printed on the way.
-
-    first, later: the tasks that failed, in the order of the reports.
-    """
+    """How one try ended: the launcher's exit code and the failed tasks that it reported on the way, in this order."""
 
     code: int
-    first: Failure | None = None
-    later: tuple[Failure, ...] = ()
+    failures: Sequence[Failure] = ()
     stop_requested: bool = False
     port_taken: bool = False
 
@@ -100,19 +96,15 @@ def failed_node(ending: Ending, cause: Cause) -> str | None:
     if cause in (Cause.DONE, Cause.STOPPED):
         return None
     if cause is not Cause.HUNG:
-        return None if (culprit := first_by_itself(ending)) is None else culprit.node
-    nodes = {failure.node for failure in _failures_of(ending) if failure.code not in (Exit.HUNG, Exit.LOST_RANK)}
+        culprit = first_by_itself(ending)
+        return culprit and culprit.node
+    nodes = {failure.node for failure in ending.failures if failure.code not in (Exit.HUNG, Exit.LOST_RANK)}
     return nodes.pop() if len(nodes) == 1 else None
 
 
 def first_by_itself(ending: Ending) -> Failure | None:
     """Return the first reported task that did not fail only because it lost another one, None if there is none."""
-    return next((failure for failure in _failures_of(ending) if failure.code != Exit.LOST_RANK), None)
-
-
-def _failures_of(ending: Ending) -> tuple[Failure, ...]:
-    """Return the tasks that failed, in the order of the reports."""
-    return () if ending.first is None else (ending.first, *ending.later)
+    return next((failure for failure in ending.failures if failure.code != Exit.LOST_RANK), None)
 
 
 def starts_without_progress(starts: Sequence[Start], number: int, step: int, first: int = 0) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.supervise.command import StopRequests, run_command
 from raptr_ds.supervise.policy import Cause, Decision, Ending, cause_of, failed_node
+from raptr_ds.supervise.slurm_commands import run_slurm
 from raptr_ds.supervise.supervisor import Supervised, say, whose
 from raptr_ds.supervise.time_limit import limit_seconds, short_limit
 
@@ -36,7 +37,7 @@ class Job:
 
     def show(self) -> dict[str, str]:
         """Return what the controller has on the job, as scontrol prints it; empty if it does not answer."""
-        code, text = _slurm("scontrol", "show", "job", "-o", str(self.number))
+        code, text = run_slurm("scontrol", "show", "job", "-o", str(self.number))
         return dict(re.findall(r"(\S+?)=(\S*)", text)) if code == 0 else {}
 
     def requeue(self) -> str | None:
@@ -55,7 +56,7 @@ class Job:
                 return None
             if job.get("JobState") != "RUNNING" and not has_failed(job):
                 return f"the job is {job.get('JobState')}: cancelled"
-            code, text = _slurm("scontrol", "requeue", str(self.number))
+            code, text = run_slurm("scontrol", "requeue", str(self.number))
             if code == 0:
                 self.is_requeued = True
                 return None
@@ -67,13 +68,15 @@ class Job:
     def change(self, **settings: str) -> str | None:
         """Change settings of the job. Returns None, or why Slurm refused."""
         words = [f"{name}={value}" for name, value in settings.items()]
-        code, text = _slurm("scontrol", "update", f"JobId={self.number}", *words)
+        code, text = run_slurm("scontrol", "update", f"JobId={self.number}", *words)
         return None if code == 0 else text.strip()
 
     def exclude(self, node: str) -> str:
         """Keep the job, which waits in the queue, off a node if enough others are left. Returns what was done."""
         job = self.show()
-        _, listed = _slurm("sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", ""))
+        _, listed = run_slurm(
+            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", "")
+        )
         before = job.get("ExcNodeList", "(null)")
         excluded = set(hosts(before)) | {node} if before != "(null)" else {node}
         left = set(listed.split()) - excluded
@@ -95,7 +98,7 @@ def has_failed(job: Mapping[str, str]) -> bool:
 
 def hosts(node_list: str) -> list[str]:
     """Return the names in a list of nodes; needs no controller."""
-    return _slurm("scontrol", "show", "hostnames", node_list)[1].split()
+    return run_slurm("scontrol", "show", "hostnames", node_list)[1].split()
 
 
 def rendezvous_port(job: int, start: int, attempt: int = 0) -> int:
@@ -203,17 +206,6 @@ def _warn_of_time_limit(job: Job, lead: str) -> None:
         return
     if lead.isdecimal() and limit and (problem := short_limit(limit, int(lead))):
         say(f"warning: {problem}")
-
-
-def _slurm(*words: str) -> tuple[int, str]:
-    """Run one of Slurm's commands; return its exit code and what it printed."""
-    try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 1, str(error)
-    return done.returncode, done.stdout.decode(errors="replace")
 
 
 def _back_off(what: str) -> Iterator[None]:

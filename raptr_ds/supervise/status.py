@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from raptr_ds.errors import DataError, Exit
@@ -98,7 +98,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
     since_start = events[events.index(starts[-1]) :] if starts else []
     return RunStatus(
         folder=str(folder),
-        state=_state(holder, silent, step == num_steps, events),
+        state=_state(silent, step == num_steps, events),
         holder=holder,
         silent_seconds=silent,
         step=step,
@@ -128,13 +128,17 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
     """Return the status for people, a line each, with the last events."""
     of = "" if status.num_steps is None else f" of {status.num_steps:,} ({status.step / status.num_steps:.1%})"
     path = "" if status.phase is None else f", phase {status.phase}, path {status.path_length:.3g}/{status.num_layers}"
+    times = "once" if status.starts == 1 else f"{status.starts} times"
+    holder = ""
+    if status.silent_seconds is not None:
+        holder = f" ({status.holder}; last sign of life {duration(status.silent_seconds)} ago)"
     lines = [
-        f"{status.folder}: {status.state}{_holder_words(status)}",
-        f"step         {status.step:,}{of}{path}; started {_times(status.starts)}",
+        f"{status.folder}: {status.state}{holder}",
+        f"step         {status.step:,}{of}{path}; started {times}",
     ]
     known = [loss for loss in status.losses if loss is not None]
     if known:
-        lines.append(f"loss         {sparkline(known)}  {known[0]:.4g} to {_mean(known[-_RECENT_STEPS:]):.4g}")
+        lines.append(f"loss         {sparkline(known)}  {known[0]:.4g} to {fmean(known[-_RECENT_STEPS:]):.4g}")
     if status.evaluation is not None:
         lines.append(f"held-out     {status.evaluation[1]:.4f} after step {status.evaluation[0]:,}")
     if status.tasks is not None:
@@ -162,7 +166,7 @@ def sparkline(values: Sequence[float], columns: int = _COLUMNS) -> str:
     """Return a curve of block characters, each the mean of as many values."""
     columns = min(columns, len(values))
     bounds = [len(values) * column // columns for column in range(columns + 1)]
-    means = [_mean(values[begin:end]) for begin, end in pairwise(bounds)]
+    means = [fmean(values[begin:end]) for begin, end in pairwise(bounds)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
@@ -215,8 +219,8 @@ def holder_of(folder: Path, now: float) -> tuple[str | None, float | None]:
         return None, None
 
 
-def _state(holder: str | None, silent: float | None, is_trained: bool, events: list[dict[str, Any]]) -> str:
-    if holder is not None and silent is not None:
+def _state(silent: float | None, is_trained: bool, events: list[dict[str, Any]]) -> str:
+    if silent is not None:
         return "running" if silent < ALIVE_SECONDS else "silent"
     decisive = [event for event in events if event.get("event") in _STATES_AFTER]
     if not decisive:  # no events: it has not begun, or is of a version without them
@@ -225,12 +229,6 @@ def _state(holder: str | None, silent: float | None, is_trained: bool, events: l
     if last["event"] == "end" and last.get("exit_code") in (Exit.DONE, Exit.CONTINUE_LATER):
         return "finished" if last["exit_code"] == Exit.DONE else "stopped"
     return _STATES_AFTER[last["event"]]
-
-
-def _holder_words(status: RunStatus) -> str:
-    if status.holder is None or status.silent_seconds is None:
-        return ""
-    return f" ({status.holder}; last sign of life {duration(status.silent_seconds)} ago)"
 
 
 def _event_words(event: dict[str, Any]) -> str:
@@ -256,11 +254,3 @@ def _last_evaluation(metrics: RunMetrics, num_layers: int | None) -> tuple[int, 
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

@@ -85,15 +85,9 @@ class Supervised:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
         decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
-        ended = {
-            "cause": cause,
-            "code": ending.code,
-            "node": failed_node(ending, cause),
-            "step": step,
-            "why": decision.why,
-        }
         event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
-        self.write(event, start=number, **ended)
+        node = failed_node(ending, cause)
+        self.write(event, start=number, cause=cause, code=ending.code, node=node, step=step, why=decision.why)
         return cause, decision
 
     def write(self, event: str, **fields: Any) -> None:
@@ -112,8 +106,7 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
     while True:
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
-        ending = run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on)
-        ending = run.confirmed(ending)
+        ending = run.confirmed(run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on))
         if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
             say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
         _, decision = run.judge(number, ending)
@@ -134,9 +127,9 @@ def say(text: str) -> None:
 
 def whose(ending: Ending) -> str:
     """Return which task failed first, for a message; empty if that is not known."""
-    first = first_by_itself(ending) or ending.first
-    if first is None or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
+    if not ending.failures or ending.code in (Exit.DONE, Exit.CONTINUE_LATER):
         return ""
+    first = first_by_itself(ending) or ending.failures[0]
     return f", first {first.node or 'several nodes'}: {first.text}"
 
 

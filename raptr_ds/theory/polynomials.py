@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from raptr_ds.config.path_sections import ConstantSection, FullSection, PldSection, RaptrSection, RunSizes
+from raptr_ds.markdown import markdown_table
 from raptr_ds.paths import PathMethod, build_path_method
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.rng import stream, stream_key
@@ -137,21 +138,17 @@ def polynomial_table(curves: Mapping[str, list[PolynomialCurve]]) -> list[str]:
     """
     first = next(iter(curves.values()))[0]
     degrees = range(1, first.errors.shape[1] + 1)
-    lines = [
-        f"| trained by | layers run | evaluated | {' | '.join(f'degree {degree}' for degree in degrees)} | all |",
-        f"|---|---|---|{'---|' * len(degrees)}---|",
-    ]
+    rows = []
     all_layers = max(runs[0].layer_steps for runs in curves.values())
     for name, runs in curves.items():
         share = np.mean([run.layer_steps for run in runs]) / all_layers
-        rows = {"full model": np.mean([run.errors[-1] for run in runs], axis=0)}
+        found = {"full model": np.mean([run.errors[-1] for run in runs], axis=0)}
         own = np.mean([run.path_errors for run in runs], axis=0)
-        if not np.allclose(own, rows["full model"]):
-            rows["last paths"] = own
-        for evaluated, errors in rows.items():
-            cells = " | ".join(f"{error:.3f}" for error in (*errors, errors.mean()))
-            lines.append(f"| {name} | {share:.2f} | {evaluated} | {cells} |")
-    return lines
+        if not np.allclose(own, found["full model"]):
+            found["last paths"] = own
+        for evaluated, errors in found.items():
+            rows.append([name, f"{share:.2f}", evaluated, *(f"{error:.3f}" for error in (*errors, errors.mean()))])
+    return markdown_table(["trained by", "layers run", "evaluated", *(f"degree {k}" for k in degrees), "all"], rows)
 
 
 def _signs(count: int, num_inputs: int, generator: torch.Generator) -> torch.Tensor:

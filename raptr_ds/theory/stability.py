@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from raptr_ds.markdown import markdown_table
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import draw_uniform
 from raptr_ds.rng import stream, stream_key
@@ -106,31 +107,24 @@ def gaps_in_training(settings: StabilitySettings, variant: str, depth: int, seed
 
 def initial_table(settings: StabilitySettings, gaps: Mapping[str, Sequence[Gap]]) -> list[str]:
     """Return a Markdown table of absolute gaps at initialization, by variant and depth, and their slopes."""
-    lines = [
-        f"| layers | {' | '.join(f'L = {depth}' for depth in settings.depths)} | slope |",
-        f"|---|{'---|' * len(settings.depths)}---|",
+    values = {variant: [gap.absolute for gap in found] for variant, found in gaps.items()}
+    rows = [
+        [variant, *(f"{value:.3f}" for value in row), f"{slope(settings.depths, row):+.2f}"]
+        for variant, row in values.items()
     ]
-    for variant, found in gaps.items():
-        values = [gap.absolute for gap in found]
-        cells = " | ".join(f"{value:.3f}" for value in values)
-        lines.append(f"| {variant} | {cells} | {slope(settings.depths, values):+.2f} |")
-    return lines
+    return markdown_table(["layers", *(f"L = {depth}" for depth in settings.depths), "slope"], rows)
 
 
 def training_table(gaps: Mapping[str, Mapping[int, Sequence[tuple[int, Gap]]]]) -> list[str]:
     """Return a Markdown table of the losses and gaps after training."""
-    lines = [
-        "| layers | L | steps | full model's loss | loss without one layer | gap of an example, before | after |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["layers", "L", "steps", "full model's loss", "loss without one layer", "gap of an example, before", "after"]
+    rows = []
     for variant, by_depth in gaps.items():
         for depth, curve in by_depth.items():
             (_, before), (step, after) = curve[0], curve[-1]
-            lines.append(
-                f"| {variant} | {depth} | {step} | {after.full_loss:.3f} | {after.full_loss + after.signed:.3f} | "
-                f"{before.absolute:.3f} | {after.absolute:.3f} |"
-            )
-    return lines
+            losses = (after.full_loss, after.full_loss + after.signed, before.absolute, after.absolute)
+            rows.append([variant, depth, step, *(f"{loss:.3f}" for loss in losses)])
+    return markdown_table(head, rows)
 
 
 def slope(depths: Sequence[int], gaps: Sequence[float]) -> float:

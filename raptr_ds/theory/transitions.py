@@ -15,6 +15,7 @@ from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import build_loader, load_tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
 from raptr_ds.errors import ConfigError
+from raptr_ds.markdown import markdown_table
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 from raptr_ds.paths import LayerPath, PathMethod, Phase
@@ -118,14 +119,12 @@ def _measure(
 
 def transition_table(transitions: Sequence[Transition]) -> list[str]:
     """Return a Markdown table, a row for each transition."""
-    lines = [
-        "| step | paths | loss before | loss after | gap | spread of paths before, after | full model |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["step", "paths", "loss before", "loss after", "gap", "spread of paths before, after", "full model"]
+    rows = []
     for one in transitions:
         spread = ", ".join(f"{np.std(losses):.3f}" for losses in (one.before_losses, one.after_losses))
-        lines.append(
-            f"| {one.step} | {one.before} to {one.after} | {np.mean(one.before_losses):.4f} | "
-            f"{np.mean(one.after_losses):.4f} | {one.gap:+.4f} | {spread} | {one.full_loss:.4f} |"
+        means = (f"{np.mean(losses):.4f}" for losses in (one.before_losses, one.after_losses))
+        rows.append(
+            [one.step, f"{one.before} to {one.after}", *means, f"{one.gap:+.4f}", spread, f"{one.full_loss:.4f}"]
         )
-    return lines
+    return markdown_table(head, rows)

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.memory import TrainingState, layer_activation_bytes, rank_memory
-from raptr_ds.planner.step_time import Layout
+from raptr_ds.planner.memory import layer_activation_bytes, rank_memory
+from raptr_ds.planner.step_time import Device, Layout, Setting
 from tests import kept_tensors
 from tests.dist.trajectory import SEED, Case, batch_at, build_engine, model_of, process_groups
 from tests.dist.workers import run_distributed
 from tests.dropout_masks import streams_of
+
+ON_CPU = Device(is_gpu=False)
 
 
 def live_bytes() -> int:
@@ -77,8 +80,8 @@ def test_weights_and_optimizer_are_as_the_formula_says(name):
         # Adam makes its two moments at the first step. Beside what the formula counts there are norms and biases that
         # both tensor ranks hold (3% of this narrow model), step counts and small buffers.
         for held, optimizer_bytes in ((built, 0), (trained, 8)):
-            state = TrainingState(4, optimizer_bytes=optimizer_bytes)
-            memory = rank_memory(shape, layout, state, stage, 8 // case.pipeline, 2)
+            setting = Setting(shape, replace(layout, optimizer_bytes=optimizer_bytes), ON_CPU, 2)
+            memory = rank_memory(setting, stage, 8 // case.pipeline)
             assert held == pytest.approx(memory.weights + memory.optimizer, rel=0.04)
     assert num_parameters(shape) > 100_000
 
@@ -116,11 +119,20 @@ def test_layers_keep_what_the_formula_says(architecture, recompute, sequence_par
     )
     shape = model_of(case)
     layout = Layout((5,), case.micro_batch, 1, tensor=2, bytes_per_value=4, sequence_parallel=sequence_parallel)
-    layer = layer_activation_bytes(shape, layout, TrainingState(4))
+    layer = layer_activation_bytes(Setting(shape, layout, ON_CPU, 2))
     if recompute:
         layer = case.micro_batch * shape.seq_length * shape.hidden_size * 4 / (2 if sequence_parallel else 1)
     for kept in run_distributed(kept_by_layers, 2, case):
         assert kept == pytest.approx(3 * layer, rel=0.02)
+
+
+def bytes_of_buckets(shape: ModelSection, layout: Layout, bucket: int) -> float:
+    """Return what the formula counts for a buffer of gradients of so many elements."""
+    with_bucket, without = (
+        rank_memory(Setting(shape, replace(layout, reduce_bucket=size), ON_CPU, 2), 0, 5).gradients
+        for size in (bucket, 0)
+    )
+    return with_bucket - without
 
 
 def reduce_bucket(launch: Launch, case: Case) -> tuple[int, int]:
@@ -137,11 +149,8 @@ def test_the_buffer_of_gradients_is_no_larger_than_all_gradients(zero):
         assert bucket == gradients > 10_000
     for bucket, _ in run_distributed(reduce_bucket, 2, Case(zero=zero, reduce_bucket=5000)):
         assert bucket == 5000
-    layout, state = Layout((5,), 2, 3, data=2, zero_stage=zero), TrainingState(4, reduce_bucket=500_000_000)
-    shape = model_of(Case())
-    with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
-    without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
-    assert with_bucket - without == 2 * num_parameters(shape)
+    layout, shape = Layout((5,), 2, 3, data=2, zero_stage=zero), model_of(Case())
+    assert bytes_of_buckets(shape, layout, 500_000_000) == 2 * num_parameters(shape)
 
 
 @pytest.mark.parametrize("accumulate_in_fp32", [False, True])
@@ -150,11 +159,8 @@ def test_the_buffer_of_gradients_has_the_type_that_the_formula_counts(zero, accu
     """ZeRO 1 fills it from what has accumulated, ZeRO 2 from each micro batch's gradients."""
     case = Case(zero=zero, precision="bf16", accumulate_in_fp32=accumulate_in_fp32)
     layout = Layout((5,), 2, 3, data=2, zero_stage=zero, gradient_bytes_per_value=4 if accumulate_in_fp32 else 2)
-    state, shape = TrainingState(4, reduce_bucket=1000), model_of(case)
-    with_bucket = rank_memory(shape, layout, state, 0, 5, 2).gradients
-    without = rank_memory(shape, layout, replace(state, reduce_bucket=0), 0, 5, 2).gradients
     for buffer_bytes in run_distributed(bucket_bytes_per_element, 2, case):
-        assert with_bucket - without == 1000 * buffer_bytes
+        assert bytes_of_buckets(model_of(case), layout, 1000) == 1000 * buffer_bytes
 
 
 def bucket_bytes_per_element(launch: Launch, case: Case) -> int:
@@ -185,10 +191,9 @@ def gpu_layer(launch: Launch, architecture: str, sequence_parallel: bool) -> flo
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])
 def test_a_compiled_layer_on_tensor_ranks_keeps_what_the_formula_says(architecture, sequence_parallel):
     """What waits for other ranks stays out of graphs, and each graph between keeps what it needs itself."""
-    state = TrainingState(4, 0.1, 0.1, on_gpu=True, compiled=True)
-    shape = kept_tensors.model_of(architecture)
+    shape = kept_tensors.model_of(architecture, (0.1, 0.1))
     layers, batch = (kept_tensors.LAYERS,), kept_tensors.BATCH
-    layout = Layout(layers, batch, 1, tensor=2, sequence_parallel=sequence_parallel)
-    expected = layer_activation_bytes(shape, layout, state)
+    layout = Layout(layers, batch, 1, tensor=2, sequence_parallel=sequence_parallel, compiled=True)
+    expected = layer_activation_bytes(Setting(shape, layout, Device(), 2))
     for kept in run_distributed(gpu_layer, 2, architecture, sequence_parallel):
         assert kept == pytest.approx(expected, rel=0.02)

@@ -10,9 +10,9 @@ from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.memory import TrainingState, rank_memory
+from raptr_ds.planner.memory import rank_memory
 from raptr_ds.planner.setting import kept_whole
-from raptr_ds.planner.step_time import Layout
+from raptr_ds.planner.step_time import Device, Layout, Setting
 from tests.dist.trajectory import Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
 
@@ -141,7 +141,7 @@ def test_no_more_than_asked_for_is_whole_at_once() -> None:
     for seen, options in ((free, ()), (limited, limits)):
         kept = kept_whole({f"stage3_{key}": value for key, value in options}, layer, recompute=False)
         layout = Layout((8,), 6, 1, data=2, zero_stage=3, bytes_per_value=1, kept_whole=kept)
-        weights = rank_memory(shape, layout, TrainingState(4), 0, 8, 2).weights - num_parameters(shape) / 2
+        weights = rank_memory(Setting(shape, layout, Device(is_gpu=False), 2), 0, 8).weights - num_parameters(shape) / 2
         assert seen.most_live == pytest.approx(weights, abs=layer)
 
 

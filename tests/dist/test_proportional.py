@@ -16,7 +16,7 @@ from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.setting import kept_whole
-from raptr_ds.planner.step_time import Device, Layout, step_seconds
+from raptr_ds.planner.step_time import Device, Layout, Setting, step_seconds
 from tests.dist.counting import counting
 from tests.dist.trajectory import HIDDEN, Case, batch_at, build_engine, model_of
 from tests.dist.workers import run_distributed
@@ -122,7 +122,7 @@ def test_the_cost_model_sends_what_the_engine_sends(name: str) -> None:
     )
     slow = Device(np.inf, np.inf, machine_bytes_per_second=1.0, latency_seconds=0.0)
     paths = [LayerPath(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
-    predicted = step_seconds(paths, shape, layout, slow, 3.0)
+    predicted = step_seconds(paths, Setting(shape, layout, slow, 3.0))
     counts = run_distributed(count_steps, 2, case)[0]
 
     def ring(path: str, factor: int, *names: str) -> float:
@@ -150,7 +150,7 @@ def test_the_cost_model_copies_what_the_engine_copies(zero: int, data: int, micr
     layout = Layout((NUM_LAYERS,), micro_batch, num_micro_batches, data=data, zero_stage=zero, bytes_per_value=4)
     slow = Device(np.inf, 1.0, machine_bytes_per_second=np.inf, latency_seconds=0.0)
     paths = [LayerPath(PATHS[path], NUM_LAYERS) for path in ("empty", "half", "full")]
-    copies = step_seconds(paths, model_of(case), layout, slow, 3.0).copies
+    copies = step_seconds(paths, Setting(model_of(case), layout, slow, 3.0)).copies
     counts = run_distributed(count_steps, data, case)[0]
     for number, path in enumerate(("half", "full"), start=1):
         counted = counts[path].copied_elements - counts["empty"].copied_elements

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raptr_ds.bench import steps as step_benchmark
-from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherEntrant
+from raptr_ds.bench.others import HuggingFaceStack, MegatronLayersStack, OtherStack
 from raptr_ds.bench.ours import OurEntrant
 from raptr_ds.bench.report import conclusions, describe, rows_of, table
 from raptr_ds.bench.steps import Options, measure_steps
@@ -68,28 +68,28 @@ def measure(launch: Launch, options: Options, failing: Failing) -> Seen:
         raise RuntimeError(failing.message)
 
     def follow(kind: Any) -> None:
-        build, turns = kind.build, kind.turns
+        build, next_step = kind.build, kind.next_step
 
         def followed_build(entrant: Any) -> None:
             seen.built.append(entrant.name)
             if failing == Failing(entrant.name, "build"):
                 fail()
             build(entrant)
-            engine = entrant._engine if kind is OurEntrant else entrant._stack.model
+            engine = entrant._engine if kind is OurEntrant else entrant.model
             alive[entrant.name] = weakref.ref(engine)
             seen.most_at_once = max(seen.most_at_once, len(living()))
             if failing.when == "beside others" and len(living()) > 1:
                 fail()
 
-        def followed_turns(entrant: Any) -> Any:
+        def followed_step(entrant: Any) -> Any:
             if failing.when == "step" and failing.name == entrant.name:
                 fail()
-            return turns(entrant)
+            return next_step(entrant)
 
-        kind.build, kind.turns = followed_build, followed_turns
+        kind.build, kind.next_step = followed_build, followed_step
 
     follow(OurEntrant)
-    follow(OtherEntrant)
+    follow(OtherStack)
     config = load_run_config(RUN_FILE, TINY, 1)
     groups = initialize_process_groups(launch, 1, 1)
     batch, before = random_step_batch(config, 0), live_bytes()

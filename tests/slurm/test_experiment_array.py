@@ -26,7 +26,7 @@ def test_each_job_of_the_array_runs_its_own_run(lab: SlurmLab, tmp_path: Path, m
     }
     (tmp_path / "mine.json").write_text(json.dumps(comparison))
     planner = Planner(load_experiment(tmp_path / "mine.json"), 600)
-    file, report = write_jobs(planner, tmp_path / "mine.json", []).files
+    _, (file, report) = write_jobs(planner, tmp_path / "mine.json", [])
     home = tmp_path / "home"
     for folder in ("raptr_ds", "tools"):
         (home / folder).mkdir(parents=True)

@@ -24,7 +24,7 @@ IMPORTERS = {
     "pyarrow": {"prepare", "evaluation"},
     "lm_eval": {"evaluation"},
     "tensorboard": {"runtime"},
-    "matplotlib": {"bench", "depth", "lab", "planner", "plots", "theory"},
+    "matplotlib": {"bench", "depth", "lab", "plots"},
     "safetensors": {"checkpoint", "hf"},
     "scipy": {"lab", "finetuning", "planner"},
     "hjson": {"config"},

@@ -25,7 +25,7 @@ STAND_INS = {
 
 def write(lab, **changes):
     planner = lab.planner(processes=4, slurm=SLURM, set=["train_batch_size=8"], **changes)
-    return planner, write_jobs(planner, lab.file, [])
+    return planner, write_jobs(planner, lab.file, [])[1]
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
 
 def test_the_files_say_what_sbatch_needs(lab):
     _, jobs = write(lab, sweep=SWEEP)
-    assert [file.name for file in jobs.files] == ["tuning.sbatch", "comparison.sbatch", "report.sbatch"]
-    text = jobs.files[1].read_text()
+    assert [file.name for file in jobs] == ["tuning.sbatch", "comparison.sbatch", "report.sbatch"]
+    text = jobs[1].read_text()
     options = re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE)
     assert {"--nodes=2", "--ntasks-per-node=2", "--array=4,5,6,7,8,9%3", "--time=1:00:00", "--requeue"} <= set(options)
     # sbatch reads its options up to the first command.
     assert text.index("export") > text.rindex("#SBATCH")
-    assert "--array=0,1,2,3%3" in jobs.files[0].read_text()
-    for file in jobs.files:
+    assert "--array=0,1,2,3%3" in jobs[0].read_text()
+    for file in jobs:
         assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
 
 
@@ -58,9 +58,9 @@ def test_only_what_is_not_finished_is_submitted_and_numbers_stay(lab):
     planner = lab.planner()
     lab.stand_in.failing = {"raptr, seed 2": 1}
     lab.run(planner)
-    jobs = write_jobs(planner, lab.file, [])
-    assert [file.name for file in jobs.files] == ["comparison.sbatch", "report.sbatch"]
-    assert "#SBATCH --array=3\n" in jobs.files[0].read_text()
+    _, jobs = write_jobs(planner, lab.file, [])
+    assert [file.name for file in jobs] == ["comparison.sbatch", "report.sbatch"]
+    assert "#SBATCH --array=3\n" in jobs[0].read_text()
     assert "raptr_ds.train.seed=2" in settings_of(planner, 3)
 
 
@@ -76,7 +76,7 @@ def test_a_tuned_run_learns_its_rate_when_it_starts(lab):
 
 def test_measured_time_is_measured_first(lab):
     planner, jobs = write(lab, budget={"equal": "time"})
-    assert [file.name for file in jobs.files] == ["probe.sbatch"]
+    assert [file.name for file in jobs] == ["probe.sbatch"]
     assert "raptr_ds.train.steps=40" in settings_of(planner, 1)
 
 
@@ -90,15 +90,15 @@ def test_jobs_start_one_after_another(lab, stand_ins, tmp_path, monkeypatch):
     assert [line.split()[-1] for line in lines] == ["1", "2", "3"]
     words = [line.split() for line in submitted.read_text().splitlines()]
     assert [line[1] for line in words[1:]] == ["--dependency=afterany:1", "--dependency=afterany:2"]
-    assert [line[-1] for line in words] == [str(file) for file in jobs.files]
-    assert submit(jobs, only_write=True) == [f"wrote {file}" for file in jobs.files]
+    assert [line[-1] for line in words] == [str(file) for file in jobs]
+    assert submit(jobs, only_write=True) == [f"wrote {file}" for file in jobs]
 
 
 def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     """The real batch file, training_job.sh and experiment.py; srun is a stand-in that shows what it was given."""
     vocabulary = "raptr_ds.model.vocab_size=600"
     planner = lab.planner(processes=4, slurm=SLURM, set=["train_batch_size=8", vocabulary])
-    (file, _) = write_jobs(planner, lab.file, []).files
+    _, (file, _) = write_jobs(planner, lab.file, [])
     # experiment.py in the job looks for the data's vocabulary: let it find a folder that needs no preparing.
     ask = REPOSITORY / "tools" / "experiment.py"
     text = file.read_text()

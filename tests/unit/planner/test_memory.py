@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from raptr_ds.planner.memory import TrainingState, activation_bytes, layer_activation_bytes
-from raptr_ds.planner.step_time import Layout
+from raptr_ds.planner.memory import activation_bytes, layer_activation_bytes
+from raptr_ds.planner.step_time import Device, Layout, Setting
 
 # Longer than what attention on a CPU computes in fp32 in place of 16 bits, which the formula leaves out.
 from tests.kept_tensors import (
@@ -26,16 +26,15 @@ from tests.kept_tensors import (
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dtype, recompute):
     stage, micro = build(groups, model_of(architecture, dropouts), dtype, recompute)
-    shape = model_of(architecture)
     kept = [kept_bytes(stage, micro, length) for length in (0, 1, 4)]
     layout = Layout((LAYERS,), BATCH, 1, recompute=recompute, bytes_per_value=dtype.itemsize)
-    state = TrainingState(4, *dropouts)
+    setting = Setting(model_of(architecture, dropouts), layout, Device(is_gpu=False), PREDICTED)
     stream = BATCH * LENGTH * 128 * dtype.itemsize
-    layer = stream if recompute else layer_activation_bytes(shape, layout, state)
+    layer = stream if recompute else layer_activation_bytes(setting)
     # What the formula leaves out: norms' statistics and the logarithms of attention's sums, about 1/64 of a layer.
     assert kept[2] - kept[1] == pytest.approx(3 * layer, rel=0.02)
     # The head keeps one buffer of logits; beside it what the embedding, the final norm and BERT's transform keep.
-    held = activation_bytes(shape, layout, state, 0, 0, PREDICTED)
+    held = activation_bytes(setting, 0, 0)
     assert held == BATCH * PREDICTED * VOCAB * dtype.itemsize
     assert held <= kept[0] <= held + 3 * stream
 
@@ -45,7 +44,7 @@ def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dty
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_a_layer_keeps_what_the_formula_says(groups, architecture, rate, compiled):
     """Attention's kernel keeps no scores, whatever its dropout: the formula is given one."""
-    state = TrainingState(4, rate, rate, on_gpu=True, compiled=compiled)
-    expected = layer_activation_bytes(model_of(architecture), Layout((LAYERS,), BATCH, 1), state)
+    layout = Layout((LAYERS,), BATCH, 1, compiled=compiled)
+    expected = layer_activation_bytes(Setting(model_of(architecture, (rate, rate)), layout, Device(), PREDICTED))
     # What the formula leaves out: norms' statistics, 1/128 of the stream each in so narrow a model.
     assert kept_by_a_layer(groups, architecture, rate, compiled) == pytest.approx(expected, rel=0.02)

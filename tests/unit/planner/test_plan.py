@@ -7,9 +7,9 @@ import pytest
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import StepFlops, num_parameters
-from raptr_ds.planner.memory import TrainingState, activation_bytes, largest_micro_batch, rank_memory
-from raptr_ds.planner.plan import Setting, fullest_rank, plan_run, propose_schedule
-from raptr_ds.planner.step_time import Device, Layout
+from raptr_ds.planner.memory import activation_bytes, largest_micro_batch, rank_memory
+from raptr_ds.planner.plan import fullest_rank, plan_run, propose_schedule
+from raptr_ds.planner.step_time import Device, Layout, Setting
 from tests.model_shapes import model_shape
 from tests.path_methods import path_method
 
@@ -17,8 +17,8 @@ SHAPE = model_shape("bert", layers=12, hidden=64, heads=4, length=32, vocabulary
 LAYOUT = Layout((3, 3, 3, 3), micro_batch=2, num_micro_batches=8, data=2)
 
 
-def setting_of(layout=LAYOUT):
-    return Setting(SHAPE, layout, Device(), TrainingState(4), predicted_per_sequence=5.0)
+def setting_of(layout=LAYOUT, predicted=5.0, shape=SHAPE):
+    return Setting(shape, layout, Device(is_gpu=False), predicted)
 
 
 def raptr(**values):
@@ -89,7 +89,7 @@ def test_zero_stages_share_what_they_share():
 
     def memory(zero, data, **values):
         layout = Layout((12,), 2, 8, data=data, zero_stage=zero, **values)
-        return rank_memory(SHAPE, layout, TrainingState(4), 0, 12, 5)
+        return rank_memory(setting_of(layout), 0, 12)
 
     assert memory(0, 4).weights == totals * 2
     assert memory(0, 4).optimizer == totals * 12
@@ -106,19 +106,18 @@ def test_zero_stages_share_what_they_share():
 
 
 def test_stages_hold_all_parameters_and_a_copy_of_the_tied_embedding():
-    held = sum(rank_memory(SHAPE, LAYOUT, TrainingState(4), stage, 3, 5).weights for stage in range(4)) / 2
+    held = sum(rank_memory(setting_of(), stage, 3).weights for stage in range(4)) / 2
     assert held == num_parameters(SHAPE) + SHAPE.vocab_size * SHAPE.hidden_size
 
 
 def test_activations_follow_path_micro_batches_and_recomputation():
-    state = TrainingState(4)
-    by_stage = [activation_bytes(SHAPE, LAYOUT, state, stage, 3, 0) for stage in range(4)]
+    by_stage = [activation_bytes(setting_of(predicted=0), stage, 3) for stage in range(4)]
     assert by_stage[0] == pytest.approx(4 * by_stage[3])
     assert by_stage == sorted(by_stage, reverse=True)
     one = Layout((12,), 2, 8)
-    full, half = (activation_bytes(SHAPE, one, state, 0, active, 0) for active in (12, 6))
+    full, half = (activation_bytes(setting_of(one, 0), 0, active) for active in (12, 6))
     assert full == 2 * half
-    assert activation_bytes(SHAPE, Layout((12,), 2, 8, recompute=True), state, 0, 12, 0) < full / 3
+    assert activation_bytes(setting_of(Layout((12,), 2, 8, recompute=True), 0), 0, 12) < full / 3
     stage, memory = fullest_rank([LayerPath.full(12), LayerPath((0, 3, 11), 12)], setting_of())
     assert stage == 0
     assert memory.activations == by_stage[0]
@@ -126,7 +125,7 @@ def test_activations_follow_path_micro_batches_and_recomputation():
 
 @cache
 def saved_at_24_layers(lengths):
-    deep = Setting(SHAPE.model_copy(update={"num_layers": 24}), Layout((24,), 2, 8), Device(), TrainingState(4), 5.0)
+    deep = setting_of(Layout((24,), 2, 8), shape=SHAPE.model_copy(update={"num_layers": 24}))
     return plan_run(raptr(num_layers=24, schedule="-".join(map(str, lengths))), deep).flops_saved
 
 
@@ -151,13 +150,12 @@ def test_a_saving_out_of_reach_has_no_schedule():
 
 
 def test_micro_batches_grow_into_what_a_short_path_frees():
-    state = TrainingState(4)
     layout = Layout((12,), 2, 12)
 
     def kept(micro_batch, path_length):
-        return activation_bytes(SHAPE, Layout((12,), micro_batch, 1), state, 0, path_length, 5)
+        return activation_bytes(setting_of(Layout((12,), micro_batch, 1)), 0, path_length)
 
-    sizes = {length: largest_micro_batch(SHAPE, layout, state, length, 5) for length in (1, 3, 4, 6, 8, 12)}
+    sizes = {length: largest_micro_batch(setting_of(layout), length) for length in (1, 3, 4, 6, 8, 12)}
     assert sizes[12] == 2
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for length, size in sizes.items():
@@ -166,4 +164,4 @@ def test_micro_batches_grow_into_what_a_short_path_frees():
         larger = min((times * 2 for times in (1, 2, 3, 4, 6, 12) if times * 2 > size), default=None)
         assert larger is None or kept(larger, length) > kept(2, 12)
     assert sizes[6] == 2  # the head's logits do not shrink with the path, so twice as many do not quite fit
-    assert largest_micro_batch(SHAPE, layout, state, 6, 0) == 4
+    assert largest_micro_batch(setting_of(layout, 0), 6) == 4

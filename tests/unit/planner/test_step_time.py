@@ -5,7 +5,7 @@ import pytest
 
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, num_parameters, step_flops
-from raptr_ds.planner.step_time import Device, Layout, active_in_stages, activity_table, step_seconds
+from raptr_ds.planner.step_time import Device, Layout, Setting, active_in_stages, activity_table, step_seconds
 from tests.model_shapes import model_shape
 
 SHAPE = model_shape("ul2", layers=8, hidden=64, heads=4, length=32, vocabulary=1000, ffn=192)
@@ -16,7 +16,7 @@ NO_LINKS = Device(1e12, np.inf, np.inf, np.inf, latency_seconds=0.0)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_one_device_takes_its_executed_flops(recompute):
     layout = Layout((8,), micro_batch=4, num_micro_batches=3, recompute=recompute)
-    times = step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10)
+    times = step_seconds(PATHS, Setting(SHAPE, layout, NO_LINKS, 10))
     for path, seconds in zip(PATHS, times.total, strict=True):
         expected = step_flops(SHAPE, path.length, 12, 120, recompute) / 1e12
         # A recomputed layer is forward again: four passes, as FLOPs count them.
@@ -25,7 +25,7 @@ def test_one_device_takes_its_executed_flops(recompute):
 
 def test_tensor_ranks_share_the_flops():
     one, four = (Layout((8,), 4, 3, tensor=tensor) for tensor in (1, 4))
-    times = [step_seconds(PATHS, SHAPE, layout, NO_LINKS, 10).total for layout in (one, four)]
+    times = [step_seconds(PATHS, Setting(SHAPE, layout, NO_LINKS, 10)).total for layout in (one, four)]
     assert times[0] == pytest.approx(4 * times[1])
 
 
@@ -33,7 +33,7 @@ def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_
     shape = SHAPE.model_copy(update={"vocab_size": 1})
     layout = Layout((2, 2, 2, 2), 1, 32)
     paths = [LayerPath.full(8), LayerPath((0, 2, 4, 6), 8), LayerPath((0, 1, 2, 4), 8)]
-    full, balanced, uneven = step_seconds(paths, shape, layout, NO_LINKS, 0).pipeline
+    full, balanced, uneven = step_seconds(paths, Setting(shape, layout, NO_LINKS, 0)).pipeline
     assert full / balanced == pytest.approx(2.0)
     assert 1.0 < full / uneven < 1.1
 
@@ -44,7 +44,7 @@ def test_communication_follows_bytes_and_active_layers():
     # in tests/dist/test_proportional.py.
     for stage, reductions, gathers in ((0, 2, 0), (1, 2, 1), (2, 6, 1), (3, 3, 3)):
         layout = Layout((8,), 4, 3, data=4, zero_stage=stage)
-        times = step_seconds(PATHS, SHAPE, layout, links, 10)
+        times = step_seconds(PATHS, Setting(SHAPE, layout, links, 10))
         for path, reduced, gathered, stepped in zip(
             PATHS, times.gradients, times.gathers, times.optimizer, strict=True
         ):
@@ -59,7 +59,7 @@ def test_zero_3_gathers_layers_again_that_it_has_not_kept_whole(kept, again):
     links = Device(np.inf, np.inf, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
     layout = Layout((8,), 4, 3, data=4, zero_stage=3, kept_whole=kept * layer_parameters(SHAPE))
     gathered = num_parameters(SHAPE) + again * layer_parameters(SHAPE)
-    times = step_seconds([LayerPath.full(8)], SHAPE, layout, links, 10)
+    times = step_seconds([LayerPath.full(8)], Setting(SHAPE, layout, links, 10))
     assert times.gathers == pytest.approx(3 * gathered * 2 * 3 / 4 / 1e9)
 
 
@@ -68,9 +68,9 @@ def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
     links = Device(1e12, 1e9, np.inf, 1e9, ranks_per_machine=1, latency_seconds=0.0)
     layout = Layout((8,), 4, 4, data=4, zero_stage=stage)
     draws = [LayerPath((0, 1, 4, 7), 8), LayerPath((0, 1, 2, 3), 8)]
-    both = step_seconds([LayerPath.of_shares(draws)], SHAPE, layout, links, 10)
-    alone = step_seconds(draws, SHAPE, layout, links, 10)
-    union = step_seconds([LayerPath((0, 1, 2, 3, 4, 7), 8)], SHAPE, layout, links, 10)
+    both = step_seconds([LayerPath.of_shares(draws)], Setting(SHAPE, layout, links, 10))
+    alone = step_seconds(draws, Setting(SHAPE, layout, links, 10))
+    union = step_seconds([LayerPath((0, 1, 2, 3, 4, 7), 8)], Setting(SHAPE, layout, links, 10))
     assert both.pipeline == pytest.approx(alone.pipeline.mean())
     assert both.optimizer == pytest.approx(union.optimizer)
     assert both.gradients == pytest.approx(union.gradients if stage < 2 else alone.gradients[:1])

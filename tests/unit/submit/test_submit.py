@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.submit import checks
 from raptr_ds.submit.checks import check_disk, check_folder, check_memory, checkpoint_bytes, complete_run_file
 from raptr_ds.submit.container import ContainerWords, container_words
-from raptr_ds.submit.job import Submission
 from raptr_ds.submit.layout import check_more_options, job_layout
+from raptr_ds.submit.request import CheckedRun, Request, Submission
 from raptr_ds.submit.snapshot import code_files, copy_code, free_number
-from raptr_ds.submit.sweep import run_settings, sweep
+from raptr_ds.submit.sweep import sweep
 
 NASTY = "a b \"c\" 'd' $(touch ran) `touch ran`; touch ran & #[1]*?"
 MODEL = {"architecture": "bert", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 2, "seq_length": 32}
@@ -63,21 +63,22 @@ def test_further_options_of_sbatch() -> None:
             check_more_options(words)
 
 
+def names_of(points: list[list[str]]) -> list[str]:
+    return [Path(json.loads(point[-1].partition("=")[2])).name for point in points]
+
+
 def test_sweeps(tmp_path: Path) -> None:
-    points = sweep(["optimizer.params.lr=1e-3,2e-3", "raptr_ds.train.seed=1,2"])
-    assert [point.name for point in points] == [
-        f"lr={rate},seed={seed}" for rate in ("1e-3", "2e-3") for seed in (1, 2)
-    ]
-    save = run_settings(points[0], tmp_path / NASTY)[-1]
-    config = load_run_config(run_file(tmp_path), [save])
+    points = sweep(["optimizer.params.lr=1e-3,2e-3", "raptr_ds.train.seed=1,2"], tmp_path / NASTY)
+    assert names_of(points) == [f"lr={rate},seed={seed}" for rate in ("1e-3", "2e-3") for seed in (1, 2)]
+    config = load_run_config(run_file(tmp_path), [points[0][-1]])
     assert config.train.save == str(tmp_path / NASTY / "lr=1e-3,seed=1")
     (tmp_path / "points").write_text("a.b=1 'c.d=[1, 2]'  # two\n\ne.f=../$(x)\n")
-    first, second = sweep([str(tmp_path / "points")])
-    assert first.settings == ("a.b=1", "c.d=[1, 2]")
-    assert re.fullmatch(r"[\w=.,-]+", first.name)
-    assert "/" not in second.name
-    same_end = sweep(["a.x=1", "b.x=1,2"])
-    assert len({point.name for point in same_end}) == 2
+    points = sweep([str(tmp_path / "points")], tmp_path)
+    assert points[0][:-1] == ["a.b=1", "c.d=[1, 2]"]
+    assert re.fullmatch(r"[\w=.,-]+", names_of(points)[0])
+    assert [Path(json.loads(point[-1].partition("=")[2])).parent for point in points] == [tmp_path] * 2
+    same_end = sweep(["a.x=1", "b.x=1,2"], tmp_path)
+    assert len(set(names_of(same_end))) == 2
     (tmp_path / "wrong").write_text("a.b 1\n")
     for words in (
         ["x"],
@@ -89,7 +90,7 @@ def test_sweeps(tmp_path: Path) -> None:
         [str(tmp_path / "wrong")],
     ):
         with pytest.raises(ConfigError, match="--array"):
-            sweep(words)
+            sweep(words, tmp_path)
 
 
 def test_the_copied_run_file_serves_other_sizes(tmp_path: Path) -> None:
@@ -188,9 +189,11 @@ def test_the_code_is_copied_once_and_follows_its_content(tmp_path: Path) -> None
     assert free_number(tmp_path) == 4
 
 
-def submission(folder: Path) -> Submission:
-    layout = job_layout("2", None, None, None, 120)
-    return Submission("name", folder, layout, folder, folder / "code", "", (folder / "1", folder / "2"))
+def submission(folder: Path, container: ContainerWords | None = None, **options: Any) -> Submission:
+    values = {field.name: None for field in fields(Request)} | {"chain": 1, "more_options": (), "home": folder}
+    run = CheckedRun(load_run_config(run_file(folder)), folder, "")
+    request, layout = Request(**{**values, "venv": "", **options}), job_layout("2", None, None, None, 120)
+    return Submission(request, folder, layout, [run, run], container or ContainerWords(), ())
 
 
 def test_the_batch_file_quotes_every_name(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_the_batch_file_quotes_every_name(tmp_path: Path) -> None:
     (folder / "code" / "slurm" / "training_job.sh").write_text(show)
     words = ContainerWords((f"--x={NASTY}",), (NASTY, "two"))
     batch = folder / "file"
-    batch.write_text(replace(submission(folder), container=words, is_array=True).batch_file())
+    batch.write_text(submission(folder, words, array=["x"]).batch_file(folder / "code", [folder / "1", folder / "2"]))
     env = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "RAPTR_ARGS": "touch"}
     done = subprocess.run(["bash", str(batch)], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     expected = [folder, folder / "code", folder / "2", f"--x={NASTY}", NASTY, "two"]
@@ -209,10 +212,10 @@ def test_the_batch_file_quotes_every_name(tmp_path: Path) -> None:
 
 
 def test_sbatch_s_words(tmp_path: Path) -> None:
-    words = replace(submission(tmp_path), chain=2, partition="long", more_options=("--qos=x",)).command(tmp_path / "f")
+    words = submission(tmp_path, chain=2, partition="long", more_options=("--qos=x",)).command(tmp_path / "f")
     assert {"--no-requeue", "--dependency=singleton", "--partition=long", f"--chdir={tmp_path}"} <= set(words)
     assert words[-2:] == ["--qos=x", str(tmp_path / "f")]
-    words = replace(submission(tmp_path), is_array=True).command(tmp_path / "f")
+    words = submission(tmp_path, array=["x"]).command(tmp_path / "f")
     assert {"--array=0-1", "--requeue", "--output=slurm-%A_%a.out"} <= set(words)
 
 

@@ -25,15 +25,15 @@ LOST = Failure("node1", 77, "exit code 77")
     [
         (Ending(0), Cause.DONE),
         (Ending(0, stop_requested=True), Cause.DONE),
-        (Ending(0, KILLED), Cause.DONE),  # a launcher that knows better
+        (Ending(0, [KILLED]), Cause.DONE),  # a launcher that knows better
         (Ending(1), Cause.FAULT),
         (Ending(137), Cause.FAULT),
-        (Ending(137, KILLED), Cause.FAULT),
+        (Ending(137, [KILLED]), Cause.FAULT),
         (Ending(127), Cause.FAULT),
         (Ending(2), Cause.MISTAKE),
-        (Ending(137, Failure("node1", 2, "exit code 2")), Cause.MISTAKE),  # the others were killed for waiting
-        (Ending(1, Failure("here", 2, "exit code 2")), Cause.MISTAKE),  # torchrun
-        (Ending(1, Failure("here", 75, "exit code 75")), Cause.STOPPED),
+        (Ending(137, [Failure("node1", 2, "exit code 2")]), Cause.MISTAKE),  # the others were killed for waiting
+        (Ending(1, [Failure("here", 2, "exit code 2")]), Cause.MISTAKE),  # torchrun
+        (Ending(1, [Failure("here", 75, "exit code 75")]), Cause.STOPPED),
         (Ending(75), Cause.STOPPED),
         (Ending(138, stop_requested=True), Cause.STOPPED),
         (Ending(138), Cause.FAULT),
@@ -43,11 +43,11 @@ LOST = Failure("node1", 77, "exit code 77")
         (Ending(75, port_taken=True), Cause.STOPPED),
         (Ending(74), Cause.STORAGE),
         (Ending(76), Cause.HUNG),
-        (Ending(137, Failure("node1", 76, "exit code 76")), Cause.HUNG),
-        (Ending(137, LOST, (KILLED,)), Cause.FAULT),
-        (Ending(77, LOST), Cause.FAULT),
-        (Ending(77, LOST, (Failure("node2", 2, "exit code 2"),)), Cause.MISTAKE),
-        (Ending(137, LOST, (Failure("node2", 76, "exit code 76"), KILLED)), Cause.HUNG),
+        (Ending(137, [Failure("node1", 76, "exit code 76")]), Cause.HUNG),
+        (Ending(137, [LOST, KILLED]), Cause.FAULT),
+        (Ending(77, [LOST]), Cause.FAULT),
+        (Ending(77, [LOST, Failure("node2", 2, "exit code 2")]), Cause.MISTAKE),
+        (Ending(137, [LOST, Failure("node2", 76, "exit code 76"), KILLED]), Cause.HUNG),
     ],
 )
 def test_the_cause_is_that_of_the_task_that_failed_first(ending: Ending, cause: Cause) -> None:
@@ -138,16 +138,16 @@ def test_done_and_mistakes_are_never_tried_again() -> None:
     ("ending", "node"),
     [
         (Ending(1), None),
-        (Ending(137, KILLED, (Failure("node1", 1, ""),)), "node2"),
-        (Ending(1, Failure(None, 1, "")), None),
-        (Ending(137, Failure("node1", 76, ""), (Failure("node3", 76, ""), KILLED)), "node2"),  # stopped, then killed
-        (Ending(76, Failure("node1", 76, ""), (Failure("node3", 76, ""),)), None),
-        (Ending(137, Failure("node1", 76, ""), (KILLED, Failure("node3", None, "Killed"))), None),
-        (Ending(75, Failure("node1", 75, "")), None),
-        (Ending(137, LOST, (KILLED,)), "node2"),  # its end was reported after that of the task which lost it
-        (Ending(137, KILLED, (LOST,)), "node2"),
-        (Ending(77, LOST, (LOST,)), None),  # the network between two nodes
-        (Ending(137, LOST, (Failure("node3", 76, ""), KILLED)), "node2"),
+        (Ending(137, [KILLED, Failure("node1", 1, "")]), "node2"),
+        (Ending(1, [Failure(None, 1, "")]), None),
+        (Ending(137, [Failure("node1", 76, ""), Failure("node3", 76, ""), KILLED]), "node2"),  # stopped, then killed
+        (Ending(76, [Failure("node1", 76, ""), Failure("node3", 76, "")]), None),
+        (Ending(137, [Failure("node1", 76, ""), KILLED, Failure("node3", None, "Killed")]), None),
+        (Ending(75, [Failure("node1", 75, "")]), None),
+        (Ending(137, [LOST, KILLED]), "node2"),  # its end was reported after that of the task which lost it
+        (Ending(137, [KILLED, LOST]), "node2"),
+        (Ending(77, [LOST, LOST]), None),  # the network between two nodes
+        (Ending(137, [LOST, Failure("node3", 76, ""), KILLED]), "node2"),
     ],
 )
 def test_the_node_to_blame(ending: Ending, node: str | None) -> None:

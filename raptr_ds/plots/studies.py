@@ -1,16 +1,40 @@
-"""Plots of the experiments on the theory: degrees learned by kind of path, loss gaps by depth and at transitions."""
+"""Plots of studies: how paths speed up on longer pipelines, and the experiments on the theory of random paths."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:  # it imports the trainer
-    from raptr_ds.theory.transitions import Transition
-
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_GREY = "#555555"
+
+
+def plot_scaling(
+    stages: Sequence[int],
+    speed_ups: Mapping[str, Mapping[str, Sequence[float]]],
+    ideal: Mapping[str, float],
+    file: Path,
+) -> None:
+    """Write a PNG of speed-up by the number of pipeline stages, one panel for each path length.
+
+    speed_ups: panel title -> sampling -> a value for each number of stages; ideal: by panel title.
+    """
+    figure = Figure(figsize=(4.6 * len(speed_ups), 4.0), dpi=90, layout="constrained")
+    for index, (title, curves) in enumerate(speed_ups.items()):
+        axes = figure.add_subplot(1, len(speed_ups), index + 1)
+        axes.axhline(ideal[title], color=_GREY, linewidth=1, linestyle="--", label="by FLOPs")
+        for colour, (name, values) in zip(_COLOURS, curves.items(), strict=False):
+            axes.plot(stages, values, color=colour, marker="o", markersize=4, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(stages), [str(count) for count in stages])
+        axes.set_ylim(bottom=0.95)
+        _finish(axes, title, "pipeline stages", "" if index else "speed-up over the full path")
+        if index == 0:
+            axes.legend(fontsize=9, frameon=False)
+    _save(figure, file)
 
 
 def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], file: Path) -> None:
@@ -22,11 +46,8 @@ def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], fil
             axes.plot(steps, np.maximum(errors[:, degree], 1e-4), color=colour, label=f"degree {degree + 1}")
         axes.set_yscale("log")
         axes.set_ylim(1e-4, 20)
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
+        _finish(axes, name, "step", "" if index else "error of the full model")
         if index == 0:
-            axes.set_ylabel("error of the full model")
             axes.legend(fontsize=8, frameon=False)
     _save(figure, file)
 
@@ -44,31 +65,28 @@ def plot_stability(
         axes.plot(depths, gaps, color=colour, marker="o", markersize=4, label=name)
     first = next(iter(initial.values()))
     guide = first[-1] * np.sqrt(depths[-1] / np.array(depths))
-    axes.plot(depths, guide, color="#555555", linestyle="--", linewidth=1, label="1/sqrt(L)")
+    axes.plot(depths, guide, color=_GREY, linestyle="--", linewidth=1, label="1/sqrt(L)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(list(depths), [str(depth) for depth in depths])
-    axes.set_xlabel("layers L")
-    axes.set_ylabel("gap in an example's loss")
-    axes.set_title("at initialization, paths of L - 1 layers", fontsize=11)
+    _finish(axes, "at initialization, paths of L - 1 layers", "layers L", "gap in an example's loss")
     axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     axes = figure.add_subplot(1, 2, 2)
     for name, (steps, gaps) in training.items():
         variant = next(index for index, known in enumerate(initial) if name.startswith(known))
         same = [other for other in training if other.startswith(list(initial)[variant])]
         width = 0.7 + 0.8 * same.index(name)
         axes.plot(steps, gaps, color=_COLOURS[variant], linewidth=width, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss of paths minus the full model's")
-    axes.set_title("through training of the full model", fontsize=11)
+    _finish(axes, "through training of the full model", "step", "loss of paths minus the full model's")
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
 
 
-def plot_transitions(transitions: Sequence["Transition"], file: Path) -> None:
-    """Write a PNG: the held-out loss of every sampled path before and after each transition, and the full model's."""
+def plot_transitions(transitions: Sequence[Any], file: Path) -> None:
+    """Write a PNG: the held-out loss of every sampled path before and after each transition, and the full model's.
+
+    transitions: with the fields of raptr_ds.theory.transitions.Transition.
+    """
     figure = Figure(figsize=(1.8 + 1.9 * len(transitions), 3.8), dpi=90, layout="constrained")
     axes = figure.add_subplot()
     for index, one in enumerate(transitions):
@@ -81,10 +99,16 @@ def plot_transitions(transitions: Sequence["Transition"], file: Path) -> None:
         axes.plot([index - 0.35, index + 0.35], [one.full_loss] * 2, color=_COLOURS[1], linestyle="--", label=label)
     axes.margins(y=0.15)
     axes.set_xticks(range(len(transitions)), [f"step {one.step}" for one in transitions])
-    axes.set_ylabel("held-out loss of paths, and their mean")
+    _finish(axes, "", "", "held-out loss of paths, and their mean")
     axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, file: Path) -> None:
