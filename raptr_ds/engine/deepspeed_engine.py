@@ -5,6 +5,7 @@ deepspeed 0.19.8; tests/upstream shows when an override is no longer needed.
 """
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -32,39 +33,20 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 
 
-class TensorParallelUnit:
-    """The `mpu` that DeepSpeed asks for groups; megatron-core's module lacks the first three names."""
-
-    def __init__(self, groups: ProcessGroups) -> None:
-        self._groups = groups
-
-    def get_model_parallel_rank(self) -> int:
-        """Return the tensor rank."""
-        return self._groups.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        """Return the number of tensor ranks."""
-        return self._groups.topology.tensor
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Return the tensor group."""
-        return self._groups.tensor
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        """Return the data-parallel rank."""
-        return self._groups.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        """Return the number of data-parallel ranks."""
-        return self._groups.topology.data
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Return the data-parallel group."""
-        return self._groups.data
+def tensor_parallel_unit(groups: ProcessGroups) -> SimpleNamespace:
+    """Return the `mpu` that DeepSpeed asks for ranks and groups; megatron-core's module lacks the first three names."""
+    answers = {
+        "model_parallel_rank": groups.tensor_rank,
+        "model_parallel_world_size": groups.topology.tensor,
+        "model_parallel_group": groups.tensor,
+        "tensor_model_parallel_rank": groups.tensor_rank,
+        "tensor_model_parallel_world_size": groups.topology.tensor,
+        "tensor_model_parallel_group": groups.tensor,
+        "data_parallel_rank": groups.data_rank,
+        "data_parallel_world_size": groups.topology.data,
+        "data_parallel_group": groups.data,
+    }
+    return SimpleNamespace(**{f"get_{name}": lambda answer=answer: answer for name, answer in answers.items()})
 
 
 class PathAware:
@@ -185,7 +167,7 @@ def build_deepspeed_engine(
 ) -> PathAwareEngine | PathAwarePipelineEngine:
     """Return the DeepSpeed engine for `module`, which runs `stage`; for a PipelineModule the pipeline engine."""
     pipelined = isinstance(module, PipelineModule)
-    unit: Any = module.mpu() if isinstance(module, PipelineModule) else TensorParallelUnit(groups)
+    unit: Any = module.mpu() if isinstance(module, PipelineModule) else tensor_parallel_unit(groups)
     engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
     engine = engine_class.__new__(engine_class)
     # DeepSpeed's constructor calls _configure_optimizer, which needs these; nn.Module refuses them before it has run.
