@@ -17,7 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
@@ -101,10 +101,6 @@ class PathAware:
         finally:
             accelerator.is_fp16_supported = is_supported
 
-    def observe_loss(self, loss: torch.Tensor) -> None:
-        """Record a micro batch's loss, a scalar; if it is not finite all ranks skip the step."""
-        self.optimizer.loss_check.observe(loss)
-
     def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
         """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
         if self.zero_optimization_stage() > 0:
@@ -166,9 +162,10 @@ def build_deepspeed_engine(
     config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups
 ) -> PathAwareEngine | PathAwarePipelineEngine:
     """Return the DeepSpeed engine for `module`, which runs `stage`; for a PipelineModule the pipeline engine."""
-    pipelined = isinstance(module, PipelineModule)
-    unit: Any = module.mpu() if isinstance(module, PipelineModule) else tensor_parallel_unit(groups)
-    engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
+    if isinstance(module, PipelineModule):
+        unit, engine_class = module.mpu(), PathAwarePipelineEngine
+    else:
+        unit, engine_class = tensor_parallel_unit(groups), PathAwareEngine
     engine = engine_class.__new__(engine_class)
     # DeepSpeed's constructor calls _configure_optimizer, which needs these; nn.Module refuses them before it has run.
     clock = WorkClock(groups.device, is_on=groups.topology.world_size > 1)
@@ -203,29 +200,14 @@ def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]
     return {**config, "zero_optimization": {**zero, "reduce_bucket_size": min(asked, elements)}}
 
 
-class PipelineStages(PipelineModule):
-    """A PipelineModule with one layer for each pipeline stage: the stage, which runs its layers of the path."""
-
-    def __init__(self, body: nn.Module, groups: ProcessGroups) -> None:
-        start_deepspeed_comm()
-        topology = groups.topology
-        with contextlib.redirect_stdout(None):  # it prints its partition, one layer a stage
-            super().__init__(
-                layers=[LayerSpec(_Given, body) for _ in range(topology.pipeline)],
-                topology=PipeModelDataParallelTopology(
-                    num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
-                ),
-                partition_method="uniform",
-                activation_checkpoint_interval=0,
-            )
-
-
-class _Given(nn.Module):
-    """The layer that a LayerSpec builds: it wraps a module that exists already."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
+def pipeline_module(body: nn.Module, groups: ProcessGroups) -> PipelineModule:
+    """Return a PipelineModule with one layer for each pipeline stage: `body`, which runs the stage's part of a path."""
+    start_deepspeed_comm()
+    sizes = groups.topology
+    with contextlib.redirect_stdout(None):  # it prints its partition, one layer a stage
+        return PipelineModule(
+            layers=[body] * sizes.pipeline,
+            topology=PipeModelDataParallelTopology(num_pp=sizes.pipeline, num_mp=sizes.tensor, num_dp=sizes.data),
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+        )

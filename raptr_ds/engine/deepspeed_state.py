@@ -1,6 +1,7 @@
-"""What both DeepSpeed engines share: the loss's weight and scale, a step's result, the state by parameter name."""
+"""What both DeepSpeed engines share: a step around DeepSpeed's, evaluation, the state by parameter name."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.grow import grow_layers
-from raptr_ds.engine.parameter_groups import every_layer, layers_on, set_learning_rate
+from raptr_ds.engine.parameter_groups import every_layer, layers_on
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
+from raptr_ds.parallel.dropout import dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.growth import Growth
@@ -23,33 +25,58 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 
 
 class DeepSpeedState:
-    """The methods of `Engine` that do not depend on pipeline stages."""
+    """An `Engine` on one of DeepSpeed's, which runs batches; how it does that is a subclass's."""
 
-    def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups, skipped_update: str) -> None:
-        self.engine, self.stage, self.groups = engine, stage, groups
+    def __init__(self, engine: Any, stage: Stage, groups: ProcessGroups, seed: int, skipped_update: str) -> None:
+        self.engine, self.stage, self.groups, self.seed = engine, stage, groups, seed
+        self.optimizer: Any = engine.optimizer
         self.clock: WorkClock = engine.clock
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
         self.freezes = skipped_update == "freeze"
 
-    def begin_step(self, path: LayerPath, learning_rate: float) -> None:
-        """Prepare for a training step along `path`; only the weights of its layers are gathered."""
-        set_learning_rate(self.engine.basic_optimizer, learning_rate)
-        optimizer = self.engine.optimizer
-        optimizer.follow(path, self.freezes)
-        optimizer.gather(layers_on(path))
+    @abstractmethod
+    def _prepare(self, batch: StepBatch) -> None:
+        """Prepare for a training step on `batch`, which is on the host."""
 
-    def begin_evaluation(self, path: LayerPath) -> None:
-        """Prepare for forward passes along `path` without backward passes."""
-        optimizer = self.engine.optimizer
-        optimizer.follow_forward(path)
-        optimizer.gather(layers_on(path))
+    @abstractmethod
+    def _run(self, batch: StepBatch, path: LayerPath, weight: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Run a step's forward and backward passes and DeepSpeed's step; return the global batch's mean loss, a scalar.
 
-    def count_predictions(self, batch: StepBatch) -> torch.Tensor:
-        """Return the predicted positions of the global batch, an fp64 scalar on the device."""
+        weight: the factor of a micro batch's summed loss. keys: of the step's dropout.
+        """
+
+    @abstractmethod
+    def _losses(self, batch: StepBatch, path: LayerPath) -> Iterator[torch.Tensor]:
+        """Yield losses without dropout, fp64 scalars; summed over data-parallel ranks they are the batch's losses."""
+
+    def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
+        """Train step `step` along `path`; only the weights of its layers are gathered."""
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.follow(path, self.freezes)
+        self.optimizer.gather(layers_on(path))
+        self._prepare(batch)
+        batch = batch.to(self.groups.device)
         # Filled by a kernel: copying a number from the host would wait for the device.
         count = torch.full((), batch.num_predictions, dtype=torch.float64, device=self.groups.device)
-        return self.summed_over_data(count)
+        self.summed_over_data(count)
+        # DeepSpeed averages over micro batches and data-parallel ranks. Of losses with this factor the average is the
+        # mean over the predicted positions of the global batch, however the batch is split.
+        weight = (len(batch.micro_batches) * self.groups.topology.data / count).float()
+        keys = dropout_keys(self.seed, step, self.stage.model.num_layers, self.groups.device)
+        self.clock.begin_step()
+        return self._result(self._run(batch, path, weight, keys), count)
+
+    def observe(self, loss: torch.Tensor) -> None:
+        """Note a micro batch's loss, a scalar, before its backward pass: all ranks skip the step if it is not finite.
+
+        fp16's loss scale is applied here at ZeRO stage 0; at other stages DeepSpeed applies it.
+        """
+        self.optimizer.loss_check.observe(loss)
+        if isinstance(self.optimizer, ReplicatedOptimizer) and self.optimizer.loss_scale != 1.0:
+            scale = self.optimizer.loss_scale
+            loss.register_hook(lambda gradient: gradient * scale)
 
     def summed_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values` summed over the data-parallel ranks, in place."""
@@ -57,42 +84,37 @@ class DeepSpeedState:
             dist.all_reduce(values, group=self.groups.data)
         return values
 
-    def loss_weight(self, batch: StepBatch, num_predictions: torch.Tensor) -> torch.Tensor:
-        """Return the factor of a micro batch's summed loss.
-
-        DeepSpeed averages over micro batches and data-parallel ranks; with this factor the average is the mean over
-        the predicted positions of the global batch, however the batch is split.
-        """
-        return (len(batch.micro_batches) * self.groups.topology.data / num_predictions).float()
-
-    def scale_gradient(self, loss: torch.Tensor) -> None:
-        """Apply fp16's loss scale at ZeRO stage 0; at other stages DeepSpeed applies it."""
-        optimizer = self.engine.optimizer
-        if isinstance(optimizer, ReplicatedOptimizer) and optimizer.loss_scale != 1.0:
-            scale = optimizer.loss_scale
-            loss.register_hook(lambda gradient: gradient * scale)
-
-    def result(self, loss: torch.Tensor, share: int, num_predictions: torch.Tensor) -> StepResult:
-        """Return the step's result after DeepSpeed's step: the only place where a training step waits for the device.
-
-        loss: a scalar on the device, `share` times the mean over the global batch.
-        """
-        optimizer = self.engine.optimizer
-        norm = optimizer._global_grad_norm  # a number if ZeRO 1 to 3 have found it not finite, else a tensor
+    def _result(self, loss: torch.Tensor, num_predictions: torch.Tensor) -> StepResult:
+        """Return the result after DeepSpeed's step: the only place where a training step waits for the device."""
+        norm = self.optimizer._global_grad_norm  # a number if ZeRO 1 to 3 have found it not finite, else a tensor
         on_device = [loss, num_predictions, *([norm] if isinstance(norm, torch.Tensor) else [])]
-        total, count, *norms = read_back(torch.stack([value.double() for value in on_device]))
+        mean, count, *norms = read_back(torch.stack([value.double() for value in on_device]))
         norm = norms[0] if norms else float(norm)
-        optimizer.finish_step(norm)
+        self.optimizer.finish_step(norm)
         return StepResult(
-            loss=total / share,
+            loss=mean,
             num_predictions=int(count),
             grad_norm=norm if norm >= 0 else float("nan"),
-            skipped=bool(optimizer.overflow),
+            skipped=bool(self.optimizer.overflow),
             own_seconds=self.clock.end_step(),
         )
 
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
+        """Return the mean loss over all predicted positions of `batches` along `path`."""
+        self.optimizer.follow_forward(path)
+        self.optimizer.gather(layers_on(path))
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        count = 0
+        for batch in batches:
+            for loss in self._losses(batch.to(self.groups.device), path):
+                total += loss
+            count += batch.num_predictions
+        loss, predictions = read_back(self.summed_over_data(torch.stack([total, torch.full_like(total, count)])))
+        return loss / predictions
+
     def _holders(self) -> list[Holder]:
-        return self.engine.optimizer.holders(self.names)
+        return self.optimizer.holders(self.names)
 
     def fragments(self) -> list[Fragment]:
         """Return views of all fp32 weights and optimizer states that this rank holds."""
@@ -101,11 +123,11 @@ class DeepSpeedState:
     def grow(self, growth: Growth) -> None:
         """Give the new layers the weights and the optimizer state that they begin with."""
         grow_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
-        self.engine.optimizer.refresh(growth.new_layers.__contains__)
+        self.optimizer.refresh(growth.new_layers.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
         """Whether this rank writes the fragment: ZeRO's partitions have one owner each; of replicas it is rank 0."""
-        if isinstance(self.engine.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
+        if isinstance(self.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
             return False
         return is_owner(self.parameters[fragment.name], self.groups)
 
@@ -119,18 +141,18 @@ class DeepSpeedState:
 
     def refresh_weights(self) -> None:
         """Copy the fp32 weights to the working weights."""
-        self.engine.optimizer.refresh(every_layer)
+        self.optimizer.refresh(every_layer)
 
     def loss_scaler_state(self) -> dict[str, float]:
         """Return a dynamic loss scale and its counters; a static one is in the run file."""
-        scaler = self.engine.optimizer.loss_scaler
+        scaler = self.optimizer.loss_scaler
         if not scaler.dynamic:
             return {}
         return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS}
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
         """Restore what `loss_scaler_state` returned, if the loss scale is dynamic here."""
-        scaler = self.engine.optimizer.loss_scaler
+        scaler = self.optimizer.loss_scaler
         if not scaler.dynamic:
             return
         for key, value in values.items():

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from raptr_ds.paths.path import LayerPath
@@ -52,9 +51,3 @@ def layers_on(path: LayerPath) -> Callable[[int], bool]:
 def every_layer(_layer: int) -> bool:
     """Return True."""
     return True
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

@@ -75,7 +75,9 @@ class PoisonedBatches:
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Return a copy of all that moves on this rank: fp32 weights, moments, working weights."""
-    engine.begin_evaluation(LayerPath.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
+    full = LayerPath.full(engine.stage.model.num_layers)  # type: ignore[attr-defined]
+    engine.optimizer.follow_forward(full)  # type: ignore[attr-defined]
+    engine.optimizer.gather(full.is_active)  # type: ignore[attr-defined]
     state = {f"{f.name} {f.kind} {f.offset}": f.data.clone() for f in engine.fragments()}
     for name, parameter in engine.stage.named_parameters():  # type: ignore[attr-defined]
         state[f"{name} working"] = _working(parameter).detach().clone()
