@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.checkpoint.reshard import Geometry, num_real_elements
+from raptr_ds.checkpoint.reshard import num_real_elements
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
 
 FORMAT = 1

@@ -20,7 +20,6 @@ from raptr_ds.checkpoint.manifest import (
     checksum,
 )
 from raptr_ds.checkpoint.reshard import Transfer, num_real_elements, transfers
-from raptr_ds.checkpoint.write import geometry_of
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
@@ -115,7 +114,7 @@ class _TensorFiles:
 
 
 def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> None:
-    target = geometry_of(fragment)
+    target = fragment.geometry
     filled = 0
     for entry in entries:
         if fragment.kind not in entry.keys:

@@ -9,22 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Which elements of a full tensor a flat run holds.
-
-    The full tensor is narrowed to `start:start + size` along `dim` (whole where dim is None), zero-padded to
-    `local_shape` and flattened; the run is its elements from `offset` to `offset + numel`.
-    """
-
-    full_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    size: int
-    local_shape: tuple[int, ...]
-    offset: int
-    numel: int
+from raptr_ds.engine.fragments import Geometry
 
 
 @dataclass(frozen=True)

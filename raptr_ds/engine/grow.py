@@ -53,7 +53,8 @@ def grow_layers(
             old = [fragment for fragment in old if fragment.kind == WEIGHT]
         if from_stage == to_stage == groups.pipeline_rank:
             for target, original in zip(new, old, strict=True):
-                assert (target.kind, target.offset) == (original.kind, original.offset), "layers are cut differently"
+                is_same = (target.kind, target.geometry) == (original.kind, original.geometry)
+                assert is_same, "layers are cut differently"
                 target.data.copy_(original.data)
         elif groups.pipeline_rank == from_stage:
             for original in old:
@@ -100,4 +101,4 @@ def _in_layer(name: str, layer: int) -> str:
 
 
 def _ordered(fragments: Iterable[Fragment]) -> list[Fragment]:
-    return sorted(fragments, key=lambda f: (f.name.split(".", 2)[2], f.kind, f.offset))
+    return sorted(fragments, key=lambda f: (f.name.split(".", 2)[2], f.kind, f.geometry.offset))

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from raptr_ds.engine.fragments import Holder, Piece
+from raptr_ds.engine.fragments import Geometry, Holder, Piece
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
 from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
@@ -196,8 +196,8 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
                 if mapping is None:
                     continue
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                shape = tuple(parameter.shape)
-                pieces.append(Piece(names[parameter], parameter, shape, low.start, high.start, high.numel))
+                geometry = Geometry.of_run(parameter, parameter.shape, low.start, high.numel)
+                pieces.append(Piece(names[parameter], geometry, high.start))
             flat = self.single_partition_of_fp32_groups[index]
             holders.append(Holder(flat, group, tuple(group["names"]), tuple(pieces)))
         return holders
@@ -301,7 +301,8 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
                 offset = part * self.process_groups.data_rank
                 size = max(0, min(part, parameter.ds_numel - offset))
                 if size:
-                    pieces.append(Piece(names[parameter], parameter, tuple(parameter.ds_shape), offset, start, size))
+                    geometry = Geometry.of_run(parameter, parameter.ds_shape, offset, size)
+                    pieces.append(Piece(names[parameter], geometry, start))
                 start += part
             flat = self.fp32_partitioned_groups_flat[index]
             holders.append(Holder(flat, group, tuple(names[parameter] for parameter in parameters), tuple(pieces)))

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from raptr_ds.checkpoint.reshard import Geometry, blocks_of, num_real_elements, transfers
+from raptr_ds.checkpoint.reshard import blocks_of, num_real_elements, transfers
+from raptr_ds.engine.fragments import Geometry
 
 PADDING = -1
 
