@@ -1,6 +1,5 @@
 """Reading a checkpoint: all ranks together verify all of it, then each rank reads only what it needs."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from raptr_ds.checkpoint.manifest import (
     Manifest,
     checksum,
 )
-from raptr_ds.checkpoint.reshard import Transfer, num_real_elements, transfers
+from raptr_ds.checkpoint.reshard import num_real_elements, transfers
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
@@ -108,10 +107,11 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], folder: Path, opened: Ca
                 f"{list(target.full_shape)} in this run: it is a checkpoint of another model. Continue it with its "
                 "own run file, or train this model in another folder (raptr_ds.train.save)."
             )
-        for transfer in transfers(entry.geometry, target):
+        for read, write in transfers(entry.geometry, target):
             tensor = opened(entry.file).get_slice(entry.keys[fragment.kind])
-            _copy(transfer, tensor[transfer.read_first : transfer.read_first + transfer.read_numel], fragment.data)
-            filled += transfer.numel
+            box = read.of(tensor[read.first : read.end])
+            write.of(fragment.data[write.first : write.end]).copy_(box)
+            filled += box.numel()
     wanted = num_real_elements(target)
     if filled != wanted:
         raise CheckpointError(
@@ -119,11 +119,3 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], folder: Path, opened: Ca
             "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with that "
             "model's run file or that version, or train this model in another folder (raptr_ds.train.save)."
         )
-
-
-def _copy(transfer: Transfer, data: torch.Tensor, target: torch.Tensor) -> None:
-    source = data.view(transfer.read_shape)
-    into = target.narrow(0, transfer.write_first, math.prod(transfer.write_shape)).view(transfer.write_shape)
-    for dim, ((read, size), (write, _)) in enumerate(zip(transfer.read_window, transfer.write_window, strict=True)):
-        source, into = source.narrow(dim, read, size), into.narrow(dim, write, size)
-    into.copy_(source)
