@@ -256,16 +256,13 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         Those of skipped layers are fetched like any weight when their layer is next active.
         """
         chosen = [n for n, parameters in enumerate(self.fp16_groups) if self.moves(self.layers[parameters[0]])]
-        persistent = self.persistent_parameters
-        self.persistent_parameters = [p for p in persistent if self.runs(self.layers[p])]
-        try:
-            with (
-                _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)),
-                self.clock.working(),
-            ):
-                super().step(closure)
-        finally:
-            self.persistent_parameters = persistent
+        small = [n for n, parameter in enumerate(self.persistent_parameters) if self.runs(self.layers[parameter])]
+        with (
+            _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)),
+            _only_entries(self, ("persistent_parameters",), small),
+            self.clock.working(),
+        ):
+            super().step(closure)
 
     def _post_step(self, timer_names: Any) -> None:
         """Gather the small weights as DeepSpeed does, with the other ranks."""
@@ -332,9 +329,9 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage, cl
 def _only_entries(
     owner: Any, names: Sequence[str], chosen: Sequence[int], consumed: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Reduce attributes of `owner` that are lists or dictionaries by group to the chosen groups, numbered from 0.
+    """Reduce attributes of `owner`, lists or dictionaries by number, to the chosen entries, numbered from 0.
 
-    consumed: dictionaries by group whose values are moved, not copied, so that DeepSpeed frees gradients as it uses
+    consumed: dictionaries whose values are moved, not copied, so that DeepSpeed frees gradients as it uses
     them; they are empty afterwards.
     """
     saved = {name: getattr(owner, name) for name in (*names, *consumed)}
