@@ -101,10 +101,10 @@ class PathAware:
         finally:
             accelerator.is_fp16_supported = is_supported
 
-    def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
+    def allreduce_gradients(self: Any, *args: Any, **more: Any) -> None:
         """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
         if self.zero_optimization_stage() > 0:
-            super().allreduce_gradients(**({"bucket_size": bucket_size} if bucket_size else {}))  # type: ignore[misc]
+            super().allreduce_gradients(*args, **more)  # type: ignore[misc]
         elif self.is_gradient_accumulation_boundary():
             self.optimizer.reduce_gradients()
 

@@ -32,7 +32,13 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """
     if not tensors or tensors[0].device.type != "cpu":
         return _norms_at_once(tensors)
-    return [norm for tensor in tensors for norm in _norms_of_rows(tensor.detach().reshape(-1))]
+    norms = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        rows = flat[: flat.numel() // _ROW * _ROW].view(-1, _ROW)
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+        norms.append(torch.linalg.vector_norm(flat[rows.numel() :], dtype=torch.float32).view(1))
+    return norms
 
 
 def _norms_at_once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -40,15 +46,6 @@ def _norms_at_once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     if not tensors:
         return []
     return [torch.stack(torch._foreach_norm(tensors, 2, torch.float32))]  # type: ignore[reportPrivateImportUsage]
-
-
-def _norms_of_rows(flat: torch.Tensor) -> list[torch.Tensor]:
-    whole = flat.numel() // _ROW * _ROW
-    norms = [
-        torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32),
-        torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1),
-    ]
-    return [norm for norm in norms if norm.numel()]
 
 
 class LossCheck:
