@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from raptr_ds.data.batch import StepBatch
-from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine, pipeline_module
-from raptr_ds.engine.deepspeed_state import DeepSpeedState
+from raptr_ds.engine.deepspeed_engine import pipeline_module
 from raptr_ds.engine.tied_gradient import TiedGradient
+from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams
 from raptr_ds.parallel.groups import ProcessGroups
@@ -48,7 +48,7 @@ class _StepBody(nn.Module):
         return loss
 
 
-class PipelineEngine(DeepSpeedState):
+class PipelineEngine(ZeroEngine):
     """Trains a model whose layers are divided among pipeline stages."""
 
     def __init__(
@@ -56,13 +56,12 @@ class PipelineEngine(DeepSpeedState):
     ) -> None:
         self.body = _StepBody(stage)
         self.body.owner = self
-        engine: Any = build_deepspeed_engine(config, stage, pipeline_module(self.body, groups), groups)
-        super().__init__(engine, stage, groups, seed, skipped_update)
+        super().__init__(config, stage, groups, seed, skipped_update, pipeline_module(self.body, groups))
         if groups.sequence_parallel:
             # DeepSpeed lets each tensor rank send a part of what all have and gathers it; here ranks have own parts.
-            engine.is_pipe_partitioned = engine.is_grad_partitioned = False
+            self.engine.is_pipe_partitioned = self.engine.is_grad_partitioned = False
         if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
-            engine.tied = TiedGradient(stage.embedding.word, groups, dtype=engine.get_data_types()[1])
+            self.engine.tied = TiedGradient(stage.embedding.word, groups, self.engine.get_data_types()[1])
 
     def _prepare(self, batch: StepBatch) -> None:
         if self.engine.tied is not None:
