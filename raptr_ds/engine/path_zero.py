@@ -109,12 +109,21 @@ class PathZero:
 class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     """ZeRO 1 and 2. Groups that do not move get no zero gradients, no step, no copy and no gather.
 
-    Weights that have moved are gathered when they are next used (`gather`), not at once: under `zero_grad` a skipped
+    Weights that have moved are gathered when they are next used, not at once: under `zero_grad` a skipped
     layer moves in many steps before it is used.
     """
 
     stale: set[int]
     """Groups whose fp32 partitions have changed since their weights were gathered."""
+
+    def follow(self, path: LayerPath, freezes: bool) -> None:
+        """Prepare for a training step along `path`."""
+        super().follow(path, freezes)
+        self._gather(self.runs)
+
+    def follow_forward(self, path: LayerPath) -> None:
+        """Prepare for forward passes along `path` without backward passes."""
+        self._gather(layers_on(path))
 
     def _group_moves(self: Any, group: int) -> bool:
         return self.moves(self.optimizer.param_groups[group]["layer"])
@@ -163,7 +172,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     def _update_model_bit16_weights(self, group_index: int) -> None:
         """Do nothing: the weights are views of the flat buffers since DeepSpeed built them."""
 
-    def gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
+    def _gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
         """Gather the weights of the wanted layers that have moved since they were last gathered."""
         chosen = [n for n in sorted(self.stale) if is_wanted(self.optimizer.param_groups[n]["layer"])]
         with _only_entries(self, _GROUP_LISTS_12, chosen):
@@ -275,9 +284,6 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         """Reduce gradients as DeepSpeed does, with the other ranks."""
         with self.clock.waiting():
             getattr(super(), _PRIVATE_3 + "reduce_and_partition_ipg_grads")(*args)
-
-    def gather(self, is_wanted: Callable[[int], bool]) -> None:
-        """Do nothing: weights are gathered module by module as they are used."""
 
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:

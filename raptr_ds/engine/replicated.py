@@ -202,9 +202,6 @@ class ReplicatedOptimizer:
         behind = [(w, m) for w, m, layer in self.pairs if w is not m and is_wanted(layer)]
         _copy([working for working, _ in behind], [master for _, master in behind])
 
-    def gather(self, is_wanted: Callable[[int], bool]) -> None:
-        """Do nothing: every rank has all weights."""
-
     def holders(self, names: Mapping[nn.Parameter, str]) -> list[Holder]:
         """Return where weights and states lie: each parameter has its own fp32 tensor."""
         groups = [group for group in self.param_groups for _ in group["params"]]

@@ -11,7 +11,7 @@ from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
 from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.grow import grow_layers
-from raptr_ds.engine.parameter_groups import every_layer, layers_on
+from raptr_ds.engine.parameter_groups import every_layer
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.work_clock import WorkClock
@@ -54,7 +54,6 @@ class ZeroEngine:
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.follow(path, self.freezes)
-        self.optimizer.gather(layers_on(path))
         self._prepare(batch)
         batch = batch.to(self.groups.device)
         # Filled by a kernel: copying a number from the host would wait for the device.
@@ -132,7 +131,6 @@ class ZeroEngine:
     def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
         """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.optimizer.follow_forward(path)
-        self.optimizer.gather(layers_on(path))
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         count = 0
         for batch in batches:
