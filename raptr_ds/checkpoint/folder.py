@@ -115,7 +115,7 @@ def outdated(folder: Path, step: int, keep: int, held: Container[int] = ()) -> l
     Checkpoints after `step` belong to an abandoned branch of the run and are not counted. held: steps whose checkpoints
     stay in any case.
     """
-    older = [path for path in checkpoints_in(folder, not_after=step)[keep:] if step_of(path) not in held]
+    older = [path for path in checkpoints_in(folder, not_after=step)[keep:] if (step_of(path) or 0) not in held]
     deleted = [path.rename(path.with_name(_DELETED + path.name)) for path in older]
     return deleted + sorted(folder.glob(_REPLACED + "step-*"))
 
