@@ -75,11 +75,8 @@ class PathAware:
                 self.basic_optimizer,
                 self.process_groups,
                 self.gradient_clipping(),
-                CreateLossScaler(
-                    dtype=model_dtype,
-                    static_loss_scale=self.loss_scale() if model_dtype == torch.float16 else 1.0,
-                    dynamic_scaling=self.dynamic_loss_scale() and model_dtype == torch.float16,
-                    dynamic_loss_args=self.dynamic_loss_scale_args(),
+                CreateLossScaler(  # it scales fp16 only
+                    model_dtype, self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
                 ),
                 accumulate_in_fp32=accumulation_dtype == torch.float32 and model_dtype != torch.float32,
                 clock=self.clock,

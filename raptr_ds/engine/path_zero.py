@@ -76,6 +76,8 @@ class PathZero:
     """Whether this step changes a layer."""
     loss_check: LossCheck
     clock: WorkClock
+    waiting: Sequence[str]
+    """DeepSpeed's methods that reduce gradients or gather weights, with the other ranks."""
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
@@ -113,6 +115,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     layer moves in many steps before it is used.
     """
 
+    waiting = ("average_tensor",)
     stale: set[int]
     """Groups whose fp32 partitions have changed since their weights were gathered."""
 
@@ -143,11 +146,6 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     def _build_compact_grad_partition_buffer(self: Any, group_idx: int) -> Any:
         """Return the same when gradients of 16-bit weights accumulate in fp32."""
         return super()._build_compact_grad_partition_buffer(group_idx) if self._group_moves(group_idx) else []
-
-    def average_tensor(self, *args: Any, **more: Any) -> None:
-        """Reduce gradients as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            super().average_tensor(*args, **more)
 
     def scaled_global_norm(self: Any, norm_type: int = 2) -> torch.Tensor:
         """Return the norm of the gradient partitions, each element of the model counted once."""
@@ -215,6 +213,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
 class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO 3. Groups that do not move keep their partitions; gradients left from earlier steps are not applied."""
 
+    waiting = (_PRIVATE_3 + "reduce_and_partition_ipg_grads", "_post_step")
     coordinator: PathCoordinator
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
@@ -273,18 +272,6 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         ):
             super().step(closure)
 
-    def _post_step(self, timer_names: Any) -> None:
-        """Gather the small weights as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            super()._post_step(timer_names)
-
-    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(  # noqa: N802 - DeepSpeed's private name
-        self, *args: Any
-    ) -> None:
-        """Reduce gradients as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            getattr(super(), _PRIVATE_3 + "reduce_and_partition_ipg_grads")(*args)
-
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
         """Copy the fp32 weights of the wanted layers to the working weights."""
@@ -323,6 +310,9 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage, cl
     optimizer.process_groups = process_groups
     optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
     optimizer.loss_check, optimizer.clock = LossCheck(), clock
+    for name in optimizer.waiting:
+        uncounted: Any = clock.waiting()
+        setattr(optimizer, name, uncounted(getattr(optimizer, name)))
     optimizer.check_grad_overflow = True  # in every precision: bf16.check_grad_overflow=false would apply a NaN
     if isinstance(optimizer, PathZero12):
         optimizer.stale = set()
