@@ -8,15 +8,11 @@ partitioned_param_coordinator.py of deepspeed 0.19.8, trace_prologue). But a ste
     after  | layer 0, layer 3, layer 7 | head     backward, read from right to left
 
 Every layer visits modules of the same names, so one recorded step, along any path, gives the order along every path
-(`Pass.learn`, `Pass.along`). `PathCoordinator` knows the path before each forward pass (`expect`), and at the
-first module (`reset_step`) it does one of three things:
-
-    the pieces are not known yet        DeepSpeed records the step; the next reset_step learns the pieces from it
-    another path than the last          the order along the new path is installed as if DeepSpeed had recorded it
-    the same path                       nothing: the order is installed already
-
-A step that recomputes activations visits a layer's modules in another order than one that keeps them, so one step of
-each kind is recorded. If DeepSpeed meets a module that the order does not have, all is discarded and recorded again.
+(`Pass.learn`, `Pass.along`). `PathCoordinator` knows the path before each forward pass (`expect`), and at the first
+module (`reset_step`) it installs the order along it as if DeepSpeed had recorded it; where the pieces are not known yet
+DeepSpeed records the step. A step that recomputes activations visits a layer's modules in another order than one that
+keeps them, so one step of each kind is recorded. If DeepSpeed meets a module that the order does not have, all is
+discarded and recorded again.
 """
 
 from bisect import bisect_left
