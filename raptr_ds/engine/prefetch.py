@@ -57,7 +57,7 @@ class Pass:
         """Return the pieces of a recorded pass through `layers`; None if it does not consist of such pieces."""
         names = {module: name for inside in modules.values() for name, module in inside.items()}
         numbers = [number for number, module in enumerate(visits) if module in names]
-        if not numbers:
+        if not numbers or not layers:
             return None
         first, end = numbers[0], numbers[-1] + 1
         first_layer = visits[first : first + (end - first) // len(layers)]
