@@ -58,7 +58,7 @@ class ZeroEngine:
         batch = batch.to(self.groups.device)
         # Filled by a kernel: copying a number from the host would wait for the device.
         count = torch.full((), batch.num_predictions, dtype=torch.float64, device=self.groups.device)
-        self.summed_over_data(count)
+        self._summed_over_data(count)
         # DeepSpeed averages over micro batches and data-parallel ranks. Of losses with this factor the average is the
         # mean over the predicted positions of the global batch, however the batch is split.
         weight = (len(batch.micro_batches) * self.groups.topology.data / count).float()
@@ -94,7 +94,7 @@ class ZeroEngine:
             self.engine.step()
             total += loss.detach()
         self.clock.stop()
-        return self.summed_over_data(total).double() / (num_micro_batches * self.groups.topology.data)
+        return self._summed_over_data(total).double() / (num_micro_batches * self.groups.topology.data)
 
     def observe(self, loss: torch.Tensor) -> None:
         """Note a micro batch's loss, a scalar, before its backward pass: all ranks skip the step if it is not finite.
@@ -106,7 +106,7 @@ class ZeroEngine:
             scale = self.optimizer.loss_scale
             loss.register_hook(lambda gradient: gradient * scale)
 
-    def summed_over_data(self, values: torch.Tensor) -> torch.Tensor:
+    def _summed_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Return `values` summed over the data-parallel ranks, in place."""
         if self.groups.topology.data > 1:
             dist.all_reduce(values, group=self.groups.data)
@@ -137,7 +137,7 @@ class ZeroEngine:
             for loss in self._losses(batch.to(self.groups.device), path):
                 total += loss
             count += batch.num_predictions
-        loss, predictions = read_back(self.summed_over_data(torch.stack([total, torch.full_like(total, count)])))
+        loss, predictions = read_back(self._summed_over_data(torch.stack([total, torch.full_like(total, count)])))
         return loss / predictions
 
     def _losses(self, batch: StepBatch, path: LayerPath) -> Iterator[torch.Tensor]:
