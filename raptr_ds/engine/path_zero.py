@@ -98,9 +98,8 @@ class PathZero:
 
         This takes one collective, where DeepSpeed has one for each group.
         """
-        groups = self.process_groups
         with self.clock.waiting():
-            norm = global_norm(owned, self.loss_check, groups.device, groups.world)
+            norm = global_norm(owned, self.loss_check, self.process_groups)
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def check_overflow(self, partition_gradients: bool = True) -> None:

@@ -123,7 +123,7 @@ class ReplicatedOptimizer:
         is_counted = self.groups.data_rank == 0
         owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
         with self.clock.waiting():
-            norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
+            norm = global_norm(owned, self.loss_check, self.groups) / scale
         self._global_grad_norm = norm
         self.overflow, self._is_unfinished = False, True
         if not self.decides_on_device:
