@@ -54,7 +54,7 @@ class OurEntrant(Entrant):
         engine: Any = build_engine(self._config, self._groups)
         if self._groups.topology.world_size == 1:
             weights = (fragment for fragment in engine.fragments() if fragment.kind == WEIGHT)
-            self._weights = {part.name: part.data.view(part.local_shape).cpu().clone() for part in weights}
+            self._weights = {part.name: part.data.view(part.geometry.local_shape).cpu().clone() for part in weights}
         self.rows[0].loss = engine.evaluate([self._batch], LayerPath.full(self._config.model.num_layers))
         self._engine, self._step = engine, 0
         # Its thread never ends: what it calls must not refer to this object, which has the weights.

@@ -115,12 +115,8 @@ def outdated(folder: Path, step: int, keep: int, held: Container[int] = ()) -> l
     Checkpoints after `step` belong to an abandoned branch of the run and are not counted. held: steps whose checkpoints
     stay in any case.
     """
-    older = [path for path in checkpoints_in(folder) if (step_of(path) or 0) <= step][keep:]
-    deleted = []
-    for path in (path for path in older if (step_of(path) or 0) not in held):
-        aside = path.with_name(_DELETED + path.name)
-        path.rename(aside)
-        deleted.append(aside)
+    older = [path for path in checkpoints_in(folder, not_after=step)[keep:] if (step_of(path) or 0) not in held]
+    deleted = [path.rename(path.with_name(_DELETED + path.name)) for path in older]
     return deleted + sorted(folder.glob(_REPLACED + "step-*"))
 
 

@@ -66,7 +66,6 @@ class SaveReport:
     """
 
     step: int
-    folder: Path
     error: str | None
     stop_seconds: float
     write_seconds: float
@@ -124,8 +123,8 @@ class Checkpoints:
         for done in on_first_rank(groups, lambda: tidy(self.folder)):
             self._report(f"checkpoints: {done}")
 
-    def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> float:
-        """Copy the state after `step` steps and begin to write it; return the seconds that this took.
+    def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> None:
+        """Copy the state after `step` steps and begin to write it.
 
         A save that is still being written is completed first. run_state: plain JSON, the same on all ranks. A later
         `poll` or `wait` returns whether the checkpoint could be written.
@@ -143,9 +142,7 @@ class Checkpoints:
         self._snapshot.take((f for f in engine.fragments() if engine.owns(f)), self.groups.rank)
         target = unfinished_folder(self.folder, step)
         writer = Writer(self._snapshot, target, self.groups.rank, engine.step_counts())
-        seconds = time.perf_counter() - begin
-        self._pending = _Pending(writer, manifest, seconds)
-        return seconds
+        self._pending = _Pending(writer, manifest, time.perf_counter() - begin)
 
     def poll(self) -> list[SaveReport]:
         """Complete a save if all ranks have written their part; return the saves that ended since the last call."""
@@ -190,7 +187,7 @@ class Checkpoints:
         error, num_bytes, seconds = on_first_rank(self.groups, lambda: self._finish(pending, writes or []))
         stopped = pending.stop_seconds + time.perf_counter() - begin
         step = pending.manifest.step
-        self._reports.append(SaveReport(step, step_folder(self.folder, step), error, stopped, seconds, num_bytes))
+        self._reports.append(SaveReport(step, error, stopped, seconds, num_bytes))
         if error is not None:
             self._report(
                 f"checkpoint of step {step} not written, training goes on: {error}. "
@@ -307,14 +304,13 @@ class Checkpoints:
     def _set_aside(self, after: int, source: Path | None = None) -> None:
         """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
         moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
-        if moved is not None:
-            earlier = outdated_branches(self.folder) if self.groups.rank == 0 else []
-            earlier = [
-                branch for branch in earlier if source is None or branch.resolve() not in source.resolve().parents
-            ]
-            also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
-            self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
-            self._delete(earlier)
+        if moved is None or self.groups.rank > 0:
+            return
+        loaded = () if source is None else source.resolve().parents
+        earlier = [branch for branch in outdated_branches(self.folder) if branch.resolve() not in loaded]
+        also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
+        self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
+        self._delete(earlier)
 
 
 def _completed(manifest: Manifest, writes: list[RankWrite]) -> Manifest:

@@ -8,13 +8,15 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.checkpoint.reshard import Geometry, num_real_elements
+from raptr_ds.checkpoint.reshard import num_real_elements
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
 
 FORMAT = 1
@@ -138,14 +140,12 @@ def file_name(rank: int) -> str:
 
 def check_complete(entries: Iterable[Entry]) -> None:
     """Assert that the entries hold each element of each full tensor exactly once, as `Engine.owns` promises."""
-    found: dict[tuple[str, str], int] = {}
+    found: Counter[tuple[str, str]] = Counter()
     wanted: dict[tuple[str, str], int] = {}
     for entry in entries:
-        numel = num_real_elements(entry.geometry)
         for kind in entry.keys:
-            key = (entry.name, kind)
-            found[key] = found.get(key, 0) + numel
-            wanted[key] = math.prod(entry.geometry.full_shape)
+            found[entry.name, kind] += num_real_elements(entry.geometry)
+            wanted[entry.name, kind] = math.prod(entry.geometry.full_shape)
     wrong = [f"{' '.join(key)}: {found[key]} of {numel}" for key, numel in wanted.items() if found[key] != numel]
     assert not wrong, f"elements written: {wrong[:5]}"
 

@@ -1,10 +1,10 @@
 """Reading a checkpoint: all ranks together verify all of it, then each rank reads only what it needs."""
 
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from raptr_ds.checkpoint.manifest import (
     Manifest,
     checksum,
 )
-from raptr_ds.checkpoint.reshard import Transfer, num_real_elements, transfers
-from raptr_ds.checkpoint.write import geometry_of
+from raptr_ds.checkpoint.reshard import num_real_elements, transfers
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
@@ -30,10 +29,9 @@ _MAX_THREADS = 8
 
 def read_manifest(folder: Path) -> Manifest:
     """Return a checkpoint's manifest. Raises: DamagedCheckpointError."""
-    try:
-        return Manifest.decode((folder / MANIFEST).read_bytes())
-    except OSError as error:
-        raise DamagedCheckpointError(f"cannot read {MANIFEST}: {error.strerror or error}") from error
+    with _reading(MANIFEST):
+        raw = (folder / MANIFEST).read_bytes()
+    return Manifest.decode(raw)
 
 
 def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) -> None:
@@ -43,22 +41,17 @@ def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) 
     """
     chunks = []
     for name, file in sorted(manifest.files.items()):
-        try:
+        with _reading(name):
             size = (folder / name).stat().st_size
-        except OSError as error:
-            raise DamagedCheckpointError(f"{name}: {error.strerror or error}") from error
         if size != file.size:
             raise DamagedCheckpointError(f"{name} has {size:,} bytes instead of {file.size:,}")
         chunks += [(name, number, expected) for number, expected in enumerate(file.checksums)]
 
     def verify(chunk: tuple[str, int, str]) -> None:
         name, number, expected = chunk
-        try:
-            with (folder / name).open("rb") as stream:
-                stream.seek(number * CHUNK_BYTES)
-                data = stream.read(CHUNK_BYTES)
-        except OSError as error:
-            raise DamagedCheckpointError(f"cannot read {name}: {error.strerror or error}") from error
+        with _reading(name), (folder / name).open("rb") as stream:
+            stream.seek(number * CHUNK_BYTES)
+            data = stream.read(CHUNK_BYTES)
         if checksum(data) != expected:
             raise DamagedCheckpointError(f"{name} does not match its checksum (chunk {number})")
 
@@ -86,62 +79,43 @@ def fill_fragments(fragments: Iterable[Fragment], folder: Path, manifest: Manife
     sources: dict[str, list[Entry]] = {}
     for entry in manifest.entries:
         sources.setdefault(entry.name, []).append(entry)
+    with torch.no_grad(), ExitStack() as stack, _reading("the tensors"):
+        opened = cache(lambda file: stack.enter_context(safe_open(folder / file, framework="pt")))
+        for fragment in fragments:
+            _fill(fragment, sources.get(fragment.name, ()), folder, opened)
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise DamagedCheckpointError where the block cannot read `what`."""
     try:
-        with torch.no_grad(), _TensorFiles(folder) as files:
-            for fragment in fragments:
-                _fill(fragment, sources.get(fragment.name, ()), files)
+        yield
     except (OSError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"cannot read the tensors: {error}") from error
+        raise DamagedCheckpointError(f"cannot read {what}: {getattr(error, 'strerror', None) or error}") from error
 
 
-class _TensorFiles:
-    """The files of a checkpoint; each is opened when it is first read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._open, self._stack = folder, {}, ExitStack()
-
-    def __enter__(self) -> "_TensorFiles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def read(self, file: str, key: str, first: int, numel: int) -> torch.Tensor:
-        """Return elements first..first + numel of a 1-D tensor."""
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-        tensor: Any = self._open[file].get_slice(key)
-        return tensor[first : first + numel]
-
-
-def _fill(fragment: Fragment, entries: Iterable[Entry], files: _TensorFiles) -> None:
-    target = geometry_of(fragment)
+def _fill(fragment: Fragment, entries: Iterable[Entry], folder: Path, opened: Callable[[str], Any]) -> None:
+    """Load a fragment. opened: returns a file of the checkpoint's, open."""
+    target = fragment.geometry
     filled = 0
     for entry in entries:
         if fragment.kind not in entry.keys:
             continue
         if entry.geometry.full_shape != target.full_shape:
             raise CheckpointError(
-                f"{fragment.name} has shape {list(entry.geometry.full_shape)} in {files.folder} and "
+                f"{fragment.name} has shape {list(entry.geometry.full_shape)} in {folder} and "
                 f"{list(target.full_shape)} in this run: it is a checkpoint of another model. Continue it with its "
                 "own run file, or train this model in another folder (raptr_ds.train.save)."
             )
-        for transfer in transfers(entry.geometry, target):
-            data = files.read(entry.file, entry.keys[fragment.kind], transfer.read_first, transfer.read_numel)
-            _copy(transfer, data, fragment.data)
-            filled += transfer.numel
+        for read, write in transfers(entry.geometry, target):
+            tensor = opened(entry.file).get_slice(entry.keys[fragment.kind])
+            box = read.of(tensor[read.first : read.end])
+            write.of(fragment.data[write.first : write.end]).copy_(box)
+            filled += box.numel()
     wanted = num_real_elements(target)
     if filled != wanted:
         raise CheckpointError(
-            f"{files.folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
+            f"{folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
             "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with that "
             "model's run file or that version, or train this model in another folder (raptr_ds.train.save)."
         )
-
-
-def _copy(transfer: Transfer, data: torch.Tensor, target: torch.Tensor) -> None:
-    source = data.view(transfer.read_shape)
-    into = target.narrow(0, transfer.write_first, math.prod(transfer.write_shape)).view(transfer.write_shape)
-    for dim, ((read, size), (write, _)) in enumerate(zip(transfer.read_window, transfer.write_window, strict=True)):
-        source, into = source.narrow(dim, read, size), into.narrow(dim, write, size)
-    into.copy_(source)

@@ -9,22 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 
-@dataclass(frozen=True)
-class Geometry:
-    """Which elements of a full tensor a flat run holds.
-
-    The full tensor is narrowed to `start:start + size` along `dim` (whole where dim is None), zero-padded to
-    `local_shape` and flattened; the run is its elements from `offset` to `offset + numel`.
-    """
-
-    full_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    size: int
-    local_shape: tuple[int, ...]
-    offset: int
-    numel: int
+from raptr_ds.engine.fragments import Geometry
 
 
 @dataclass(frozen=True)
@@ -42,30 +29,24 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """How to copy a box that two runs have in common.
+class Window:
+    """A box in a run: its elements from `first` to `end`, viewed as `shape` and narrowed to `ranges`, (start, size)."""
 
-    The source run's `read_numel` elements from `read_first` on are viewed as `read_shape` and narrowed to
-    `read_window`; the target run's elements from `write_first` on are viewed as `write_shape` and narrowed to
-    `write_window`. Windows are (start, size) by dim.
-    """
-
-    read_first: int
-    read_shape: tuple[int, ...]
-    read_window: tuple[tuple[int, int], ...]
-    write_first: int
-    write_shape: tuple[int, ...]
-    write_window: tuple[tuple[int, int], ...]
+    first: int
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
 
     @property
-    def read_numel(self) -> int:
-        """Elements to read."""
-        return math.prod(self.read_shape)
+    def end(self) -> int:
+        """The element behind the last that is viewed."""
+        return self.first + math.prod(self.shape)
 
-    @property
-    def numel(self) -> int:
-        """Elements in common."""
-        return math.prod(size for _, size in self.write_window)
+    def of(self, elements: torch.Tensor) -> torch.Tensor:
+        """Return the box as a view of the run's elements from `first` to `end`."""
+        box = elements.view(self.shape)
+        for dim, (start, size) in enumerate(self.ranges):
+            box = box.narrow(dim, start, size)
+        return box
 
 
 @lru_cache(maxsize=1 << 16)  # many ranks' runs are compared with many entries, for each kind of state
@@ -85,15 +66,10 @@ def blocks_of(run: Geometry) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def transfers(source: Geometry, target: Geometry) -> list[Transfer]:
-    """Return the copies from a source run to a target run of the same full tensor."""
-    found = []
-    for ours in blocks_of(target):
-        for theirs in blocks_of(source):
-            transfer = _transfer(theirs, ours)
-            if transfer is not None:
-                found.append(transfer)
-    return found
+def transfers(source: Geometry, target: Geometry) -> list[tuple[Window, Window]]:
+    """Return the boxes that two runs of the same full tensor have in common: where each lies in either."""
+    pairs = (_transfer(theirs, ours) for ours in blocks_of(target) for theirs in blocks_of(source))
+    return [pair for pair in pairs if pair is not None]
 
 
 def num_real_elements(run: Geometry) -> int:
@@ -101,14 +77,14 @@ def num_real_elements(run: Geometry) -> int:
     return sum(math.prod(block.real) for block in blocks_of(run))
 
 
-def _transfer(source: Block, target: Block) -> Transfer | None:
+def _transfer(source: Block, target: Block) -> tuple[Window, Window] | None:
     low = tuple(max(a, b) for a, b in zip(source.corner, target.corner, strict=True))
     high = tuple(
         min(a + m, b + n) for a, m, b, n in zip(source.corner, source.real, target.corner, target.real, strict=True)
     )
-    if any(a >= b for a, b in zip(low, high, strict=True)):
-        return None
     sizes = [b - a for a, b in zip(low, high, strict=True)]
+    if min(sizes, default=1) <= 0:
+        return None
     read_window = [(a - corner, size) for a, corner, size in zip(low, source.corner, sizes, strict=True)]
     write_window = [(a - corner, size) for a, corner, size in zip(low, target.corner, sizes, strict=True)]
     # Read only the window's part along the block's first dim whose size is not 1.
@@ -119,7 +95,8 @@ def _transfer(source: Block, target: Block) -> Transfer | None:
             read_first += start * math.prod(source.shape[dim + 1 :])
             read_shape[dim], read_window[dim] = size, (0, size)
             break
-    return Transfer(read_first, tuple(read_shape), tuple(read_window), target.first, target.shape, tuple(write_window))
+    read = Window(read_first, tuple(read_shape), tuple(read_window))
+    return read, Window(target.first, target.shape, tuple(write_window))
 
 
 def _boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,8 +9,7 @@ import torch
 from raptr_ds.checkpoint.folder import checkpoints_at
 from raptr_ds.checkpoint.read import fill_fragments, read_manifest, verify_files
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.engine.fragments import WEIGHT, Fragment
-from raptr_ds.parallel.layers import TensorShard
+from raptr_ds.engine.fragments import WEIGHT, Fragment, Geometry
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,6 @@ def load_trained_model(where: Path) -> TrainedModel:
     verify_files(folder, manifest, 0, 1)
     shapes = {entry.name: entry.geometry.full_shape for entry in manifest.entries}
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
-    whole = [
-        Fragment(name, WEIGHT, TensorShard(shapes[name]), shapes[name], 0, weight.view(-1))
-        for name, weight in weights.items()
-    ]
+    whole = [Fragment(name, WEIGHT, Geometry.of_whole(full), full.view(-1)) for name, full in weights.items()]
     fill_fragments(whole, folder, manifest)
     return TrainedModel(ModelSection(**manifest.model), weights, manifest.step, folder, manifest.run_state)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from raptr_ds.checkpoint.manifest import CHUNK_BYTES, Entry, TensorFile, checksum, file_name
-from raptr_ds.checkpoint.reshard import Geometry
-from raptr_ds.engine.fragments import Fragment
+from raptr_ds.engine.fragments import Fragment, Geometry
 
 _ELEMENT_BYTES = 4
 _HEADER_ALIGNMENT = 64
@@ -49,7 +48,7 @@ class Snapshot:
         self.content = self._buffer[:size].numpy().data if fragments else memoryview(b"")
         keys: dict[tuple[str, Geometry], dict[str, str]] = {}
         for number, fragment in enumerate(fragments):
-            keys.setdefault((fragment.name, geometry_of(fragment)), {})[fragment.kind] = str(number)
+            keys.setdefault((fragment.name, fragment.geometry), {})[fragment.kind] = str(number)
         self.entries = [Entry(name, at, "F32", file_name(rank), kinds) for (name, at), kinds in keys.items()]
 
     def _reserve(self, size: int, on_gpu: bool) -> None:
@@ -84,20 +83,6 @@ def pinned(buffer: torch.Tensor) -> Callable[[], None]:
     address = buffer.data_ptr()
     torch.cuda.check_error(runtime.cudaHostRegister(address, buffer.nbytes, 0))
     return lambda: torch.cuda.check_error(runtime.cudaHostUnregister(address))
-
-
-def geometry_of(fragment: Fragment) -> Geometry:
-    """Return where a fragment's elements lie in the full tensor."""
-    shard = fragment.shard
-    return Geometry(
-        full_shape=tuple(shard.full_shape),
-        dim=shard.dim,
-        start=shard.start,
-        size=shard.size,
-        local_shape=tuple(fragment.local_shape),
-        offset=fragment.offset,
-        numel=fragment.data.numel(),
-    )
 
 
 def write_tensor_file(path: Path, content: memoryview, stop: threading.Event) -> TensorFile:

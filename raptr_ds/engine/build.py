@@ -27,8 +27,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     config: complete, with the vocabulary's size. Raises: ConfigError if the device cannot do what the run file asks.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    _check_optimizer(config, groups)
-    together(groups, lambda: check_gpu(config, GpuFacts.of(groups.device)))  # machines may have different GPUs
+    together(groups, lambda: check_device(config, groups.device))  # machines may have different GPUs
     assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
@@ -94,41 +93,22 @@ def compilation_of(config: RunConfig, groups: ProcessGroups) -> Compilation:
     return Compilation(False, f"layers are not compiled, which is slower: {reason}")
 
 
-def _check_optimizer(config: RunConfig, groups: ProcessGroups) -> None:
-    if config.optimizer["type"] == "Lion" and groups.device.type == "cpu":
+def check_device(config: RunConfig, device: torch.device) -> None:
+    """Check that a rank's device, which is torch's current one, can do what the run file asks. Raises: ConfigError."""
+    if device.type == "cpu" and config.optimizer["type"] == "Lion":
         raise ConfigError(
             "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
             "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
         )
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """A GPU's name, CUDA compute capability, and whether it computes in bf16 in hardware."""
-
-    name: str
-    capability: tuple[int, int]
-    has_bf16: bool
-
-    @classmethod
-    def of(cls, device: torch.device) -> "GpuFacts | None":
-        """Return the facts of a device, None for a CPU."""
-        if device.type != "cuda":
-            return None
-        with torch.cuda.device(device):
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return cls(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), has_bf16)
-
-
-def check_gpu(config: RunConfig, gpu: GpuFacts | None) -> None:
-    """Check that the GPU, if there is one, supports the run's precision. Raises: ConfigError."""
-    if gpu is None or config.precision != "bf16" or gpu.has_bf16:
-        return
-    capability = ".".join(map(str, gpu.capability))
-    raise ConfigError(
-        f"bf16.enabled=true needs a GPU that computes in bf16 (compute capability 8.0 or higher); {gpu.name} has "
-        f"{capability}. Set fp16.enabled to true in place of bf16.enabled, or both to false for fp32."
-    )
+    if device.type == "cuda" and config.precision == "bf16":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ConfigError(
+            "bf16.enabled=true needs a GPU that computes in bf16 (compute capability 8.0 or higher); "
+            f"{torch.cuda.get_device_name(device)} has {capability}. Set fp16.enabled to true in place of "
+            "bf16.enabled, or both to false for fp32."
+        )
 
 
 def _deepspeed_config(config: RunConfig, on_gpu: bool) -> dict[str, Any]:

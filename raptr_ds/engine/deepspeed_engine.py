@@ -5,6 +5,7 @@ deepspeed 0.19.8; tests/upstream shows when an override is no longer needed.
 """
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -16,7 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
@@ -32,39 +33,20 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 
 
-class TensorParallelUnit:
-    """The `mpu` that DeepSpeed asks for groups; megatron-core's module lacks the first three names."""
-
-    def __init__(self, groups: ProcessGroups) -> None:
-        self._groups = groups
-
-    def get_model_parallel_rank(self) -> int:
-        """Return the tensor rank."""
-        return self._groups.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        """Return the number of tensor ranks."""
-        return self._groups.topology.tensor
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Return the tensor group."""
-        return self._groups.tensor
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        """Return the data-parallel rank."""
-        return self._groups.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        """Return the number of data-parallel ranks."""
-        return self._groups.topology.data
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Return the data-parallel group."""
-        return self._groups.data
+def tensor_parallel_unit(groups: ProcessGroups) -> SimpleNamespace:
+    """Return the `mpu` that DeepSpeed asks for ranks and groups; megatron-core's module lacks the first three names."""
+    answers = {
+        "model_parallel_rank": groups.tensor_rank,
+        "model_parallel_world_size": groups.topology.tensor,
+        "model_parallel_group": groups.tensor,
+        "tensor_model_parallel_rank": groups.tensor_rank,
+        "tensor_model_parallel_world_size": groups.topology.tensor,
+        "tensor_model_parallel_group": groups.tensor,
+        "data_parallel_rank": groups.data_rank,
+        "data_parallel_world_size": groups.topology.data,
+        "data_parallel_group": groups.data,
+    }
+    return SimpleNamespace(**{f"get_{name}": lambda answer=answer: answer for name, answer in answers.items()})
 
 
 class PathAware:
@@ -93,11 +75,8 @@ class PathAware:
                 self.basic_optimizer,
                 self.process_groups,
                 self.gradient_clipping(),
-                CreateLossScaler(
-                    dtype=model_dtype,
-                    static_loss_scale=self.loss_scale() if model_dtype == torch.float16 else 1.0,
-                    dynamic_scaling=self.dynamic_loss_scale() and model_dtype == torch.float16,
-                    dynamic_loss_args=self.dynamic_loss_scale_args(),
+                CreateLossScaler(  # it scales fp16 only
+                    model_dtype, self.loss_scale(), self.dynamic_loss_scale(), self.dynamic_loss_scale_args()
                 ),
                 accumulate_in_fp32=accumulation_dtype == torch.float32 and model_dtype != torch.float32,
                 clock=self.clock,
@@ -119,14 +98,10 @@ class PathAware:
         finally:
             accelerator.is_fp16_supported = is_supported
 
-    def observe_loss(self, loss: torch.Tensor) -> None:
-        """Record a micro batch's loss, a scalar; if it is not finite all ranks skip the step."""
-        self.optimizer.loss_check.observe(loss)
-
-    def allreduce_gradients(self: Any, bucket_size: int = 0) -> None:
+    def allreduce_gradients(self: Any, *args: Any, **more: Any) -> None:
         """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
         if self.zero_optimization_stage() > 0:
-            super().allreduce_gradients(**({"bucket_size": bucket_size} if bucket_size else {}))  # type: ignore[misc]
+            super().allreduce_gradients(*args, **more)  # type: ignore[misc]
         elif self.is_gradient_accumulation_boundary():
             self.optimizer.reduce_gradients()
 
@@ -184,9 +159,10 @@ def build_deepspeed_engine(
     config: dict[str, Any], stage: Stage, module: nn.Module, groups: ProcessGroups
 ) -> PathAwareEngine | PathAwarePipelineEngine:
     """Return the DeepSpeed engine for `module`, which runs `stage`; for a PipelineModule the pipeline engine."""
-    pipelined = isinstance(module, PipelineModule)
-    unit: Any = module.mpu() if isinstance(module, PipelineModule) else TensorParallelUnit(groups)
-    engine_class = PathAwarePipelineEngine if pipelined else PathAwareEngine
+    if isinstance(module, PipelineModule):
+        unit, engine_class = module.mpu(), PathAwarePipelineEngine
+    else:
+        unit, engine_class = tensor_parallel_unit(groups), PathAwareEngine
     engine = engine_class.__new__(engine_class)
     # DeepSpeed's constructor calls _configure_optimizer, which needs these; nn.Module refuses them before it has run.
     clock = WorkClock(groups.device, is_on=groups.topology.world_size > 1)
@@ -221,29 +197,14 @@ def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]
     return {**config, "zero_optimization": {**zero, "reduce_bucket_size": min(asked, elements)}}
 
 
-class PipelineStages(PipelineModule):
-    """A PipelineModule with one layer for each pipeline stage: the stage, which runs its layers of the path."""
-
-    def __init__(self, body: nn.Module, groups: ProcessGroups) -> None:
-        start_deepspeed_comm()
-        topology = groups.topology
-        with contextlib.redirect_stdout(None):  # it prints its partition, one layer a stage
-            super().__init__(
-                layers=[LayerSpec(_Given, body) for _ in range(topology.pipeline)],
-                topology=PipeModelDataParallelTopology(
-                    num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data
-                ),
-                partition_method="uniform",
-                activation_checkpoint_interval=0,
-            )
-
-
-class _Given(nn.Module):
-    """The layer that a LayerSpec builds: it wraps a module that exists already."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
+def pipeline_module(body: nn.Module, groups: ProcessGroups) -> PipelineModule:
+    """Return a PipelineModule with one layer for each pipeline stage: `body`, which runs the stage's part of a path."""
+    start_deepspeed_comm()
+    sizes = groups.topology
+    with contextlib.redirect_stdout(None):  # it prints its partition, one layer a stage
+        return PipelineModule(
+            layers=[body] * sizes.pipeline,
+            topology=PipeModelDataParallelTopology(num_pp=sizes.pipeline, num_mp=sizes.tensor, num_dp=sizes.data),
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+        )

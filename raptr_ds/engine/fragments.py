@@ -11,38 +11,61 @@ from typing import Any
 import torch
 from torch import nn
 
-from raptr_ds.parallel.layers import TensorShard, shard_of
+from raptr_ds.parallel.layers import shard_of
 
 WEIGHT = "weight"
 STEP = "step"
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """A contiguous run of this rank's part of a full tensor.
+class Geometry:
+    """Which elements of a full tensor a flat run holds.
 
-    The full tensor is narrowed to `shard`, padded to `local_shape` and flattened; `data` is a 1-D view of the elements
-    from `offset` on. kind: `weight` (fp32) or the optimizer's state key (`exp_avg`, ...).
+    The full tensor is narrowed to `start:start + size` along `dim` (whole where dim is None), zero-padded to
+    `local_shape` and flattened; the run is its elements from `offset` to `offset + numel`.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    size: int
+    local_shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+    @classmethod
+    def of_run(cls, parameter: nn.Parameter, local_shape: torch.Size, offset: int, numel: int) -> "Geometry":
+        """Return the geometry of a run of this rank's part of a parameter, which ZeRO 3 may have emptied."""
+        shard = shard_of(parameter)
+        return cls(shard.full_shape, shard.dim, shard.start, shard.size, tuple(local_shape), offset, numel)
+
+    @classmethod
+    def of_whole(cls, tensor: torch.Tensor) -> "Geometry":
+        """Return the geometry of a full tensor itself."""
+        shape = tuple(tensor.shape)
+        return cls(shape, None, 0, 0, shape, 0, tensor.numel())
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A weight (fp32) or a state of one parameter, as far as this rank holds it, as a 1-D view.
+
+    kind: `weight` or the optimizer's state key (`exp_avg`, ...).
     """
 
     name: str
     kind: str
-    shard: TensorShard
-    local_shape: tuple[int, ...]
-    offset: int
+    geometry: Geometry
     data: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a run of one parameter lies in a flat optimizer parameter; counts in elements."""
+    """A run of one parameter, which lies in a flat optimizer parameter from element `start` on."""
 
     name: str
-    parameter: nn.Parameter
-    local_shape: tuple[int, ...]
-    offset: int  # in the flattened local parameter
-    start: int  # in the flat optimizer parameter
-    size: int
+    geometry: Geometry
+    start: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +83,8 @@ class Holder:
     @classmethod
     def of_whole(cls, name: str, parameter: nn.Parameter, tensor: torch.Tensor, group: dict[str, Any]) -> "Holder":
         """Return the holder of a parameter that has a tensor of its own."""
-        piece = Piece(name, parameter, tuple(parameter.shape), 0, 0, tensor.numel())
-        return cls(tensor, group, (name,), (piece,))
+        geometry = Geometry.of_run(parameter, parameter.shape, 0, tensor.numel())
+        return cls(tensor, group, (name,), (Piece(name, geometry, 0),))
 
 
 def state_kinds(state: Mapping[str, Any], flat: torch.Tensor) -> list[str]:
@@ -77,9 +100,8 @@ def fragments_of(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) ->
         tensors = {WEIGHT: holder.flat, **{kind: state[kind] for kind in state_kinds(state, holder.flat)}}
         for piece in holder.pieces:
             for kind, tensor in tensors.items():
-                data = tensor.detach().view(-1).narrow(0, piece.start, piece.size)
-                shard = shard_of(piece.parameter)
-                found.append(Fragment(piece.name, kind, shard, piece.local_shape, piece.offset, data))
+                data = tensor.detach().view(-1).narrow(0, piece.start, piece.geometry.numel)
+                found.append(Fragment(piece.name, kind, piece.geometry, data))
     return found
 
 

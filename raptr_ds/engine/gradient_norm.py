@@ -3,24 +3,24 @@
 import torch
 import torch.distributed as dist
 
+from raptr_ds.parallel.groups import ProcessGroups
+
 _ROW = 1024  # elements
 
 
-def global_norm(
-    gradients: list[torch.Tensor], losses: "LossCheck", device: torch.device, group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Return the L2 norm over this rank's gradients and those of the other ranks of `group`, an fp32 scalar.
+def global_norm(gradients: list[torch.Tensor], losses: "LossCheck", groups: ProcessGroups) -> torch.Tensor:
+    """Return the L2 norm over the gradients of all ranks, an fp32 scalar.
 
-    Each element of the model must be passed on exactly one rank of the group (parallel/layers.py, is_owner). Norms of
-    tensors are taken in fp32 and their squares summed in fp64, so that the layout hardly shows. The norm is not finite
-    if one of the losses in `losses`, which are consumed, is not.
+    Each element of the model must be passed on exactly one rank (parallel/layers.py, is_owner). Norms of tensors are
+    taken in fp32 and their squares summed in fp64, so that the layout hardly shows. The norm is not finite if one of
+    the losses in `losses`, which are consumed, is not.
     """
     norms = [*_norms(gradients), *(loss.abs().float().view(1) for loss in losses.take())]
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=groups.device)
     if norms:
         total = torch.cat(norms).double().square().sum()
-    if group.size() > 1:
-        dist.all_reduce(total, group=group)
+    if groups.topology.world_size > 1:
+        dist.all_reduce(total, group=groups.world)
     return total.sqrt().float()
 
 
@@ -32,7 +32,13 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """
     if not tensors or tensors[0].device.type != "cpu":
         return _norms_at_once(tensors)
-    return [norm for tensor in tensors for norm in _norms_of_rows(tensor.detach().reshape(-1))]
+    norms = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        rows = flat[: flat.numel() // _ROW * _ROW].view(-1, _ROW)
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+        norms.append(torch.linalg.vector_norm(flat[rows.numel() :], dtype=torch.float32).view(1))
+    return norms
 
 
 def _norms_at_once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -40,15 +46,6 @@ def _norms_at_once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     if not tensors:
         return []
     return [torch.stack(torch._foreach_norm(tensors, 2, torch.float32))]  # type: ignore[reportPrivateImportUsage]
-
-
-def _norms_of_rows(flat: torch.Tensor) -> list[torch.Tensor]:
-    whole = flat.numel() // _ROW * _ROW
-    norms = [
-        torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32),
-        torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1),
-    ]
-    return [norm for norm in norms if norm.numel()]
 
 
 class LossCheck:

@@ -11,25 +11,29 @@ from raptr_ds.engine.fragments import state_kinds
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import pieces
 from raptr_ds.parallel.transfer import without_waiting
-from raptr_ds.paths.path import LayerPath
+from raptr_ds.paths.path import Parts
 
 
 @contextmanager
 def idle_parts_kept(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[tuple[nn.Parameter, torch.Tensor, int]],
-    path: LayerPath,
+    parts: Parts | None,
     groups: ProcessGroups,
 ) -> Iterator[None]:
     """Restore the weights and states of idle heads and MLP blocks after the optimizer step in the block.
 
-    parameters: working weight, the fp32 tensor that the optimizer steps, layer. Idle parts have zero gradients, so a
-    state that this step creates is zero there already. The step count is the whole layer's.
+    parameters: working weight, the fp32 tensor that the optimizer steps, layer. parts: what ran; None keeps nothing.
+    Idle parts have zero gradients, so a state that this step creates is zero there already. The step count is the
+    whole layer's.
     """
+    if parts is None:
+        yield
+        return
     kept = []
     with torch.no_grad():
         for parameter, master, layer in parameters:
-            if (idle := _idle_elements(parameter, layer, path, groups)) is not None:
+            if (idle := _idle_elements(parameter, layer, parts, groups)) is not None:
                 dim, elements = idle
                 state = optimizer.state.get(master, {})
                 tensors = [master.detach(), *(state[kind] for kind in state_kinds(state, master))]
@@ -40,15 +44,15 @@ def idle_parts_kept(
 
 
 def _idle_elements(
-    parameter: nn.Parameter, layer: int, path: LayerPath, groups: ProcessGroups
+    parameter: nn.Parameter, layer: int, parts: Parts, groups: ProcessGroups
 ) -> tuple[int, torch.Tensor] | None:
-    """Return (dim, indices) of what is idle on a path in this rank's part of a parameter; None if nothing is."""
-    if path.parts is None or not hasattr(parameter, "parts"):
+    """Return (dim, indices) of what is idle in this rank's part of a parameter; None if nothing is."""
+    if not hasattr(parameter, "parts"):
         return None
     kind, dim = parameter.parts  # type: ignore[attr-defined]
-    here = path.parts.number // groups.topology.tensor
+    here = parts.number // groups.topology.tensor
     size = parameter.shape[dim] // here
-    active = getattr(path.parts, kind)[layer]
+    active = getattr(parts, kind)[layer]
     idle = [part for part in range(here) if groups.tensor_rank * here + part not in active]
     if not idle:
         return None

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from raptr_ds.paths.path import LayerPath
@@ -32,15 +31,12 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named:
-        key = (layer_of(name), is_decayed(parameter))
-        if key not in groups:
-            groups[key] = {"params": [], "layer": key[0], "names": []}
-            if not key[1]:
-                groups[key]["weight_decay"] = 0.0
-            elif weight_decay is not None:
-                groups[key]["weight_decay"] = weight_decay
-        groups[key]["params"].append(parameter)
-        groups[key]["names"].append(name)
+        layer, decayed = layer_of(name), is_decayed(parameter)
+        group = groups.setdefault((layer, decayed), {"params": [], "layer": layer, "names": []})
+        if not decayed or weight_decay is not None:
+            group["weight_decay"] = weight_decay if decayed else 0.0
+        group["params"].append(parameter)
+        group["names"].append(name)
     return list(groups.values())
 
 
@@ -52,9 +48,3 @@ def layers_on(path: LayerPath) -> Callable[[int], bool]:
 def every_layer(_layer: int) -> bool:
     """Return True."""
     return True
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

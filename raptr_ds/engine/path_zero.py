@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from raptr_ds.engine.fragments import Holder, Piece
+from raptr_ds.engine.fragments import Geometry, Holder, Piece
 from raptr_ds.engine.gradient_norm import LossCheck, global_norm
 from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
@@ -76,6 +76,8 @@ class PathZero:
     """Whether this step changes a layer."""
     loss_check: LossCheck
     clock: WorkClock
+    waiting: Sequence[str]
+    """DeepSpeed's methods that reduce gradients or gather weights, with the other ranks."""
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
@@ -96,9 +98,8 @@ class PathZero:
 
         This takes one collective, where DeepSpeed has one for each group.
         """
-        groups = self.process_groups
         with self.clock.waiting():
-            norm = global_norm(owned, self.loss_check, groups.device, groups.world)
+            norm = global_norm(owned, self.loss_check, self.process_groups)
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
@@ -109,12 +110,22 @@ class PathZero:
 class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     """ZeRO 1 and 2. Groups that do not move get no zero gradients, no step, no copy and no gather.
 
-    Weights that have moved are gathered when they are next used (`gather`), not at once: under `zero_grad` a skipped
+    Weights that have moved are gathered when they are next used, not at once: under `zero_grad` a skipped
     layer moves in many steps before it is used.
     """
 
+    waiting = ("average_tensor",)
     stale: set[int]
     """Groups whose fp32 partitions have changed since their weights were gathered."""
+
+    def follow(self, path: LayerPath, freezes: bool) -> None:
+        """Prepare for a training step along `path`."""
+        super().follow(path, freezes)
+        self._gather(self.runs)
+
+    def follow_forward(self, path: LayerPath) -> None:
+        """Prepare for forward passes along `path` without backward passes."""
+        self._gather(layers_on(path))
 
     def _group_moves(self: Any, group: int) -> bool:
         return self.moves(self.optimizer.param_groups[group]["layer"])
@@ -134,11 +145,6 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     def _build_compact_grad_partition_buffer(self: Any, group_idx: int) -> Any:
         """Return the same when gradients of 16-bit weights accumulate in fp32."""
         return super()._build_compact_grad_partition_buffer(group_idx) if self._group_moves(group_idx) else []
-
-    def average_tensor(self, *args: Any, **more: Any) -> None:
-        """Reduce gradients as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            super().average_tensor(*args, **more)
 
     def scaled_global_norm(self: Any, norm_type: int = 2) -> torch.Tensor:
         """Return the norm of the gradient partitions, each element of the model counted once."""
@@ -163,7 +169,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     def _update_model_bit16_weights(self, group_index: int) -> None:
         """Do nothing: the weights are views of the flat buffers since DeepSpeed built them."""
 
-    def gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
+    def _gather(self: Any, is_wanted: Callable[[int], bool]) -> None:
         """Gather the weights of the wanted layers that have moved since they were last gathered."""
         chosen = [n for n in sorted(self.stale) if is_wanted(self.optimizer.param_groups[n]["layer"])]
         with _only_entries(self, _GROUP_LISTS_12, chosen):
@@ -196,8 +202,8 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
                 if mapping is None:
                     continue
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                shape = tuple(parameter.shape)
-                pieces.append(Piece(names[parameter], parameter, shape, low.start, high.start, high.numel))
+                geometry = Geometry.of_run(parameter, parameter.shape, low.start, high.numel)
+                pieces.append(Piece(names[parameter], geometry, high.start))
             flat = self.single_partition_of_fp32_groups[index]
             holders.append(Holder(flat, group, tuple(group["names"]), tuple(pieces)))
         return holders
@@ -206,6 +212,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
 class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO 3. Groups that do not move keep their partitions; gradients left from earlier steps are not applied."""
 
+    waiting = (_PRIVATE_3 + "reduce_and_partition_ipg_grads", "_post_step")
     coordinator: PathCoordinator
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
@@ -256,31 +263,13 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         Those of skipped layers are fetched like any weight when their layer is next active.
         """
         chosen = [n for n, parameters in enumerate(self.fp16_groups) if self.moves(self.layers[parameters[0]])]
-        persistent = self.persistent_parameters
-        self.persistent_parameters = [p for p in persistent if self.runs(self.layers[p])]
-        try:
-            with (
-                _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)),
-                self.clock.working(),
-            ):
-                super().step(closure)
-        finally:
-            self.persistent_parameters = persistent
-
-    def _post_step(self, timer_names: Any) -> None:
-        """Gather the small weights as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            super()._post_step(timer_names)
-
-    def _DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(  # noqa: N802 - DeepSpeed's private name
-        self, *args: Any
-    ) -> None:
-        """Reduce gradients as DeepSpeed does, with the other ranks."""
-        with self.clock.waiting():
-            getattr(super(), _PRIVATE_3 + "reduce_and_partition_ipg_grads")(*args)
-
-    def gather(self, is_wanted: Callable[[int], bool]) -> None:
-        """Do nothing: weights are gathered module by module as they are used."""
+        small = [n for n, parameter in enumerate(self.persistent_parameters) if self.runs(self.layers[parameter])]
+        with (
+            _only_entries(self, _GROUP_LISTS_3, chosen, consumed=("averaged_gradients",)),
+            _only_entries(self, ("persistent_parameters",), small),
+            self.clock.working(),
+        ):
+            super().step(closure)
 
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:
@@ -301,7 +290,8 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
                 offset = part * self.process_groups.data_rank
                 size = max(0, min(part, parameter.ds_numel - offset))
                 if size:
-                    pieces.append(Piece(names[parameter], parameter, tuple(parameter.ds_shape), offset, start, size))
+                    geometry = Geometry.of_run(parameter, parameter.ds_shape, offset, size)
+                    pieces.append(Piece(names[parameter], geometry, start))
                 start += part
             flat = self.fp32_partitioned_groups_flat[index]
             holders.append(Holder(flat, group, tuple(names[parameter] for parameter in parameters), tuple(pieces)))
@@ -319,6 +309,9 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage, cl
     optimizer.process_groups = process_groups
     optimizer.layers = {parameter: layer_of(name) for name, parameter in stage.named_parameters()}
     optimizer.loss_check, optimizer.clock = LossCheck(), clock
+    for name in optimizer.waiting:
+        uncounted: Any = clock.waiting()
+        setattr(optimizer, name, uncounted(getattr(optimizer, name)))
     optimizer.check_grad_overflow = True  # in every precision: bf16.check_grad_overflow=false would apply a NaN
     if isinstance(optimizer, PathZero12):
         optimizer.stale = set()
@@ -331,9 +324,9 @@ def follow_paths(optimizer: Any, process_groups: ProcessGroups, stage: Stage, cl
 def _only_entries(
     owner: Any, names: Sequence[str], chosen: Sequence[int], consumed: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Reduce attributes of `owner` that are lists or dictionaries by group to the chosen groups, numbered from 0.
+    """Reduce attributes of `owner`, lists or dictionaries by number, to the chosen entries, numbered from 0.
 
-    consumed: dictionaries by group whose values are moved, not copied, so that DeepSpeed frees gradients as it uses
+    consumed: dictionaries whose values are moved, not copied, so that DeepSpeed frees gradients as it uses
     them; they are empty afterwards.
     """
     saved = {name: getattr(owner, name) for name in (*names, *consumed)}

@@ -8,15 +8,11 @@ partitioned_param_coordinator.py of deepspeed 0.19.8, trace_prologue). But a ste
     after  | layer 0, layer 3, layer 7 | head     backward, read from right to left
 
 Every layer visits modules of the same names, so one recorded step, along any path, gives the order along every path
-(`learn_order`, `VisitOrder.along`). `PathCoordinator` knows the path before each forward pass (`expect`), and at the
-first module (`reset_step`) it does one of three things:
-
-    the pieces are not known yet        DeepSpeed records the step; the next reset_step learns the pieces from it
-    another path than the last          the order along the new path is installed as if DeepSpeed had recorded it
-    the same path                       nothing: the order is installed already
-
-A step that recomputes activations visits a layer's modules in another order than one that keeps them, so one step of
-each kind is recorded. If DeepSpeed meets a module that the order does not have, all is discarded and recorded again.
+(`Pass.learn`, `Pass.along`). `PathCoordinator` knows the path before each forward pass (`expect`), and at the first
+module (`reset_step`) it installs the order along it as if DeepSpeed had recorded it; where the pieces are not known yet
+DeepSpeed records the step. A step that recomputes activations visits a layer's modules in another order than one that
+keeps them, so one step of each kind is recorded. If DeepSpeed meets a module that the order does not have, all is
+discarded and recorded again.
 """
 
 from bisect import bisect_left
@@ -38,73 +34,35 @@ from raptr_ds.model.stack import Stack
 
 _PRIVATE = "_PartitionedParameterCoordinator__"
 
+_Modules = dict[int, dict[str, nn.Module]]  # the modules of each layer by name
+
 
 @dataclass(frozen=True)
-class VisitOrder:
-    """The pieces of the order in which a step visits modules.
+class Pass:
+    """The pieces of the order in which a forward or a backward pass visits modules.
 
-    before, head_forward, head_backward, after: modules outside the layers. forward, backward: names of the modules
-    inside a layer, "" for the layer itself.
+    before, after: modules outside the layers. inside: names of the modules inside a layer, "" for the layer itself.
     """
 
     before: tuple[nn.Module, ...]
-    forward: tuple[str, ...]
-    head_forward: tuple[nn.Module, ...]
-    head_backward: tuple[nn.Module, ...]
-    backward: tuple[str, ...]
+    inside: tuple[str, ...]
     after: tuple[nn.Module, ...]
 
-    def along(self, layers: Sequence[int], modules: dict[int, dict[str, nn.Module]], training: bool) -> list[nn.Module]:
-        """Return the modules that a step along `layers` visits, in order; only the forward pass's if not `training`."""
-        order = [*self.before, *(modules[layer][name] for layer in layers for name in self.forward)]
-        order += self.head_forward
-        if training:
-            order += self.head_backward
-            order += [modules[layer][name] for layer in reversed(layers) for name in self.backward]
-            order += self.after
-        return order
+    def along(self, layers: Sequence[int], modules: _Modules) -> list[nn.Module]:
+        """Return the modules that a pass visits which goes through `layers` in this order."""
+        return [*self.before, *(modules[layer][name] for layer in layers for name in self.inside), *self.after]
 
-
-def learn_order(
-    visits: Sequence[nn.Module], first_backward: int, layers: Sequence[int], modules: dict[int, dict[str, nn.Module]]
-) -> VisitOrder | None:
-    """Return the pieces of a recorded training step along `layers`; None if it does not consist of such pieces.
-
-    first_backward: the number of visits in the forward pass.
-    """
-    places = {module: (layer, name) for layer, inside in modules.items() for name, module in inside.items()}
-    forward_pass = _pieces(visits[:first_backward], places)
-    backward_pass = _pieces(visits[first_backward:], places)
-    if forward_pass is None or backward_pass is None:
-        return None
-    before, forward_layers, head_forward = forward_pass
-    head_backward, backward_layers, after = backward_pass
-    names = {tuple(inside) for _, inside in forward_layers}, {tuple(inside) for _, inside in backward_layers}
-    if (
-        [layer for layer, _ in forward_layers] != list(layers)
-        or [layer for layer, _ in backward_layers] != list(reversed(layers))
-        or any(len(found) != 1 for found in names)
-    ):
-        return None
-    return VisitOrder(
-        before, names[0].pop(), head_forward, head_backward=head_backward, backward=names[1].pop(), after=after
-    )
-
-
-def _pieces(
-    visits: Sequence[nn.Module], places: dict[nn.Module, tuple[int, str]]
-) -> tuple[tuple[nn.Module, ...], list[tuple[int, list[str]]], tuple[nn.Module, ...]] | None:
-    """Cut one pass into the visits before the layers, each layer's by name, and those after; None if they mix."""
-    inside = [number for number, module in enumerate(visits) if module in places]
-    if not inside or inside != list(range(inside[0], inside[-1] + 1)):
-        return None
-    layers: list[tuple[int, list[str]]] = []
-    for module in visits[inside[0] : inside[-1] + 1]:
-        layer, name = places[module]
-        if not layers or layers[-1][0] != layer:
-            layers.append((layer, []))
-        layers[-1][1].append(name)
-    return tuple(visits[: inside[0]]), layers, tuple(visits[inside[-1] + 1 :])
+    @classmethod
+    def learn(cls, visits: Sequence[nn.Module], layers: Sequence[int], modules: _Modules) -> "Pass | None":
+        """Return the pieces of a recorded pass through `layers`; None if it does not consist of such pieces."""
+        names = {module: name for inside in modules.values() for name, module in inside.items()}
+        numbers = [number for number, module in enumerate(visits) if module in names]
+        if not numbers or not layers:
+            return None
+        first, end = numbers[0], numbers[-1] + 1
+        first_layer = visits[first : first + (end - first) // len(layers)]
+        found = cls(tuple(visits[:first]), tuple(names[m] for m in first_layer if m in names), tuple(visits[end:]))
+        return found if found.along(layers, modules) == list(visits) else None
 
 
 class PathCoordinator(PartitionedParameterCoordinator):
@@ -113,14 +71,14 @@ class PathCoordinator(PartitionedParameterCoordinator):
     A path here is (its layers, whether backward passes follow). Made by `prefetch_along_paths`.
     """
 
-    modules: dict[int, dict[str, nn.Module]]
+    modules: _Modules
     recomputes: Callable[[int], bool]
     """Whether a training step along this number of layers recomputes their activations."""
     clock: WorkClock
     reads_in_parts: bool
     """Whether `read_in_parts` has been called."""
-    orders: dict[bool, VisitOrder]
-    """The pieces of steps that recompute (True) and of those that do not (False), as far as they are known."""
+    orders: dict[bool, tuple[Pass, Pass]]
+    """Both passes of steps that recompute (True) and of those that do not (False), as far as they are known."""
     _expected: tuple[tuple[int, ...], bool]
     """The path of the next forward passes."""
     _installed: tuple[tuple[int, ...], bool] | None
@@ -159,32 +117,30 @@ class PathCoordinator(PartitionedParameterCoordinator):
         """Begin a forward pass: DeepSpeed calls this before the model's first module."""
         if self.is_record_trace():
             self._learn(*self._recorded)
-        order = self._order_of(*self._expected)
+        layers, training = self._expected
+        # Where no backward pass follows, the forward pass of either kind of step will do.
+        order = self.orders.get(self.recomputes(len(layers))) if training else next(iter(self.orders.values()), None)
         if order is None:
-            self._record_anew_for(*self._expected)
+            self._record_anew()
         elif self._installed != self._expected:
-            self._install(order.along(self._expected[0], self.modules, self._expected[1]))
-            self._installed = self._expected
+            visits = order[0].along(layers, self.modules)
+            self._install(visits + order[1].along(layers[::-1], self.modules) if training else visits)
         super().reset_step()
         self._recorded, self._first_backward = self._expected, None
 
     def _learn(self: Any, layers: tuple[int, ...], training: bool) -> None:
         """Learn the pieces from what was recorded, if that was a whole training step."""
         if training and self._first_backward is not None:
-            order = learn_order(self._get("submodule_order"), self._first_backward, layers, self.modules)
-            if order is not None:
-                self.orders[self.recomputes(len(layers))] = order
+            visits = self._get("submodule_order")
+            forward = Pass.learn(visits[: self._first_backward], layers, self.modules)
+            backward = Pass.learn(visits[self._first_backward :], layers[::-1], self.modules)
+            if forward is not None and backward is not None:
+                self.orders[self.recomputes(len(layers))] = forward, backward
 
-    def _order_of(self, layers: tuple[int, ...], training: bool) -> VisitOrder | None:
-        """Return the pieces of the next forward passes; without backward passes those of either kind will do."""
-        if training:
-            return self.orders.get(self.recomputes(len(layers)))
-        return next(iter(self.orders.values()), None)
-
-    def _record_anew_for(self: Any, layers: tuple[int, ...], training: bool) -> None:
+    def _record_anew(self: Any) -> None:
         """Make DeepSpeed record the next step if the order that it has is ours, or that of the other kind of step."""
-        had, of_training = self._recorded
-        is_other = training and of_training and self.recomputes(len(had)) != self.recomputes(len(layers))
+        (had, had_training), (layers, training) = self._recorded, self._expected
+        is_other = training and had_training and self.recomputes(len(had)) != self.recomputes(len(layers))
         if (is_other or self._installed is not None) and not self.is_invalid_trace():
             super()._invalidate_trace()
         self._installed = None
@@ -203,7 +159,7 @@ class PathCoordinator(PartitionedParameterCoordinator):
         super()._invalidate_trace()
 
     def _install(self: Any, order: list[nn.Module]) -> None:
-        """Install `order` as if DeepSpeed had recorded it."""
+        """Install the order of the expected path as if DeepSpeed had recorded it."""
         entry = getattr(PartitionedParameterCoordinator, _PRIVATE + "ParamInTrace")
         trace, self._uses, self._numel_before = [], {}, [0]
         for number, module in enumerate(order):
@@ -215,6 +171,7 @@ class PathCoordinator(PartitionedParameterCoordinator):
         self._set("submodule_order", tuple(order))
         self._set("param_order", tuple(trace))
         self._set("trace_mode", ZeRoTraceMode.COMPLETE)
+        self._installed = self._expected
 
     def _PartitionedParameterCoordinator__params_to_release(  # noqa: N802 - DeepSpeed's private name
         self: Any, module: nn.Module, visit: int

@@ -6,7 +6,7 @@ _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (ru
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from raptr_ds.engine.parameter_groups import every_layer, layers_on
 from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import is_owner
-from raptr_ds.paths.path import LayerPath
+from raptr_ds.paths.path import LayerPath, Parts
 
 _BUCKET_ELEMENTS = 1 << 26
 _OWN_OF_A_GROUP = ("params", "layer", "names")
@@ -45,8 +45,7 @@ class ReplicatedOptimizer:
         self.inner, self.groups, self.max_norm, self.loss_scaler = inner, groups, max_norm, loss_scaler
         self.clock = clock
         self.moves: Callable[[int], bool] = every_layer
-        self.freezes = True
-        self.path: LayerPath | None = None
+        self.kept_parts: Parts | None = None
         self.loss_check = LossCheck()
         self.overflow, self._is_unfinished = False, False
         self.decides_on_device = _skips_on_device(inner, groups.device)
@@ -78,7 +77,7 @@ class ReplicatedOptimizer:
 
     def follow(self, path: LayerPath, freezes: bool) -> None:
         """Prepare for a training step along `path`, which changes only its layers if `freezes`, else all."""
-        self.path, self.freezes = path, freezes
+        self.kept_parts = path.parts if freezes else None
         self.moves = layers_on(path) if freezes else every_layer
 
     def follow_micro_batch(self, path: LayerPath) -> None:
@@ -91,26 +90,21 @@ class ReplicatedOptimizer:
         """Average the gradients over the data-parallel ranks; skipped layers have none, so nothing is sent for them."""
         if self.groups.topology.data == 1:
             return
-        with self.clock.waiting():
-            self._reduce_in_buckets()
-
-    def _reduce_in_buckets(self) -> None:
         bucket: list[torch.Tensor] = []
         elements = 0
-        for parameter, _, _ in self.pairs:
-            gradient = gradient_of(parameter)
-            if gradient is None:
-                continue
-            bucket.append(gradient)
-            elements += gradient.numel()
-            if elements >= _BUCKET_ELEMENTS:
+        with self.clock.waiting():
+            for gradient in (gradient_of(working) for working, _, _ in self.pairs):
+                if gradient is None:
+                    continue
+                bucket.append(gradient)
+                elements += gradient.numel()
+                if elements >= _BUCKET_ELEMENTS:
+                    self._reduce(bucket)
+                    bucket, elements = [], 0
+            if bucket:
                 self._reduce(bucket)
-                bucket, elements = [], 0
-        self._reduce(bucket)
 
     def _reduce(self, bucket: list[torch.Tensor]) -> None:
-        if not bucket:
-            return
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=self.groups.data)
         flat /= self.groups.topology.data
@@ -123,12 +117,13 @@ class ReplicatedOptimizer:
         If `decides_on_device`, `overflow` is valid only after `finish_step`.
         """
         scale = self.loss_scale
-        gradients = [(w, m, gradient_of(w)) for w, m, layer in self.pairs if self.moves(layer)]
+        moving = [pair for pair in self.pairs if self.moves(pair[2])]
+        gradients = [(w, m, gradient_of(w)) for w, m, _ in moving]
         # All data-parallel ranks have the same gradients: the first counts them, the others only their losses.
         is_counted = self.groups.data_rank == 0
         owned = [g for w, _, g in gradients if is_counted and g is not None and is_owner(w, self.groups)]
         with self.clock.waiting():
-            norm = global_norm(owned, self.loss_check, self.groups.device, self.groups.world) / scale
+            norm = global_norm(owned, self.loss_check, self.groups) / scale
         self._global_grad_norm = norm
         self.overflow, self._is_unfinished = False, True
         if not self.decides_on_device:
@@ -137,7 +132,7 @@ class ReplicatedOptimizer:
                 return
         accumulated = self._hand_over(gradients)
         factor = clip_factor(norm, self.max_norm) / scale
-        with self._idle_parts_kept(), self._merged_groups():
+        with idle_parts_kept(self.inner, moving, self.kept_parts, self.groups), self._merged_groups():
             if self.decides_on_device:
                 self._step_if_finite(norm, factor)
             else:
@@ -201,20 +196,11 @@ class ReplicatedOptimizer:
         finally:
             self.inner.param_groups = every
 
-    def _idle_parts_kept(self) -> AbstractContextManager[None]:
-        if self.path is None or self.path.parts is None or not self.freezes:
-            return nullcontext()
-        moving = [pair for pair in self.pairs if self.moves(pair[2])]
-        return idle_parts_kept(self.inner, moving, self.path, self.groups)
-
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
         """Copy the fp32 weights of the wanted layers to the working weights, unless they are the same tensors."""
         behind = [(w, m) for w, m, layer in self.pairs if w is not m and is_wanted(layer)]
         _copy([working for working, _ in behind], [master for _, master in behind])
-
-    def gather(self, is_wanted: Callable[[int], bool]) -> None:
-        """Do nothing: every rank has all weights."""
 
     def holders(self, names: Mapping[nn.Parameter, str]) -> list[Holder]:
         """Return where weights and states lie: each parameter has its own fp32 tensor."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -34,35 +34,39 @@ class WorkClock:
 
     def start(self) -> None:
         """Count from here, if a step has begun."""
-        if self._is_in_step and not self._is_running:
-            self._mark()
+        self._switch(True)
 
     def stop(self) -> None:
         """Count up to here."""
-        if self._is_running:
-            self._mark()
+        self._switch(False)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """Do not count the block: other ranks may be waited for there."""
-        was_running = self._is_running
-        self.stop()
-        try:
-            yield
-        finally:
-            if was_running:
-                self.start()
+        return self._switched(False)
+
+    def working(self) -> AbstractContextManager[None]:
+        """Count the block, whether or not the clock ran before."""
+        return self._switched(True)
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Count the block, whether or not the clock ran before."""
-        was_running = self._is_running
-        self.start()
+    def _switched(self, runs: bool) -> Iterator[None]:
+        before = self._is_running
+        self._switch(runs)
         try:
             yield
         finally:
-            if not was_running:
-                self.stop()
+            self._switch(before)
+
+    def _switch(self, runs: bool) -> None:
+        if runs == self._is_running or not self._is_in_step:
+            return
+        self._is_running = runs
+        if not self.is_on_device:
+            self._marks.append(time.perf_counter())
+            return
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
 
     def end_step(self) -> float:
         """Return the seconds that were counted, 0 if none, once the device has passed the last mark.
@@ -75,12 +79,3 @@ class WorkClock:
         if self.is_on_device:
             return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
         return sum(end - start for start, end in pairs)
-
-    def _mark(self) -> None:
-        self._is_running = not self._is_running
-        if not self.is_on_device:
-            self._marks.append(time.perf_counter())
-            return
-        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        self._marks.append(event)

@@ -53,7 +53,7 @@ def train(engine: Engine, case: Case, groups: ProcessGroups, first: int, last: i
 
 def state_of(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
     """Return a copy of all that this rank holds."""
-    return {(f.name, f.kind, f.offset): f.data.clone() for f in engine.fragments()}
+    return {(f.name, f.kind, f.geometry.offset): f.data.clone() for f in engine.fragments()}
 
 
 # Resume

@@ -75,8 +75,8 @@ class PoisonedBatches:
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Return a copy of all that moves on this rank: fp32 weights, moments, working weights."""
-    engine.begin_evaluation(LayerPath.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
-    state = {f"{f.name} {f.kind} {f.offset}": f.data.clone() for f in engine.fragments()}
+    engine.optimizer.follow_forward(LayerPath.full(engine.stage.model.num_layers))  # type: ignore[attr-defined]
+    state = {f"{f.name} {f.kind} {f.geometry.offset}": f.data.clone() for f in engine.fragments()}
     for name, parameter in engine.stage.named_parameters():  # type: ignore[attr-defined]
         state[f"{name} working"] = _working(parameter).detach().clone()
     return state

@@ -230,31 +230,31 @@ def batch_at(case: Case, groups: ProcessGroups, step: int) -> StepBatch:
 def full_weights(engine: Engine, groups: ProcessGroups, kind: str = "weight") -> dict[str, np.ndarray]:
     """Return the full fp32 tensors of a kind by name, on rank 0; elsewhere nothing."""
     owned = [f for f in engine.fragments() if f.kind == kind and engine.owns(f)]
-    plain = [(f.name, f.shard, f.local_shape, f.offset, f.data.float().cpu().numpy().copy()) for f in owned]
+    plain = [(f.name, f.geometry, f.data.float().cpu().numpy().copy()) for f in owned]
     gathered: list[Any] = [None] * groups.topology.world_size
     dist.all_gather_object(gathered, plain, group=groups.control)
     if groups.rank:
         return {}
     locals_: dict[tuple[str, int], np.ndarray] = {}
-    shards = {}
-    for name, shard, local_shape, offset, data in (item for items in gathered for item in items):
-        key = (name, shard.start)
-        flat = locals_.setdefault(key, np.full(int(np.prod(local_shape)), np.nan, np.float32))
-        assert np.isnan(flat[offset : offset + len(data)]).all(), f"{name}: elements with two owners"
-        flat[offset : offset + len(data)] = data
-        shards[key] = (shard, local_shape)
+    geometries = {}
+    for name, run, data in (item for items in gathered for item in items):
+        key = (name, run.start)
+        flat = locals_.setdefault(key, np.full(int(np.prod(run.local_shape)), np.nan, np.float32))
+        assert np.isnan(flat[run.offset : run.offset + len(data)]).all(), f"{name}: elements with two owners"
+        flat[run.offset : run.offset + len(data)] = data
+        geometries[key] = run
     full: dict[str, np.ndarray] = {}
-    for (name, _), flat in locals_.items():
-        shard, local_shape = shards[(name, _)]
+    for key, flat in locals_.items():
+        name, run = key[0], geometries[key]
         assert not np.isnan(flat).any(), f"{name}: elements without an owner"
-        target = full.setdefault(name, np.full(shard.full_shape, np.nan, np.float32))
-        local = flat.reshape(local_shape)
-        if shard.dim is None:
+        target = full.setdefault(name, np.full(run.full_shape, np.nan, np.float32))
+        local = flat.reshape(run.local_shape)
+        if run.dim is None:
             target[...] = local
         else:
             window = [slice(None)] * target.ndim
-            window[shard.dim] = slice(shard.start, shard.start + shard.size)
-            target[tuple(window)] = np.take(local, range(shard.size), axis=shard.dim)
+            window[run.dim] = slice(run.start, run.start + run.size)
+            target[tuple(window)] = np.take(local, range(run.size), axis=run.dim)
     assert not any(np.isnan(value).any() for value in full.values())
     return full
 

@@ -1,7 +1,7 @@
 """On a GPU the host runs ahead: a warm training step, or an evaluation, waits for the device once, to read its result.
 
 torch.cuda.set_sync_debug_mode("error") raises wherever torch waits for the device; explicit synchronizations, which it
-does not see, raise here too. The one read-back is engine/deepspeed_state.py, read_back.
+does not see, raise here too. The one read-back is engine/zero.py, read_back.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def groups() -> Iterator[ProcessGroups]:
 @contextmanager
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Raise where the host waits inside, but for read-backs; yield how many numbers each of these has read."""
-    from raptr_ds.engine import deepspeed_state, zero
+    from raptr_ds.engine import zero
 
     reads: list[int] = []
 
@@ -58,8 +58,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         raise AssertionError("the host waits for the device")
 
     with monkeypatch.context() as patched:
-        for module in (deepspeed_state, zero):
-            patched.setattr(module, "read_back", read_back)
+        patched.setattr(zero, "read_back", read_back)
         patched.setattr(torch.cuda, "synchronize", refuse)
         patched.setattr(torch.cuda.Stream, "synchronize", refuse)
         torch.cuda.set_sync_debug_mode("error")

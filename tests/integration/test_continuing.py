@@ -14,7 +14,7 @@ import torch.distributed as dist
 from raptr_ds.checkpoint import manager
 from raptr_ds.data.loader import Loader
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.engine import deepspeed_state
+from raptr_ds.engine import zero
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
@@ -240,14 +240,14 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(data_folder: Path, tm
 
 
 def _stop_in_a_growth(launch: Launch) -> None:
-    grow = deepspeed_state.grow_layers
+    grow = zero.grow_layers
 
     def stopping(*arguments: Any) -> None:
         if launch.rank == launch.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         grow(*arguments)
 
-    deepspeed_state.grow_layers = stopping
+    zero.grow_layers = stopping
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])

@@ -108,7 +108,7 @@ def test_the_first_two_steps_of_warmup_train_nothing() -> None:
 
 
 def test_megatron_core_is_no_model_parallel_unit_for_deepspeed() -> None:
-    """Fixed: TensorParallelUnit could be megatron.core.parallel_state itself."""
+    """Fixed: tensor_parallel_unit could be megatron.core.parallel_state itself."""
     assert not hasattr(parallel_state, "get_model_parallel_rank")
     assert not hasattr(parallel_state, "get_model_parallel_world_size")
 

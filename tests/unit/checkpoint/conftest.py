@@ -10,9 +10,8 @@ import torch
 from raptr_ds.checkpoint.folder import checkpoints_in
 from raptr_ds.checkpoint.manager import Checkpoints
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.engine.fragments import Fragment
+from raptr_ds.engine.fragments import Fragment, Geometry
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.layers import TensorShard
 
 SHAPES = {"embedding.word.weight": (7, 4), "layers.0.mlp.weight": (6, 4), "layers.0.mlp.bias": (6,)}
 
@@ -52,7 +51,7 @@ class TensorsEngine:
 
     def fragments(self) -> list[Fragment]:
         return [
-            Fragment(name, kind, TensorShard(tuple(tensor.shape)), tuple(tensor.shape), 0, tensor.view(-1))
+            Fragment(name, kind, Geometry.of_whole(tensor), tensor.view(-1))
             for (name, kind), tensor in self.tensors.items()
         ]
 

@@ -16,8 +16,8 @@ from raptr_ds.checkpoint.manifest import (
     check_complete,
     check_model,
 )
-from raptr_ds.checkpoint.reshard import Geometry
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError, Exit
 
 Model = Callable[..., ModelSection]

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from raptr_ds.checkpoint.reshard import Geometry, blocks_of, num_real_elements, transfers
+from raptr_ds.checkpoint.reshard import blocks_of, num_real_elements, transfers
+from raptr_ds.engine.fragments import Geometry
 
 PADDING = -1
 
@@ -51,20 +53,16 @@ def test_any_layout_goes_to_any_other_element_by_element(seed: int) -> None:
     full = np.arange(math.prod(shape)).reshape(shape)
     sources, targets = random_layout(rng, shape), random_layout(rng, shape)
     for target in targets:
-        found = np.full(target.numel, PADDING)
+        found = torch.full((target.numel,), PADDING)
         copied = 0
         for source in sources:
-            data = local_of(full, source)
-            for transfer in transfers(source, target):
-                piece = data[transfer.read_first : transfer.read_first + transfer.read_numel]
-                piece = piece.reshape(transfer.read_shape)
-                last = transfer.write_first + math.prod(transfer.write_shape)
-                into = found[transfer.write_first : last].reshape(transfer.write_shape)
-                piece = piece[tuple(slice(a, a + n) for a, n in transfer.read_window)]
-                into[tuple(slice(a, a + n) for a, n in transfer.write_window)] = piece
-                copied += piece.size
+            data = torch.from_numpy(local_of(full, source))
+            for read, write in transfers(source, target):
+                box = read.of(data[read.first : read.end])
+                write.of(found[write.first : write.end]).copy_(box)
+                copied += box.numel()
         expected = local_of(full, target)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found.numpy(), expected)
         assert copied == num_real_elements(target) == (expected != PADDING).sum()
 
 
@@ -80,8 +78,8 @@ def test_a_run_has_at_most_two_blocks_for_each_dim_but_one() -> None:
 def test_rows_are_read_without_their_neighbours() -> None:
     whole = Geometry((100, 8), None, 0, 0, (100, 8), 0, 800)
     rows = Geometry((100, 8), 0, 50, 25, (25, 8), 0, 200)
-    [transfer] = transfers(whole, rows)
-    assert (transfer.read_first, transfer.read_numel) == (400, 200)
+    [(read, _)] = transfers(whole, rows)
+    assert (read.first, read.end) == (400, 600)
 
 
 def test_padding_alone_is_nothing() -> None:
@@ -92,5 +90,6 @@ def test_padding_alone_is_nothing() -> None:
 
 def test_a_scalar_and_an_empty_run() -> None:
     scalar = Geometry((), None, 0, 0, (), 0, 1)
-    assert [transfer.numel for transfer in transfers(scalar, scalar)] == [1]
+    [(read, _)] = transfers(scalar, scalar)
+    assert read.of(torch.ones(1)).numel() == 1
     assert blocks_of(Geometry((3, 2), None, 0, 0, (3, 2), 4, 0)) == ()

@@ -1,5 +1,6 @@
 """Building an engine: what this machine lacks is reported before anything is built, or printed where it was derived."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from deepspeed.runtime.config import get_timers_config, get_wall_clock_breakdown
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
 from raptr_ds.engine import build
-from raptr_ds.engine.build import GpuFacts, check_gpu
+from raptr_ds.engine.build import check_device
 from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.parallel.groups import lone_process_groups
 
@@ -104,7 +105,16 @@ def test_a_cpu_overlaps_where_the_run_file_says_so_only() -> None:
 
 # What a GPU lacks is a mistake of the run file
 
-OLD, NEW = GpuFacts("Tesla V100", (7, 0), has_bf16=False), GpuFacts("NVIDIA A100", (8, 0), has_bf16=True)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 0))
+
+
 PRECISIONS = {
     "bf16": [],
     "fp16": ["bf16.enabled=false", "fp16.enabled=true"],
@@ -119,24 +129,27 @@ def config_in(precision: str) -> RunConfig:
     return config
 
 
+@pytest.mark.usefixtures("old_gpu")
 def test_bf16_on_a_gpu_without_it_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_gpu(config_in("bf16"), OLD)
+        check_device(config_in("bf16"), GPU)
     assert caught.value.exit_code == Exit.USER_ERROR
     for part in ("bf16.enabled=true", "Tesla V100 has 7.0", "8.0 or higher", "fp16.enabled"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("precision", "gpu"), [("bf16", NEW), ("bf16", None), ("fp16", OLD), ("fp32", OLD)])
-def test_a_precision_that_the_device_has_is_accepted(precision: str, gpu: GpuFacts | None) -> None:
-    check_gpu(config_in(precision), gpu)
+@pytest.mark.usefixtures("old_gpu")
+@pytest.mark.parametrize(("precision", "device"), [("bf16", CPU), ("fp16", GPU), ("fp32", GPU)])
+def test_a_precision_that_the_device_has_is_accepted(precision: str, device: torch.device) -> None:
+    check_device(config_in(precision), device)
 
 
-def test_a_cpu_is_no_gpu() -> None:
-    assert GpuFacts.of(torch.device("cpu")) is None
+def test_bf16_on_a_gpu_that_has_it_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    check_device(config_in("bf16"), GPU)
 
 
-def test_no_engine_is_built_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GpuFacts, "of", lambda _device: OLD)
+@pytest.mark.usefixtures("old_gpu")
+def test_no_engine_is_built_on_a_gpu_without_bf16() -> None:
     with lone_process_groups() as groups, pytest.raises(ConfigError, match="Tesla V100"):
-        build.build_engine(config_in("bf16"), groups)
+        build.build_engine(config_in("bf16"), replace(groups, device=GPU))

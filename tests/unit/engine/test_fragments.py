@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raptr_ds.engine.fragments import Holder, Piece, create_state, fragments_of, step_counts
+from raptr_ds.engine.fragments import Holder, create_state, fragments_of, step_counts
 
 
 class FusedLike(torch.optim.Optimizer):
@@ -38,9 +38,7 @@ def holders_of(optimizer: torch.optim.Optimizer) -> list[Holder]:
     found = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = f"p{len(found)}"
-            piece = Piece(name, parameter, tuple(parameter.shape), 0, 0, parameter.numel())
-            found.append(Holder(parameter, group, (name,), (piece,)))
+            found.append(Holder.of_whole(f"p{len(found)}", parameter, parameter, group))
     return found
 
 

@@ -9,7 +9,7 @@ from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 
 
 def norm_of(tensors: list[torch.Tensor], groups: ProcessGroups, check: LossCheck | None = None) -> float:
-    return global_norm(tensors, check or LossCheck(), torch.device("cpu"), groups.world).item()
+    return global_norm(tensors, check or LossCheck(), groups).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

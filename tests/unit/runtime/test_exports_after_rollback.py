@@ -49,7 +49,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> dict[int, _Process]:
 
 def _save(exports: Exports, step: int) -> dict[str, str]:
     mark = exports.mark(step)
-    exports.saved(SaveReport(step, Path(), None, 0.0, 0.0, 0))
+    exports.saved(SaveReport(step, None, 0.0, 0.0, 0))
     exports.poll()
     return mark
 
