@@ -4,6 +4,7 @@ It has comparisons as tools/experiment.py keeps them (--keep), and means alone o
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +24,7 @@ _SCHEDULE = "raptr_ds.path.schedule="
 def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
     """Return the means over seeds of an objective's runs: standard training, and RaPTr by any schedule.
 
-    Comparisons without standard training, and RaPTr with other options than its schedule, are left out.
+    Left out: comparisons without standard training, RaPTr with other options than its schedule, losses not finite.
     Raises: DataError if metrics are damaged.
     """
     measured = []
@@ -59,19 +60,19 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     for name, of in settings.items():
         if _OF_THE_LAW.isdisjoint(of) or any(one not in _OF_THE_LAW and not one.startswith(_SCHEDULE) for one in of):
             continue
-        yield Measured(
-            f"{model.num_layers} layers x {model.hidden_size}",
-            fmean(line["tokens"] for line, _ in ends[name]) / parameters,
-            1 - _flops_of_a_step(ends[name]) / full_flops,
-            fmean(loss for _, loss in ends[name]),
-        )
+        loss = fmean(loss for _, loss in ends[name])
+        if math.isfinite(loss):
+            tokens = fmean(line["tokens"] for line, _ in ends[name]) / parameters
+            saving = 1 - _flops_of_a_step(ends[name]) / full_flops
+            yield Measured(f"{model.num_layers} layers x {model.hidden_size}", tokens, saving, loss)
 
 
 def _end_of(run: Path, steps: int) -> tuple[dict[str, Any], float]:
     """Return a run's last training line, and the full model's held-out loss there."""
     metrics = read_metrics(run / METRICS)
-    _, loss = max((length, loss) for (step, length), loss in metrics.evaluations.items() if step == steps)
-    return metrics.training[steps], float(loss)
+    deepest = max(length for step, length in metrics.evaluations if step == steps)
+    loss = metrics.evaluations[steps, deepest]
+    return metrics.training[steps], math.nan if loss is None else loss
 
 
 def _flops_of_a_step(ends: list[tuple[dict[str, Any], float]]) -> float:
