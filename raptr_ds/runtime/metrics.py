@@ -86,54 +86,33 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
         self._is_delayed = False
-        self._file, self._sinks = None, list(sinks)
-        if folder is not None:
-            self._file = MetricsFile(folder / METRICS, resume_step)
+        self._sinks: list[Sink] = [] if folder is None else [MetricsFile(folder / METRICS, resume_step), *sinks]
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""
-        if self._file is None:
+        if not self._sinks:
             return
         self._throughput.record(step.step_tokens, step.step_flops, step.step_seconds)
         if step.step % self._interval == 0 or step.step == self._num_steps:
-            line = self._training_line(step)
-            self._file.append(line)
-            for sink in self._sinks:
-                sink.record_training(line)
-            self._report_delay()
+            self._record(self._training_line(step))
         self._progress.show(self._progress_state(step))
 
     def record_evaluation(self, step: int, eval_loss: float, path_length: int) -> None:
         """Record a loss on held-out data after a 1-based step, of paths of this length."""
-        if self._file is None:
-            return
-        line = {"step": int(step), "eval_loss": float(eval_loss), "path_length": int(path_length)}
-        self._file.append(line)
-        for sink in self._sinks:
-            sink.record_evaluation(line)
-        self._report_delay()
+        self._record({"step": step, "eval_loss": eval_loss, "path_length": path_length})
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
 
     def record_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float | None]]) -> None:
         """Record the scores of the model after a 1-based step, which may be long ago, by task and metric."""
-        if self._file is None:
-            return
-        line = {"step": int(step), "tasks": {task: dict(scores) for task, scores in tasks.items()}}
-        self._file.append(line)
-        for sink in self._sinks:
-            sink.record_tasks(line)
-        self._report_delay()
+        self._record({"step": step, "tasks": tasks})
         self._progress.say(f"tasks after step {step}: {task_words(tasks)}")
 
     def record_corpus(self, step: int, before: str, now: str) -> None:
         """Record that the run reads other tokens after a 1-based step; digests of both."""
-        if self._file is not None:
-            self._file.append({"step": int(step), "corpus": now, "corpus_before": before})
+        self._record({"step": step, "corpus": now, "corpus_before": before})
 
     def rewind(self, step: int) -> None:
         """Remove what was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
-        if self._file is not None:
-            self._file.rewind(step)
         for sink in self._sinks:
             sink.rewind(step)
 
@@ -143,10 +122,8 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     def sync(self) -> None:
         """Write all that was recorded to disk; called before a checkpoint is written."""
-        if self._file is not None:
-            self._file.sync()
         for sink in self._sinks:
-            sink.flush()
+            sink.sync()
 
     def finish_writing(self) -> str | None:
         """Write all that was recorded to disk; return why a part of it is not there, None if all is."""
@@ -159,10 +136,8 @@ class Metrics(AbstractContextManager["Metrics"]):
             sink.close()
             if sink.failure is not None and not sink.is_part_of_run:
                 self.say(f"{sink.failure}: it has not all of the run's metrics; {METRICS} has")
-        if self._file is not None:
-            self._file.close()
         self._progress.close()
-        self._file, self._sinks = None, []
+        self._sinks = []
 
     def __exit__(self, *exception: object) -> None:
         """Close, whatever happened."""
@@ -196,7 +171,9 @@ class Metrics(AbstractContextManager["Metrics"]):
             line |= step.ranks.line()
         return {**line, "non_finite": True} if step.skipped else line
 
-    def _report_delay(self) -> None:
+    def _record(self, line: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.record(line)
         failure = self._failure()
         if failure and not self._is_delayed:
             self._progress.say(
@@ -209,9 +186,7 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     def _failure(self, of_run_only: bool = False) -> str | None:
         """Return why records wait; of_run_only: not those of trackers, which a complete run may lack."""
-        failures = [sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only]
-        if self._file is not None:
-            failures.insert(0, self._file.failure)
+        failures = (sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only)
         return next(filter(None, failures), None)
 
     def _progress_state(self, step: TrainingStep) -> ProgressState:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
+from raptr_ds.runtime.sinks import scalars_of
 from raptr_ds.user_paths import write_error
 
 _MAX_UNFLUSHED = 2000  # scalars
@@ -36,17 +36,16 @@ class TensorBoardSink:
         self._unflushed: list[tuple[str, float, int]] = []
         self.failure: str | None = None
 
-    def record_training(self, line: Mapping[str, Any]) -> None:
-        """Write the scalars of a training line."""
-        self._add(training_scalars(line), line["step"])
-
-    def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Write the loss of an evaluation line, under its path length."""
-        self._add(evaluation_scalars(line), line["step"])
-
-    def record_tasks(self, line: Mapping[str, Any]) -> None:
-        """Write the scores of a line of downstream tasks."""
-        self._add(task_scalars(line), line["step"])
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Write the scalars of a line."""
+        scalars = [(tag, value, line["step"]) for tag, value in scalars_of(line).items()]
+        self._unflushed += scalars
+        try:
+            self._write(scalars)
+        except OSError as error:
+            self._give_up(error)
+        if len(self._unflushed) % _MAX_UNFLUSHED < len(scalars):
+            self.sync()
 
     def rewind(self, step: int) -> None:
         """Purge the events after a 1-based step."""
@@ -57,7 +56,7 @@ class TensorBoardSink:
         except OSError as error:
             self._give_up(error)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Write all events to disk, as far as it takes them."""
         try:
             if self._writer is None:  # in a new file: the earlier one may end in a part of an event
@@ -71,19 +70,9 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Write the remaining events, as far as possible, and close."""
-        self.flush()
+        self.sync()
         if self._writer is not None:
             self._writer.close()
-
-    def _add(self, values: Mapping[str, float], step: int) -> None:
-        scalars = [(tag, value, step) for tag, value in values.items()]
-        self._unflushed += scalars
-        try:
-            self._write(scalars)
-        except OSError as error:
-            self._give_up(error)
-        if len(self._unflushed) % _MAX_UNFLUSHED < len(scalars):
-            self.flush()
 
     def _write(self, scalars: list[tuple[str, float, int]]) -> None:
         if self._writer is not None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.config.sections import LogSection, MlflowSection, WandbSection
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
+from raptr_ds.runtime.sinks import scalars_of
 
 TRACKING = "tracking_{}.json"
 """A file for each package: their threads write at the same time."""
@@ -72,17 +72,12 @@ class TrackerSink:
         self._thread = threading.Thread(target=self._serve, name=f"tracking-{tracker.name}", daemon=True)
         self._thread.start()
 
-    def record_training(self, line: Mapping[str, Any]) -> None:
-        """Take a training line."""
-        self._add(training_scalars(line), line["step"])
-
-    def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Take an evaluation's line."""
-        self._add(evaluation_scalars(line), line["step"])
-
-    def record_tasks(self, line: Mapping[str, Any]) -> None:
-        """Take a line of scores."""
-        self._add(task_scalars(line), line["step"], is_late=True)
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Take a line, if it has numbers to show."""
+        if scalars := scalars_of(line):
+            with self._changed:
+                self._waiting.append(_Record(scalars, line["step"], is_late="tasks" in line))
+                self._changed.notify()
 
     def rewind(self, step: int) -> None:
         """Drop what waits of later steps; what the server has stays there."""
@@ -91,7 +86,7 @@ class TrackerSink:
             self._waiting.clear()
             self._waiting.extend(kept)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Do nothing: the thread passes records on as fast as it can."""
 
     def close(self) -> None:
@@ -102,11 +97,6 @@ class TrackerSink:
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive() and self.failure is None:
             self.failure = f"{self._tracker.name}: no answer within {_CLOSE_SECONDS:g} s"
-
-    def _add(self, scalars: dict[str, float], step: int, is_late: bool = False) -> None:
-        with self._changed:
-            self._waiting.append(_Record(scalars, step, is_late))
-            self._changed.notify()
 
     def _serve(self) -> None:
         is_connected, pause = False, _FIRST_PAUSE_SECONDS

@@ -156,9 +156,9 @@ def scalars_in(folder: Path) -> dict[int, float]:
 def test_events_after_a_rollback_are_purged(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     for step in range(1, 6):
-        sink.record_evaluation({"step": step, "eval_loss": float(step), "path_length": 4})
+        sink.record({"step": step, "eval_loss": float(step), "path_length": 4})
     sink.rewind(3)
-    sink.record_evaluation({"step": 4, "eval_loss": 40.0, "path_length": 4})
+    sink.record({"step": 4, "eval_loss": 40.0, "path_length": 4})
     sink.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
