@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds import paths
+from raptr_ds.engine.protocol import StepResult
 from raptr_ds.runtime.metrics_file import METRICS, MetricsFile, task_words
-from raptr_ds.runtime.progress import Progress, ProgressState
+from raptr_ds.runtime.progress import Progress, short_number, short_time
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
+from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 
 
@@ -34,26 +36,17 @@ from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 class TrainingStep:
     """What is known after one training step of the whole job.
 
-    step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
-    clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
-    skipped: the step moved no weight, as a number was not finite; skipped_steps: the number of such steps so far.
-    failed_saves: checkpoints that could not be written since the run was last started. ranks: what they report.
+    state: where the run stands after it. seconds: its wall time; tokens, flops: of this step alone. failed_saves:
+    checkpoints that could not be written since the run was last started. ranks: what they report.
     """
 
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float | None
+    state: RunState
+    result: StepResult
     path: paths.LayerPath
-    step_seconds: float
-    step_tokens: int
-    step_flops: int
+    lr: float
+    seconds: float
     tokens: int
     flops: int
-    full_flops: int
-    """What the full model would have executed for the same batches."""
-    skipped: bool = False
-    skipped_steps: int = 0
     failed_saves: int = 0
     ranks: Ranks | None = None
 
@@ -92,10 +85,11 @@ class Metrics(AbstractContextManager["Metrics"]):
         """Record one training step."""
         if not self._sinks:
             return
-        self._throughput.record(step.step_tokens, step.step_flops, step.step_seconds)
-        if step.step % self._interval == 0 or step.step == self._num_steps:
+        self._throughput.record(step.tokens, step.flops, step.seconds)
+        done = step.state.step
+        if done % self._interval == 0 or done == self._num_steps:
             self._record(self._training_line(step))
-        self._progress.show(self._progress_state(step))
+        self._progress.show(done, self._num_steps, step.path.phase, self._words(step))
 
     def record_evaluation(self, step: int, eval_loss: float, path_length: int) -> None:
         """Record a loss on held-out data after a 1-based step, of paths of this length."""
@@ -144,32 +138,50 @@ class Metrics(AbstractContextManager["Metrics"]):
         self.close()
 
     def _training_line(self, step: TrainingStep) -> dict[str, Any]:
-        # float() and int(): results may be scalars of torch or NumPy, which JSON cannot hold.
-        seconds = float(step.step_seconds)
+        state, result, path = step.state, step.result, step.path
         line = {
-            "step": int(step.step),
-            "loss": float(step.loss),
-            "lr": float(step.lr),
-            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
-            "path": list(step.path.layers),
-            "path_length": step.path.mean_length,
-            "phase": step.path.phase,
-            "tokens": int(step.tokens),
-            "flops": int(step.flops),
-            "skipped_steps": int(step.skipped_steps),
-            "step_seconds": seconds,
-            "tokens_per_second": step.step_tokens / seconds,
-            "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
+            "step": state.step,
+            "loss": result.loss,
+            "lr": step.lr,
+            "grad_norm": result.grad_norm,
+            "path": list(path.layers),
+            "path_length": path.mean_length,
+            "phase": path.phase,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "skipped_steps": state.skipped_steps,
+            "step_seconds": step.seconds,
+            "tokens_per_second": step.tokens / step.seconds,
+            "mfu": model_flops_utilization(step.flops / step.seconds, self._peak, self._num_devices),
         }
-        if step.path.shares:
-            line["paths"] = [list(share.layers) for share in step.path.shares]
-        if step.path.parts is not None:
-            line["width"] = max(map(len, step.path.parts.heads))
+        if path.shares:
+            line["paths"] = [list(share.layers) for share in path.shares]
+        if path.parts is not None:
+            line["width"] = max(map(len, path.parts.heads))
         if step.failed_saves:
             line["failed_saves"] = step.failed_saves
         if step.ranks is not None:
             line |= step.ranks.line()
-        return {**line, "non_finite": True} if step.skipped else line
+        return {**line, "non_finite": True} if result.skipped else line
+
+    def _words(self, step: TrainingStep) -> str:
+        """Return what a progress line shows after the step's number."""
+        state, path = step.state, step.path
+        tokens_per_second, flops_per_second = self._throughput.rates()
+        words = [
+            f"loss {step.result.loss:.4f}",
+            f"phase {path.phase}",
+            f"path {path.mean_length:.3g}/{path.num_layers}",
+            f"{short_number(tokens_per_second)} tok/s",
+            f"saved {1 - state.flops / state.full_flops:.1%}",
+        ]
+        if self._flops_left is not None:
+            words.append(f"left {short_time(self._flops_left(state.step) / flops_per_second)}")
+        if step.ranks is not None and (slow := step.ranks.slow()) is not None:
+            words.append(f"rank {slow.rank} slow ({slow.ratio:.1f} x)")
+        if step.failed_saves:
+            words.append(f"{step.failed_saves} checkpoints NOT written")
+        return "  ".join(words)
 
     def _record(self, line: Mapping[str, Any]) -> None:
         for sink in self._sinks:
@@ -188,20 +200,3 @@ class Metrics(AbstractContextManager["Metrics"]):
         """Return why records wait; of_run_only: not those of trackers, which a complete run may lack."""
         failures = (sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only)
         return next(filter(None, failures), None)
-
-    def _progress_state(self, step: TrainingStep) -> ProgressState:
-        flops_left = None if self._flops_left is None else self._flops_left(step.step)
-        slow = None if step.ranks is None else step.ranks.slow()
-        return ProgressState(
-            step=step.step,
-            num_steps=self._num_steps,
-            loss=float(step.loss),
-            phase=step.path.phase,
-            path_length=step.path.mean_length,
-            num_layers=step.path.num_layers,
-            tokens_per_second=self._throughput.tokens_per_second,
-            flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,
-            seconds_left=self._throughput.seconds_left(self._num_steps - step.step, flops_left),
-            failed_saves=step.failed_saves,
-            slow_rank="" if slow is None else f"rank {slow.rank} slow ({slow.ratio:.1f} x)",
-        )

@@ -92,19 +92,13 @@ class Session:
         self.ranks.step_done(state.step, result.own_seconds)
         self.metrics.record_step(
             TrainingStep(
-                step=state.step,
-                loss=result.loss,
-                lr=learning_rate,
-                grad_norm=result.grad_norm,
-                path=path,
-                step_seconds=seconds,
-                step_tokens=self.cost.tokens,
-                step_flops=self.cost.flops(path, result.num_predictions),
-                tokens=state.tokens,
-                flops=state.flops,
-                full_flops=state.full_flops,
-                skipped=result.skipped,
-                skipped_steps=state.skipped_steps,
+                state,
+                result,
+                path,
+                learning_rate,
+                seconds,
+                tokens=self.cost.tokens,
+                flops=self.cost.flops(path, result.num_predictions),
                 failed_saves=self.failed_saves,
                 ranks=self.ranks,
             )
