@@ -9,7 +9,7 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.runtime.exports import EXPORTS, task_check_command
 from raptr_ds.runtime.side_process import SideProcess
-from raptr_ds.user_paths import FIX_SAVE, make_folder, write_error
+from raptr_ds.user_paths import make_folder, writing
 
 _SECONDS = 300.0
 _INTERVAL, _TASKS = "raptr_ds.checkpoint.export_interval", "raptr_ds.eval.tasks"
@@ -37,11 +37,9 @@ class ExportCheck:
 
     def _start(self, key: str, words: list[str], text: str = "") -> None:
         log = self._log(key)
-        try:
+        with writing(self._folder):
             log.unlink(missing_ok=True)
             self._processes[key] = SideProcess(words, log, _SECONDS, text=text)
-        except OSError as error:
-            raise write_error(self._folder, error, FIX_SAVE) from error
 
     def _log(self, key: str) -> Path:
         return self._folder / ("tasks-check.log" if key.startswith(_TASKS) else "check.log")

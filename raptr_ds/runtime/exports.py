@@ -33,7 +33,7 @@ from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.side_process import Ended, SideProcess
-from raptr_ds.user_paths import FIX_SAVE, exists, is_folder, make_folder, write_error
+from raptr_ds.user_paths import exists, is_folder, make_folder, writing
 
 EXPORTS = "exports"
 TASKS = "tasks.json"
@@ -119,15 +119,13 @@ class Exports:
         self._last_save = step
         if self._folder is None:
             return
-        try:
+        with writing(self._folder):
             self._set_aside(step if is_own else -1)
             if self._config.checkpoint.export_interval:
                 make_folder(self._folder)
                 self._find_exports()
             if self._config.eval.tasks:
                 self._find_scores(self._folder)
-        except OSError as error:
-            raise write_error(self._folder, error, FIX_SAVE) from error
 
     def mark(self, step: int) -> dict[str, str]:
         """Return what the checkpoint that is about to be written records about an export, and hold it if it is due."""

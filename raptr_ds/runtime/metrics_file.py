@@ -19,7 +19,7 @@ from typing import Any
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.runtime.lines_file import LinesFile
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import writing
 
 METRICS = "metrics.jsonl"
 STDERR = "_stderr"
@@ -52,7 +52,7 @@ class MetricsFile(LinesFile):
     is_part_of_run = True
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step:
                 drop_lines_after(path, resume_step)
@@ -60,8 +60,6 @@ class MetricsFile(LinesFile):
                 _set_aside(path)
                 _set_aside(path.with_name(ROLLED_BACK))
             super().__init__(path)
-        except OSError as error:
-            raise write_error(path, error, "Set raptr_ds.train.save to a folder that you may write.") from error
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Write a line and hand it to the operating system."""

@@ -20,7 +20,7 @@ from uuid import uuid4
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.user_paths import FIX_SAVE, make_folder, write_error
+from raptr_ds.user_paths import make_folder, writing
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -89,10 +89,8 @@ class RunLock:
         self._path = folder / LOCK
         self._holder, self._beat, self._lost = Holder.of(launch), 0, lost
         make_folder(folder)
-        try:
+        with writing(folder):
             self._acquire()
-        except OSError as error:
-            raise write_error(folder, error, FIX_SAVE) from error
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="run-lock", daemon=True)
         self._thread.start()

@@ -47,10 +47,10 @@ from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.start_times import StartTimes
 from raptr_ds.runtime.state import RunState
-from raptr_ds.runtime.tensorboard_sink import open_tensorboard
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
-from raptr_ds.user_paths import open_to_all, write_error
+from raptr_ds.user_paths import open_to_all, writing
 
 _ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
 _MEETING = timedelta(minutes=30)
@@ -243,10 +243,8 @@ def _restore(
 def _write_config(folder: Path, config: RunConfig) -> None:
     """Write config.json: the run file with every value in it, itself a run file."""
     path = folder / "config.json"
-    try:
+    with writing(path, "Give this user permission to write it."):
         write_atomically(path, json.dumps(config.resolved(), indent=2) + "\n")
-    except OSError as error:
-        raise write_error(path, error, "Give this user permission to write it.") from error
 
 
 def _open_metrics(
@@ -275,7 +273,7 @@ def _open_metrics(
 
 def _open_sinks(config: RunConfig, folder: Path, resume_step: int) -> list[Sink]:
     sinks: list[Sink] = list(open_trackers(config.log, folder, resume_step))
-    return [*sinks, open_tensorboard(folder, resume_step)] if config.log.tensorboard else sinks
+    return [*sinks, TensorBoardSink(folder, resume_step)] if config.log.tensorboard else sinks
 
 
 def _hosts(groups: ProcessGroups) -> list[str]:

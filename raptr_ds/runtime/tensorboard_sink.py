@@ -7,7 +7,7 @@ from typing import Any
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.runtime.sinks import scalars_of
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import writing
 
 _MAX_UNFLUSHED = 2000  # scalars
 
@@ -16,14 +16,13 @@ class TensorBoardSink:
     """Writes the numbers of metrics.jsonl's lines as scalars; unknown ones (null) are left out.
 
     Scalars that the disk does not take are kept, and written to another event file when it takes them again.
-    resume_step: events after it, written before a crash or by an earlier run in the same folder, are purged.
-    failure: why scalars wait in memory, None while none do.
-    Raises: ConfigError if TensorBoard is not installed; OSError if the folder cannot be written at first.
+    folder: the run's. resume_step: events after it, written before a crash or by an earlier run, are purged.
+    Raises: ConfigError if TensorBoard is not installed; PathError or StorageError if its folder cannot be written.
     """
 
     is_part_of_run = True
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -31,8 +30,10 @@ class TensorBoardSink:
                 "raptr_ds.log.tensorboard=true needs the tensorboard package. Install it (pip install tensorboard), or "
                 "set raptr_ds.log.tensorboard to false."
             ) from error
-        self._open = lambda purge_step=None: SummaryWriter(str(folder), purge_step=purge_step)
-        self._writer: SummaryWriter | None = self._open(resume_step + 1 if resume_step else 0)
+        events = folder / "tensorboard"
+        self._open = lambda purge_step=None: SummaryWriter(str(events), purge_step=purge_step)
+        with writing(events, "Give this user permission to write there."):
+            self._writer: SummaryWriter | None = self._open(resume_step + 1 if resume_step else 0)
         self._unflushed: list[tuple[str, float, int]] = []
         self.failure: str | None = None
 
@@ -85,11 +86,3 @@ class TensorBoardSink:
             with contextlib.suppress(OSError):
                 self._writer.close()
         self._writer = None
-
-
-def open_tensorboard(folder: Path, resume_step: int) -> TensorBoardSink:
-    """Return the sink of a run's folder. Raises: ConfigError, and PathError or StorageError if it cannot be written."""
-    try:
-        return TensorBoardSink(folder / "tensorboard", resume_step)
-    except OSError as error:
-        raise write_error(folder / "tensorboard", error, "Give this user permission to write there.") from error

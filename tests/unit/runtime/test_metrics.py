@@ -17,7 +17,7 @@ from raptr_ds.runtime.metrics_file import read_metrics
 from raptr_ds.runtime.progress import PlainProgress
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.state import RunState
-from raptr_ds.runtime.tensorboard_sink import open_tensorboard
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 
 TRAINING_KEYS = [
     "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops",
@@ -96,7 +96,7 @@ def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_pa
 
 
 def test_scores_on_tasks(tmp_path, events):
-    output, sink = io.StringIO(), open_tensorboard(tmp_path, 0)
+    output, sink = io.StringIO(), TensorBoardSink(tmp_path, 0)
     scores = {"boolq": {"shots": 5, "acc": 0.625, "acc_stderr": 0.0123, "f1": None}, "copa": {"bits": 2.0}}
     with Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output)) as metrics:
         metrics.record_step(training_step(8))
@@ -144,7 +144,7 @@ def test_progress_names_a_slow_rank_and_lost_checkpoints(tmp_path):
 
 
 def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step), skipped_steps=step))
         metrics.record_evaluation(3, 8.0, 6)
@@ -182,12 +182,12 @@ def events():
 
 
 def test_resume_continues_file_and_events_as_if_the_lost_steps_had_not_been(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step)))
         metrics.record_evaluation(5, 9.0, 6)
         metrics.sync()
-    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[open_tensorboard(tmp_path, 3)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[TensorBoardSink(tmp_path, 3)]) as metrics:
         for step in range(4, 7):
             metrics.record_step(training_step(step, loss=float(10 * step)))
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [
