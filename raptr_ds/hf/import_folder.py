@@ -20,8 +20,7 @@ from raptr_ds.hf.twins import TWINS
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY
-from raptr_ds.runtime.session import OPTIMIZER
-from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.state import OPTIMIZER, RunState
 from raptr_ds.user_paths import exists, is_file, is_folder
 
 

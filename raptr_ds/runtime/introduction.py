@@ -17,11 +17,11 @@ from raptr_ds.runtime.progress import Progress, build_progress
 from raptr_ds.runtime.throughput import peak_flops
 
 
-def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress | None:
-    """Print what the run is; return what prints from now on, on rank 0 alone."""
+def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress:
+    """Print what the run is, on rank 0 alone; return what prints from now on."""
     attention, compilation = attention_of(config, groups), compilation_of(config, groups)  # collective
     if groups.rank:
-        return None
+        return Progress()
     progress = build_progress(config.log.progress)
     for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
         progress.say(line)
