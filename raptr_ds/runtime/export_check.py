@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.exports import EXPORTS, task_check_command
+from raptr_ds.runtime.exports import EXPORTS, evaluation_words
 from raptr_ds.runtime.side_process import SideProcess
 from raptr_ds.user_paths import make_folder, writing
 
@@ -30,7 +30,7 @@ class ExportCheck:
             self._start(key, "transformers", log, ["export_hf.py", "--check", "-"], json.dumps(config.resolved()))
         if is_wanted and interval and tasks:
             key, log = f"raptr_ds.eval.tasks={list(tasks)}", folder / EXPORTS / "tasks-check.log"
-            self._start(key, "lm_eval", log, task_check_command(config.eval))
+            self._start(key, "lm_eval", log, evaluation_words(config.eval, "--check"))
 
     def _start(self, key: str, package: str, log: Path, words: Sequence[str], text: str = "") -> None:
         if find_spec(package) is None:
