@@ -122,7 +122,7 @@ class Metrics(AbstractContextManager["Metrics"]):
     def finish_writing(self) -> str | None:
         """Write all that was recorded to disk; return why a part of it is not there, None if all is."""
         self.sync()
-        return self._failure(of_run_only=True)
+        return next((sink.failure for sink in self._sinks if sink.is_part_of_run and sink.failure), None)
 
     def close(self) -> None:
         """Close all sinks, and name those that lack something."""
@@ -177,7 +177,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         ]
         if self._flops_left is not None:
             words.append(f"left {short_time(self._flops_left(state.step) / flops_per_second)}")
-        if step.ranks is not None and (slow := step.ranks.slow()) is not None:
+        if step.ranks is not None and (slow := step.ranks.slow) is not None:
             words.append(f"rank {slow.rank} slow ({slow.ratio:.1f} x)")
         if step.failed_saves:
             words.append(f"{step.failed_saves} checkpoints NOT written")
@@ -186,7 +186,7 @@ class Metrics(AbstractContextManager["Metrics"]):
     def _record(self, line: Mapping[str, Any]) -> None:
         for sink in self._sinks:
             sink.record(line)
-        failure = self._failure()
+        failure = next((sink.failure for sink in self._sinks if sink.failure), None)
         if failure and not self._is_delayed:
             self._progress.say(
                 f"metrics cannot be written ({failure}): they are kept in memory, and written when "
@@ -195,8 +195,3 @@ class Metrics(AbstractContextManager["Metrics"]):
         elif self._is_delayed and not failure:
             self._progress.say("metrics are written again, those of the time between included")
         self._is_delayed = bool(failure)
-
-    def _failure(self, of_run_only: bool = False) -> str | None:
-        """Return why records wait; of_run_only: not those of trackers, which a complete run may lack."""
-        failures = (sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only)
-        return next(filter(None, failures), None)
