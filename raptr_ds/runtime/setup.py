@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -281,14 +282,13 @@ def _record_start(
     """Write down how the run was started, and what is not as it was when its checkpoint was written."""
     if groups.rank:
         return
-    topology = groups.topology
     events.record(
         "start",
         step=state.step,
         launcher=launch.launcher,
         hosts=list(dict.fromkeys(hosts)),
         world_size=launch.world_size,
-        layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        layout=asdict(groups.topology),
         restart_count=launch.restart_count,
         slurm_job=launch.slurm_job or None,
         version=raptr_ds.__version__,
