@@ -1,7 +1,9 @@
 """Building a run: everything that the loop works with, made in one place and closed in one place."""
 
 import json
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -47,7 +49,6 @@ from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.sinks import Sink
-from raptr_ds.runtime.start_times import StartTimes
 from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.tracking import open_trackers
@@ -56,6 +57,22 @@ from raptr_ds.user_paths import open_to_all, writing
 
 _ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
 _MEETING = timedelta(minutes=30)
+
+
+class _StartTimes:
+    """The seconds of a start by part, in order; the first one, `imports`, began with the process."""
+
+    def __init__(self) -> None:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5), field 22, in ticks since the machine's start
+        self.seconds = {"imports": round(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 2)}
+        self._last = time.monotonic()
+
+    def done(self, part: str) -> None:
+        """What has happened since the part before was `part`."""
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._last, 2)
+        self._last = now
 
 
 @contextmanager
@@ -75,7 +92,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     have come to the end: the first one serves the store.
     Raises: ConfigError, DataError, CheckpointError, PathError, StorageError, DeviceMemoryError.
     """
-    times = StartTimes()
+    times = _StartTimes()
     groups = initialize_process_groups(
         launch,
         config.parallel.tensor_model_parallel_size,
@@ -277,7 +294,7 @@ def _record_start(
     state: RunState,
     changes: Changes,
     metrics: Metrics,
-    times: StartTimes,
+    times: _StartTimes,
 ) -> None:
     """Write down how the run was started, and what is not as it was when its checkpoint was written."""
     if groups.rank:
