@@ -36,10 +36,8 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
     """
     if device_name is None or precision not in {"bf16", "fp16"}:
         return None
-    for pattern, peak in _PEAK_FLOPS:
-        if re.search(rf"\b({pattern})\b", device_name, re.IGNORECASE):
-            return peak
-    return None
+    found = (peak for pattern, peak in _PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_name, re.IGNORECASE))
+    return next(found, None)
 
 
 def model_flops_utilization(flops_per_second: float, peak: float | None, num_devices: int) -> float | None:

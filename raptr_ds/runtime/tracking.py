@@ -119,8 +119,10 @@ class TrackerSink:
             except Exception as error:  # a client's library may raise anything, and training does not depend on it
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 self.failure = f"{self._tracker.name}: {lines[0]}"
-                if not self._pause(pause):
-                    return
+                with self._changed:
+                    if self._is_closing:  # it was tried once more
+                        return
+                    self._changed.wait_for(lambda: self._is_closing, pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             with self._changed:
@@ -136,14 +138,6 @@ class TrackerSink:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             return self._waiting[0] if self._waiting else None
-
-    def _pause(self, seconds: float) -> bool:
-        """Wait after a failure; return whether to try again: once more when closing begins, and then never."""
-        with self._changed:
-            if self._is_closing:
-                return False
-            self._changed.wait_for(lambda: self._is_closing, seconds)
-            return True
 
 
 class WandbTracker(Tracker):
