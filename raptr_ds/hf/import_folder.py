@@ -1,6 +1,6 @@
 """A folder of transformers as a checkpoint to start from: the inverse of an export."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
         raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
     kind, model, weights = read_exported(folder)
     tokenizer = _tokenizer_in(folder, model)
-    state = {**RunState().to_dict(), OPTIMIZER: optimizer}
+    state = {**asdict(RunState()), OPTIMIZER: optimizer}
     if tokenizer is not None:
         state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
     _write(output, model, weights, state)

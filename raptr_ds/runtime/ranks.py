@@ -41,15 +41,16 @@ class SlowRank:
 class Ranks:
     """The numbers of this rank, and on rank 0 those of all.
 
-    slow: the slowest rank, if it took over 1.5 times the median over the last 20 steps.
-    hosts: of the ranks, in their order. interval: steps between lines of metrics.jsonl; memory is read for these.
+    report: what this rank passes on to all. slow: the slowest rank, if it took over 1.5 times the median over the last
+    20 steps. hosts: of the ranks, in their order. interval: steps between lines of metrics.jsonl; memory is read for
+    these.
     """
 
     def __init__(self, topology: Topology, hosts: Sequence[str], device: torch.device, interval: int) -> None:
         self._topology, self._hosts, self._device, self._interval = topology, hosts, device, interval
         self._loading = 0.0
         self._num_steps = 0
-        self._own: tuple[float, ...] = (0.0,) * NUM_REPORTED
+        self.report: tuple[float, ...] = (0.0,) * NUM_REPORTED
         self._seconds: deque[np.ndarray] = deque(maxlen=_WINDOW)
         self._memory: np.ndarray = np.zeros(NUM_REPORTED - 1)
         self._next_event = 0
@@ -62,15 +63,11 @@ class Ranks:
     def step_done(self, step: int, own_seconds: float) -> None:
         """Report how long this rank has worked by itself in a 1-based step; the first, which compiles, is left out."""
         self._num_steps += 1
-        memory = self._own[1:]
+        memory = self.report[1:]
         if self._num_steps == 1 or (step + LAG_STEPS) % self._interval == 0:
             memory = (*resident_bytes(), self._device_bytes())
         measured = self._num_steps > 1 and own_seconds > 0
-        self._own = (self._loading + own_seconds if measured else 0.0, *memory)
-
-    def report(self) -> tuple[float, ...]:
-        """Return what this rank passes on to all."""
-        return self._own
+        self.report = (self._loading + own_seconds if measured else 0.0, *memory)
 
     def receive(self, reports: np.ndarray) -> None:
         """Take the reports of all ranks, (world size, NUM_REPORTED)."""

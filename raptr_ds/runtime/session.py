@@ -66,7 +66,7 @@ class Session:
 
     def agreed_path(self, step: int) -> tuple[LayerPath, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
-        agreed = self.agreement.at(step, self.ranks.report())
+        agreed = self.agreement.at(step, self.ranks.report)
         self.ranks.receive(agreed.reports)
         return agreed.path, agreed.stop
 
@@ -126,7 +126,7 @@ class Session:
         """Write a checkpoint."""
         self.long_work_ahead("saving", SAVE_SECONDS)
         self.metrics.sync()
-        recorded = {**state.to_dict(), **self.recorded, **self.exports.mark(state.step)}
+        recorded = {**asdict(state), **self.recorded, **self.exports.mark(state.step)}
         self.checkpoints.save(self.engine, state.step, self.config.model, recorded)
 
     def agree_to_stop(self) -> bool:

@@ -186,7 +186,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             state=state,
             recorded={
                 OPTIMIZER: config.optimizer["type"],
-                IDENTITY: identity.to_dict(),
+                IDENTITY: asdict(identity),
                 **_origin(config.checkpoint.load),
             },
             lead=SignalLead(launch.signal_lead),

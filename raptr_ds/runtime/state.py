@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from raptr_ds.config.run import RunConfig
@@ -56,13 +56,9 @@ class RunState:
             rollbacks_there=self.rollbacks_there + 1 if is_same_place else 1,
         )
 
-    def to_dict(self) -> dict[str, int]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any], global_batch: int) -> RunState:
-        """Return the state that `to_dict` gave, of this version or an earlier one; other keys are ignored.
+        """Return the state that `asdict` gave, of this version or an earlier one; other keys are ignored.
 
         global_batch: sequences of a step, by which earlier versions counted the data.
         """

@@ -103,20 +103,20 @@ def test_a_single_rank_has_memory_only() -> None:
 
 def test_own_numbers_are_reported_with_data_loading_but_without_the_first_step() -> None:
     ranks = ranks_of(Topology(1, 1, 2), interval=5)
-    assert ranks.report() == (0.0,) * 4
+    assert ranks.report == (0.0,) * 4
     ranks.loaded(7.0)
     ranks.step_done(41, 60.0)
-    assert ranks.report()[0] == 0.0
-    resident, peak = ranks.report()[1:3]
+    assert ranks.report[0] == 0.0
+    resident, peak = ranks.report[1:3]
     assert 0 < resident <= peak
     ranks.loaded(0.25)
     ranks.step_done(42, 1.0)
-    assert ranks.report() == (1.25, resident, peak, 0.0)  # memory is read for lines: of steps 45, 50, ...
+    assert ranks.report == (1.25, resident, peak, 0.0)  # memory is read for lines: of steps 45, 50, ...
     kept = bytearray(64 << 20)
     ranks.step_done(43, 1.0)
-    assert ranks.report()[1] > resident + len(kept) / 2
+    assert ranks.report[1] > resident + len(kept) / 2
     ranks.step_done(44, 0.0)
-    assert ranks.report()[0] == 0.0
+    assert ranks.report[0] == 0.0
 
 
 def test_resident_memory_follows_what_is_held() -> None:
