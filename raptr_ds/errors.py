@@ -18,13 +18,17 @@ class Exit(IntEnum):
 
 
 class RaptrError(Exception):
-    """Base of all errors that are shown to the user as a message, without a traceback."""
+    """Base of all errors that are shown to the user as a message, without a traceback.
+
+    is_of_one_rank: each rank raises its own one, and not the same as all others.
+    """
 
     exit_code = Exit.FAULT
+    is_of_one_rank = False
 
     def is_printed_by(self, rank: int) -> bool:
-        """Whether this rank prints the error. All ranks raise the same one, so the first prints it."""
-        return rank == 0
+        """Whether this rank prints the error: of one that all ranks raise, the first."""
+        return self.is_of_one_rank or rank == 0
 
 
 class ConfigError(RaptrError):
@@ -73,19 +77,14 @@ class DeviceMemoryError(RaptrError):
 class AbsentRankError(RaptrError):
     """Some ranks of the run have not started; rank 0 may be one of them."""
 
-    def is_printed_by(self, rank: int) -> bool:
-        """Every rank prints it."""
-        return True
+    is_of_one_rank = True
 
 
 class LostRankError(RaptrError):
     """A connection to another rank broke: that rank ended first, whichever end a launcher reports first."""
 
     exit_code = Exit.LOST_RANK
-
-    def is_printed_by(self, rank: int) -> bool:
-        """Every rank prints it."""
-        return True
+    is_of_one_rank = True
 
 
 class NonFiniteError(RaptrError):

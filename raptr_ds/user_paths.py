@@ -7,6 +7,8 @@ a name that is too long, and one with a NUL byte. Every path from a run file or 
 import errno
 import shlex
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from raptr_ds.errors import Exit, RaptrError, StorageError
@@ -79,11 +81,19 @@ def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
 def make_folder(folder: Path) -> None:
     """Make a run's folder, or one in it, and those above it. Raises: PathError or StorageError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error, FIX_SAVE) from error
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         raise path_error(folder, error) from error
+
+
+@contextmanager
+def writing(path: Path, fix: str = FIX_SAVE) -> Iterator[None]:
+    """Raise PathError or StorageError where the block cannot write to a file or folder; fix: as in `write_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error, fix) from error
 
 
 def write_error(path: str | Path, error: OSError, fix: str) -> RaptrError:

@@ -1,6 +1,6 @@
 """A folder of transformers as a checkpoint to start from: the inverse of an export."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from raptr_ds.hf.twins import TWINS
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY
-from raptr_ds.runtime.session import OPTIMIZER
-from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.state import OPTIMIZER, RunState
 from raptr_ds.user_paths import exists, is_file, is_folder
 
 
@@ -49,7 +48,7 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
         raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
     kind, model, weights = read_exported(folder)
     tokenizer = _tokenizer_in(folder, model)
-    state = {**RunState().to_dict(), OPTIMIZER: optimizer}
+    state = {**asdict(RunState()), OPTIMIZER: optimizer}
     if tokenizer is not None:
         state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
     _write(output, model, weights, state)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.runtime.lines_file import LinesFile
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import writing
 
 EVENTS = "events.jsonl"
 REVISION_FILE = "revision.txt"
@@ -40,11 +40,8 @@ class EventLog:
     def __init__(self, folder: Path | None) -> None:
         self._lines = None
         if folder is not None:
-            path = folder / EVENTS
-            try:
-                self._lines = LinesFile(path)
-            except OSError as error:
-                raise write_error(path, error, "Set raptr_ds.train.save to a folder that you may write.") from error
+            with writing(folder / EVENTS):
+                self._lines = LinesFile(folder / EVENTS)
 
     def record(self, event: str, **what: Any) -> None:
         """Append an event; what the disk does not take now is written with a later one."""

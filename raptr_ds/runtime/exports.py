@@ -33,7 +33,7 @@ from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.side_process import Ended, SideProcess
-from raptr_ds.user_paths import FIX_SAVE, exists, is_folder, make_folder, write_error
+from raptr_ds.user_paths import exists, is_folder, make_folder, writing
 
 EXPORTS = "exports"
 TASKS = "tasks.json"
@@ -94,7 +94,7 @@ class Exports:
     def __init__(
         self, config: RunConfig, folder: Path | None, checkpoints: Checkpoints, metrics: Metrics, events: EventLog
     ) -> None:
-        self._config, self._folder = config, None if folder is None else folder / EXPORTS
+        self._config, self._folder, self._is_working = config, (folder or Path()) / EXPORTS, folder is not None
         self._checkpoints, self._metrics, self._events = checkpoints, metrics, events
         self._last_save = 0
         self._marks: dict[int, tuple[str, int]] = {}  # of steps not yet exported, with the last save before
@@ -117,17 +117,15 @@ class Exports:
         Raises: PathError or StorageError if the folder cannot be written.
         """
         self._last_save = step
-        if self._folder is None:
+        if not self._is_working:
             return
-        try:
+        with writing(self._folder):
             self._set_aside(step if is_own else -1)
             if self._config.checkpoint.export_interval:
                 make_folder(self._folder)
                 self._find_exports()
             if self._config.eval.tasks:
-                self._find_scores(self._folder)
-        except OSError as error:
-            raise write_error(self._folder, error, FIX_SAVE) from error
+                self._find_scores()
 
     def mark(self, step: int) -> dict[str, str]:
         """Return what the checkpoint that is about to be written records about an export, and hold it if it is due."""
@@ -147,7 +145,7 @@ class Exports:
         if report.error is not None:  # what fell due with it is due with the next one
             self._last_save = min(self._last_save, self._marks[report.step][1])
             self._let_go(report.step)
-        elif self._folder is not None:
+        elif self._is_working:
             self._queue(report.step)
 
     def poll(self) -> None:
@@ -173,7 +171,6 @@ class Exports:
         self._scoring.drop_after(-1)
 
     def _find_exports(self) -> None:
-        assert self._folder is not None
         for done in tidy(self._folder):
             self._metrics.say(f"exports: {done}")
         for checkpoint in reversed(checkpoints_in(self._checkpoints.folder)):
@@ -185,9 +182,9 @@ class Exports:
                 self._hold(manifest.step, mark, since=manifest.step - 1)
                 self._queue(manifest.step)
 
-    def _find_scores(self, folder: Path) -> None:
-        known = read_metrics(folder.parent / METRICS).tasks
-        for export in reversed(checkpoints_in(folder)):
+    def _find_scores(self) -> None:
+        known = read_metrics(self._folder.parent / METRICS).tasks
+        for export in reversed(checkpoints_in(self._folder)):
             step = step_of(export)
             if step is None or step in known or not exists(export / TASKS):
                 continue
@@ -197,27 +194,26 @@ class Exports:
                 self._scoring.add(step)
 
     def _set_aside(self, after: int) -> None:
-        if self._folder is not None and is_folder(self._folder) and (moved := set_aside(self._folder, after)):
+        if self._is_working and is_folder(self._folder) and (moved := set_aside(self._folder, after)):
             self._metrics.say(f"exports that this run does not continue from were moved to {moved}")
 
     def _hold(self, step: int, mark: str, since: int) -> None:
         self._marks[step] = mark, since
-        if self._folder is not None:
+        if self._is_working:
             self._checkpoints.held.add(step)
 
     def _let_go(self, step: int) -> None:
         self._marks.pop(step, None)
-        if self._folder is not None:
+        if self._is_working:
             self._checkpoints.release(step)
 
     def _queue(self, step: int) -> None:
-        if exists(step_folder(self._folder or Path(), step)):
+        if exists(step_folder(self._folder, step)):
             self._let_go(step)
         else:
             self._exporting.add(step)
 
     def _start_export(self, step: int) -> SideProcess:
-        assert self._folder is not None
         unfinished = unfinished_folder(self._folder, step)
         shutil.rmtree(unfinished, ignore_errors=True)
         checkpoint, precision = step_folder(self._checkpoints.folder, step), self._config.checkpoint.export_precision
@@ -225,39 +221,32 @@ class Exports:
         return SideProcess(words, self._folder / "export.log", _EXPORT_SECONDS)
 
     def _export_ended(self, step: int, end: Ended) -> None:
-        assert self._folder is not None
-        target, is_scored = step_folder(self._folder, step), self._marks[step][0] == _SCORED
-        failure = end.failure
+        unfinished, target = unfinished_folder(self._folder, step), step_folder(self._folder, step)
+        failure, is_scored = end.failure, self._marks[step][0] == _SCORED
         if failure is None:
             try:
-                self._publish(unfinished_folder(self._folder, step), target, is_scored)
+                if is_scored:
+                    write_atomically(unfinished / TASKS, json.dumps({"results": None}) + "\n")
+                unfinished.rename(target)
+                sync_folder(self._folder)
             except OSError as error:
                 failure = str(error)
         self._let_go(step)
-        if failure is not None:
-            self._report_failure("export", step, failure)
-            return
-        self._events.record("export", step=step, seconds=round(end.seconds, 3))
-        self._metrics.say(f"export of step {step}: {target}, made in {end.seconds:.1f} s beside the training")
-        if is_scored:
-            self._scoring.add(step)
-
-    def _publish(self, unfinished: Path, target: Path, is_scored: bool) -> None:
-        if is_scored:
-            write_atomically(unfinished / TASKS, json.dumps({"results": None}) + "\n")
-        unfinished.rename(target)
-        sync_folder(target.parent)
+        if self._has_succeeded("export", step, end, failure):
+            self._metrics.say(f"export of step {step}: {target}, made in {end.seconds:.1f} s beside the training")
+            if is_scored:
+                self._scoring.add(step)
 
     def _start_scoring(self, step: int) -> SideProcess:
-        assert self._folder is not None
         section, export = self._config.eval, step_folder(self._folder, step)
         (output := export / f".{TASKS}").unlink(missing_ok=True)
-        words = evaluation_command(section, export, output)
-        is_on_gpu = section.task_device == "cuda"
+        how = ["--shots", str(section.task_shots), "--device", section.task_device, "--output", str(output)]
+        if section.task_limit is not None:
+            how += ["--limit", str(section.task_limit)]
+        words, is_on_gpu = evaluation_words(section, str(export), *how), section.task_device == "cuda"
         return SideProcess(words, self._folder / "tasks.log", section.task_seconds, sees_gpus=is_on_gpu)
 
     def _scoring_ended(self, step: int, end: Ended) -> None:
-        assert self._folder is not None
         export, failure, scores = step_folder(self._folder, step), end.failure, {}
         if failure is None:
             try:
@@ -265,33 +254,26 @@ class Exports:
                 (export / f".{TASKS}").replace(export / TASKS)
             except (OSError, ValueError) as error:
                 failure = f"it left no results that can be read ({error})"
-        if failure is not None:
-            self._report_failure("tasks", step, failure)
-            return
-        self._events.record("tasks", step=step, seconds=round(end.seconds, 3))
-        self._metrics.record_tasks(step, scores)
+        if self._has_succeeded("tasks", step, end, failure):
+            self._metrics.record_tasks(step, scores)
 
-    def _report_failure(self, what: str, step: int, failure: str) -> None:
+    def _has_succeeded(self, what: str, step: int, end: Ended, failure: str | None) -> bool:
+        """Record the event, and print a failure."""
+        if failure is None:
+            self._events.record(what, step=step, seconds=round(end.seconds, 3))
+            return True
         self._events.record(f"{what}_failed", step=step, error=failure)
         which = "export" if what == "export" else "evaluation on tasks"
         self._metrics.say(
             f"{which} of step {step} failed: {failure} (all of its output is in {EXPORTS}/{what}.log of the run's "
             "folder). Training goes on; the next start tries it again, if its checkpoint or export is still there."
         )
+        return False
 
 
-def evaluation_command(section: EvalSection, model: Path, output: Path) -> list[str]:
-    """Return the words of tools/evaluate.py that score a model as the run file says, into a file."""
-    words = ["evaluate.py", str(model), "--tasks", ",".join(section.tasks), "--shots", str(section.task_shots)]
-    words += ["--device", section.task_device, "--output", str(output)]
-    if section.task_limit is not None:
-        words += ["--limit", str(section.task_limit)]
-    return words if section.task_files is None else [*words, "--task-files", section.task_files]
-
-
-def task_check_command(section: EvalSection) -> list[str]:
-    """Return the words of tools/evaluate.py that find out whether a run's tasks are known and their files are there."""
-    words = ["evaluate.py", "--check", "--tasks", ",".join(section.tasks)]
+def evaluation_words(section: EvalSection, what: str, *how: str) -> list[str]:
+    """Return the words of tools/evaluate.py on a run's tasks; what: the model that they score, or --check."""
+    words = ["evaluate.py", what, "--tasks", ",".join(section.tasks), *how]
     return words if section.task_files is None else [*words, "--task-files", section.task_files]
 
 
@@ -301,10 +283,12 @@ def read_scores(file: Path) -> Scores:
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not results:
         raise ValueError("no results")
-    return {str(task): _numbers(scores) for task, scores in results.items() if isinstance(scores, dict)}
-
-
-def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
-    """Return what are numbers of a task's scores; beside these the harness names the task and its filters."""
-    numbers = {name: value for name, value in scores.items() if type(value) in (int, float)}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {
+        task: {
+            name: value if math.isfinite(value) else None
+            for name, value in scores.items()
+            if type(value) in (int, float)  # beside numbers the harness names the task and its filters
+        }
+        for task, scores in results.items()
+        if isinstance(scores, dict)
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _WITHOUT_CONSEQUENCE = (
 
 @dataclass(frozen=True)
 class Identity:
-    """Digests of the tokenizer and of the tokens, and the complete run file."""
+    """Digests of the tokenizer and of the tokens, and the complete run file; plain JSON values."""
 
     tokenizer: str
     corpus: str
@@ -48,10 +48,6 @@ class Identity:
     def of(config: RunConfig, tokenizer: Tokenizer) -> Identity:
         """Return what a run is made of; reads samples of its data. Raises: DataError if they cannot be read."""
         return Identity(tokenizer.digest, corpus_digest(folders_of(config.data.path)), config.resolved())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import torch
 
 from raptr_ds.config.path_sections import ScheduledSection
 from raptr_ds.config.run import RunConfig
-from raptr_ds.engine.build import Compilation, attention_of, compilation_of
-from raptr_ds.model.attention_backend import AttentionBackend
+from raptr_ds.engine.build import attention_of, compilation_of
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import PathMethod
 from raptr_ds.paths.cost import num_parameters
@@ -17,16 +16,32 @@ from raptr_ds.runtime.progress import Progress, build_progress
 from raptr_ds.runtime.throughput import peak_flops
 
 
-def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress | None:
-    """Print what the run is; return what prints from now on, on rank 0 alone."""
+def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress:
+    """Print what the run is, on rank 0 alone; return what prints from now on."""
     attention, compilation = attention_of(config, groups), compilation_of(config, groups)  # collective
     if groups.rank:
-        return None
-    progress = build_progress(config.log.progress)
-    for line in (*_introduction(config, groups, attention, compilation), *left_out_layers(method)):
-        progress.say(line)
+        return Progress()
+    topology, model, path = groups.topology, config.model, config.path
+    alone = topology.data == 1 and config.zero_stage in (1, 2)
+    zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
+    lines = [
+        f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M "
+        f"parameters, vocabulary {model.vocab_size}, {config.precision}",
+        f"layout: tensor {topology.tensor}{' with its sequences split' if groups.sequence_parallel else ''} x "
+        f"pipeline {topology.pipeline} x data {topology.data}, ZeRO {zero}, "
+        f"batch {config.batch.global_batch} = {config.batch.micro_batch} x {config.batch.accumulation} accumulated x "
+        f"{config.batch.data_parallel}",
+        f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
+        f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if isinstance(path, ScheduledSection) else ""),
+        *(f"  derived: {line}" for line in config.derived),
+        *(f"warning: {line}" for line in (*config.warnings, attention.warning, compilation.warning) if line),
+        *left_out_layers(method),
+    ]
     if config.parallel.micro_batches:
-        progress.say(f"micro batches of the phases: {', '.join(map(str, micro_batches_of(config, method)))} sequences")
+        lines.append(f"micro batches of the phases: {', '.join(map(str, micro_batches_of(config, method)))} sequences")
+    progress = build_progress(config.log.progress)
+    for line in lines:
+        progress.say(line)
     return progress
 
 
@@ -48,24 +63,3 @@ def device_peak(config: RunConfig, groups: ProcessGroups) -> float | None:
         return config.log.peak_tflops * 1e12
     name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else None
     return peak_flops(name, config.precision)
-
-
-def _introduction(
-    config: RunConfig, groups: ProcessGroups, attention: AttentionBackend, compilation: Compilation
-) -> list[str]:
-    topology = groups.topology
-    model, path = config.model, config.path
-    alone = topology.data == 1 and config.zero_stage in (1, 2)
-    zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
-    return [
-        f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M "
-        f"parameters, vocabulary {model.vocab_size}, {config.precision}",
-        f"layout: tensor {topology.tensor}{' with its sequences split' if groups.sequence_parallel else ''} x "
-        f"pipeline {topology.pipeline} x data {topology.data}, ZeRO {zero}, "
-        f"batch {config.batch.global_batch} = {config.batch.micro_batch} x {config.batch.accumulation} accumulated x "
-        f"{config.batch.data_parallel}",
-        f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
-        f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if isinstance(path, ScheduledSection) else ""),
-        *(f"  derived: {line}" for line in config.derived),
-        *(f"warning: {line}" for line in (*config.warnings, attention.warning, compilation.warning) if line),
-    ]

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds import paths
+from raptr_ds.engine.protocol import StepResult
 from raptr_ds.runtime.metrics_file import METRICS, MetricsFile, task_words
-from raptr_ds.runtime.progress import Progress, ProgressState
+from raptr_ds.runtime.progress import Progress, short_number, short_time
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
+from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 
 
@@ -34,26 +36,17 @@ from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
 class TrainingStep:
     """What is known after one training step of the whole job.
 
-    step counts from 1; loss is the mean over all predicted positions of the global batch; grad_norm is before
-    clipping, None where there is none; tokens, flops and full_flops are sums since the first step of the run.
-    skipped: the step moved no weight, as a number was not finite; skipped_steps: the number of such steps so far.
-    failed_saves: checkpoints that could not be written since the run was last started. ranks: what they report.
+    state: where the run stands after it. seconds: its wall time; tokens, flops: of this step alone. failed_saves:
+    checkpoints that could not be written since the run was last started. ranks: what they report.
     """
 
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float | None
+    state: RunState
+    result: StepResult
     path: paths.LayerPath
-    step_seconds: float
-    step_tokens: int
-    step_flops: int
+    lr: float
+    seconds: float
     tokens: int
     flops: int
-    full_flops: int
-    """What the full model would have executed for the same batches."""
-    skipped: bool = False
-    skipped_steps: int = 0
     failed_saves: int = 0
     ranks: Ranks | None = None
 
@@ -86,54 +79,34 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._throughput = Throughput()
         self._is_delayed = False
-        self._file, self._sinks = None, list(sinks)
-        if folder is not None:
-            self._file = MetricsFile(folder / METRICS, resume_step)
+        self._sinks: list[Sink] = [] if folder is None else [MetricsFile(folder / METRICS, resume_step), *sinks]
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""
-        if self._file is None:
+        if not self._sinks:
             return
-        self._throughput.record(step.step_tokens, step.step_flops, step.step_seconds)
-        if step.step % self._interval == 0 or step.step == self._num_steps:
-            line = self._training_line(step)
-            self._file.append(line)
-            for sink in self._sinks:
-                sink.record_training(line)
-            self._report_delay()
-        self._progress.show(self._progress_state(step))
+        self._throughput.record(step.tokens, step.flops, step.seconds)
+        done = step.state.step
+        if done % self._interval == 0 or done == self._num_steps:
+            self._record(self._training_line(step))
+        self._progress.show(done, self._num_steps, step.path.phase, self._words(step))
 
     def record_evaluation(self, step: int, eval_loss: float, path_length: int) -> None:
         """Record a loss on held-out data after a 1-based step, of paths of this length."""
-        if self._file is None:
-            return
-        line = {"step": int(step), "eval_loss": float(eval_loss), "path_length": int(path_length)}
-        self._file.append(line)
-        for sink in self._sinks:
-            sink.record_evaluation(line)
-        self._report_delay()
+        self._record({"step": step, "eval_loss": eval_loss, "path_length": path_length})
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
 
     def record_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float | None]]) -> None:
         """Record the scores of the model after a 1-based step, which may be long ago, by task and metric."""
-        if self._file is None:
-            return
-        line = {"step": int(step), "tasks": {task: dict(scores) for task, scores in tasks.items()}}
-        self._file.append(line)
-        for sink in self._sinks:
-            sink.record_tasks(line)
-        self._report_delay()
+        self._record({"step": step, "tasks": tasks})
         self._progress.say(f"tasks after step {step}: {task_words(tasks)}")
 
     def record_corpus(self, step: int, before: str, now: str) -> None:
         """Record that the run reads other tokens after a 1-based step; digests of both."""
-        if self._file is not None:
-            self._file.append({"step": int(step), "corpus": now, "corpus_before": before})
+        self._record({"step": step, "corpus": now, "corpus_before": before})
 
     def rewind(self, step: int) -> None:
         """Remove what was recorded after a 1-based step; its lines are kept in metrics.rolled_back.jsonl."""
-        if self._file is not None:
-            self._file.rewind(step)
         for sink in self._sinks:
             sink.rewind(step)
 
@@ -143,15 +116,13 @@ class Metrics(AbstractContextManager["Metrics"]):
 
     def sync(self) -> None:
         """Write all that was recorded to disk; called before a checkpoint is written."""
-        if self._file is not None:
-            self._file.sync()
         for sink in self._sinks:
-            sink.flush()
+            sink.sync()
 
     def finish_writing(self) -> str | None:
         """Write all that was recorded to disk; return why a part of it is not there, None if all is."""
         self.sync()
-        return self._failure(of_run_only=True)
+        return next((sink.failure for sink in self._sinks if sink.is_part_of_run and sink.failure), None)
 
     def close(self) -> None:
         """Close all sinks, and name those that lack something."""
@@ -159,45 +130,63 @@ class Metrics(AbstractContextManager["Metrics"]):
             sink.close()
             if sink.failure is not None and not sink.is_part_of_run:
                 self.say(f"{sink.failure}: it has not all of the run's metrics; {METRICS} has")
-        if self._file is not None:
-            self._file.close()
         self._progress.close()
-        self._file, self._sinks = None, []
+        self._sinks = []
 
     def __exit__(self, *exception: object) -> None:
         """Close, whatever happened."""
         self.close()
 
     def _training_line(self, step: TrainingStep) -> dict[str, Any]:
-        # float() and int(): results may be scalars of torch or NumPy, which JSON cannot hold.
-        seconds = float(step.step_seconds)
+        state, result, path = step.state, step.result, step.path
         line = {
-            "step": int(step.step),
-            "loss": float(step.loss),
-            "lr": float(step.lr),
-            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
-            "path": list(step.path.layers),
-            "path_length": step.path.mean_length,
-            "phase": step.path.phase,
-            "tokens": int(step.tokens),
-            "flops": int(step.flops),
-            "skipped_steps": int(step.skipped_steps),
-            "step_seconds": seconds,
-            "tokens_per_second": step.step_tokens / seconds,
-            "mfu": model_flops_utilization(step.step_flops / seconds, self._peak, self._num_devices),
+            "step": state.step,
+            "loss": result.loss,
+            "lr": step.lr,
+            "grad_norm": result.grad_norm,
+            "path": list(path.layers),
+            "path_length": path.mean_length,
+            "phase": path.phase,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "skipped_steps": state.skipped_steps,
+            "step_seconds": step.seconds,
+            "tokens_per_second": step.tokens / step.seconds,
+            "mfu": model_flops_utilization(step.flops / step.seconds, self._peak, self._num_devices),
         }
-        if step.path.shares:
-            line["paths"] = [list(share.layers) for share in step.path.shares]
-        if step.path.parts is not None:
-            line["width"] = max(map(len, step.path.parts.heads))
+        if path.shares:
+            line["paths"] = [list(share.layers) for share in path.shares]
+        if path.parts is not None:
+            line["width"] = max(map(len, path.parts.heads))
         if step.failed_saves:
             line["failed_saves"] = step.failed_saves
         if step.ranks is not None:
             line |= step.ranks.line()
-        return {**line, "non_finite": True} if step.skipped else line
+        return {**line, "non_finite": True} if result.skipped else line
 
-    def _report_delay(self) -> None:
-        failure = self._failure()
+    def _words(self, step: TrainingStep) -> str:
+        """Return what a progress line shows after the step's number."""
+        state, path = step.state, step.path
+        tokens_per_second, flops_per_second = self._throughput.rates()
+        words = [
+            f"loss {step.result.loss:.4f}",
+            f"phase {path.phase}",
+            f"path {path.mean_length:.3g}/{path.num_layers}",
+            f"{short_number(tokens_per_second)} tok/s",
+            f"saved {1 - state.flops / state.full_flops:.1%}",
+        ]
+        if self._flops_left is not None:
+            words.append(f"left {short_time(self._flops_left(state.step) / flops_per_second)}")
+        if step.ranks is not None and (slow := step.ranks.slow) is not None:
+            words.append(f"rank {slow.rank} slow ({slow.ratio:.1f} x)")
+        if step.failed_saves:
+            words.append(f"{step.failed_saves} checkpoints NOT written")
+        return "  ".join(words)
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.record(line)
+        failure = next((sink.failure for sink in self._sinks if sink.failure), None)
         if failure and not self._is_delayed:
             self._progress.say(
                 f"metrics cannot be written ({failure}): they are kept in memory, and written when "
@@ -206,27 +195,3 @@ class Metrics(AbstractContextManager["Metrics"]):
         elif self._is_delayed and not failure:
             self._progress.say("metrics are written again, those of the time between included")
         self._is_delayed = bool(failure)
-
-    def _failure(self, of_run_only: bool = False) -> str | None:
-        """Return why records wait; of_run_only: not those of trackers, which a complete run may lack."""
-        failures = [sink.failure for sink in self._sinks if sink.is_part_of_run or not of_run_only]
-        if self._file is not None:
-            failures.insert(0, self._file.failure)
-        return next(filter(None, failures), None)
-
-    def _progress_state(self, step: TrainingStep) -> ProgressState:
-        flops_left = None if self._flops_left is None else self._flops_left(step.step)
-        slow = None if step.ranks is None else step.ranks.slow()
-        return ProgressState(
-            step=step.step,
-            num_steps=self._num_steps,
-            loss=float(step.loss),
-            phase=step.path.phase,
-            path_length=step.path.mean_length,
-            num_layers=step.path.num_layers,
-            tokens_per_second=self._throughput.tokens_per_second,
-            flops_saved=1 - step.flops / step.full_flops if step.full_flops else None,
-            seconds_left=self._throughput.seconds_left(self._num_steps - step.step, flops_left),
-            failed_saves=step.failed_saves,
-            slow_rank="" if slow is None else f"rank {slow.rank} slow ({slow.ratio:.1f} x)",
-        )

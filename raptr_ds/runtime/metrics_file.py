@@ -19,7 +19,7 @@ from typing import Any
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.runtime.lines_file import LinesFile
-from raptr_ds.user_paths import write_error
+from raptr_ds.user_paths import writing
 
 METRICS = "metrics.jsonl"
 STDERR = "_stderr"
@@ -41,39 +41,29 @@ def to_line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-class MetricsFile:
-    """Appends records to a run's metrics.jsonl; what the disk does not take now is written later, in order.
+class MetricsFile(LinesFile):
+    """A run's metrics.jsonl; the first of its sinks.
 
     resume_step: the step that training continues after; later lines and damaged ones are removed. 0 begins a new run:
     files of an earlier run in the same folder are renamed to metrics.1.jsonl, metrics.2.jsonl, ..., never deleted.
     Raises: PathError or StorageError if the folder cannot be written.
     """
 
+    is_part_of_run = True
+
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self._path = path
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step:
                 drop_lines_after(path, resume_step)
             else:
                 _set_aside(path)
                 _set_aside(path.with_name(ROLLED_BACK))
-            self._lines = LinesFile(path)
-        except OSError as error:
-            raise write_error(path, error, "Set raptr_ds.train.save to a folder that you may write.") from error
+            super().__init__(path)
 
-    @property
-    def failure(self) -> str | None:
-        """Why records wait in memory, None while none do."""
-        return self._lines.failure
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record and hand it to the operating system."""
-        self._lines.append(to_line(record))
-
-    def sync(self) -> None:
-        """Write all records to the disk; a checkpoint should not outlive the lines that lead to it."""
-        self._lines.sync()
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Write a line and hand it to the operating system."""
+        self.append(to_line(line))
 
     def rewind(self, step: int) -> None:
         """Move all lines after a 1-based step to the end of metrics.rolled_back.jsonl; continue after that step.
@@ -81,7 +71,7 @@ class MetricsFile:
         A crash in between leaves lines in both files; the next resume removes them from this one. Where the disk does
         not take them they stay, and the later ones of the same steps count.
         """
-        self._lines.sync()
+        self.sync()
         try:
             with self._path.open("rb") as lines, self._path.with_name(ROLLED_BACK).open("ab") as aside:
                 aside.writelines(line for line in lines if (record := _record_of(line)) and record["step"] > step)
@@ -90,11 +80,7 @@ class MetricsFile:
             drop_lines_after(self._path, step)
         except OSError:
             return
-        self._lines.close()  # the file has been replaced: the next line opens it
-
-    def close(self) -> None:
-        """Close the file."""
-        self._lines.close()
+        self.close()  # the file has been replaced: the next line opens it
 
 
 def drop_lines_after(path: Path, step: int) -> int:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.errors import CheckpointError, NonFiniteError
 from raptr_ds.runtime.metrics_file import ROLLED_BACK
-from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.state import RunState, run_state_of
 
 if TYPE_CHECKING:
-    from raptr_ds.checkpoint.manager import RestoredState
     from raptr_ds.runtime.session import Session
 
 MAX_ROLLBACKS_TO_ONE_STEP = 3
@@ -71,8 +70,11 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     if not session.non_finite.rolls_back:
         raise NonFiniteError(f"{happened} (raptr_ds.train.max_non_finite_steps={session.non_finite.max_steps}). {_FIX}")
     try:
-        restored = _restore(session, state)
-        there = session.run_state_of(restored)
+        before = state.last_finite_step
+        restored = session.checkpoints.restore(session.engine, "auto", session.config.model, not_after=before)
+        if restored is None:
+            raise CheckpointError(f"{session.checkpoints.folder} has no checkpoint of step {before} or before.")
+        there = run_state_of(restored, session.config)
     except CheckpointError as error:
         raise NonFiniteError(f"{happened}, and there is no way back: {error} {_FIX}") from error
     if not session.non_finite.may_roll_back(state, there.step):
@@ -90,12 +92,3 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     session.events.record("rolled_back", step=state.step, to_step=there.step)
     session.save(rolled_back)
     return rolled_back
-
-
-def _restore(session: Session, state: RunState) -> RestoredState:
-    """Load the newest good checkpoint from before the skipped steps. Raises: CheckpointError if there is none."""
-    limit = state.last_finite_step
-    restored = session.checkpoints.restore(session.engine, "auto", session.config.model, not_after=limit)
-    if restored is None:
-        raise CheckpointError(f"{session.checkpoints.folder} has no checkpoint of step {limit} or before.")
-    return restored

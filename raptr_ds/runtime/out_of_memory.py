@@ -89,17 +89,12 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
 def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: RuntimeError) -> DeviceMemoryError:
     code = Exit.FAULT if trained else Exit.USER_ERROR
     when = f"after {trained} steps of this start" if trained else "before the end of the first step: nothing is trained"
-    after = (
-        ["With a change that fits, start it again: the run goes on from its newest checkpoint, if it has one."]
-        if trained
-        else []
-    )
-    device, num_processes = DeviceMemory.of(groups.device), groups.topology.world_size
     lines = [
         f"rank {groups.rank} ({groups.device}) ran out of memory {when}. {str(error).strip().splitlines()[0]}",
-        *planned_need(config, groups.pipeline_rank, num_processes, device),
-        *after,
+        *planned_need(config, groups.pipeline_rank, groups.topology.world_size, DeviceMemory.of(groups.device)),
     ]
+    if trained:
+        lines.append("With a change that fits, start it again: the run goes on from its newest checkpoint, if any.")
     return DeviceMemoryError("\n".join(lines), code, is_first=_tell_the_others(code))
 
 

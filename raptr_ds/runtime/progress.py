@@ -5,46 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class ProgressState:
-    """What a progress line shows. step counts from 1, phase from 0 as in metrics.jsonl."""
-
-    step: int
-    num_steps: int
-    loss: float
-    phase: int
-    path_length: float
-    num_layers: int
-    tokens_per_second: float | None
-    flops_saved: float | None
-    """Fraction of the full model's FLOPs so far that were not executed."""
-    seconds_left: float | None
-    failed_saves: int = 0
-    """Checkpoints that could not be written."""
-    slow_rank: str = ""
-    """The rank that the others wait for, if one is slow."""
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """The parts of the line after the step, as short text."""
-        speed, saved = self.tokens_per_second, self.flops_saved
-        return {
-            "loss": f"loss {self.loss:.4f}",
-            "phase": f"phase {self.phase}",
-            "path": f"path {self.path_length:.3g}/{self.num_layers}",
-            "speed": "- tok/s" if speed is None else f"{short_number(speed)} tok/s",
-            "saved": "" if saved is None else f"saved {saved:.1%}",
-            "left": "" if self.seconds_left is None else f"left {short_time(self.seconds_left)}",
-            "slow": self.slow_rank,
-            "failed": f"{self.failed_saves} checkpoints NOT written" if self.failed_saves else "",
-        }
 
 
 def short_number(value: float) -> str:
@@ -67,8 +31,8 @@ def short_time(seconds: float) -> str:
 class Progress:
     """Shows how a run goes; this one shows nothing."""
 
-    def show(self, state: ProgressState) -> None:
-        """Show the state after a step."""
+    def show(self, step: int, num_steps: int, phase: int, words: str) -> None:
+        """Show what `words` say after a step; step counts from 1, phase from 0 as in metrics.jsonl."""
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
@@ -86,13 +50,13 @@ class PlainProgress(Progress):
         self._next_time = 0.0
         self._phase: int | None = None
 
-    def show(self, state: ProgressState) -> None:
-        """Print the state's line if it is due."""
+    def show(self, step: int, num_steps: int, phase: int, words: str) -> None:
+        """Print the step's line if it is due."""
         now = self._clock()
-        if state.phase == self._phase and state.step != state.num_steps and now < self._next_time:
+        if phase == self._phase and step != num_steps and now < self._next_time:
             return
-        self._next_time, self._phase = now + PLAIN_INTERVAL_SECONDS, state.phase
-        self.say("  ".join([f"step {state.step}/{state.num_steps}", *filter(None, state.fields.values())]))
+        self._next_time, self._phase = now + PLAIN_INTERVAL_SECONDS, phase
+        self.say(f"step {step}/{num_steps}  {words}")
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -128,15 +92,11 @@ class RichProgress(Progress):
         )
         self._bar = Bar(*columns, console=Console(file=stream), refresh_per_second=4, expand=True)
         self._task = self._bar.add_task("", total=None, line="")
-        self._started = False
 
-    def show(self, state: ProgressState) -> None:
+    def show(self, step: int, num_steps: int, phase: int, words: str) -> None:
         """Update the live line."""
-        if not self._started:
-            self._bar.start()
-            self._started = True
-        line = "  ".join(filter(None, state.fields.values()))
-        self._bar.update(self._task, total=state.num_steps, completed=state.step, line=line)
+        self._bar.start()
+        self._bar.update(self._task, total=num_steps, completed=step, line=words)
 
     def say(self, message: str) -> None:
         """Print a line above the live one."""
@@ -144,7 +104,7 @@ class RichProgress(Progress):
 
     def close(self) -> None:
         """Stop the live line, leaving its last state."""
-        if self._started:
+        if self._bar.live.is_started:
             self._bar.stop()
 
 

@@ -41,19 +41,20 @@ class SlowRank:
 class Ranks:
     """The numbers of this rank, and on rank 0 those of all.
 
-    hosts: of the ranks, in their order. interval: steps between lines of metrics.jsonl; memory is read for these.
+    report: what this rank passes on to all. slow: the slowest rank, if it took over 1.5 times the median over the last
+    20 steps. hosts: of the ranks, in their order. interval: steps between lines of metrics.jsonl; memory is read for
+    these.
     """
 
     def __init__(self, topology: Topology, hosts: Sequence[str], device: torch.device, interval: int) -> None:
         self._topology, self._hosts, self._device, self._interval = topology, hosts, device, interval
         self._loading = 0.0
         self._num_steps = 0
-        self._own: tuple[float, ...] = (0.0,) * NUM_REPORTED
+        self.report: tuple[float, ...] = (0.0,) * NUM_REPORTED
         self._seconds: deque[np.ndarray] = deque(maxlen=_WINDOW)
         self._memory: np.ndarray = np.zeros(NUM_REPORTED - 1)
         self._next_event = 0
-        self._slow: SlowRank | None = None
-        self._is_compared = False  # whether the newest report has been compared
+        self.slow: SlowRank | None = None
 
     def loaded(self, seconds: float) -> None:
         """Report how long this rank took for its part of the next step's batch."""
@@ -62,21 +63,19 @@ class Ranks:
     def step_done(self, step: int, own_seconds: float) -> None:
         """Report how long this rank has worked by itself in a 1-based step; the first, which compiles, is left out."""
         self._num_steps += 1
-        memory = self._own[1:]
+        memory = self.report[1:]
         if self._num_steps == 1 or (step + LAG_STEPS) % self._interval == 0:
             memory = (*resident_bytes(), self._device_bytes())
         measured = self._num_steps > 1 and own_seconds > 0
-        self._own = (self._loading + own_seconds if measured else 0.0, *memory)
-
-    def report(self) -> tuple[float, ...]:
-        """Return what this rank passes on to all."""
-        return self._own
+        self.report = (self._loading + own_seconds if measured else 0.0, *memory)
 
     def receive(self, reports: np.ndarray) -> None:
         """Take the reports of all ranks, (world size, NUM_REPORTED)."""
         if reports[:, 0].min() > 0:
             self._seconds.append(reports[:, 0])
-            self._is_compared = False
+            if len(self._seconds) == _WINDOW and self._topology.world_size > 1:
+                slowest = self._slowest(_WINDOW)
+                self.slow = slowest if slowest.ratio > _SLOW else None
         self._memory = reports[:, 1:].max(axis=0)
 
     def line(self) -> dict[str, float | int]:
@@ -89,19 +88,12 @@ class Ranks:
         names = ("host_memory_bytes", "host_memory_peak_bytes", "device_memory_peak_bytes")
         return keys | {name: int(value) for name, value in zip(names, self._memory, strict=True) if value}
 
-    def slow(self) -> SlowRank | None:
-        """Return the slowest rank if it took over 1.5 times the median, over the last 20 steps."""
-        if not self._is_compared and len(self._seconds) == _WINDOW and self._topology.world_size > 1:
-            slowest = self._slowest(_WINDOW)
-            self._slow, self._is_compared = slowest if slowest.ratio > _SLOW else None, True
-        return self._slow
-
     def slow_event(self, step: int) -> SlowRank | None:
         """Return the rank that is slow, if that is to be recorded at this step: not more than once in 100 steps."""
-        slow = self.slow() if step >= self._next_event else None
-        if slow is not None:
-            self._next_event = step + _QUIET_STEPS
-        return slow
+        if self.slow is None or step < self._next_event:
+            return None
+        self._next_event = step + _QUIET_STEPS
+        return self.slow
 
     def _slowest(self, num_steps: int) -> SlowRank:
         seconds = np.mean([*self._seconds][-num_steps:], axis=0)

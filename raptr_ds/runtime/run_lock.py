@@ -20,7 +20,7 @@ from uuid import uuid4
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.user_paths import FIX_SAVE, make_folder, write_error
+from raptr_ds.user_paths import make_folder, writing
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -60,15 +60,13 @@ class Holder:
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
 
-    def is_known_to_be_gone(self, observer: "Holder") -> bool:
-        """Return whether `observer` needs no watching: the process has ended, or Slurm has requeued its job since."""
-        if self.job and self.job == observer.job and self.restart != observer.restart:
-            return True
-        return bool(self.machine) and self.machine == observer.machine and _start_of(self.process) != self.process_start
-
-    def is_known_to_run(self, observer: "Holder") -> bool:
-        """Return whether `observer` sees the process."""
-        return bool(self.machine) and self.machine == observer.machine and _start_of(self.process) == self.process_start
+    def is_running(self, observer: "Holder") -> bool | None:
+        """Return whether the process runs, None where `observer` has to watch the lock to find out."""
+        if self.job and self.job == observer.job and self.restart != observer.restart:  # Slurm has requeued its job
+            return False
+        if not self.machine or self.machine != observer.machine:
+            return None
+        return _start_of(self.process) == self.process_start
 
     def __str__(self) -> str:
         """Describe the holder in a message."""
@@ -89,10 +87,8 @@ class RunLock:
         self._path = folder / LOCK
         self._holder, self._beat, self._lost = Holder.of(launch), 0, lost
         make_folder(folder)
-        try:
+        with writing(folder):
             self._acquire()
-        except OSError as error:
-            raise write_error(folder, error, FIX_SAVE) from error
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="run-lock", daemon=True)
         self._thread.start()
@@ -111,25 +107,24 @@ class RunLock:
             if found is None:  # released in between
                 continue
             holder, _ = found
-            if holder is not None and not holder.is_known_to_be_gone(self._holder):
-                changed = holder.is_known_to_run(self._holder) or self._changes(found)
-                if changed:
-                    raise ConfigError(
-                        f"another run works in {self._path.parent}: {holder}. Two would delete each other's "
-                        "checkpoints. Set raptr_ds.train.save to another folder, or wait for that run to end."
-                    )
-            elif holder is None and self._changes(found):
-                continue  # being written
-            self._remove(found)
+            is_running = None if holder is None else holder.is_running(self._holder)
+            if is_running is None:
+                is_running = self._changes(found)
+            if is_running and holder is not None:  # else it is being written
+                raise ConfigError(
+                    f"another run works in {self._path.parent}: {holder}. Two would delete each other's "
+                    "checkpoints. Set raptr_ds.train.save to another folder, or wait for that run to end."
+                )
+            if not is_running:
+                self._remove(found)
 
     def _create(self) -> bool:
         """Return whether the lock is this run's now."""
         try:
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with self._path.open("x") as stream:
+                stream.write(self._content())
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(self._content())
         return True
 
     def _changes(self, found: tuple[Holder | None, str]) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raptr_ds.checkpoint.manager import Checkpoints, RestoredState, SaveReport
+from raptr_ds.checkpoint.manager import Checkpoints, SaveReport
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.data.loader import Loader
 from raptr_ds.engine.learning_rate import learning_rate_at
 from raptr_ds.engine.protocol import Engine, StepResult
-from raptr_ds.errors import CheckpointError, Exit
+from raptr_ds.errors import Exit
 from raptr_ds.parallel.agreement import PathAgreement, on_first_rank
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath, PathMethod
@@ -28,8 +28,6 @@ from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
-OPTIMIZER = "optimizer"
-"""The key of the optimizer's name in a checkpoint's run state."""
 _WAIT_SECONDS = 0.1
 _LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before a lost launcher ends the process
 
@@ -68,7 +66,7 @@ class Session:
 
     def agreed_path(self, step: int) -> tuple[LayerPath, bool]:
         """Return the path of a 0-based step that all ranks agreed on, and whether they agreed to stop before it."""
-        agreed = self.agreement.at(step, self.ranks.report())
+        agreed = self.agreement.at(step, self.ranks.report)
         self.ranks.receive(agreed.reports)
         return agreed.path, agreed.stop
 
@@ -92,19 +90,13 @@ class Session:
         self.ranks.step_done(state.step, result.own_seconds)
         self.metrics.record_step(
             TrainingStep(
-                step=state.step,
-                loss=result.loss,
-                lr=learning_rate,
-                grad_norm=result.grad_norm,
-                path=path,
-                step_seconds=seconds,
-                step_tokens=self.cost.tokens,
-                step_flops=self.cost.flops(path, result.num_predictions),
-                tokens=state.tokens,
-                flops=state.flops,
-                full_flops=state.full_flops,
-                skipped=result.skipped,
-                skipped_steps=state.skipped_steps,
+                state,
+                result,
+                path,
+                learning_rate,
+                seconds,
+                tokens=self.cost.tokens,
+                flops=self.cost.flops(path, result.num_predictions),
                 failed_saves=self.failed_saves,
                 ranks=self.ranks,
             )
@@ -116,10 +108,6 @@ class Session:
         self.exports.poll()
         self.signals.progressed()
         self.watchdog.step_done(state.step, seconds)
-
-    def record_evaluation(self, state: RunState, loss: float, path_length: int) -> None:
-        """Record one evaluation."""
-        self.metrics.record_evaluation(state.step, loss, path_length)
 
     def long_work_ahead(self, what: str, allow_seconds: float = 0.0) -> None:
         """Announce work that may take long, so that silence is not taken for a hang; allow_seconds: if very long."""
@@ -138,12 +126,8 @@ class Session:
         """Write a checkpoint."""
         self.long_work_ahead("saving", SAVE_SECONDS)
         self.metrics.sync()
-        recorded = {**state.to_dict(), **self.recorded, **self.exports.mark(state.step)}
+        recorded = {**asdict(state), **self.recorded, **self.exports.mark(state.step)}
         self.checkpoints.save(self.engine, state.step, self.config.model, recorded)
-
-    def run_state_of(self, restored: RestoredState) -> RunState:
-        """Return where the run stood in a checkpoint."""
-        return run_state_of(restored, self.config)
 
     def agree_to_stop(self) -> bool:
         """Return whether any rank has been asked to stop; all ranks call it between two pieces of long work."""
@@ -245,16 +229,5 @@ def evaluate(session: Session, state: RunState) -> bool:
     loss = 0.0 if stopped else session.engine.evaluate(batches(), model)
     if not stopped:
         session.lead.evaluated(time.perf_counter() - started, session.config.eval.batches)
-        session.record_evaluation(state, loss, model.length)
+        session.metrics.record_evaluation(state.step, loss, model.length)
     return not stopped
-
-
-def run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
-    """Return where the run stood in a checkpoint. Raises: CheckpointError if it is of another optimizer."""
-    saved, wanted = restored.run_state[OPTIMIZER], config.optimizer["type"]
-    if saved != wanted:
-        raise CheckpointError(
-            f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set "
-            f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
-        )
-    return RunState.from_dict(restored.run_state, config.batch.global_batch)

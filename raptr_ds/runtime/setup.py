@@ -1,10 +1,14 @@
 """Building a run: everything that the loop works with, made in one place and closed in one place."""
 
 import json
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from raptr_ds.checkpoint.manager import Checkpoints, RestoredState
 from raptr_ds.checkpoint.manifest import DamagedCheckpointError
 from raptr_ds.checkpoint.read import read_manifest
 from raptr_ds.config.run import RunConfig
+from raptr_ds.config.sections import LogSection
 from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import build_engine
@@ -38,22 +43,36 @@ from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
-from raptr_ds.runtime.progress import Progress
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
-from raptr_ds.runtime.session import OPTIMIZER, Session, run_state_of
+from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import StopSignals, exit_now
 from raptr_ds.runtime.sinks import Sink
-from raptr_ds.runtime.start_times import StartTimes
-from raptr_ds.runtime.state import RunState
-from raptr_ds.runtime.tensorboard_sink import open_tensorboard
+from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
-from raptr_ds.user_paths import open_to_all, write_error
+from raptr_ds.user_paths import open_to_all, writing
 
 _ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
 _MEETING = timedelta(minutes=30)
+
+
+class _StartTimes:
+    """The seconds of a start by part, in order; the first one, `imports`, began with the process."""
+
+    def __init__(self) -> None:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5), field 22, in ticks since the machine's start
+        self.seconds = {"imports": round(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 2)}
+        self._last = time.monotonic()
+
+    def done(self, part: str) -> None:
+        """What has happened since the part before was `part`."""
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._last, 2)
+        self._last = now
 
 
 @contextmanager
@@ -73,7 +92,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
     have come to the end: the first one serves the store.
     Raises: ConfigError, DataError, CheckpointError, PathError, StorageError, DeviceMemoryError.
     """
-    times = StartTimes()
+    times = _StartTimes()
     groups = initialize_process_groups(
         launch,
         config.parallel.tensor_model_parallel_size,
@@ -81,48 +100,56 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         sequence_parallel=config.parallel.sequence_parallel,
     )
     times.done("rendezvous")
+    folder = Path(str(config.train.save))
+    written = folder if groups.rank == 0 else None  # the run's folder, where this rank writes metrics, events, exports
     with ExitStack() as stack:
         stack.push(lambda _, error, __: _leave(groups, error))
-        watchdog = Watchdog(
-            launch_store(), groups.rank, launch.world_size, Path(str(config.train.save)), config.train.watchdog_seconds
-        )
+        watchdog = Watchdog(launch_store(), groups.rank, launch.world_size, folder, config.train.watchdog_seconds)
         stack.callback(watchdog.close)
         tokenizer = together(groups, lambda: load_tokenizer(config.data))
         config = together(groups, lambda: config.with_vocab_size(tokenizer.vocab_size))
         config = fitted_to_memory(config, groups, launch, print)
         method = together(groups, lambda: path_method_of(config))
         batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
-        folder = Path(str(config.train.save))
         progress = introduce(config, groups, method)
-        report = progress.say if progress is not None else print
-        _lock(folder, groups, launch, stack, report)
-        checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, report)
+        on_first_rank(groups, lambda: _lock(folder, launch, stack, progress.say))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, progress.say)
         stack.callback(checkpoints.close)
         is_checking = groups.rank == 0 and not launch.restart_count  # the user's own start was checked
-        check = together(groups, lambda: ExportCheck(config, folder, report) if is_checking else None)
-        stack.callback(check.close if check is not None else lambda: None)
+        check = together(groups, lambda: ExportCheck(config, folder, progress.say, is_checking))
+        stack.callback(check.close)
         times.done("data")
         with memory_errors_explained(config, groups, lambda: 0):
             engine = build_engine(config, groups)
         times.done("engine")
         identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
-        load = on_first_rank(groups, lambda: _where_from(config, launch, folder, report))
+        load = on_first_rank(groups, lambda: _where_from(config, launch, folder, progress.say))
         state, changes, is_own = _restore(config, checkpoints, engine, load, identity)
-        together(groups, check.finish if check is not None else lambda: None)
+        together(groups, check.finish)
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
-        if progress is not None and state.step:
+        if groups.rank == 0 and state.step:
             progress.say(standing(config, folder, state.step))
         cost = step_cost_of(config)
-        typical_predictions = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
-        metrics = stack.enter_context(
-            _open_metrics(
-                config, groups, folder, progress, state, lambda step: cost.flops_left(method, step, typical_predictions)
-            )
+        num_predicted = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
+        metrics = together(
+            groups,
+            lambda: Metrics(
+                written,
+                num_steps=config.train.steps,
+                resume_step=state.step,
+                interval=config.log.interval,
+                sinks=_open_sinks(config.log, folder, state.step) if groups.rank == 0 else (),
+                progress=progress,
+                num_devices=groups.topology.world_size,
+                peak=device_peak(config, groups),
+                flops_left=partial(cost.flops_left, method, num_predicted=num_predicted),
+            ),
         )
-        events = together(groups, lambda: EventLog(folder if groups.rank == 0 else None))
+        stack.callback(metrics.close)
+        events = together(groups, lambda: EventLog(written))
         stack.callback(events.close)
-        exports = Exports(config, folder if groups.rank == 0 else None, checkpoints, metrics, events)
+        exports = Exports(config, written, checkpoints, metrics, events)
         stack.callback(exports.close)
         together(groups, lambda: exports.begin(state.step, is_own))
         hosts = _hosts(groups)
@@ -159,7 +186,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             state=state,
             recorded={
                 OPTIMIZER: config.optimizer["type"],
-                IDENTITY: identity.to_dict(),
+                IDENTITY: asdict(identity),
                 **_origin(config.checkpoint.load),
             },
             lead=SignalLead(launch.signal_lead),
@@ -167,13 +194,13 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         )
 
 
-def _lock(folder: Path, groups: ProcessGroups, launch: Launch, stack: ExitStack, report: Callable[[str], None]) -> None:
-    def lock() -> None:
-        stack.callback(RunLock(folder, launch, _end_at_once).release)
-        if warning := open_to_all(folder):
-            report(f"warning: {warning}")
+def _lock(folder: Path, launch: Launch, stack: ExitStack, report: Callable[[str], None]) -> None:
+    def end_at_once(why: str) -> None:
+        exit_now(RaptrError.exit_code, f"{why}: ending at once, without writing anything")
 
-    on_first_rank(groups, lock)
+    stack.callback(RunLock(folder, launch, end_at_once).release)
+    if warning := open_to_all(folder):
+        report(f"warning: {warning}")
 
 
 def _open_batches(config: RunConfig, groups: ProcessGroups, tokenizer: Tokenizer, method: PathMethod) -> Loader:
@@ -223,7 +250,7 @@ def _origin(load: str) -> dict[str, str]:
 
 def _restore(
     config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str, identity: Identity
-) -> tuple[RunState, Changes | None, bool]:
+) -> tuple[RunState, Changes, bool]:
     """Load the checkpoint that the run continues from into the engine.
 
     Returns where it stood, what has changed since, and whether the checkpoint is one of the run's own.
@@ -235,7 +262,7 @@ def _restore(
 
     restored = checkpoints.restore(engine, load, config.model, check=check)
     if restored is None:
-        return RunState(), None, True
+        return RunState(), Changes({}, None), True
     changes = changes_since(restored.run_state, identity, restored.folder)
     return run_state_of(restored, config), changes, checkpoints.has(restored.folder)
 
@@ -243,39 +270,13 @@ def _restore(
 def _write_config(folder: Path, config: RunConfig) -> None:
     """Write config.json: the run file with every value in it, itself a run file."""
     path = folder / "config.json"
-    try:
+    with writing(path, "Give this user permission to write it."):
         write_atomically(path, json.dumps(config.resolved(), indent=2) + "\n")
-    except OSError as error:
-        raise write_error(path, error, "Give this user permission to write it.") from error
 
 
-def _open_metrics(
-    config: RunConfig,
-    groups: ProcessGroups,
-    folder: Path,
-    progress: Progress | None,
-    state: RunState,
-    flops_left: Callable[[int], float],
-) -> Metrics:
-    return together(
-        groups,
-        lambda: Metrics(
-            folder if groups.rank == 0 else None,
-            num_steps=config.train.steps,
-            resume_step=state.step,
-            interval=config.log.interval,
-            sinks=_open_sinks(config, folder, state.step) if groups.rank == 0 else (),
-            progress=progress,
-            num_devices=groups.topology.world_size,
-            peak=device_peak(config, groups),
-            flops_left=flops_left,
-        ),
-    )
-
-
-def _open_sinks(config: RunConfig, folder: Path, resume_step: int) -> list[Sink]:
-    sinks: list[Sink] = list(open_trackers(config.log, folder, resume_step))
-    return [*sinks, open_tensorboard(folder, resume_step)] if config.log.tensorboard else sinks
+def _open_sinks(log: LogSection, folder: Path, resume_step: int) -> list[Sink]:
+    trackers = open_trackers(log, folder, resume_step)
+    return [*trackers, TensorBoardSink(folder, resume_step)] if log.tensorboard else [*trackers]
 
 
 def _hosts(groups: ProcessGroups) -> list[str]:
@@ -291,32 +292,31 @@ def _record_start(
     groups: ProcessGroups,
     launch: Launch,
     state: RunState,
-    changes: Changes | None,
+    changes: Changes,
     metrics: Metrics,
-    times: StartTimes,
+    times: _StartTimes,
 ) -> None:
     """Write down how the run was started, and what is not as it was when its checkpoint was written."""
     if groups.rank:
         return
-    topology = groups.topology
     events.record(
         "start",
         step=state.step,
         launcher=launch.launcher,
         hosts=list(dict.fromkeys(hosts)),
         world_size=launch.world_size,
-        layout={"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        layout=asdict(groups.topology),
         restart_count=launch.restart_count,
         slurm_job=launch.slurm_job or None,
         version=raptr_ds.__version__,
         revision=code_revision(),
         seconds=times.seconds,
     )
-    for line in changes.lines if changes is not None else ():
+    for line in changes.lines:
         metrics.say(line)
-    if changes is not None and (changes.keys or changes.corpus):
+    if changes.keys or changes.corpus:
         events.record("changed", step=state.step, keys=changes.keys, corpus=changes.corpus)
-    if changes is not None and changes.corpus is not None:
+    if changes.corpus is not None:
         metrics.record_corpus(state.step, *changes.corpus)
 
 
@@ -326,10 +326,6 @@ def _has_open_evaluation(config: RunConfig, method: PathMethod, folder: Path, st
         return False
     key = (state.step, method.model_at(state.step - 1).length)
     return key not in read_metrics(folder / METRICS).evaluations
-
-
-def _end_at_once(why: str) -> None:
-    exit_now(RaptrError.exit_code, f"{why}: ending at once, without writing anything")
 
 
 def _leave(groups: ProcessGroups, error: BaseException | None) -> None:

@@ -62,6 +62,7 @@ class StopSignals:
     128 + the signal's number (closer ones are the same request: on Ctrl-C the terminal and the launcher both signal).
     When the launcher is gone nobody is left to kill a rank that hangs in a collective: with no `progressed` call for
     the allowed time, the process ends itself with Exit.FAULT. Use as a context manager, from the main thread.
+    reason: what asked first, a signal's name or "launcher gone"; None if nothing did.
     watch_launcher: False for a process started by hand, whose parent is a shell that may well go first (nohup).
     """
 
@@ -69,7 +70,7 @@ class StopSignals:
         self._chain = _CHAIN_AT_IMPORT if watch_launcher else []
         self._grace_seconds = grace_seconds
         self._poll_seconds = poll_seconds
-        self._reason: str | None = None
+        self.reason: str | None = None
         self._first_arrival: dict[int, float] = {}
         self._last_progress: float | None = None
         self._allowed_seconds = grace_seconds
@@ -82,12 +83,7 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         """Whether this rank has been asked to stop."""
-        return self._reason is not None
-
-    @property
-    def reason(self) -> str | None:
-        """What asked first: a signal's name, or "launcher gone"; None if nothing did."""
-        return self._reason
+        return self.reason is not None
 
     def progressed(self, allow_seconds: float | None = None) -> None:
         """Record that the run is alive; the loop calls this once a step, and before anything that takes long.
@@ -142,8 +138,8 @@ class StopSignals:
         self._request(signal.Signals(number).name)
 
     def _request(self, reason: str) -> None:
-        if self._reason is None:
-            self._reason = reason
+        if self.reason is None:
+            self.reason = reason
 
     def _watch(self) -> None:
         while not self._closed.is_set():

@@ -1,4 +1,4 @@
-"""Where measurements go besides metrics.jsonl: what every such sink does, and the names that all of them show."""
+"""Where measurements go: what every sink of metrics.jsonl's lines does, and the names that trackers show."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ TRAINING_NAMES = {
 
 
 class Sink(Protocol):
-    """Shows the numbers of metrics.jsonl's lines; an outage ends and blocks nothing.
+    """Takes metrics.jsonl's lines; an outage ends and blocks nothing.
 
     failure: why records wait in memory, None while none do. is_part_of_run: whether a run is complete only with all of
     its records there; they can be made again from metrics.jsonl where it is not.
@@ -37,23 +37,15 @@ class Sink(Protocol):
     failure: str | None
     is_part_of_run: bool
 
-    def record_training(self, line: Mapping[str, Any]) -> None:
-        """Take a training line."""
-        ...
-
-    def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Take an evaluation's line."""
-        ...
-
-    def record_tasks(self, line: Mapping[str, Any]) -> None:
-        """Take a line of scores, whose step may be earlier than that of the last line."""
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Take a line; that of scores may have an earlier step than the last line."""
         ...
 
     def rewind(self, step: int) -> None:
         """Forget what came after a 1-based step, as far as that is possible there."""
         ...
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Pass on all records, if that does not take long."""
         ...
 
@@ -62,21 +54,15 @@ class Sink(Protocol):
         ...
 
 
-def training_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a training line by name; unknown ones (null) are left out."""
+def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line by name; unknown ones (null) are left out."""
+    if "eval_loss" in line:
+        return {f"eval/loss_of_{line['path_length']}_layers": line["eval_loss"]}
+    if "tasks" in line:
+        return {
+            f"tasks/{task}/{metric}": value
+            for task, scores in line["tasks"].items()
+            for metric, value in scores.items()
+            if value is not None and metric not in NOT_SCORES
+        }
     return {name: line[key] for key, name in TRAINING_NAMES.items() if line.get(key) is not None}
-
-
-def evaluation_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the loss of an evaluation's line, under its path length."""
-    return {f"eval/loss_of_{line['path_length']}_layers": line["eval_loss"]}
-
-
-def task_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of a line of downstream tasks, under task and metric; unknown ones are left out."""
-    return {
-        f"tasks/{task}/{metric}": value
-        for task, scores in line["tasks"].items()
-        for metric, value in scores.items()
-        if value is not None and metric not in NOT_SCORES
-    }

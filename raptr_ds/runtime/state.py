@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from raptr_ds.config.run import RunConfig
+from raptr_ds.errors import CheckpointError
 from raptr_ds.paths.cost import StepFlops
 from raptr_ds.paths.path import LayerPath
 
 if TYPE_CHECKING:  # engines import megatron-core, which the planner does not need
+    from raptr_ds.checkpoint.manager import RestoredState
     from raptr_ds.engine.protocol import StepResult
+
+OPTIMIZER = "optimizer"
+"""The key of the optimizer's name in a checkpoint's run state."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,26 @@ class RunState:
             rollbacks_there=self.rollbacks_there + 1 if is_same_place else 1,
         )
 
-    def to_dict(self) -> dict[str, int]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any], global_batch: int) -> RunState:
-        """Return the state that `to_dict` gave, of this version or an earlier one; other keys are ignored.
+        """Return the state that `asdict` gave, of this version or an earlier one; other keys are ignored.
 
         global_batch: sequences of a step, by which earlier versions counted the data.
         """
         batches_read = values["step"] + values.get("data_offset_steps", 0)
         values = {"next_sample": batches_read * global_batch, **values}
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+def run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
+    """Return where the run stood in a checkpoint. Raises: CheckpointError if it is of another optimizer."""
+    saved, wanted = restored.run_state[OPTIMIZER], config.optimizer["type"]
+    if saved != wanted:
+        raise CheckpointError(
+            f"{restored.folder} holds the state of optimizer {saved}, and optimizer.type is {wanted}. Set "
+            f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
+        )
+    return RunState.from_dict(restored.run_state, config.batch.global_batch)
 
 
 class StepCost(StepFlops):

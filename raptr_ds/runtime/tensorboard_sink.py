@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
-from raptr_ds.user_paths import write_error
+from raptr_ds.runtime.sinks import scalars_of
+from raptr_ds.user_paths import writing
 
 _MAX_UNFLUSHED = 2000  # scalars
 
@@ -16,14 +16,13 @@ class TensorBoardSink:
     """Writes the numbers of metrics.jsonl's lines as scalars; unknown ones (null) are left out.
 
     Scalars that the disk does not take are kept, and written to another event file when it takes them again.
-    resume_step: events after it, written before a crash or by an earlier run in the same folder, are purged.
-    failure: why scalars wait in memory, None while none do.
-    Raises: ConfigError if TensorBoard is not installed; OSError if the folder cannot be written at first.
+    folder: the run's. resume_step: events after it, written before a crash or by an earlier run, are purged.
+    Raises: ConfigError if TensorBoard is not installed; PathError or StorageError if its folder cannot be written.
     """
 
     is_part_of_run = True
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -31,22 +30,23 @@ class TensorBoardSink:
                 "raptr_ds.log.tensorboard=true needs the tensorboard package. Install it (pip install tensorboard), or "
                 "set raptr_ds.log.tensorboard to false."
             ) from error
-        self._open = lambda purge_step=None: SummaryWriter(str(folder), purge_step=purge_step)
-        self._writer: SummaryWriter | None = self._open(resume_step + 1 if resume_step else 0)
+        events = folder / "tensorboard"
+        self._open = lambda purge_step=None: SummaryWriter(str(events), purge_step=purge_step)
+        with writing(events, "Give this user permission to write there."):
+            self._writer: SummaryWriter | None = self._open(resume_step + 1 if resume_step else 0)
         self._unflushed: list[tuple[str, float, int]] = []
         self.failure: str | None = None
 
-    def record_training(self, line: Mapping[str, Any]) -> None:
-        """Write the scalars of a training line."""
-        self._add(training_scalars(line), line["step"])
-
-    def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Write the loss of an evaluation line, under its path length."""
-        self._add(evaluation_scalars(line), line["step"])
-
-    def record_tasks(self, line: Mapping[str, Any]) -> None:
-        """Write the scores of a line of downstream tasks."""
-        self._add(task_scalars(line), line["step"])
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Write the scalars of a line."""
+        scalars = [(tag, value, line["step"]) for tag, value in scalars_of(line).items()]
+        self._unflushed += scalars
+        try:
+            self._write(scalars)
+        except OSError as error:
+            self._give_up(error)
+        if len(self._unflushed) % _MAX_UNFLUSHED < len(scalars):
+            self.sync()
 
     def rewind(self, step: int) -> None:
         """Purge the events after a 1-based step."""
@@ -57,7 +57,7 @@ class TensorBoardSink:
         except OSError as error:
             self._give_up(error)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Write all events to disk, as far as it takes them."""
         try:
             if self._writer is None:  # in a new file: the earlier one may end in a part of an event
@@ -71,19 +71,9 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Write the remaining events, as far as possible, and close."""
-        self.flush()
+        self.sync()
         if self._writer is not None:
             self._writer.close()
-
-    def _add(self, values: Mapping[str, float], step: int) -> None:
-        scalars = [(tag, value, step) for tag, value in values.items()]
-        self._unflushed += scalars
-        try:
-            self._write(scalars)
-        except OSError as error:
-            self._give_up(error)
-        if len(self._unflushed) % _MAX_UNFLUSHED < len(scalars):
-            self.flush()
 
     def _write(self, scalars: list[tuple[str, float, int]]) -> None:
         if self._writer is not None:
@@ -96,11 +86,3 @@ class TensorBoardSink:
             with contextlib.suppress(OSError):
                 self._writer.close()
         self._writer = None
-
-
-def open_tensorboard(folder: Path, resume_step: int) -> TensorBoardSink:
-    """Return the sink of a run's folder. Raises: ConfigError, and PathError or StorageError if it cannot be written."""
-    try:
-        return TensorBoardSink(folder / "tensorboard", resume_step)
-    except OSError as error:
-        raise write_error(folder / "tensorboard", error, "Give this user permission to write there.") from error

@@ -1,4 +1,4 @@
-"""Throughput: tokens and FLOPs per second over the last steps, utilization of the devices' peak, time left."""
+"""Throughput: tokens and FLOPs per second over the last steps, utilization of the devices' peak."""
 
 import re
 from collections import deque
@@ -36,10 +36,8 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
     """
     if device_name is None or precision not in {"bf16", "fp16"}:
         return None
-    for pattern, peak in _PEAK_FLOPS:
-        if re.search(rf"\b({pattern})\b", device_name, re.IGNORECASE):
-            return peak
-    return None
+    found = (peak for pattern, peak in _PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_name, re.IGNORECASE))
+    return next(found, None)
 
 
 def model_flops_utilization(flops_per_second: float, peak: float | None, num_devices: int) -> float | None:
@@ -48,38 +46,16 @@ def model_flops_utilization(flops_per_second: float, peak: float | None, num_dev
 
 
 class Throughput:
-    """Speed of the last steps, as a moving window over the time that they took (evaluation and saving not included)."""
+    """Speed of the last 50 steps, over the time that they took (evaluation and saving not included)."""
 
-    def __init__(self, window_steps: int = 50) -> None:
-        self._steps: deque[tuple[int, int, float]] = deque(maxlen=window_steps)
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, int, float]] = deque(maxlen=50)
 
     def record(self, tokens: int, flops: int, seconds: float) -> None:
         """Add one step of the whole job: its tokens, its executed FLOPs and its wall time."""
         self._steps.append((tokens, flops, seconds))
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second of the whole job; None before the first step."""
-        return self._rate(0)
-
-    @property
-    def flops_per_second(self) -> float | None:
-        """Executed FLOP/s of the whole job; None before the first step."""
-        return self._rate(1)
-
-    def seconds_left(self, steps_left: int, flops_left: float | None = None) -> float | None:
-        """Return the time that the rest of training will take at this speed; None before the first step.
-
-        By FLOPs where the caller knows them (paths grow, so later steps take longer), else by steps.
-        """
-        seconds = sum(step[2] for step in self._steps)
-        if not self._steps or seconds <= 0:
-            return None
-        flops_per_second = self.flops_per_second
-        if flops_left is not None and flops_per_second:
-            return flops_left / flops_per_second
-        return steps_left * seconds / len(self._steps)
-
-    def _rate(self, column: int) -> float | None:
-        seconds = sum(step[2] for step in self._steps)
-        return sum(step[column] for step in self._steps) / seconds if seconds > 0 else None
+    def rates(self) -> tuple[float, float]:
+        """Return tokens and executed FLOPs per second of the whole job, after the first step."""
+        tokens, flops, seconds = map(sum, zip(*self._steps, strict=True))
+        return tokens / seconds, flops / seconds

@@ -10,16 +10,16 @@ import json
 import secrets
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.config.sections import LogSection, MlflowSection, WandbSection
+from raptr_ds.config.sections import LogSection
 from raptr_ds.errors import ConfigError
-from raptr_ds.runtime.sinks import evaluation_scalars, task_scalars, training_scalars
+from raptr_ds.runtime.sinks import scalars_of
 
 TRACKING = "tracking_{}.json"
 """A file for each package: their threads write at the same time."""
@@ -29,33 +29,45 @@ _CLOSE_SECONDS = 20.0
 _LATE_STEP = "tasks/step"
 
 
-class Tracker(Protocol):
-    """A tracking server's client. Its methods may raise anything, and are called in one thread."""
+class Tracker(ABC):
+    """A tracking server's client; `connect`, `log` and `finish` may raise anything, and are called in one thread.
+
+    section, where: the run file's, and what of it names the place of runs there. run_id: which run there this one is,
+    kept in the run's folder with its place; None until it has begun, and for a resumed run that was somewhere else.
+    Raises: ConfigError if the package is missing.
+    """
 
     name: str
+    package: str
 
+    def __init__(self, section: Any, where: list[str | None], folder: Path, is_resumed: bool) -> None:
+        self.library = _import(self.package)
+        self.section, self.folder, self._where = section, folder, where
+        self._file = folder / TRACKING.format(self.package)
+        try:
+            known: Any = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            known = None
+        is_known = is_resumed and isinstance(known, dict) and known.get("where") == where
+        self.run_id: str | None = known.get("id") if is_known else None
+
+    def keep(self, run_id: str) -> None:
+        """Keep the id for a resume; without a disk that takes it, the resume begins another run there."""
+        self.run_id = run_id
+        with contextlib.suppress(OSError):
+            write_atomically(self._file, json.dumps({"id": run_id, "where": self._where}, indent=2) + "\n")
+
+    @abstractmethod
     def connect(self) -> None:
-        """Begin a run there, or continue it."""
-        ...
+        """Begin the run there, or continue it."""
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Record numbers of a 1-based step."""
-        ...
+    @abstractmethod
+    def log(self, scalars: Mapping[str, float], step: int, is_late: bool) -> None:
+        """Record numbers of a 1-based step; is_late: later ones were recorded before."""
 
-    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
-        """Record numbers of a step that later ones were recorded after."""
-        ...
-
+    @abstractmethod
     def finish(self) -> None:
-        """End the run there."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class _Record:
-    scalars: dict[str, float]
-    step: int
-    is_late: bool
+        """End the run there; wait for its upload."""
 
 
 class TrackerSink:
@@ -65,33 +77,26 @@ class TrackerSink:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._waiting: deque[_Record] = deque()
+        self._waiting: deque[Mapping[str, Any]] = deque()  # lines of metrics.jsonl
         self._changed = threading.Condition()
         self._is_closing = False
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._serve, name=f"tracking-{tracker.name}", daemon=True)
         self._thread.start()
 
-    def record_training(self, line: Mapping[str, Any]) -> None:
-        """Take a training line."""
-        self._add(training_scalars(line), line["step"])
-
-    def record_evaluation(self, line: Mapping[str, Any]) -> None:
-        """Take an evaluation's line."""
-        self._add(evaluation_scalars(line), line["step"])
-
-    def record_tasks(self, line: Mapping[str, Any]) -> None:
-        """Take a line of scores."""
-        self._add(task_scalars(line), line["step"], is_late=True)
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Take a line, if it has numbers to show."""
+        if scalars_of(line):
+            with self._changed:
+                self._waiting.append(line)
+                self._changed.notify()
 
     def rewind(self, step: int) -> None:
         """Drop what waits of later steps; what the server has stays there."""
         with self._changed:
-            kept = [record for record in self._waiting if record.step <= step]
-            self._waiting.clear()
-            self._waiting.extend(kept)
+            self._waiting = deque(line for line in self._waiting if line["step"] <= step)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Do nothing: the thread passes records on as fast as it can."""
 
     def close(self) -> None:
@@ -103,159 +108,104 @@ class TrackerSink:
         if self._thread.is_alive() and self.failure is None:
             self.failure = f"{self._tracker.name}: no answer within {_CLOSE_SECONDS:g} s"
 
-    def _add(self, scalars: dict[str, float], step: int, is_late: bool = False) -> None:
-        with self._changed:
-            self._waiting.append(_Record(scalars, step, is_late))
-            self._changed.notify()
-
     def _serve(self) -> None:
         is_connected, pause = False, _FIRST_PAUSE_SECONDS
-        while (record := self._next()) is not None:
+        while (line := self._next()) is not None:
             try:
                 if not is_connected:
                     self._tracker.connect()
                     is_connected = True
-                log = self._tracker.log_late if record.is_late else self._tracker.log
-                log(record.scalars, record.step)
+                self._tracker.log(scalars_of(line), line["step"], is_late="tasks" in line)
             except Exception as error:  # a client's library may raise anything, and training does not depend on it
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 self.failure = f"{self._tracker.name}: {lines[0]}"
-                if not self._pause(pause):
-                    return
+                with self._changed:
+                    if self._is_closing:  # it was tried once more
+                        return
+                    self._changed.wait_for(lambda: self._is_closing, pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
             with self._changed:
-                if self._waiting and self._waiting[0] is record:  # not dropped meanwhile
+                if self._waiting and self._waiting[0] is line:  # not dropped meanwhile
                     self._waiting.popleft()
             self.failure, pause = None, _FIRST_PAUSE_SECONDS
         if is_connected:
             with contextlib.suppress(Exception):
                 self._tracker.finish()
 
-    def _next(self) -> _Record | None:
-        """Wait for a record and return it; None when there is no more to come."""
+    def _next(self) -> Mapping[str, Any] | None:
+        """Wait for a line and return it; None when there is no more to come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             return self._waiting[0] if self._waiting else None
 
-    def _pause(self, seconds: float) -> bool:
-        """Wait after a failure; return whether to try again: once more when closing begins, and then never."""
-        with self._changed:
-            if self._is_closing:
-                return False
-            self._changed.wait_for(lambda: self._is_closing, seconds)
-            return True
 
-
-class WandbTracker:
+class WandbTracker(Tracker):
     """A run of Weights & Biases; offline it is written into the run's folder, for `wandb sync`."""
 
-    name = "Weights & Biases"
-
-    def __init__(self, section: WandbSection, folder: Path, is_resumed: bool) -> None:
-        self._wandb = _import("wandb")
-        self._section, self._folder = section, folder
-        self._memory = _RunIds(folder, "wandb", [section.entity, section.project], is_resumed)
-        self._id = self._memory.id or secrets.token_hex(4)
-        self._run: Any = None
+    name, package = "Weights & Biases", "wandb"
 
     def connect(self) -> None:
         """Begin the run, or continue it."""
-        section = self._section
+        section = self.section
         optional = {key: value for key in ("entity", "group") if (value := getattr(section, key)) is not None}
-        self._memory.keep(self._id)
-        self._run = self._wandb.init(
+        self.keep(self.run_id or secrets.token_hex(4))
+        self._run = self.library.init(
             project=section.project,
-            name=section.name or self._folder.name,
-            id=self._id,
+            name=section.name or self.folder.name,
+            id=self.run_id,
             resume="allow",
             mode=section.mode,
-            dir=str(self._folder),
+            dir=str(self.folder),
             **optional,
         )
         self._run.define_metric("tasks/*", step_metric=_LATE_STEP)
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Record numbers of a step; the server ignores steps before the last that it has."""
-        self._run.log(dict(scalars), step=step)
-
-    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
-        """Record numbers over an axis of their own: at an earlier step they would be ignored."""
-        self._run.log({**scalars, _LATE_STEP: step}, commit=False)  # at the step that it is at
+    def log(self, scalars: Mapping[str, float], step: int, is_late: bool) -> None:
+        """Record numbers; late ones over an axis of their own, as the server ignores steps before the last it has."""
+        if is_late:
+            self._run.log({**scalars, _LATE_STEP: step}, commit=False)  # at the step that it is at
+        else:
+            self._run.log(dict(scalars), step=step)
 
     def finish(self) -> None:
         """Wait for the upload, and end."""
         self._run.finish()
 
 
-class MlflowTracker:
-    """A run of MLflow."""
+class MlflowTracker(Tracker):
+    """A run of MLflow, where the order of steps does not matter."""
 
-    name = "MLflow"
-
-    def __init__(self, section: MlflowSection, folder: Path, is_resumed: bool) -> None:
-        self._mlflow = _import("mlflow")
-        self._section, self._folder = section, folder
-        self._memory = _RunIds(folder, "mlflow", [section.tracking_uri, section.experiment], is_resumed)
+    name, package = "MLflow", "mlflow"
 
     def connect(self) -> None:
         """Begin the run, or continue it."""
-        section = self._section
+        section = self.section
         if section.tracking_uri is not None:  # else MLFLOW_TRACKING_URI, or a folder, as MLflow has it
-            self._mlflow.set_tracking_uri(section.tracking_uri)
-        self._mlflow.set_experiment(section.experiment)
-        if self._memory.id is not None:
-            self._mlflow.start_run(run_id=self._memory.id)
+            self.library.set_tracking_uri(section.tracking_uri)
+        self.library.set_experiment(section.experiment)
+        if self.run_id is not None:
+            self.library.start_run(run_id=self.run_id)
         else:
-            run = self._mlflow.start_run(run_name=section.name or self._folder.name)
-            self._memory.keep(run.info.run_id)
+            self.keep(self.library.start_run(run_name=section.name or self.folder.name).info.run_id)
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
+    def log(self, scalars: Mapping[str, float], step: int, is_late: bool) -> None:
         """Record numbers of a step."""
-        self._mlflow.log_metrics(dict(scalars), step=step)
-
-    def log_late(self, scalars: Mapping[str, float], step: int) -> None:
-        """Record numbers of a step: the order does not matter there."""
-        self.log(scalars, step)
+        self.library.log_metrics(dict(scalars), step=step)
 
     def finish(self) -> None:
         """End the run."""
-        self._mlflow.end_run()
-
-
-class _RunIds:
-    """The id of a tracker's run, kept in the run's folder with where that run is.
-
-    id: that of a resumed run, None if there is none or it is somewhere else.
-    """
-
-    def __init__(self, folder: Path, tracker: str, where: list[str | None], is_resumed: bool) -> None:
-        self._path, self._where = folder / TRACKING.format(tracker), where
-        known = self._read()
-        self.id: str | None = known.get("id") if is_resumed and known.get("where") == where else None
-
-    def keep(self, run_id: str) -> None:
-        """Keep the id for a resume; without a disk that takes it, the resume begins another run there."""
-        self.id = run_id
-        known = {"id": run_id, "where": self._where}
-        with contextlib.suppress(OSError):
-            write_atomically(self._path, json.dumps(known, indent=2) + "\n")
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return known if isinstance(known, dict) else {}
+        self.library.end_run()
 
 
 def open_trackers(log: LogSection, folder: Path, resume_step: int) -> list[TrackerSink]:
     """Return a sink for each tracker that the run file asks for. Raises: ConfigError if its package is missing."""
     trackers: list[Tracker] = []
     if log.wandb is not None:
-        trackers.append(WandbTracker(log.wandb, folder, resume_step > 0))
+        trackers.append(WandbTracker(log.wandb, [log.wandb.entity, log.wandb.project], folder, resume_step > 0))
     if log.mlflow is not None:
-        trackers.append(MlflowTracker(log.mlflow, folder, resume_step > 0))
+        where = [log.mlflow.tracking_uri, log.mlflow.experiment]
+        trackers.append(MlflowTracker(log.mlflow, where, folder, resume_step > 0))
     return [TrackerSink(tracker) for tracker in trackers]
 
 

@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -58,7 +57,8 @@ class Watchdog:
         self._place, self._moved, self._allowed = "starting", time.monotonic(), max(seconds, START_SECONDS)
         self._steps: deque[float] = deque(maxlen=101)
         self._closed = threading.Event()
-        self._store = _PatientStore(store)
+        self._store = PrefixStore("raptr_ds/watchdog", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
+        self._caller = ThreadPoolExecutor(1, "watchdog-store")  # a call of a store whose process is stopped hangs
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
             self._thread.start()
@@ -77,7 +77,7 @@ class Watchdog:
         self._closed.set()
         if self._seconds:
             self._thread.join()
-        self._store.close()
+        self._caller.shutdown(wait=False)
 
     def _watch(self) -> None:
         poll, looked = min(_POLL_SECONDS, self._seconds / 4), time.monotonic()
@@ -89,10 +89,10 @@ class Watchdog:
             is_stuck = stands > max(self._allowed, _SLOW_STEPS * median(self._steps or [0.0]))
             try:
                 if is_stuck:
-                    self._store.set_first(_ALARM, time.strftime("%Y%m%d-%H%M%S"))
-                if alarm := self._store.get(_ALARM):
+                    self._ask(lambda: self._store.compare_set(_ALARM, "", time.strftime("%Y%m%d-%H%M%S")))
+                if alarm := self._get(_ALARM):
                     self._answer(alarm, stands)
-            except (dist.DistError, FutureTimeout) as error:
+            except (dist.DistError, TimeoutError) as error:
                 if is_stuck:
                     self._write_stacks(time.strftime("%Y%m%d-%H%M%S"))
                     _print(
@@ -106,7 +106,7 @@ class Watchdog:
     def _answer(self, alarm: str, stands: float) -> None:
         """Answer an alarm, wait for the other answers, and leave; the first rank that answers prints them."""
         own = {"host": socket.gethostname(), "place": self._place, "seconds": stands, "where": self._where()}
-        self._store.set(_ANSWER.format(self._rank), json.dumps(own))
+        self._set(_ANSWER.format(self._rank), json.dumps(own))
         stacks = self._write_stacks(alarm)
         deadline = time.monotonic() + min(_ANSWER_SECONDS, max(2.0, self._seconds))
         while len(answers := self._answers()) < self._world_size and time.monotonic() < deadline:
@@ -121,16 +121,26 @@ class Watchdog:
                 f"stacks of all threads: {stacks.parent if stacks else 'could not be written'}",
             ]
             _print("\n  ".join(lines))
-        self._store.set(_LEAVING.format(self._rank), "yes")
+        self._set(_LEAVING.format(self._rank), "yes")
         others = [rank for rank in answers if self._rank == 0 and rank != 0]  # rank 0 may keep the store: it goes last
         while others and time.monotonic() < deadline + 5:
             time.sleep(0.2)
-            others = [rank for rank in others if not self._store.get(_LEAVING.format(rank))]
+            others = [rank for rank in others if not self._get(_LEAVING.format(rank))]
         os._exit(Exit.HUNG)
 
     def _answers(self) -> dict[int, dict[str, Any]]:
-        found = {rank: self._store.get(_ANSWER.format(rank)) for rank in range(self._world_size)}
+        found = {rank: self._get(_ANSWER.format(rank)) for rank in range(self._world_size)}
         return {rank: json.loads(answer) for rank, answer in found.items() if answer}
+
+    def _get(self, key: str) -> str | None:
+        """Return a value, None where there is none. Raises: DistError or TimeoutError, as do the next two."""
+        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    def _set(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def _ask(self, action: Callable[[], T]) -> T:
+        return self._caller.submit(action).result(_STORE_SECONDS)
 
     def _write_stacks(self, alarm: str) -> Path | None:
         """Write the stacks of all threads, and what NCCL recorded of its collectives, for the run's folder."""
@@ -150,33 +160,6 @@ class Watchdog:
     def _where(self) -> str:
         """Return where the main thread stands."""
         return where(sys._current_frames().get(self._main))
-
-
-class _PatientStore:
-    """The launch's store for one thread that must not hang: its calls of a store whose process is stopped would."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = PrefixStore("raptr_ds/watchdog", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
-        self._caller = ThreadPoolExecutor(1, "watchdog-store")
-
-    def get(self, key: str) -> str | None:
-        """Return a value, None where there is none. Raises: DistError or TimeoutError, as do all."""
-        return self._call(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
-
-    def set(self, key: str, value: str) -> None:
-        """Set a value."""
-        self._call(lambda: self._store.set(key, value))
-
-    def set_first(self, key: str, value: str) -> None:
-        """Set a value unless there is one."""
-        self._call(lambda: self._store.compare_set(key, "", value))
-
-    def close(self) -> None:
-        """End the calling thread."""
-        self._caller.shutdown(wait=False)
-
-    def _call(self, action: Callable[[], T]) -> T:
-        return self._caller.submit(action).result(_STORE_SECONDS)
 
 
 def where(frame: FrameType | None) -> str:

@@ -27,9 +27,9 @@ from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
-from raptr_ds.runtime.session import OPTIMIZER, Session
+from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signals import StopSignals
-from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.state import OPTIMIZER, RunState, StepCost, run_state_of
 from raptr_ds.runtime.watchdog import Watchdog
 from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
@@ -274,7 +274,7 @@ def run_clean(launch: Launch, case: Case, folder: str, source: str, offset: int)
     session, batches = open_loop(launch, case, Path(folder), (), {})
     restored = session.checkpoints.restore(session.engine, source, session.config.model)
     assert restored is not None
-    state = session.run_state_of(restored)
+    state = run_state_of(restored, session.config)
     session.state = replace(state, next_sample=state.next_sample + offset * case.global_batch)
     session.finish(train(session))
     session.checkpoints.close()

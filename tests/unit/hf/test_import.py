@@ -26,8 +26,7 @@ from raptr_ds.hf.model import to_hugging_face
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY, Identity, changes_since
-from raptr_ds.runtime.session import OPTIMIZER
-from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.state import OPTIMIZER, RunState
 from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
 
 SHAPE = {

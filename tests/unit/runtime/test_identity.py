@@ -1,5 +1,6 @@
 """What a run is made of, and what differs where it continues."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ FOLDER = Path("run/checkpoints/step-00000009")
 
 
 def recorded(**changes: Any) -> dict[str, Any]:
-    return {IDENTITY: {**HERE.to_dict(), **changes}}
+    return {IDENTITY: {**asdict(HERE), **changes}}
 
 
 def test_the_same_run_has_no_changes() -> None:

@@ -12,7 +12,7 @@ from raptr_ds.runtime import lines_file
 from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.progress import Progress
-from raptr_ds.runtime.tensorboard_sink import TensorBoardSink, open_tensorboard
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 
 
 class Disk:
@@ -120,7 +120,7 @@ class Said(Progress):
 def test_metrics_survive_a_full_disk(small_disk: Path) -> None:
     """All lines and all events, with a message when it begins and when it is over."""
     said = Said()
-    metrics = Metrics(small_disk, num_steps=300, sinks=[open_tensorboard(small_disk, 0)], progress=said)
+    metrics = Metrics(small_disk, num_steps=300, sinks=[TensorBoardSink(small_disk, 0)], progress=said)
     ballast = small_disk / "ballast"
     metrics.record_evaluation(1, 1.5, 4)
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
@@ -154,13 +154,13 @@ def scalars_in(folder: Path) -> dict[int, float]:
 
 
 def test_events_after_a_rollback_are_purged(tmp_path: Path) -> None:
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(tmp_path, 0)
     for step in range(1, 6):
-        sink.record_evaluation({"step": step, "eval_loss": float(step), "path_length": 4})
+        sink.record({"step": step, "eval_loss": float(step), "path_length": 4})
     sink.rewind(3)
-    sink.record_evaluation({"step": 4, "eval_loss": 40.0, "path_length": 4})
+    sink.record({"step": 4, "eval_loss": 40.0, "path_length": 4})
     sink.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("eval/loss_of_4_layers")] == [(1, 1), (2, 2), (3, 3), (4, 40)]

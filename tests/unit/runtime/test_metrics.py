@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from raptr_ds.engine.protocol import StepResult
+from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.path import Parts
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.metrics_file import read_metrics
 from raptr_ds.runtime.progress import PlainProgress
-from raptr_ds.runtime.tensorboard_sink import open_tensorboard
+from raptr_ds.runtime.ranks import Ranks
+from raptr_ds.runtime.state import RunState
+from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
 
 TRAINING_KEYS = [
     "step", "loss", "lr", "grad_norm", "path", "path_length", "phase", "tokens", "flops",
@@ -21,12 +25,11 @@ TRAINING_KEYS = [
 ]  # fmt: skip
 
 
-def training_step(step, **values):
-    defaults = {
-        "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.7, "path": LayerPath((0, 2, 5), 6, phase=1), "step_seconds": 0.5,
-        "step_tokens": 100, "step_flops": 3000, "tokens": 100 * step, "flops": 3000 * step, "full_flops": 4000 * step,
-    }  # fmt: skip
-    return TrainingStep(step=step, **{**defaults, **values})
+def training_step(step, loss=1 / 3, grad_norm=0.7, skipped=False, skipped_steps=0, path=None, **values):
+    state = RunState(step, 100 * step, 3000 * step, 4000 * step, skipped_steps)
+    result = StepResult(loss, grad_norm, 9, skipped)
+    path = path or LayerPath((0, 2, 5), 6, phase=1)
+    return TrainingStep(state, result, path, lr=1e-3, seconds=0.5, tokens=100, flops=3000, **values)
 
 
 def lines_of(folder):
@@ -47,21 +50,13 @@ def test_lines_have_exactly_the_contracts_keys(tmp_path):
     assert evaluation == {"step": 1, "eval_loss": 0.25, "path_length": 6}
 
 
-def test_scalars_of_torch_and_numpy_are_written_with_the_digits_of_their_double(tmp_path):
-    loss = torch.tensor(1 / 3, dtype=torch.float32)
-    with Metrics(tmp_path, num_steps=1) as metrics:
-        metrics.record_step(training_step(1, loss=loss, grad_norm=np.float64(0.1), flops=np.int64(7)))
-    (line,) = lines_of(tmp_path)
-    assert (line["loss"], line["grad_norm"], line["flops"], line["mfu"]) == (loss.item(), 0.1, 7, None)
-
-
 def test_not_finite_and_missing_values(tmp_path):
     with Metrics(tmp_path, num_steps=2, progress=PlainProgress(io.StringIO())) as metrics:
         metrics.record_step(training_step(1, loss=math.nan, grad_norm=math.inf))
-        metrics.record_step(training_step(2, grad_norm=None))
+        metrics.record_step(training_step(2))
     first, second = lines_of(tmp_path)
     assert (first["loss"], first["grad_norm"], first["non_finite"]) == (None, None, True)
-    assert second["grad_norm"] is None
+    assert second["mfu"] is None
     assert "non_finite" not in second
 
 
@@ -101,7 +96,7 @@ def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_pa
 
 
 def test_scores_on_tasks(tmp_path, events):
-    output, sink = io.StringIO(), open_tensorboard(tmp_path, 0)
+    output, sink = io.StringIO(), TensorBoardSink(tmp_path, 0)
     scores = {"boolq": {"shots": 5, "acc": 0.625, "acc_stderr": 0.0123, "f1": None}, "copa": {"bits": 2.0}}
     with Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output)) as metrics:
         metrics.record_step(training_step(8))
@@ -138,8 +133,18 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
     )
 
 
+def test_progress_names_a_slow_rank_and_lost_checkpoints(tmp_path):
+    output, ranks = io.StringIO(), Ranks(Topology(1, 1, 2), ["a", "b"], torch.device("cpu"), 1)
+    for _ in range(20):
+        ranks.receive(np.array([[1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
+    with Metrics(tmp_path, num_steps=1, progress=PlainProgress(output)) as metrics:
+        metrics.record_step(training_step(1, failed_saves=3, ranks=ranks))
+    assert output.getvalue().endswith("saved 25.0%  rank 1 slow (2.0 x)  3 checkpoints NOT written\n")
+    assert lines_of(tmp_path)[0]["failed_saves"] == 3
+
+
 def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step), skipped_steps=step))
         metrics.record_evaluation(3, 8.0, 6)
@@ -177,12 +182,12 @@ def events():
 
 
 def test_resume_continues_file_and_events_as_if_the_lost_steps_had_not_been(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[open_tensorboard(tmp_path, 0)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step)))
         metrics.record_evaluation(5, 9.0, 6)
         metrics.sync()
-    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[open_tensorboard(tmp_path, 3)]) as metrics:
+    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[TensorBoardSink(tmp_path, 3)]) as metrics:
         for step in range(4, 7):
             metrics.record_step(training_step(step, loss=float(10 * step)))
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [

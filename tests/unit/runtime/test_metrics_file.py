@@ -45,7 +45,7 @@ def test_resume_drops_later_and_torn_lines_and_appends_after_them(tmp_path, tail
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 2, 3, 4, 5], tail)
     metrics = MetricsFile(path, resume_step=3)
-    metrics.append({"step": 4, "loss": 0.5})
+    metrics.record({"step": 4, "loss": 0.5})
     metrics.sync()
     assert steps_of(path) == [1, 2, 2, 3, 4]
     metrics.close()
@@ -72,7 +72,7 @@ def test_a_new_run_sets_old_metrics_aside(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     for loss in (1.0, 2.0, 3.0):
         metrics = MetricsFile(path)
-        metrics.append({"step": 1, "loss": loss})
+        metrics.record({"step": 1, "loss": loss})
         metrics.close()
     texts = {entry.name: json.loads(entry.read_text())["loss"] for entry in path.parent.iterdir()}
     assert texts == {"metrics.1.jsonl": 1.0, "metrics.2.jsonl": 2.0, "metrics.jsonl": 3.0}
@@ -84,7 +84,7 @@ def test_lines_reach_the_file_without_close(tmp_path):
     if child == 0:
         metrics = MetricsFile(path)
         for step in range(1, 4):
-            metrics.append({"step": step, "path": list(range(5000))})
+            metrics.record({"step": step, "path": list(range(5000))})
         os._exit(0)  # as a killed process: no buffers are flushed
     os.waitpid(child, 0)
     assert steps_of(path) == [1, 2, 3]
@@ -100,14 +100,14 @@ def test_what_is_rolled_back_is_kept_aside_in_order_and_with_every_byte(tmp_path
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.rolled_back.jsonl"
     metrics = MetricsFile(path)
     for step in (1, 2, 3):
-        metrics.append({"step": step, "loss": step / 3})
+        metrics.record({"step": step, "loss": step / 3})
     before = path.read_text().splitlines()
     metrics.rewind(1)
     assert steps_of(path) == [1]
     for step in (2, 3):
-        metrics.append({"step": step, "loss": step / 7})
+        metrics.record({"step": step, "loss": step / 7})
     metrics.rewind(2)
-    metrics.append({"step": 3, "loss": 0.5})
+    metrics.record({"step": 3, "loss": 0.5})
     metrics.close()
     assert steps_of(path) == [1, 2, 3]
     assert steps_of(aside) == [2, 3, 3]
@@ -117,9 +117,9 @@ def test_what_is_rolled_back_is_kept_aside_in_order_and_with_every_byte(tmp_path
 def test_a_new_run_sets_what_an_earlier_one_rolled_back_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)
-    metrics.append({"step": 1})
+    metrics.record({"step": 1})
     metrics.rewind(0)
-    metrics.append({"step": 1})
+    metrics.record({"step": 1})
     metrics.close()
     MetricsFile(path, resume_step=1).close()
     assert (tmp_path / "metrics.rolled_back.jsonl").exists()

@@ -1,6 +1,6 @@
 """Steps that are not finite: when the policy acts, what it says, and how the run's state counts and rolls back."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -101,7 +101,7 @@ def test_rollbacks_to_one_place_are_limited_and_to_another_are_not(cost: StepCos
 def test_a_state_survives_its_dictionary_and_old_ones_are_read(cost: StepCost) -> None:
     saved = after(cost, RunState(), "x.")
     state = after(cost, saved, ".x").rolled_back(saved)
-    assert RunState.from_dict(state.to_dict(), 2) == state
+    assert RunState.from_dict(asdict(state), 2) == state
     old = {"step": 7, "tokens": 70, "flops": 700, "full_flops": 1400}
     assert RunState.from_dict(old, 2) == replace(RunState(), **old, next_sample=2 * 7)
     assert RunState.from_dict({**old, "data_offset_steps": 3}, 2) == replace(RunState(), **old, next_sample=2 * 10)

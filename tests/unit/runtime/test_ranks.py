@@ -40,7 +40,7 @@ def test_unequal_stages_are_not_slow_ranks() -> None:
     ranks = ranks_of(Topology(tensor=1, pipeline=2, data=3))
     for _ in range(20):
         ranks.receive(reports([1.0, 1.4, 1.0, 3.0, 3.0, 3.3]))
-    assert ranks.slow() is None
+    assert ranks.slow is None
     line = ranks.line()
     assert (line["slowest_rank"], line["slowest_rank_seconds"], line["median_rank_seconds"]) == (1, 1.4, 1.0)
 
@@ -48,17 +48,17 @@ def test_unequal_stages_are_not_slow_ranks() -> None:
 def test_a_rank_is_slow_after_20_steps_over_the_limit() -> None:
     ranks = ranks_of(Topology(1, 1, 4))
     for step in range(20):
-        assert ranks.slow() is None
+        assert ranks.slow is None
         ranks.receive(reports([1.0, 1.0, 1.0, 31.0 if step == 3 else 1.0]))
-    slow = ranks.slow()
+    slow = ranks.slow
     assert slow is not None  # 50 s of 20 steps, where others take 20 s
     assert (slow.rank, slow.host, slow.seconds, slow.median, slow.ratio) == (3, "node-3", 2.5, 1.0, 2.5)
     for _ in range(20):
         ranks.receive(reports([1.0, 1.0, 1.0, 1.49]))
-    assert ranks.slow() is None
+    assert ranks.slow is None
     for _ in range(20):
         ranks.receive(reports([1.0, 1.51, 1.0, 1.0]))
-    slow = ranks.slow()
+    slow = ranks.slow
     assert slow is not None
     assert slow.rank == 1
 
@@ -98,25 +98,25 @@ def test_a_single_rank_has_memory_only() -> None:
     for _ in range(30):
         ranks.receive(reports([1.0]))
     assert list(ranks.line()) == ["host_memory_bytes", "host_memory_peak_bytes"]
-    assert ranks.slow() is None
+    assert ranks.slow is None
 
 
 def test_own_numbers_are_reported_with_data_loading_but_without_the_first_step() -> None:
     ranks = ranks_of(Topology(1, 1, 2), interval=5)
-    assert ranks.report() == (0.0,) * 4
+    assert ranks.report == (0.0,) * 4
     ranks.loaded(7.0)
     ranks.step_done(41, 60.0)
-    assert ranks.report()[0] == 0.0
-    resident, peak = ranks.report()[1:3]
+    assert ranks.report[0] == 0.0
+    resident, peak = ranks.report[1:3]
     assert 0 < resident <= peak
     ranks.loaded(0.25)
     ranks.step_done(42, 1.0)
-    assert ranks.report() == (1.25, resident, peak, 0.0)  # memory is read for lines: of steps 45, 50, ...
+    assert ranks.report == (1.25, resident, peak, 0.0)  # memory is read for lines: of steps 45, 50, ...
     kept = bytearray(64 << 20)
     ranks.step_done(43, 1.0)
-    assert ranks.report()[1] > resident + len(kept) / 2
+    assert ranks.report[1] > resident + len(kept) / 2
     ranks.step_done(44, 0.0)
-    assert ranks.report()[0] == 0.0
+    assert ranks.report[0] == 0.0
 
 
 def test_resident_memory_follows_what_is_held() -> None:

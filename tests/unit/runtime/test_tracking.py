@@ -58,8 +58,8 @@ def until(holds: Callable[[], Any]) -> None:
 def test_numbers_arrive_by_name_and_in_order(kind: str, server: Server, tmp_path: Path) -> None:
     sink = sink_of(kind, tmp_path)
     for step in range(1, 50):
-        sink.record_training(line(step))
-    sink.record_evaluation({"step": 49, "eval_loss": 0.25, "path_length": 6})
+        sink.record(line(step))
+    sink.record({"step": 49, "eval_loss": 0.25, "path_length": 6})
     sink.close()
     steps = [(step, {"train/loss": step / 4, "train/learning_rate": 0.5}) for step in range(1, 50)]
     assert server.of("log") == [*steps, (49, {"eval/loss_of_6_layers": 0.25})]
@@ -70,7 +70,7 @@ def test_numbers_arrive_by_name_and_in_order(kind: str, server: Server, tmp_path
 
 def test_what_the_packages_are_asked(server: Server, tmp_path: Path) -> None:
     sink = sink_of("wandb", tmp_path / "bert", mode="offline", entity="team")
-    sink.record_training(line(1))
+    sink.record(line(1))
     sink.close()
     (asked,) = server.of("init")
     assert len(asked.pop("id")) == 8
@@ -80,7 +80,7 @@ def test_what_the_packages_are_asked(server: Server, tmp_path: Path) -> None:
     }  # fmt: skip
     server.calls.clear()
     sink = sink_of("mlflow", tmp_path / "bert", name="first")
-    sink.record_training(line(1))
+    sink.record(line(1))
     sink.close()
     assert server.calls[:3] == [
         ("set_tracking_uri", "http://tracking:5000"),
@@ -97,9 +97,9 @@ def run_id(kind: str, server: Server) -> str:
 @BOTH
 def test_scores_of_an_earlier_step_are_not_lost(kind: str, server: Server, tmp_path: Path) -> None:
     sink = sink_of(kind, tmp_path)
-    sink.record_training(line(9))
+    sink.record(line(9))
     scores = {"boolq": {"shots": 0, "acc": 0.5, "acc_stderr": 0.1, "f1": None}}
-    sink.record_tasks({"step": 4, "tasks": scores})
+    sink.record({"step": 4, "tasks": scores})
     sink.close()
     values = {"tasks/boolq/acc": 0.5, "tasks/boolq/acc_stderr": 0.1}
     if kind == "mlflow":
@@ -114,7 +114,7 @@ def test_a_resume_continues_the_same_run_and_a_new_run_does_not(kind: str, serve
     ids = []
     for resume_step in (0, 5, 7, 0, 3):
         sink = sink_of(kind, tmp_path, resume_step)
-        sink.record_training(line(resume_step + 1))
+        sink.record(line(resume_step + 1))
         sink.close()
         ids.append(run_id(kind, server) or json.loads((tmp_path / f"tracking_{kind}.json").read_text())["id"])
     assert ids[0] == ids[1] == ids[2] != ids[3] == ids[4]
@@ -125,7 +125,7 @@ def test_a_resume_elsewhere_begins_a_new_run_there(kind: str, server: Server, tm
     ids = []
     for where in ("raptr", "another"):
         sink = sink_of(kind, tmp_path, 5, **{{"wandb": "project", "mlflow": "experiment"}[kind]: where})
-        sink.record_training(line(6))
+        sink.record(line(6))
         sink.close()
         ids.append(json.loads((tmp_path / f"tracking_{kind}.json").read_text())["id"])
     assert ids[0] != ids[1]
@@ -136,7 +136,7 @@ def test_a_resume_elsewhere_begins_a_new_run_there(kind: str, server: Server, tm
 def test_a_damaged_tracking_file_begins_a_new_run(kind: str, damage: str, server: Server, tmp_path: Path) -> None:
     (tmp_path / f"tracking_{kind}.json").write_text(damage)
     sink = sink_of(kind, tmp_path, 5)
-    sink.record_training(line(6))
+    sink.record(line(6))
     sink.close()
     assert [step for step, _ in server.of("log")] == [6]
 
@@ -146,11 +146,11 @@ def test_a_damaged_tracking_file_begins_a_new_run(kind: str, damage: str, server
 def test_an_outage_delays_records_only(kind: str, is_away_at_start: bool, server: Server, tmp_path: Path) -> None:
     server.is_away = is_away_at_start
     sink = sink_of(kind, tmp_path)
-    sink.record_training(line(1))
+    sink.record(line(1))
     until(lambda: sink.failure if is_away_at_start else server.of("log"))
     server.is_away = True
     for step in range(2, 20):
-        sink.record_training(line(step))
+        sink.record(line(step))
     until(lambda: sink.failure)
     assert sink.failure is not None
     assert sink.failure.endswith(": the server is away")
@@ -202,9 +202,9 @@ def test_a_rollback_drops_what_waits(kind: str, server: Server, tmp_path: Path) 
     server.is_away = True
     sink = sink_of(kind, tmp_path)
     for step in range(1, 9):
-        sink.record_training(line(step))
+        sink.record(line(step))
     sink.rewind(3)
-    sink.record_training(line(4))
+    sink.record(line(4))
     server.is_away = False
     sink.close()
     assert [step for step, _ in server.of("log")] == [1, 2, 3, 4]
