@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from raptr_ds.config.batch import divisors
 from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.optimization import broken_optimization_rules
-from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection, WidthSection
+from raptr_ds.config.path_sections import RandomSection, ScheduledSection
 from raptr_ds.config.run import RunConfig
 
 _TENSOR = "parallel.tensor_model_parallel_size"
@@ -76,18 +76,14 @@ def _layout_rules(config: RunConfig) -> Iterator[str]:
 
 def _width_rules(config: RunConfig) -> Iterator[str]:
     """Layers that run in parts have as many blocks of the MLP as heads, in whole tensors, and are not compiled."""
-    model, path, data = config.model, config.path, config.batch.data_parallel
-    if isinstance(path, WidthSection):
-        cause = f"raptr_ds.path.method={path.method!r}"
-    elif isinstance(path, RaptrSection) and path.width_schedule is not None:
-        cause = f"raptr_ds.path.width_schedule={path.width_schedule!r}"
-    else:
+    model, data, cause = config.model, config.batch.data_parallel, config.narrowed_by
+    if cause is None:
         return
     heads, why = model.num_attention_heads, f": {cause} cuts the MLP into as many blocks as there are heads"
     yield from _multiple("model.ffn_hidden_size", model.ffn_hidden_size, "model.num_attention_heads", heads, why)
     # Parts of a tensor can be frozen where a process has all of its optimizer state.
     is_whole = config.zero_stage == 0 or (config.zero_stage < 3 and data == 1)
-    if path.skipped_update == "freeze" and not is_whole:
+    if config.path.skipped_update == "freeze" and not is_whole:
         yield (
             f"{cause} with skipped_update='freeze' needs whole tensors in the optimizer, and "
             f"zero_optimization.stage={config.zero_stage} cuts them over {data} data-parallel processes. Set "

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raptr_ds.config.batch import ACCUMULATION, MICRO, BatchGeometry
-from raptr_ds.config.path_sections import AnyPathSection, RunSizes
+from raptr_ds.config.path_sections import AnyPathSection, RaptrSection, RunSizes, WidthSection
 from raptr_ds.config.sections import (
     BLOCK,
     SECTIONS,
@@ -104,7 +104,15 @@ class RunConfig:
         """Return whether to compile layers on such a device: as the run file says, else on GPUs that can."""
         if self.train.compile is not None:
             return self.train.compile
-        return on_gpu and self.zero_stage <= 2 and self.path.method != "width"
+        return on_gpu and self.zero_stage <= 2 and self.narrowed_by is None
+
+    @property
+    def narrowed_by(self) -> str | None:
+        """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""
+        if isinstance(self.path, WidthSection):
+            return f"raptr_ds.path.method={self.path.method!r}"
+        schedule = self.path.width_schedule if isinstance(self.path, RaptrSection) else None
+        return None if schedule is None else f"raptr_ds.path.width_schedule={schedule!r}"
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole run as a JSON-able run file with every value; loading it gives this run again."""

@@ -17,11 +17,8 @@ from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.parallel.groups import lone_process_groups
 
 
-def config_of(compile_key: bool | None, zero_stage: int = 1, method: str = "raptr") -> Any:
-    sections = {"train": SimpleNamespace(compile=compile_key), "path": SimpleNamespace(method=method)}
-    config = SimpleNamespace(**sections, zero_stage=zero_stage)
-    config.compiles = lambda on_gpu: RunConfig.compiles(config, on_gpu)  # type: ignore[arg-type]
-    return config
+def config_of(*overrides: str) -> RunConfig:
+    return load_run_config(Path("deepspeed_configs/bert_quickstart.json"), overrides)
 
 
 def groups_on(device: str) -> Any:
@@ -36,31 +33,34 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_compiler")
 def test_compiling_without_a_compiler_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"compile=true needs a C\+\+ compiler.*No working.*CXX.*to false"):
-        build.compilation_of(config_of(True), groups_on("cpu"))
-    assert build.compilation_of(config_of(False), groups_on("cuda")) == build.Compilation(False)
+        build.compilation_of(config_of("raptr_ds.train.compile=true"), groups_on("cpu"))
+    assert build.compilation_of(config_of("raptr_ds.train.compile=false"), groups_on("cuda")) == build.Compilation(
+        False
+    )
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_gpu_without_a_compiler_trains_uncompiled_with_a_warning() -> None:
-    found = build.compilation_of(config_of(None), groups_on("cuda"))
+    found = build.compilation_of(config_of(), groups_on("cuda"))
     assert not found.is_compiled
     assert found.warning == "layers are not compiled, which is slower: No working C++ compiler found"
 
 
 @pytest.mark.parametrize(
-    ("device", "zero_stage", "method", "is_compiled"),
+    ("device", "overrides", "is_compiled"),
     [
-        ("cuda", 2, "raptr", True),
-        ("cuda", 3, "raptr", False),
-        ("cuda", 1, "width", False),
-        ("cpu", 1, "raptr", False),
+        ("cuda", ["zero_optimization.stage=2"], True),
+        ("cuda", ["zero_optimization.stage=3"], False),
+        ("cuda", ["raptr_ds.path.method=width", "raptr_ds.path.schedule=1-2-3-4"], False),
+        ("cuda", ["raptr_ds.path.width_schedule=1-2-3-4"], False),
+        ("cpu", [], False),
     ],
 )
 def test_layers_are_compiled_on_gpus_where_they_can_be(
-    monkeypatch: pytest.MonkeyPatch, device: str, zero_stage: int, method: str, is_compiled: bool
+    monkeypatch: pytest.MonkeyPatch, device: str, overrides: list[str], is_compiled: bool
 ) -> None:
     monkeypatch.setattr(build, "missing_compiler", lambda _device_type: None)
-    found = build.compilation_of(config_of(None, zero_stage, method), groups_on(device))
+    found = build.compilation_of(config_of(*overrides), groups_on(device))
     assert found == build.Compilation(is_compiled)
 
 
