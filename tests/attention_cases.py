@@ -103,16 +103,17 @@ def errors_of(case: Case, dtype: torch.dtype, device: torch.device) -> list[floa
     """Return the relative errors of the output and of the gradients of query, key and value."""
     generator = torch.Generator().manual_seed(case.length)
     together = torch.randn(BATCH, case.length, HEADS, 3, case.size, generator=generator).to(device, dtype)
-    given = [part.requires_grad_() for part in together.permute(3, 0, 2, 1, 4).unbind(0)]  # strided, as the model's
+    parts = together.permute(3, 0, 2, 1, 4).unbind(0)  # strided, as the model's
+    query, key, value = given = [part.requires_grad_() for part in parts]
     ranges = None if case.ranges is None else KeyRanges(*(bound.to(device) for bound in case.ranges))
     heads = torch.tensor(GLOBAL_HEADS, device=device)
     hashes = attention_hashes(layer_dropout(device), case.length, heads=heads) if case.rate else None
-    output = fused_attention(*given, ranges, hashes, case.rate)
+    output = fused_attention(query, key, value, ranges, hashes, case.rate)
     assert output.dtype == dtype
     weight = torch.randn(output.shape, generator=generator).to(device, dtype)
     gradients = torch.autograd.grad(output, given, weight)
-    exact = [part.detach().double().requires_grad_() for part in given]
-    expected = spelled_out(*exact, ranges, case.rate)
+    wide_query, wide_key, wide_value = exact = [part.detach().double().requires_grad_() for part in given]
+    expected = spelled_out(wide_query, wide_key, wide_value, ranges, case.rate)
     oracles = torch.autograd.grad(expected, exact, weight.double())
     errors = []
     for found, oracle in zip((output, *gradients), (expected, *oracles), strict=True):
@@ -132,6 +133,7 @@ def very_negative_scores(device: torch.device) -> tuple[torch.Tensor, list[torch
     query[..., 0], key[..., 0] = 1.0, -960.0
     key[0, 0, 5, 0] = 960.0
     value[..., 0] = torch.arange(192)
-    given = [part.requires_grad_() for part in (query, key, value)]
-    output = fused_attention(*given, KeyRanges(*(bound.to(device) for bound in causal(192))))
-    return output, list(torch.autograd.grad(output.sum(), given))
+    for part in (query, key, value):
+        part.requires_grad_()
+    output = fused_attention(query, key, value, KeyRanges(*(bound.to(device) for bound in causal(192))))
+    return output, list(torch.autograd.grad(output.sum(), (query, key, value)))

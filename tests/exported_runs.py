@@ -78,7 +78,8 @@ def tool_runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             code = 0
         except SystemExit as end:
             code = end.code
-        return Done(code, *capsys.readouterr())
+        written = capsys.readouterr()
+        return Done(code, written.out, written.err)
 
     return run
 

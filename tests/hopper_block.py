@@ -95,7 +95,8 @@ def _pretend_to_have_a_gpu() -> None:
     interface.get_device_properties = staticmethod(lambda *_: _HOPPER)
     interface.Worker.get_device_properties = staticmethod(lambda *_: _HOPPER)
     interface.Worker.current_device = staticmethod(lambda: 0)
-    triton.runtime.driver.set_active(_Driver())
+    driver: Any = triton.runtime.driver
+    driver.set_active(_Driver())
     fake: Any = fake_tensor
     fake.init_gpu_context = lambda *_: None
     compiling: Any = torch.compiler

@@ -50,7 +50,8 @@ def test_cross_entropy(groups: ProcessGroups, vocabulary: int) -> None:
     drawn = [torch.randn(shape, generator=generator) for shape in ((300, 64), (vocabulary, 64), (vocabulary,))]
     given = [tensor.to(GPU, torch.bfloat16).requires_grad_() for tensor in drawn]
     targets = torch.randint(0, vocabulary, (300,), generator=generator).to(GPU)
-    losses = cross_entropy(*given, targets, first_row=0, real_rows=vocabulary, group=groups.tensor)
+    hidden, weight, bias = given
+    losses = cross_entropy(hidden, weight, bias, targets, vocab_size=vocabulary, groups=groups)
     gradients = torch.autograd.grad(losses.mean(), given)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     expected = functional.cross_entropy(functional.linear(*exact), targets, reduction="none")

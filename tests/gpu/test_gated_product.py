@@ -37,11 +37,13 @@ def test_values_and_gradients_are_plain_torchs(groups: ProcessGroups) -> None:
     linear, x = gated_linear(groups), inputs()
     found = swiglu(*linear(x))
     found.sum().backward()
-    wide, weight = (tensor.detach().float().requires_grad_() for tensor in (x, linear.weight))
+    parameter = linear.weight
+    assert parameter is not None
+    wide, weight = (tensor.detach().float().requires_grad_() for tensor in (x, parameter))
     y = functional.linear(wide, weight)
     expected = swiglu(y[..., 0::2], y[..., 1::2])
     expected.sum().backward()
-    for one, other in ((found, expected), (x.grad, wide.grad), (linear.weight.grad, weight.grad)):
+    for one, other in ((found, expected), (x.grad, wide.grad), (parameter.grad, weight.grad)):
         assert one is not None
         assert other is not None
         assert (one - other).norm() <= 1e-2 * other.norm()
