@@ -111,6 +111,20 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         )
 
 
+def precision_warning(precision: str, device: torch.device) -> str | None:
+    """Return a warning if this CPU has no fast matrix products in the run's precision, else None."""
+    if device.type != "cpu" or precision == "fp32":
+        return None
+    products: Any = torch.ops.mkldnn  # what torch itself asks before it hands a product to oneDNN
+    is_fast = products._is_mkldnn_bf16_supported if precision == "bf16" else products._is_mkldnn_fp16_supported
+    if is_fast():
+        return None
+    return (
+        f"{precision} is many times slower than fp32 on this CPU, which lacks the instructions for it. For fp32 "
+        f"set {precision}.enabled to false."
+    )
+
+
 def _deepspeed_config(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's part of the run file with the settings that our engines need."""
     filled = dict(config.deepspeed)

@@ -6,7 +6,7 @@ import torch
 
 from raptr_ds.config.path_sections import ScheduledSection
 from raptr_ds.config.run import RunConfig
-from raptr_ds.engine.build import attention_of, compilation_of
+from raptr_ds.engine.build import attention_of, compilation_of, precision_warning
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import PathMethod
 from raptr_ds.paths.cost import num_parameters
@@ -24,6 +24,7 @@ def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> P
     topology, model, path = groups.topology, config.model, config.path
     alone = topology.data == 1 and config.zero_stage in (1, 2)
     zero = f"{config.zero_stage} (run as 0: no other rank to share with)" if alone else config.zero_stage
+    slow = precision_warning(config.precision, groups.device)
     lines = [
         f"{model.architecture}: {model.num_layers} layers x {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M "
         f"parameters, vocabulary {model.vocab_size}, {config.precision}",
@@ -34,7 +35,7 @@ def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> P
         f"attention: {attention.description}; layers {'' if compilation.is_compiled else 'not '}compiled",
         f"paths: {path.method}" + (f" {path.schedule} ({path.split})" if isinstance(path, ScheduledSection) else ""),
         *(f"  derived: {line}" for line in config.derived),
-        *(f"warning: {line}" for line in (*config.warnings, attention.warning, compilation.warning) if line),
+        *(f"warning: {line}" for line in (*config.warnings, attention.warning, compilation.warning, slow) if line),
         *left_out_layers(method),
     ]
     if config.parallel.micro_batches:

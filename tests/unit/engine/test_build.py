@@ -153,3 +153,19 @@ def test_bf16_on_a_gpu_that_has_it_is_accepted(monkeypatch: pytest.MonkeyPatch) 
 def test_no_engine_is_built_on_a_gpu_without_bf16() -> None:
     with lone_process_groups() as groups, pytest.raises(ConfigError, match="Tesla V100"):
         build.build_engine(config_in("bf16"), replace(groups, device=GPU))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_on_a_cpu_without_instructions_for_them_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    question, cpu = f"_is_mkldnn_{precision}_supported", torch.device("cpu")
+    monkeypatch.setattr(torch.ops.mkldnn, question, lambda: False)
+    warning = build.precision_warning(precision, cpu)
+    assert warning is not None
+    assert warning.startswith(f"{precision} is many times slower than fp32 on this CPU")
+    assert warning.endswith(f"set {precision}.enabled to false.")
+    assert build.precision_warning("fp32", cpu) is None
+    assert build.precision_warning(precision, torch.device("cuda")) is None
+    monkeypatch.setattr(torch.ops.mkldnn, question, lambda: True)
+    assert build.precision_warning(precision, cpu) is None
