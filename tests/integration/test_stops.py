@@ -1,9 +1,11 @@
 """Stops: a signal, a lost launcher or a lost rank ends the run within seconds, with a checkpoint where possible."""
 
+import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 
 from raptr_ds.data.loader import Loader
+from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.errors import Exit
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.paths.growth import Growth
 from tests.integration.conftest import (
     ENV,
     PATIENCE,
@@ -20,6 +24,7 @@ from tests.integration.conftest import (
     deepspeed_command,
     forked,
     forked_ranks,
+    tiny_run,
     training_lines,
 )
 
@@ -133,6 +138,37 @@ def test_who_loses_a_rank_says_so_by_its_exit_code(layout: str, killed: int, run
     assert survivor.returncode == Exit.LOST_RANK, survivor.stderr
     assert "LostRankError: a connection to another rank broke" in survivor.stderr
     assert "Traceback" not in survivor.stderr
+
+
+def _stop_while_growing(launch: Launch) -> None:
+    grow = ZeroEngine.grow
+
+    def stopping(engine: ZeroEngine, growth: Growth) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        grow(engine, growth)
+
+    if launch.rank == 1:
+        ZeroEngine.grow = stopping  # type: ignore[method-assign]
+
+
+def test_a_stop_while_stacking_grows_is_made_at_most_a_step_later(data_folder: Path, tmp_path: Path) -> None:
+    run, path = tmp_path / "run.json", {"method": "stacking", "schedule": "2-4", "growth_warmup_steps": 2}
+
+    def train(name: str, spoil: Callable[[Launch], None] | None = None) -> tuple[int, list[dict[str, Any]]]:
+        run.write_text(json.dumps(tiny_run(data_folder, tmp_path / name, path=path)))
+        return forked(run, processes=2, spoil=spoil).returncode, training_lines(tmp_path / name)
+
+    code, whole = train("whole")
+    assert code == Exit.DONE
+    grown = next(line["step"] for line in whole if line["path_length"] == 4)
+    code, stopped = train("run", _stop_while_growing)
+    assert code == Exit.CONTINUE_LATER
+    assert len(stopped) in (grown, grown + 1)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{len(stopped):08}"]
+    code, continued = train("run")
+    assert code == Exit.DONE
+    for key in ("step", "path", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in continued] == [line[key] for line in whole]
 
 
 def test_a_killed_rank_ends_the_run(run_file: Path, tmp_path: Path) -> None:
