@@ -56,7 +56,8 @@ def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
 
     Raises: DataError if the client is missing or fails, or the cache cannot be written.
     """
-    folder = cache / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
+    # Absolute, as the clients run in another folder.
+    folder = cache.absolute() / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
     if (cached := _cached(folder)) is not None:
         return cached
     try:

@@ -137,6 +137,20 @@ def test_a_damaged_cache_is_fetched_again(pip_offers: Path, tmp_path: Path) -> N
     assert hashlib.sha256(file.read_bytes()).hexdigest() == fetched.sha256
 
 
+@needs_pip
+@needs_dpkg
+def test_a_cache_may_be_named_from_the_current_folder(
+    pip_offers: Path, apt_offers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip, apt-get and dpkg-deb run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    for package in (WIKI, PackageName("apt", "sums-doc", follows="sums-doc-")):
+        fetched, file = fetch(package, Path("cache"))
+        assert file.parent.is_relative_to(tmp_path / "cache" / package.kind)
+        assert file.stat().st_size == fetched.size_bytes
+        assert fetch(package, Path("cache")) == (fetched, file)
+
+
 def test_the_installed_documentation_needs_no_package(tmp_path: Path) -> None:
     (source,) = named_sources(["embedded"], tmp_path, report=quiet)
     assert source.name == "embedded:installed"
