@@ -1,6 +1,7 @@
 """The small copy of a comparison: the same report from it, exact sums, and what the law reads of it."""
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_the_law_reads_it(lab, tmp_path):
     assert raptr.saving == pytest.approx(1 - lines["raptr"]["flops"] / lines["standard"]["flops"])
     losses = [read_metrics(folder / f"runs/raptr/seed-{seed}/metrics.jsonl").evaluations[40, 6] for seed in (1, 2, 3)]
     assert raptr.loss == pytest.approx(np.mean(losses))
+
+
+def test_a_copy_put_back_is_finished_and_takes_more_seeds(lab, tmp_path):
+    first = lab.planner(seeds=[1])
+    lab.run(first)
+    kept = keep(load_comparison(first.output), tmp_path / "kept")
+    shutil.rmtree(first.output)
+    shutil.copytree(kept, first.output)
+    lab.run(lab.planner(seeds=[1, 2]))
+    assert lab.stand_in.started == ["standard, seed 2", "raptr, seed 2"]
+    losses = [run.final_loss for run in load_comparison(first.output).runs]
+    assert losses == pytest.approx([losses[0] + more for more in (0, 0.05, 0.01, 0.06)])
 
 
 def test_what_is_not_finished_or_there_already_is_refused(lab, tmp_path):
