@@ -22,7 +22,7 @@ from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, step_flops
 from raptr_ds.planner.setting import layout_of
-from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_reduction_seconds
+from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_collective_seconds
 
 _MOST_LAYERS = 4  # of the model that are built: enough to leave the caches
 _SMALL_MESSAGE = 1  # elements
@@ -88,9 +88,9 @@ class DeviceProbe:
             device = replace(device, machine_bytes_per_second=sent / transfer, latency_seconds=seconds["small message"])
         computing = seconds["training"]
         if self._tensor > 1:
-            # Without the reductions of both passes, which the cost model counts separately.
-            reductions = 2 * self._num_layers * tensor_reduction_seconds(self._shape, self._layout, device)
-            computing = max(computing - reductions, _LEAST_COMPUTING * computing)
+            # Without the collectives of both passes, which the cost model counts separately.
+            sending = self._num_layers * sum(tensor_collective_seconds(self._shape, self._layout, device))
+            computing = max(computing - sending, _LEAST_COMPUTING * computing)
         sequences = self._config.batch.micro_batch
         flops = step_flops(self._shape, self._num_layers, sequences, self._num_predictions) / self._tensor
         return replace(

@@ -54,10 +54,10 @@ class Layout:
     """How a step is spread out and computed.
 
     stage_layers: layers of each pipeline stage. micro_batch: sequences; num_micro_batches: of each data-parallel rank.
-    These decide memory, and times leave them out: sequence_parallel: the residual stream is split over the tensor
-    ranks. optimizer_bytes: the optimizer's fp32 state for each parameter (Adam 8). reduce_bucket: elements of a buffer
-    of gradients in ZeRO, at most; reduce_buffers: their number. compiled: layers are compiled by torch.compile, which
-    makes no difference here on a CPU.
+    sequence_parallel: the residual stream is split over the tensor ranks.
+    These decide memory, and times leave them out: optimizer_bytes: the optimizer's fp32 state for each parameter (Adam
+    8). reduce_bucket: elements of a buffer of gradients in ZeRO, at most; reduce_buffers: their number. compiled:
+    layers are compiled by torch.compile, which makes no difference here on a CPU.
     """
 
     stage_layers: tuple[int, ...]
@@ -163,16 +163,17 @@ def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     active = active_in_stages(activity_table(paths), layout.stage_layers)
     trained = active_in_stages(activity_table(paths, np.max), layout.stage_layers)  # what any path runs
     layer = layout.micro_batch * layer_forward_flops(shape) / layout.tensor / device.flops_per_second
-    reduction = tensor_reduction_seconds(shape, layout, device)
+    sent_forward, sent_backward = tensor_collective_seconds(shape, layout, device)
     head = layout.micro_batch * setting.predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
-    # The backward pass has two products for each one of the forward pass, and as many reductions.
-    forward, backward = active * (layer + reduction), active * (2 * layer + reduction)
+    # The backward pass has two products for each one of the forward pass.
+    forward, backward = active * (layer + sent_forward), active * (2 * layer + sent_backward)
     if layout.recompute:
         backward += forward
     forward[..., -1] += head_seconds
     backward[..., -1] += 2 * head_seconds
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
+    stream_bytes /= layout.stream_ranks
     transfer = device.latency_seconds + stream_bytes / device.link_bytes_per_second(layout.num_ranks)
     pipeline = pipeline_seconds(forward, backward, layout.num_micro_batches, transfer, schedule="deepspeed")
     run, trained, outer = (_stage_parameters(layers, shape, layout) for layers in (active, trained, 0 * active))
@@ -188,13 +189,21 @@ def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     )
 
 
-def tensor_reduction_seconds(shape: ModelSection, layout: Layout, device: Device) -> float:
-    """Return the seconds of a layer's two reductions over the tensor ranks, in one pass over a micro batch."""
+def tensor_collective_seconds(shape: ModelSection, layout: Layout, device: Device) -> tuple[float, float]:
+    """Return the seconds of a layer's collectives over the tensor ranks, in the forward and in the backward pass.
+
+    Of a micro batch. Two all-reduces in each pass, which send the stream twice; with sequence_parallel as many gathers
+    and scatters, which send it once, in the backward pass two more gathers, as the inputs of the column linears are not
+    kept, and the gradients of two norms, which are small (docs/scaling.md).
+    """
     if layout.tensor == 1:
-        return 0.0
+        return 0.0, 0.0
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
-    ring = 2 * (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
-    return 2 * (ring + device.latency_seconds)
+    ring = (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
+    if not layout.sequence_parallel:
+        return (4 * ring + 2 * device.latency_seconds,) * 2
+    of_norms = 4 if shape.normalization == "layernorm" else 2
+    return 4 * ring + 4 * device.latency_seconds, 6 * ring + (6 + of_norms) * device.latency_seconds
 
 
 def _stage_parameters(active: np.ndarray, shape: ModelSection, layout: Layout) -> np.ndarray:

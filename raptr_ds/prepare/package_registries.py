@@ -57,7 +57,9 @@ def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
     Raises: DataError if the client is missing or fails, or the cache cannot be written.
     """
     # Absolute, as the clients run in another folder.
-    folder = cache.absolute() / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
+    folder = (
+        cache.absolute() / package.kind / (f"{package.name}=={package.version}" if package.version else package.name)
+    )
     if (cached := _cached(folder)) is not None:
         return cached
     try:

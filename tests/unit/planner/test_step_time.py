@@ -29,6 +29,24 @@ def test_tensor_ranks_share_the_flops():
     assert times[0] == pytest.approx(4 * times[1])
 
 
+@pytest.mark.parametrize(("architecture", "of_norms"), [("bert", 4), ("ul2", 2)])
+def test_collectives_over_tensor_ranks_are_those_of_the_table(architecture, of_norms):
+    """docs/scaling.md: rings of the stream, a rank's share of which a pipeline's stages hand on; and messages."""
+    shape = model_shape(architecture, layers=8, hidden=64, heads=4, length=32, vocabulary=1000, ffn=192)
+    seconds = {}
+    for bytes_per_second, latency in ((1e9, 0.0), (np.inf, 1e-3)):
+        links = Device(np.inf, np.inf, bytes_per_second, bytes_per_second, latency_seconds=latency)
+        for sequence_parallel in (False, True):
+            layout = Layout((8,), 4, 3, tensor=4, sequence_parallel=sequence_parallel)
+            times = step_seconds(PATHS, Setting(shape, layout, links, 10)).total
+            seconds[latency, sequence_parallel] = times / (3 * np.array([path.length for path in PATHS]))
+    ring = 3 / 4 * 4 * 32 * 64 * 2 / 1e9
+    np.testing.assert_allclose(seconds[0.0, False], 8 * ring)
+    np.testing.assert_allclose(seconds[0.0, True], 10 * ring)
+    np.testing.assert_allclose(seconds[1e-3, False], 4e-3)
+    np.testing.assert_allclose(seconds[1e-3, True], (10 + of_norms) * 1e-3)
+
+
 def test_a_balanced_path_saves_its_share_on_a_pipeline_and_a_full_stage_none_of_it():
     shape = SHAPE.model_copy(update={"vocab_size": 1})
     layout = Layout((2, 2, 2, 2), 1, 32)
