@@ -201,7 +201,8 @@ def tensor_collective_seconds(shape: ModelSection, layout: Layout, device: Devic
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value
     ring = (layout.tensor - 1) / layout.tensor * stream_bytes / device.link_bytes_per_second(layout.tensor)
     if not layout.sequence_parallel:
-        return (4 * ring + 2 * device.latency_seconds,) * 2
+        reductions = 4 * ring + 2 * device.latency_seconds
+        return reductions, reductions
     of_norms = 4 if shape.normalization == "layernorm" else 2
     return 4 * ring + 4 * device.latency_seconds, 6 * ring + (6 + of_norms) * device.latency_seconds
 
