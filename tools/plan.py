@@ -25,7 +25,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.markdown import markdown_table
 from raptr_ds.paths.cost import layer_parameters, num_parameters
 from raptr_ds.planner.advice import advice
-from raptr_ds.planner.law import fit_law
+from raptr_ds.planner.law import OBJECTIVES, fit_law
 from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.plan import RunPlan, keepable_layers, plan_run, propose_schedule
@@ -163,12 +163,12 @@ def _speeds(device: Device, measured: bool) -> str:
 def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Device, notes: list[str]) -> str:
     """Return the schedule to choose by the law, and add what is expected of it to the notes."""
     objective = config.model.architecture
-    runs = read_results(objective)
-    if not runs:
+    if objective not in OBJECTIVES:
         raise ConfigError(
-            f"--save best: experiments/results has no law for {objective}: its losses do not follow one there "
+            f"--save best: there is no law for {objective}: its losses in experiments/results do not follow one "
             "(docs/results.md). Ask for a saving, --save 25%, or see what was measured."
         )
+    runs = read_results(objective)
     law, layers = fit_law(runs), config.model.num_layers * layer_parameters(config.model)
     total = config.train.steps * config.batch.global_batch * config.model.seq_length
     tokens = total if arguments.tokens is None else _count(arguments.tokens)

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+OBJECTIVES = ("ul2",)
+"""Whose runs follow the law; BERT's losses fall from plateau to plateau (docs/results.md)."""
+
 CONFIDENCE = 0.95
 _SHARED = 3  # b, c, d; then E and A of each model
 
