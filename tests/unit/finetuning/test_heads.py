@@ -88,5 +88,8 @@ def test_they_save_and_load_as_any_model(
     for loader in (kind, auto):
         again = loader.from_pretrained(tmp_path).eval()
         assert type(again) is kind
+        for (name, before), (_, after) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+            assert torch.equal(before, after), name
+        # To rounding: where weights lie in memory decides how some CPUs sum.
         before, after = (one(tokens(*shape))[0] for one in (model, again))
-        assert torch.equal(before, after)
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
