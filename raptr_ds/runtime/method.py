@@ -1,5 +1,8 @@
 """From a run's configuration to its path method, and the numbers that the method's costs follow from."""
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import numpy as np
 
 from raptr_ds.config.derive import derive_pipeline_layers
@@ -7,7 +10,7 @@ from raptr_ds.config.path_sections import AnyPathSection, RandomSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.parallel.topology import stage_layers
-from raptr_ds.paths import PathMethod, build_path_method
+from raptr_ds.paths import PathMethod, Phase, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import head_cost_in_layers
 from raptr_ds.runtime.state import StepCost
@@ -42,18 +45,29 @@ def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
 
 
 def left_out_layers(method: PathMethod) -> list[str]:
-    """Return a line for each phase in which some layers of the model are never active."""
-    lines = []
+    """Return a line for each set of layers of the model that is never active in some phases, with the reason."""
+    phases_of: dict[tuple[tuple[int, ...], bool], list[Phase]] = {}
     for phase in method.phases.phases:
-        left_out = np.flatnonzero(method.marginals_at(phase.first_step) == 0.0).tolist()
-        layers = method.model_at(phase.first_step).active_in(left_out)
+        marginals = method.marginals_at(phase.first_step)
+        layers = method.model_at(phase.first_step).active_in(np.flatnonzero(marginals == 0.0).tolist())
         if layers and phase.num_steps:
-            lines.append(
-                f"layers {', '.join(map(str, layers))} are never active in phase {phase.index} (paths of "
-                f"{phase.path_length}): raptr_ds.path.fixed_layers and the head leave no room in their stage. Lengthen "
-                "the phase, fix fewer layers, or lower raptr_ds.path.balance_stages."
-            )
-    return lines
+            is_drawn = bool(np.any((marginals > 0.0) & (marginals < 1.0)))
+            phases_of.setdefault((layers, is_drawn), []).append(phase)
+    return [_left_out(layers, phases, is_drawn) for (layers, is_drawn), phases in phases_of.items()]
+
+
+def _left_out(layers: Sequence[int], phases: Sequence[Phase], is_drawn: bool) -> str:
+    numbers = ", ".join(str(phase.index) for phase in phases)
+    lengths = ", ".join(dict.fromkeys(str(phase.path_length) for phase in phases))
+    where = f"phase{'s'[: len(phases) > 1]} {numbers} (paths of {lengths})"
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    names = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    if is_drawn:
+        why = "raptr_ds.path.fixed_layers and the head leave no room in their stage"
+        fix = "Lengthen the phase, fix fewer layers, or lower raptr_ds.path.balance_stages"
+    else:
+        why, fix = "raptr_ds.path.fixed_layers fill them", "Lengthen the phase or fix fewer layers to draw from all"
+    return f"layers {names} are never active in {where}: {why}. {fix}."
 
 
 def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedStages | None:

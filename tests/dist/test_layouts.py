@@ -29,26 +29,30 @@ from tests.dist.workers import run_distributed
 LOSS, NORM = 1e-6, 2e-6  # relative
 WEIGHT = 0.05  # of the learning rate, so of what one step may move
 
+SIX = Case(steps=6)  # two in each phase: a layer is active, skipped, and active again
 RUNS = {
-    "bert-freeze": Case(),
+    "bert-freeze": SIX,
     "bert-freeze-50-steps": Case(steps=50),
-    "bert-freeze-no-dropout": Case(dropout=0.0),
-    "bert-zero_grad": Case(skipped_update="zero_grad"),
-    "ul2-freeze": Case(architecture="ul2"),
-    "ul2-zero_grad-untied": Case(architecture="ul2", skipped_update="zero_grad", tied=False),
-    "bert-stacking": Case(method="stacking", schedule="1-3-5"),
-    "ul2-stacking-fresh": Case(
+    "bert-freeze-no-dropout": replace(SIX, dropout=0.0),
+    "bert-zero_grad": replace(SIX, skipped_update="zero_grad"),
+    "ul2-freeze": replace(SIX, architecture="ul2"),
+    "ul2-zero_grad-untied": replace(SIX, architecture="ul2", skipped_update="zero_grad", tied=False),
+    "bert-stacking": replace(SIX, method="stacking", schedule="1-3-5"),
+    "ul2-stacking-fresh": replace(
+        SIX,
         architecture="ul2",
         method="stacking",
         schedule="2-3-5",
         growth_optimizer_state="fresh",
         growth_warmup_steps=2,
     ),
-    "bert-3-paths": Case(paths_per_step=3, schedule="2-4-5"),
-    "ul2-3-paths-zero_grad": Case(architecture="ul2", paths_per_step=3, schedule="2-4-5", skipped_update="zero_grad"),
-    "bert-width": Case(method="width", schedule="1-3-4", num_layers=3),
-    "ul2-width-zero_grad": Case(
-        architecture="ul2", method="width", schedule="2-3-4", num_layers=3, skipped_update="zero_grad"
+    "bert-3-paths": replace(SIX, paths_per_step=3, schedule="2-4-5"),
+    "ul2-3-paths-zero_grad": replace(
+        SIX, architecture="ul2", paths_per_step=3, schedule="2-4-5", skipped_update="zero_grad"
+    ),
+    "bert-width": replace(SIX, method="width", schedule="1-3-4", num_layers=3),
+    "ul2-width-zero_grad": replace(
+        SIX, architecture="ul2", method="width", schedule="2-3-4", num_layers=3, skipped_update="zero_grad"
     ),
 }
 

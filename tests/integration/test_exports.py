@@ -144,9 +144,8 @@ def test_a_killed_run_makes_its_exports_when_it_is_started_again(
     assert_gone(tools, "export_hf")
     assert (save / "exports" / ".unfinished-step-00000006" / "half").exists()
     kept = steps_in(save / "checkpoints")
-    assert 6 in kept  # although only the newest one is kept, which is 9, or 12 if it was complete
-    assert 3 not in kept
-    assert len(kept) == 2
+    # 6 is held for its export, although only the newest is kept: 9, or 12 if it was complete, before or after 9 went
+    assert kept in ([6, 9], [6, 9, 12], [6, 12])
     (tools / "export_hf.slow").unlink()
     done = forked(run, spoil=partial(use, tools=tools))
     assert done.returncode == 0, done.stderr

@@ -67,13 +67,23 @@ def test_the_head_is_weighed_by_the_objective(load):
     assert stages.num_layers == (6, 6)
 
 
-def test_layers_that_a_phase_leaves_out_are_told(load):
+def test_layers_that_a_phase_leaves_out_are_named(load):
     stages = f"{P}balance_stages=4"
     lines = left_out_layers(path_method_of(load(f"{P}sampling=balanced", stages, f"{P}schedule=4-8-12")))
     assert len(lines) == 1
     assert lines[0].startswith("layers 1, 2, 9, 10 are never active in phase 0 (paths of 4)")
-    assert "Lengthen" in lines[0]
+    assert "the head leave no room in their stage. Lengthen the phase, fix fewer layers, or lower" in lines[0]
     assert left_out_layers(path_method_of(load(f"{P}schedule=4-8-12"))) == []
+
+
+def test_phases_of_fixed_layers_alone_are_named_once(load):
+    lines = left_out_layers(path_method_of(load(f"{P}schedule=2-2-8-12")))
+    assert lines == [
+        "layers 1-10 are never active in phases 0, 1 (paths of 2): raptr_ds.path.fixed_layers fill them. Lengthen the "
+        "phase or fix fewer layers to draw from all."
+    ]
+    lines = left_out_layers(path_method_of(load(f"{P}schedule=3-8-12", f"{P}fixed_layers=[0,4,7]")))
+    assert lines[0].startswith("layers 1-3, 5, 6, 8-11 are never active in phase 0 (paths of 3): ")
 
 
 def test_expected_predictions_are_the_objectives(load):
