@@ -10,11 +10,7 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.demo.model import DemoModel
 from raptr_ds.demo.server import PORT, DemoServer
-from raptr_ds.depth.network import open_network
-from raptr_ds.depth.source import open_model
-from raptr_ds.depth.table import TABLE, read_table
 
 
 def main() -> None:
@@ -26,8 +22,13 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     arguments = parser.parse_args()
-    _command_line.quiet_transformers()
     with DemoServer(arguments.port) as server:
+        from raptr_ds.demo.model import DemoModel  # transformers takes seconds to import: open the port before
+        from raptr_ds.depth.network import open_network
+        from raptr_ds.depth.source import open_model
+        from raptr_ds.depth.table import TABLE, read_table
+
+        _command_line.quiet_transformers()
         source = open_model(arguments.model, arguments.tokenizer)
         table = read_table(source.folder / TABLE, source)
         with open_network(source.trained) as network:

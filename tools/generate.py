@@ -13,9 +13,6 @@ from pathlib import Path
 import _command_line
 
 from raptr_ds.data.tokenizer import MODES
-from raptr_ds.hf.generation import Sampling
-from raptr_ds.hf.load import load_prefix_model
-from raptr_ds.hf.text import complete, prompt_tokens
 
 MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 
@@ -23,6 +20,10 @@ MODE_CHOICES = [mode.strip("[]") for mode in MODES]
 def main() -> None:
     """Parse the command line, generate, and print the text as it comes."""
     arguments = parse()
+    from raptr_ds.hf.generation import Sampling  # transformers takes seconds to import: check the command line before
+    from raptr_ds.hf.load import load_prefix_model
+    from raptr_ds.hf.text import complete, prompt_tokens
+
     _command_line.quiet_transformers()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     loaded = load_prefix_model(arguments.model, arguments.tokenizer)

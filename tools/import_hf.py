@@ -11,8 +11,6 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.hf.import_folder import import_folder
-
 
 def main() -> None:
     """Parse the command line, import, and print what was written."""
@@ -21,6 +19,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="RUN", help="folder to write; must not hold checkpoints already")
     parser.add_argument("--optimizer", default="AdamW", help="optimizer.type of the run file (default AdamW)")
     arguments = parser.parse_args()
+    from raptr_ds.hf.import_folder import import_folder  # transformers takes seconds: check the command line before
+
     _command_line.quiet_transformers()
     done = import_folder(arguments.folder, arguments.output, arguments.optimizer)
     print(f"wrote {done.checkpoint} of a {done.kind}. In a run file that begins from it:")

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raptr_ds.demo.model import DemoModel
 from raptr_ds.errors import ConfigError, RaptrError
-from raptr_ds.hf.generation import Sampling
+
+if TYPE_CHECKING:  # transformers takes seconds to import: a port in use is reported before
+    from raptr_ds.demo.model import DemoModel
 
 ADDRESS = "127.0.0.1"
 PORT = 8765
@@ -150,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(losses)
 
     def _complete(self) -> None:
+        from raptr_ds.hf.generation import Sampling
+
         asked = self._asked()
         text, mode, depth = _text(asked), str(asked.get("mode")), _number(asked, "depth", int)
         sampling = Sampling(_number(asked, "temperature", float, 0.0), seed=_number(asked, "seed", int, 0))
