@@ -9,6 +9,8 @@ everything in OUTPUT/results.json. The same command continues what was interrupt
 Several processes: deepspeed --num_accelerators N tools/finetune.py ..., or torchrun; --deepspeed FILE for ZeRO.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 from collections.abc import Callable, Sequence
@@ -16,24 +18,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _command_line
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.finetuning.encoder import Encoder, exported_encoder, open_encoder
-from raptr_ds.finetuning.jobs import Job, TaskResult, fine_tune_all
 from raptr_ds.finetuning.local_task import LocalOptions, load_local
-from raptr_ds.finetuning.metrics import SCORE
 from raptr_ds.finetuning.named_tasks import named_tasks, unknown
 from raptr_ds.finetuning.sources import check_folder_is_used, load_named
 from raptr_ds.finetuning.task import KINDS, Examples, Recipe, Task
-from raptr_ds.finetuning.training import Settings, is_first
 from raptr_ds.parallel.launch import prepare_imports
 from raptr_ds.user_paths import exists, is_file
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: check the command line before
+    from raptr_ds.finetuning.encoder import Encoder
+    from raptr_ds.finetuning.jobs import TaskResult
+    from raptr_ds.finetuning.training import Settings
 
 MAX_LENGTH = 256
 Say = Callable[[str], None]
@@ -148,6 +150,8 @@ def tasks_and_data(arguments: argparse.Namespace, say: Say) -> list[tuple[Task, 
 
 def settings_of(recipe: Recipe, encoder: Encoder, arguments: argparse.Namespace) -> Settings:
     """Return a task's settings: its recipe, with what the command line changes."""
+    from raptr_ds.finetuning.training import Settings
+
     changed = {name: getattr(arguments, name) for name in Recipe.__dataclass_fields__}
     recipe = replace(recipe, **{name: value for name, value in changed.items() if value is not None})
     return Settings(
@@ -164,6 +168,8 @@ def settings_of(recipe: Recipe, encoder: Encoder, arguments: argparse.Namespace)
 
 def results_table(results: Sequence[TaskResult]) -> Table:
     """Return a row for each task: mean and standard deviation over its seeds, times 100 as GLUE has them."""
+    from raptr_ds.finetuning.metrics import SCORE
+
     table = Table(title="validation, times 100: mean ± standard deviation over seeds")
     table.add_column("task")
     for name in ("score", "baseline", "seeds"):
@@ -190,7 +196,13 @@ def spread(result: TaskResult, name: str) -> str:
 def main() -> None:
     """Parse the command line, fine-tune, and print the table."""
     arguments = parse()
+    import torch
+
     prepare_imports(torch.cuda.is_available())
+    from raptr_ds.finetuning.encoder import exported_encoder, open_encoder
+    from raptr_ds.finetuning.jobs import Job, fine_tune_all
+    from raptr_ds.finetuning.training import is_first
+
     _command_line.quiet_transformers()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     say: Say = console.print if is_first() else lambda line: None
