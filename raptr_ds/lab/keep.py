@@ -19,9 +19,10 @@ _MEANS = ("loss", "step_seconds")
 def keep(comparison: Comparison, folder: Path, lines: int = 64) -> Path:
     """Copy a finished comparison into a new folder of its name in `folder`; return that.
 
-    A run keeps its config.json, every evaluation and task score, and about so many training lines, with the first and
-    the last of each phase. Such a line has the path of its own step, and the loss and the seconds of a step as means
-    since the line before, so that sums and smoothed curves stay what they were.
+    A run keeps its config.json, every evaluation and task score, and at least so many training lines, less than twice
+    as many, besides the first and the last of each phase. Such a line has the path of its own step, and the loss and
+    the seconds of a step as means since the line before, so that sums and smoothed curves stay what they were. A run
+    that was kept before stays as it is.
     Raises: DataError if a run is not finished, or the folder is there.
     """
     target = folder / comparison.record["name"]
@@ -46,9 +47,9 @@ def keep(comparison: Comparison, folder: Path, lines: int = 64) -> Path:
 
 def _thinned(metrics: RunMetrics, lines: int) -> Iterator[dict[str, Any]]:
     steps = [metrics.training[step] for step in sorted(metrics.training)]
-    length, since = -(-len(steps) // lines), 0
     begins = [place for place in range(len(steps)) if not place or steps[place]["phase"] != steps[place - 1]["phase"]]
     ends = {len(steps), *begins, *(place + 1 for place in begins)}  # a phase's first line and its last are kept
+    length, since = max(1, (len(steps) - len(ends)) // lines), 0
     for place in range(1, len(steps) + 1):
         if place in ends or place - since == length:
             yield _mean_line(steps[since:place])

@@ -1,5 +1,6 @@
 """The small copy of a comparison: the same report from it, exact sums, and what the law reads of it."""
 
+import filecmp
 import importlib
 import shutil
 import sys
@@ -30,7 +31,7 @@ def test_the_report_of_the_copy_is_that_of_the_comparison_but_for_the_machines_n
     planner = lab.planner(sweep={"learning_rates": [1e-3, 2e-3], "seed": 99})
     lab.run(planner)
     comparison = load_comparison(planner.output)
-    copy = keep(comparison, tmp_path / "kept", lines=10)
+    copy = keep(comparison, tmp_path / "kept", lines=5)
     name, _, kind = comparison.record["sessions"][0]["machine"].partition(", ")
     assert name
     whole, small = (write_report(load_comparison(folder))[0].read_text() for folder in (planner.output, copy))
@@ -91,6 +92,9 @@ def test_a_copy_put_back_is_finished_and_takes_more_seeds(lab, tmp_path):
     shutil.copytree(kept, first.output)
     lab.run(lab.planner(seeds=[1, 2]))
     assert lab.stand_in.started == ["standard, seed 2", "raptr, seed 2"]
+    again = keep(load_comparison(first.output), tmp_path / "again")
+    for run in ("standard/seed-1", "raptr/seed-1"):  # thinned once
+        assert filecmp.cmp(kept / "runs" / run / "metrics.jsonl", again / "runs" / run / "metrics.jsonl", shallow=False)
     losses = [run.final_loss for run in load_comparison(first.output).runs]
     assert losses == pytest.approx([losses[0] + more for more in (0, 0.05, 0.01, 0.06)])
 
