@@ -1,6 +1,6 @@
 """Other stacks in the benchmark: the same model, weights and batch, trained by DeepSpeed as its users do."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +27,7 @@ _NOT_PRINTING = 1 << 60
 Weights = dict[str, torch.Tensor]
 
 
-class OtherStack(Entrant, ABC):
+class OtherStack(Entrant):
     """A model trained by plain DeepSpeed, data parallel, with the run's optimizer, precision and ZeRO stage.
 
     initial_weights: returns our engine's.

@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import gc
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
@@ -54,29 +55,29 @@ class Measured:
             samples.clear()
 
 
-class Entrant:
+class Entrant(ABC):
     """A participant in the benchmark, with the rows that its steps fill; all ranks call its methods together."""
 
     name: str
     rows: list[Measured]
 
+    @abstractmethod
     def build(self) -> None:
         """Allocate memory and evaluate the batch. Raises: ConfigError for what the entrant does not support."""
-        raise NotImplementedError
 
-    def begin_round(self, is_first_to_count: bool) -> None:
+    def begin_round(self, is_first_to_count: bool) -> None:  # noqa: B027 - not everyone has such work
         """Do what belongs to a round but not to a step."""
 
+    @abstractmethod
     def next_step(self) -> tuple[Measured, Step]:
         """Return the next step and its row; a round has as many as there are rows."""
-        raise NotImplementedError
 
-    def end_of_timing(self) -> None:
+    def end_of_timing(self) -> None:  # noqa: B027
         """Do what follows the last timed step."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free all memory; repeated calls do nothing."""
-        raise NotImplementedError
 
 
 def time_step(measured: Measured, groups: ProcessGroups, counted: bool, clock: str, step: Step) -> None:

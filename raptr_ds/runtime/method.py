@@ -59,7 +59,7 @@ def left_out_layers(method: PathMethod) -> list[str]:
 def _left_out(layers: Sequence[int], phases: Sequence[Phase], is_drawn: bool) -> str:
     numbers = ", ".join(str(phase.index) for phase in phases)
     lengths = ", ".join(dict.fromkeys(str(phase.path_length) for phase in phases))
-    where = f"phase{'s'[: len(phases) > 1]} {numbers} (paths of {lengths})"
+    where = f"phase{'s' * (len(phases) > 1)} {numbers} (paths of {lengths})"
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
     names = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
     if is_drawn:
