@@ -36,8 +36,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with what takes long, so that none of it is left when a worker has nothing else to do."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Start with what takes long, so that none of it is left when a worker has nothing else to do.
+
+    What several ranks would compile at once one process has compiled before, where it is the same.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "dist" in item.path.parts))
 
 
 def together(nodeid: str) -> str:
