@@ -1,4 +1,6 @@
-"""Pictures of a comparison, each as the bytes of a PNG: losses, the full model by phase, paths, learning rates."""
+"""Pictures of comparisons, each as the bytes of a PNG: losses, the full model by phase, paths, learning rates, and how
+differences depend on the length of training.
+"""
 
 import io
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raptr_ds.lab.comparison import Comparison, RunResult, mean_curve
+from raptr_ds.lab.trend import TrendPoint
 from raptr_ds.plots.curves import Curves, smooth
 from raptr_ds.plots.runs import COLOURS, draw_paths, finish
 
@@ -111,6 +114,38 @@ def rates_picture(comparison: Comparison) -> bytes | None:
     axes.set_ylabel("final held-out loss", fontsize=_TEXT_POINTS)
     axes.legend(frameon=False, fontsize=_TEXT_POINTS)
     finish(axes, "learning rate (ringed: chosen)", _TEXT_POINTS, from_zero=False)
+    return _png(figure)
+
+
+def trend_picture(points: Sequence[TrendPoint]) -> bytes:
+    """Draw differences by the reference's tokens, a panel for each setting; bars are Student's intervals."""
+    settings = list(dict.fromkeys(point.setting for point in points))
+    columns = min(2, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(6.6 * columns, 4.4 * rows), dpi=_DPI, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    names = list(dict.fromkeys(point.contestant for point in points))
+    lengths = sorted({round(point.tokens / 1e6, 1) for point in points})
+    for axes, setting in zip(panels, settings, strict=False):
+        axes.axhline(0.0, color="#555555", linewidth=1)
+        for index, (name, colour) in enumerate(zip(names, cycle(COLOURS))):
+            here = [point for point in points if (point.setting, point.contestant) == (setting, name)]
+            beside = 1 + 0.04 * (index - (len(names) - 1) / 2)  # bars at the same tokens do not cover each other
+            places, means = [point.tokens / 1e6 * beside for point in here], [point.difference.mean for point in here]
+            bars = [point.difference.half_width or 0.0 for point in here]
+            if here:
+                axes.errorbar(places, means, bars, color=colour, marker="o", markersize=5, capsize=4, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(lengths, [f"{length:g}" for length in lengths], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_title(setting, fontsize=_TEXT_POINTS, loc="left")
+        finish(axes, f"million tokens of {points[0].against}", _TEXT_POINTS, from_zero=False)
+        axes.legend(fontsize=_TEXT_POINTS - 1, frameon=False)
+        axes.tick_params(labelbottom=True)
+    for axes in panels[len(settings) :]:
+        axes.set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel(f"held-out loss less {points[0].against}'s", fontsize=_TEXT_POINTS)
     return _png(figure)
 
 
