@@ -5,6 +5,7 @@ deepspeed 0.19.8; tests/upstream shows when an override is no longer needed.
 """
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
-from raptr_ds.parallel.groups import ProcessGroups
+from raptr_ds.parallel.groups import ProcessGroups, timeout_of_the_world
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 
 
@@ -153,6 +154,9 @@ def start_deepspeed_comm() -> None:
     # DeepSpeed would run a compiler to fill it.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed_comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    # It makes groups, those of the pipeline among them, without a time-out (comm/torch.py, TorchBackend.new_group): on
+    # NCCL they would give up after torch's 10 minutes, where all others of the run wait longer.
+    deepspeed_comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout_of_the_world())
 
 
 def build_deepspeed_engine(

@@ -153,6 +153,13 @@ def warm_up(groups: ProcessGroups, timeout: timedelta) -> None:
     meet(groups.control, timeout, "the end of the first collective on every group")
 
 
+def timeout_of_the_world() -> timedelta:
+    """Return how long a collective of all ranks waits."""
+    world: Any = _made(dist.group.WORLD)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return world._get_backend(torch.device(device)).options._timeout
+
+
 def launch_store() -> Store:
     """Return the store by which the ranks of this launch have met."""
     return dist.distributed_c10d._get_default_store()

@@ -13,6 +13,7 @@ from raptr_ds.parallel.groups import initialize_process_groups, make_process_gro
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.roll_call import RankDevice, call_roll
 from raptr_ds.parallel.topology import Topology
+from tests.dist.trajectory import Case, build_engine
 from tests.dist.workers import run_distributed
 
 SHORT = timedelta(seconds=3)
@@ -112,3 +113,17 @@ def test_whoever_is_there_says_who_is_not(
     monkeypatch.setattr(pretrain, "pretrain", pretend)
     assert pretrain.main(["--deepspeed_config", "x.json"]) == Exit.FAULT
     assert "ranks 2 of 3 did not come" in capsys.readouterr().err
+
+
+def timeouts_of_all_groups(launch: Launch, case: Case) -> set[timedelta]:
+    """Build an engine among groups that wait 7 minutes; return how long each group of this rank waits, also its own."""
+    groups = initialize_process_groups(launch, case.tensor, case.pipeline, timedelta(minutes=7))
+    build_engine(case, groups)
+    known = list(dist.distributed_c10d._world.pg_map)
+    assert len(known) > 6
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in known}
+
+
+def test_groups_that_deepspeed_makes_wait_as_long_as_ours() -> None:
+    case = Case(pipeline=2, zero=1)
+    assert run_distributed(timeouts_of_all_groups, 4, case) == [{timedelta(minutes=7)}] * 4

@@ -1,6 +1,7 @@
 """Upstream faults in as few lines as they take, without any of our engines; workers.py of tests/dist runs them."""
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ class Chain(nn.Module):
         return x.square().mean()
 
 
-def start(launch: Launch) -> None:
+def start(launch: Launch, timeout: timedelta | None = None) -> None:
     """Start gloo and hand it to DeepSpeed."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     address = f"tcp://{launch.master_addr}:{launch.master_port}"
-    dist.init_process_group("gloo", init_method=address, rank=launch.rank, world_size=launch.world_size)
+    dist.init_process_group(
+        "gloo", init_method=address, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
 
@@ -186,3 +189,12 @@ def readers_that_zero_3_knows(launch: Launch, paths: tuple[tuple[int, ...], ...]
         engine.backward(engine(torch.ones(1, 8), path))
         engine.step()
     return [bool(dict(layer.ds_external_parameters())) for layer in engine.module.layers]
+
+
+def timeout_of_a_new_group(launch: Launch) -> float:
+    """Return the minutes that a group of DeepSpeed's waits in a world that waits 7."""
+    import deepspeed
+
+    start(launch, timedelta(minutes=7))
+    group: Any = deepspeed.comm.new_group([0])
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60

@@ -25,6 +25,7 @@ from tests.upstream.reproductions import (
     releases_follow_the_order,
     restarts_of_the_trace,
     sequence_parallelism_fails,
+    timeout_of_a_new_group,
     weight_after_micro_batches,
 )
 
@@ -141,6 +142,11 @@ def loads(code: str, module: str = "torch._inductor.compile_fx") -> bool:
     loaded, compiler = done.stdout.splitlines()[-1].split(" ", 1)
     assert compiler.startswith("<function compile ")
     return loaded == "True"
+
+
+def test_deepspeed_makes_groups_without_a_time_out() -> None:
+    """Fixed: start_deepspeed_comm need not replace new_group."""
+    assert run_distributed(timeout_of_a_new_group, 1)[0] == 30.0  # torch's for gloo
 
 
 def test_importing_megatron_core_loads_the_inductor() -> None:
