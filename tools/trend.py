@@ -30,19 +30,12 @@ def write_trend(folders: Sequence[Path], output: Path) -> None:
     from raptr_ds.markdown import markdown_table
 
     points = trend([load_comparison(folder) for folder in folders])
+    head = ["setting", "tokens", "contestant", "n", f"against {points[0].against}", "seeds below"]
     rows = []
     for point in points:
-        n, half = point.difference.n, point.difference.half_width
-        interval = "" if half is None else f" ± {half:.4f}{' *' if point.difference.is_clear else ''}"
-        row = [
-            point.setting,
-            f"{point.tokens:,.0f}",
-            point.contestant,
-            str(n),
-            f"{point.difference.mean:+.4f}{interval}",
-        ]
-        rows.append([*row, f"{point.difference.num_lower} of {n}"])
-    head = ["setting", "tokens", "contestant", "n", f"against {points[0].against}", "seeds below"]
+        found = point.difference
+        below = f"{found.num_lower} of {found.n}"
+        rows.append([point.setting, f"{point.tokens:,.0f}", point.contestant, found.n, found, below])
     print("\n".join(markdown_table(head, rows)))
     print(f"\n±: half of Student's {CONFIDENCE:.0%} interval of differences paired by seed; *: without zero")
     output.parent.mkdir(parents=True, exist_ok=True)

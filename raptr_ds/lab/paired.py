@@ -28,6 +28,11 @@ class PairedDifference:
         """Whether the interval excludes zero."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
+    def __str__(self) -> str:
+        """The mean with half of its interval; * marks one that excludes zero."""
+        half = "" if self.half_width is None else f" ± {self.half_width:.4f}"
+        return f"{self.mean:+.4f}{half}{' *' if self.is_clear else ''}"
+
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedDifference | None:
     """Return the difference of two sets of values by seed, None if they have no seed in common."""

@@ -125,7 +125,7 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
     figure = Figure(figsize=(6.6 * columns, 4.4 * rows), dpi=_DPI, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     names = list(dict.fromkeys(point.contestant for point in points))
-    lengths = sorted({round(point.tokens / 1e6, 1) for point in points})
+    lengths = {f"{point.tokens / 1e6:.2g}": point.tokens / 1e6 for point in points}
     for axes, setting in zip(panels, settings, strict=False):
         axes.axhline(0.0, color="#555555", linewidth=1)
         for index, (name, colour) in enumerate(zip(names, cycle(COLOURS))):
@@ -136,7 +136,7 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
             if here:
                 axes.errorbar(places, means, bars, color=colour, marker="o", markersize=5, capsize=4, label=name)
         axes.set_xscale("log")
-        axes.set_xticks(lengths, [f"{length:g}" for length in lengths], minor=False)
+        axes.set_xticks(list(lengths.values()), list(lengths), minor=False)
         axes.set_xticks([], minor=True)
         axes.set_title(setting, fontsize=_TEXT_POINTS, loc="left")
         finish(axes, f"million tokens of {points[0].against}", _TEXT_POINTS, from_zero=False)

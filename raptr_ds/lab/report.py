@@ -95,9 +95,7 @@ def _loss_table(comparison: Comparison) -> Block:
             row["deviation"] = _number(stdev(values) if len(values) > 1 else None)
             row["range"] = f"{min(values):.4f} to {max(values):.4f}"
         if name != first and difference is not None:
-            half = "" if difference.half_width is None else f" ± {difference.half_width:.4f}"
-            mark = " *" if difference.is_clear else ""
-            row[against] = f"{difference.mean:+.4f}{half}{mark} (n={difference.n})"
+            row[against] = f"{difference} (n={difference.n})"
             row[below] = f"{difference.num_lower} of {difference.n}"
         rows.append(row)
     measured = ("n", "mean held-out loss", "deviation", "range", against, below)

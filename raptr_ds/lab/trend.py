@@ -25,8 +25,17 @@ def trend(comparisons: Iterable[Comparison]) -> list[TrendPoint]:
     """Return a point for each contestant of each comparison, by setting and contestant, shorter training first.
 
     Contestants without a finished run on a seed of the first one are left out.
-    Raises: DataError if none is left, or for a run whose configuration cannot be read.
+    Raises: DataError if none is left, if the comparisons begin with different contestants, or for a run whose
+    configuration cannot be read.
     """
+    comparisons = list(comparisons)
+    first = {comparison.contestants[0]: comparison.folder for comparison in comparisons}
+    if len(first) > 1:
+        listed = ", ".join(f"{name} in {folder}" for name, folder in first.items())
+        raise DataError(
+            f"the comparisons begin with different contestants, {listed}: differences from the first one cannot stand "
+            "side by side. Name comparisons that begin with the same one."
+        )
     points = [point for comparison in comparisons for point in _points(comparison)]
     if not points:
         raise DataError("no contestant has finished a seed that the first of its comparison has finished too.")

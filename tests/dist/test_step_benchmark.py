@@ -160,7 +160,7 @@ def test_another_error_is_raised() -> None:
 
 
 def test_hugging_face_can_be_compiled_too() -> None:
-    seen = run(settings=["raptr_ds.model.num_layers=2"], compile_others=True)  # its layers are compiled one by one
+    seen = run(settings=["raptr_ds.model.num_layers=2"], compile_others=True)  # every layer adds to what is compiled
     assert [row["name"] for row in seen.rows[-2:]] == [f"{HUGGING_FACE}, compiled", MEGATRON]
     assert "; aim 1.3: " in seen.report
     assert seen.rows[-2]["loss"] == pytest.approx(seen.rows[0]["loss"], rel=1e-5)

@@ -43,4 +43,5 @@ def test_what_seeds_share_drops_out_of_a_difference():
 def test_one_pair_has_no_interval_and_none_is_no_difference():
     assert paired_difference({1: 2.0}, {1: 1.5, 2: 1.0}).half_width is None
     assert not paired_difference({1: 2.0}, {1: 1.5}).is_clear
+    assert str(paired_difference({1: 2.0}, {1: 1.5})) == "+0.5000"
     assert paired_difference({1: 2.0}, {2: 1.0}) is None

@@ -58,6 +58,12 @@ def test_contestants_without_a_finished_run_are_left_out_and_nothing_at_all_is_r
         trend([load_comparison(folder)])
 
 
+def test_comparisons_that_begin_with_others_do_not_stand_side_by_side(lab):
+    folders = [at_equal_steps(lab, "one", 20), at_equal_steps(lab, "two", 20, contestants=_contestants(lab)[::-1])]
+    with pytest.raises(DataError, match=r"different contestants, standard in .*one, raptr in .*two: differences"):
+        trend(load_comparison(folder) for folder in folders)
+
+
 def test_a_model_that_cannot_be_read_is_named(lab):
     folder = at_equal_steps(lab, "some", 20)
     file = folder / "runs" / "standard" / "seed-1" / "config.json"
