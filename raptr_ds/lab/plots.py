@@ -136,6 +136,7 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
             if here:
                 axes.errorbar(places, means, bars, color=colour, marker="o", markersize=5, capsize=4, label=name)
         axes.set_xscale("log")
+        axes.set_xlim(min(lengths.values()) / 1.4, max(lengths.values()) * 1.4)
         axes.set_xticks(list(lengths.values()), list(lengths), minor=False)
         axes.set_xticks([], minor=True)
         axes.set_title(setting, fontsize=_TEXT_POINTS, loc="left")
