@@ -1,7 +1,7 @@
-"""See what the length of training changes: python tools/trend.py COMPARISON [COMPARISON ...] [--output FILE.png].
+"""See what the length of training changes: python tools/trend.py COMPARISON [COMPARISON ...] [--contestants NAME ...].
 
-COMPARISON: a folder that tools/experiment.py has written, or a copy of it by --keep. Each has the same contestants, and
-trains for longer or shorter. Prints how far each contestant is from the first one of its comparison, paired by seed,
+COMPARISON: a folder that tools/experiment.py has written, or a copy of it by --keep. All begin with the same contestant
+and train for longer or shorter. Prints how far each other one is from the first of its comparison, paired by seed,
 with Student's 95% interval, and draws it over the tokens that the first one was trained on.
 """
 
@@ -16,12 +16,15 @@ def main() -> None:
     """Parse the command line, read the comparisons, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="+", type=Path, metavar="COMPARISON", help="a comparison's folder")
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", help="these alone, beside each comparison's first (default: all)"
+    )
     parser.add_argument("--output", type=Path, default=Path("trend.png"), metavar="FILE.png", help="default: trend.png")
     arguments = parser.parse_args()
-    write_trend(arguments.comparisons, arguments.output)
+    write_trend(arguments.comparisons, arguments.contestants, arguments.output)
 
 
-def write_trend(folders: Sequence[Path], output: Path) -> None:
+def write_trend(folders: Sequence[Path], contestants: Sequence[str] | None, output: Path) -> None:
     """Print the table and write the picture."""
     from raptr_ds.lab.comparison import load_comparison  # torch takes seconds to import: check the command line before
     from raptr_ds.lab.paired import CONFIDENCE
@@ -29,7 +32,7 @@ def write_trend(folders: Sequence[Path], output: Path) -> None:
     from raptr_ds.lab.trend import trend
     from raptr_ds.markdown import markdown_table
 
-    points = trend([load_comparison(folder) for folder in folders])
+    points = trend([load_comparison(folder) for folder in folders], contestants)
     head = ["setting", "tokens", "contestant", "n", f"against {points[0].against}", "seeds below"]
     rows = []
     for point in points:

@@ -1,7 +1,7 @@
 """How far methods are apart by the length of training: several comparisons of the same contestants, side by side."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -21,14 +21,19 @@ class TrendPoint:
     difference: PairedDifference
 
 
-def trend(comparisons: Iterable[Comparison]) -> list[TrendPoint]:
+def trend(comparisons: Iterable[Comparison], contestants: Sequence[str] | None = None) -> list[TrendPoint]:
     """Return a point for each contestant of each comparison, by setting and contestant, shorter training first.
 
-    Contestants without a finished run on a seed of the first one are left out.
-    Raises: DataError if none is left, if the comparisons begin with different contestants, or for a run whose
-    configuration cannot be read.
+    contestants: names of those to show, None for all. Those without a finished run on a seed of the first are left out.
+    Raises: DataError if none is left, for a name that no comparison has, if the comparisons begin with different
+    contestants, or for a run whose configuration cannot be read.
     """
     comparisons = list(comparisons)
+    known = dict.fromkeys(name for comparison in comparisons for name in comparison.contestants[1:])
+    if unknown := [name for name in contestants or () if name not in known]:
+        raise DataError(
+            f"no comparison has {', '.join(unknown)} beside its first contestant. Name some of {', '.join(known)}."
+        )
     first = {comparison.contestants[0]: comparison.folder for comparison in comparisons}
     if len(first) > 1:
         listed = ", ".join(f"{name} in {folder}" for name, folder in first.items())
@@ -36,7 +41,12 @@ def trend(comparisons: Iterable[Comparison]) -> list[TrendPoint]:
             f"the comparisons begin with different contestants, {listed}: differences from the first one cannot stand "
             "side by side. Name comparisons that begin with the same one."
         )
-    points = [point for comparison in comparisons for point in _points(comparison)]
+    points = [
+        point
+        for comparison in comparisons
+        for point in _points(comparison)
+        if contestants is None or point.contestant in contestants
+    ]
     if not points:
         raise DataError("no contestant has finished a seed that the first of its comparison has finished too.")
     places = {key: place for place, key in enumerate(dict.fromkeys((one.setting, one.contestant) for one in points))}

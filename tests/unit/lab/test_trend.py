@@ -64,6 +64,19 @@ def test_comparisons_that_begin_with_others_do_not_stand_side_by_side(lab):
         trend(load_comparison(folder) for folder in folders)
 
 
+def test_named_contestants_are_shown_alone_and_unknown_ones_refused(lab):
+    third = {"name": "constant", "method": "constant", "set": []}
+    folders = [
+        at_equal_steps(lab, "long", 60),
+        at_equal_steps(lab, "short", 20, contestants=[*_contestants(lab), third]),
+    ]
+    comparisons = [load_comparison(folder) for folder in folders]
+    assert [point.contestant for point in trend(comparisons)] == ["raptr", "raptr", "constant"]
+    assert trend(comparisons, ["raptr"]) == [point for point in trend(comparisons) if point.contestant == "raptr"]
+    with pytest.raises(DataError, match=r"no comparison has standard, half beside .*Name some of raptr, constant\."):
+        trend(comparisons, ["standard", "raptr", "half"])
+
+
 def test_a_model_that_cannot_be_read_is_named(lab):
     folder = at_equal_steps(lab, "some", 20)
     file = folder / "runs" / "standard" / "seed-1" / "config.json"
