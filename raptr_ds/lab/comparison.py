@@ -196,6 +196,7 @@ def write_record(planner: Planner, progress: ComparisonProgress, name: str, sess
             {
                 "name": share.contestant.name,
                 "settings": list(share.contestant.settings),
+                "seeds": experiment.seeds_of(share.contestant),
                 "path": share.path,
                 "num_layers": share.num_layers,
                 "steps": share.steps,

@@ -47,6 +47,8 @@ class Contestant(Section):
     """raptr_ds.path.method, or `standard` for full. Default: the base run's."""
     set: Settings = ()
     """Changes of the base run: a list of KEY=VALUE as for --set, or an object."""
+    seeds: Annotated[tuple[CountOrZero, ...], Field(strict=False, min_length=1)] | None = None
+    """Those of the comparison's seeds that this one runs on. Default: all."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -124,6 +126,10 @@ class Experiment(Section):
         """Return the contestant of a name that exists."""
         return next(one for one in self.contestants if one.name == name)
 
+    def seeds_of(self, contestant: Contestant) -> list[int]:
+        """Return the seeds that a contestant runs on, in the comparison's order."""
+        return [seed for seed in self.seeds if contestant.seeds is None or seed in contestant.seeds]
+
     @property
     def reference(self) -> str:
         """The contestant whose run is the budget."""
@@ -177,6 +183,13 @@ def _problems(experiment: Experiment) -> list[str]:
         repeated = sorted(str(value) for value, count in Counter(values).items() if count > 1)
         if repeated:
             errors.append(f"{what} has {', '.join(repeated)} more than once. Keep one of them, or rename the others.")
+    for one in experiment.contestants:
+        if unknown := [seed for seed in one.seeds or () if seed not in experiment.seeds]:
+            listed = ", ".join(map(str, unknown))
+            errors.append(
+                f"contestant {one.name}: seeds={list(one.seeds or ())} has {listed}, which the comparison's "
+                f"seeds={list(experiment.seeds)} have not. Remove it, or add it there."
+            )
     if budget.of is not None and budget.of not in names:
         errors.append(f"budget.of={budget.of!r} is no contestant{nearest(budget.of, names) or '.'}")
     uses = {"of": ("flops", "time"), "flops": ("flops",), "seconds": ("time",), "step_time": ("time",)}

@@ -140,6 +140,7 @@ class Planner:
             else None
             for seed in self.experiment.seeds
             for share in shares
+            if seed in self.experiment.seeds_of(share.contestant)
         ]
 
     def _full_run(self, purpose: str, share: Share, seed: int, rate: float | None) -> PlannedRun:

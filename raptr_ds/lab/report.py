@@ -67,11 +67,12 @@ def _introduction(comparison: Comparison) -> Block:
     record = comparison.record
     seeds, processes, contestants = record["seeds"], record["processes"], comparison.contestants
     finished = sum(run.is_finished for run in comparison.runs)
+    planned = sum(len(one.get("seeds", seeds)) for one in record["contestants"])  # older records: all seeds for all
     return text(
         f"{len(contestants)} contestants on {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}), {record['budget']}; base run {record['base']}, "
         f"{processes} process{'es' if processes > 1 else ''} per run. "
-        f"{finished} of {len(seeds) * len(contestants)} runs are finished."
+        f"{finished} of {planned} runs are finished."
     )
 
 
@@ -220,9 +221,9 @@ def _origin(comparison: Comparison) -> list[Block]:
         blocks += [text("Set for all contestants, over the base run:"), code(record["settings"])]
     settings = [f"{one['name']}: {' '.join(one['settings']) or '(nothing)'}" for one in record["contestants"]]
     blocks += [text("Set for each contestant:"), code(settings)]
-    commands = [run.command for run in comparison.runs if run.seed == record["seeds"][0]]
+    commands = [runs[0].command for runs in map(comparison.of, comparison.contestants) if runs]
     if commands:
-        blocks += [text("The runs of the first seed, one by one:"), code(commands)]
+        blocks += [text("Each contestant's first run, one by one:"), code(commands)]
     return blocks
 
 

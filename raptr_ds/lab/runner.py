@@ -262,13 +262,17 @@ def list_runs(planner: Planner) -> list[str]:
         lines.append(f"| {share.contestant.name} | {share.path} | {share.steps:,} | {share.flops:.4g} | {ratio:.4f} |")
     lines += ["", *_table(runs)]
     flops = {share.contestant.name: share.flops for share in shares}
-    waiting = [name for name in flops if name not in progress.rates]
-    num_waiting = len(waiting) * len(experiment.seeds)
+    waiting = {
+        share.contestant.name: len(experiment.seeds_of(share.contestant))
+        for share in shares
+        if share.contestant.name not in progress.rates
+    }
     if waiting:
-        lines += ["", f"and {num_waiting} runs of {', '.join(waiting)}, at the learning rates that tuning chooses"]
+        names, number = ", ".join(waiting), sum(waiting.values())
+        lines += ["", f"and {number} runs of {names}, at the learning rates that tuning chooses"]
     unfinished = {run.folder: run for run in runs if not status_of(run.folder, run.resolved).is_finished}
     left = sum(flops[run.contestant] for run in unfinished.values())
-    left += sum(flops[name] for name in waiting) * len(experiment.seeds)
+    left += sum(flops[name] * number for name, number in waiting.items())
     lines += ["", f"FLOPs left to run: {left:.4g}"]
     if runs:
         command = shlex.join(command_of(runs[0], experiment.base, experiment.processes))

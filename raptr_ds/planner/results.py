@@ -19,12 +19,14 @@ from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 _OF_THE_LAW = {"raptr_ds.path.method=full", "raptr_ds.path.method=raptr"}
 _SCHEDULE = "raptr_ds.path.schedule="
+_LINEAR = "WarmupDecayLR"
 
 
 def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
     """Return the means over seeds of an objective's runs: standard training, and RaPTr by any schedule.
 
-    Left out: comparisons without standard training, RaPTr with other options than its schedule, losses not finite.
+    A model whose learning rate does not fall linearly counts as another model. Left out: comparisons without standard
+    training, RaPTr with other options than its schedule, losses not finite.
     Raises: DataError if metrics are damaged.
     """
     measured = []
@@ -51,10 +53,13 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     if standard is None:
         return
     run = next(run for run in record["runs"] if run["contestant"] == standard)
-    block = json.loads((folder / run["folder"] / "config.json").read_text(encoding="utf-8"))["raptr_ds"]
-    model = ModelSection.model_validate(block["model"])
+    config = json.loads((folder / run["folder"] / "config.json").read_text(encoding="utf-8"))
+    model = ModelSection.model_validate(config["raptr_ds"]["model"])
     if model.architecture != objective:
         return
+    name_of_model = f"{model.num_layers} layers x {model.hidden_size}"
+    if config["scheduler"]["type"] != _LINEAR:
+        name_of_model += f", {config['scheduler']['type']}"
     parameters = model.num_layers * layer_parameters(model)
     full_flops = _flops_of_a_step(ends[standard])
     for name, of in settings.items():
@@ -64,7 +69,7 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
         if math.isfinite(loss):
             tokens = fmean(line["tokens"] for line, _ in ends[name]) / parameters
             saving = 1 - _flops_of_a_step(ends[name]) / full_flops
-            yield Measured(f"{model.num_layers} layers x {model.hidden_size}", tokens, saving, loss)
+            yield Measured(name_of_model, tokens, saving, loss)
 
 
 def _end_of(run: Path, steps: int) -> tuple[dict[str, Any], float]:

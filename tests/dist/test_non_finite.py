@@ -42,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline": 2},
     "pp2-zero1": {"pipeline": 2, "zero": 1},
 }
+CASE = Case(micro_batch=3)  # two a step on two data-parallel ranks
 WORLD_SIZES = {"pp2-zero1": 4}  # ZeRO needs a rank to share with; all others run on 2
 
 
@@ -151,7 +152,7 @@ def skip_a_step(launch: Launch, case: Case, rank: int, what: str = "gradient") -
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_skipped_step_leaves_no_trace(layout: str, precision: str) -> None:
-    case = replace(Case(precision=precision), **LAYOUTS[layout])
+    case = replace(CASE, precision=precision, **LAYOUTS[layout])
     world_size = WORLD_SIZES.get(layout, 2)
     for seen in run_distributed(skip_a_step, world_size, case, world_size - 1):
         assert seen.skipped == [False] * 3 + [True] + [False] * 3
@@ -165,7 +166,7 @@ def test_a_skipped_step_leaves_no_trace(layout: str, precision: str) -> None:
 
 @pytest.mark.parametrize("layout", ["zero1", "pp2"])
 def test_it_does_not_matter_which_rank_it_came_from(layout: str) -> None:
-    for seen in run_distributed(skip_a_step, 2, replace(Case(), **LAYOUTS[layout]), 0):
+    for seen in run_distributed(skip_a_step, 2, replace(CASE, **LAYOUTS[layout]), 0):
         assert seen.skipped.index(True) == 3
         assert seen.moved == seen.different == []
 
@@ -174,7 +175,7 @@ def test_it_does_not_matter_which_rank_it_came_from(layout: str) -> None:
 def test_an_infinite_loss_with_finite_gradients_is_skipped_too(layout: str) -> None:
     """As an fp16 logit that overflows gives."""
     world_size = WORLD_SIZES.get(layout, 2)
-    for seen in run_distributed(skip_a_step, world_size, replace(Case(), **LAYOUTS[layout]), world_size - 1, "loss"):
+    for seen in run_distributed(skip_a_step, world_size, replace(CASE, **LAYOUTS[layout]), world_size - 1, "loss"):
         assert seen.skipped == [False] * 3 + [True] + [False] * 3
         assert not torch.tensor(seen.bad_loss).isfinite()
         assert seen.moved == seen.different == []
@@ -321,7 +322,7 @@ ROLLBACK = {"max_non_finite_steps": 2, "on_non_finite": "rollback"}
 )
 def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: str, tmp_path: Path) -> None:
     """Batches 7 and 8 are bad, checkpoints come every 3 steps: back to step 6, and on with batch 9."""
-    case = replace(Case(precision=precision, steps=10), **LAYOUTS[layout])
+    case = replace(CASE, precision=precision, steps=10, **LAYOUTS[layout])
     world_size = WORLD_SIZES.get(layout, 2)
     rolled, good, clean = (folder_for(tmp_path, name) for name in ("rolled", "good", "clean"))
     ran = run_distributed(run_loop, world_size, case, str(rolled), (7, 8), ROLLBACK)
@@ -350,7 +351,7 @@ def test_a_rolled_back_run_is_a_clean_run_on_other_data(layout: str, precision: 
 
 
 def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: Path) -> None:
-    case = replace(Case(steps=10), **LAYOUTS["zero1"])
+    case = replace(CASE, steps=10, **LAYOUTS["zero1"])
     ran = run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (4, 5, 6), {"max_non_finite_steps": 3})
     for result in ran:
         assert result.error.startswith("1: steps 5 to 7, 3 in a row, had a loss or a gradient that is not finite")
@@ -363,7 +364,7 @@ def test_a_stop_comes_on_all_ranks_with_the_good_checkpoints_left(tmp_path: Path
 
 
 def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -> None:
-    case = replace(Case(steps=10), **LAYOUTS["zero1"])
+    case = replace(CASE, steps=10, **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (1, 2), ROLLBACK):
         assert result.error.startswith("1: steps 2 to 3, 2 in a row,")
         assert "there is no way back" in result.error
@@ -371,7 +372,7 @@ def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -
 
 
 def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) -> None:
-    case = replace(Case(steps=10), **LAYOUTS["zero1"])
+    case = replace(CASE, steps=10, **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), tuple(range(4, 99)), ROLLBACK):
         assert "3 rollbacks to step 3, each with other data, did not help" in result.error
         assert result.asked == list(range(4 + 2 + 3 * 2))
@@ -381,7 +382,7 @@ def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) 
 
 
 def test_what_came_due_in_a_row_is_saved_after_it(tmp_path: Path) -> None:
-    case = replace(Case(steps=10), **LAYOUTS["zero1"])
+    case = replace(CASE, steps=10, **LAYOUTS["zero1"])
     for result in run_distributed(run_loop, 2, case, str(folder_for(tmp_path, "run")), (5, 6), {}):
         assert result.error == ""
     names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]

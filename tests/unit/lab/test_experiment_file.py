@@ -66,6 +66,10 @@ def test_keys_of_the_file_can_be_set_on_the_command_line(tmp_path):
         ({"sweep": {"learning_rates": [1e-3, 1e-3], "seed": 1}}, "more than once"),
         ({"seeds": [1, 1]}, "seeds has 1 more than once"),
         ({"seeds": []}, "seeds"),
+        (
+            {"contestants": [{"name": "a", "seeds": [1, 7]}]},
+            "contestant a: seeds=[1, 7] has 7, which the comparison's seeds=[1",
+        ),
         ({"contestants": [{"name": "a/b"}]}, "contestants.0.name='a/b'"),
         ({"contestants": [{"name": "a"}, {"name": "a"}]}, "contestants has a more than once"),
         ({"set": ["raptr_ds.train.steps=4"]}, "raptr_ds.train.steps is set by the comparison's budget.steps"),

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.lab.comparison import read_record
+from raptr_ds.lab.comparison import load_comparison, read_record
 from raptr_ds.lab.plan import PlannedRun
+from raptr_ds.lab.report import write_report
 from raptr_ds.lab.runner import REPOSITORY, LocalLauncher, claimed, command_of, current_progress, list_runs
 from raptr_ds.lab.status import status_of
 
@@ -127,6 +128,20 @@ def test_runs_of_another_description_are_refused_before_anything_starts(lab):
     # What changes nothing that is measured may change.
     assert lab.run(lab.planner(set=["raptr_ds.checkpoint.keep=1", "raptr_ds.log.progress=none"])).failed == []
     assert lab.stand_in.started == []
+
+
+def test_a_contestant_may_run_on_fewer_seeds(lab):
+    few = {"name": "constant", "method": "constant", "seeds": [3, 1]}
+    contestants = [{"name": "standard", "method": "standard"}, few]
+    listed = "\n".join(list_runs(lab.planner(contestants=contestants, sweep=SWEEP)))
+    assert "and 5 runs of standard, constant, at the learning rates that tuning chooses" in listed
+    lab.run(lab.planner(contestants=contestants))
+    names = ("standard", 1), ("constant", 1), ("standard", 2), ("standard", 3), ("constant", 3)
+    assert lab.stand_in.started == [f"{name}, seed {seed}" for name, seed in names]
+    comparison = load_comparison(lab.folder / "out")
+    assert all(run.is_finished for run in comparison.runs)
+    assert list(comparison.final_losses("constant")) == [1, 3]
+    assert "5 of 5 runs are finished" in write_report(comparison)[0].read_text()
 
 
 def test_the_list_has_steps_flops_and_states(lab):

@@ -1,6 +1,8 @@
 """The law of what a saving costs: made-up runs that follow it, their noise, and the results in the repository."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import hjson
 import numpy as np
@@ -66,6 +68,17 @@ def test_the_saving_with_the_least_upper_end_is_chosen_and_none_without_evidence
 def test_too_few_runs_are_no_law() -> None:
     with pytest.raises(ValueError, match="7 runs do not determine the law's 7 parameters"):
         fit_law([*_runs()[:4], *_runs()[-3:]])
+
+
+def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
+    for name, kind in (("a", "WarmupDecayLR"), ("b", "WarmupStableDecayLR")):
+        shutil.copytree(RESULTS / "ul2_1m_one_rate", tmp_path / name)
+        for file in (tmp_path / name).rglob("config.json"):
+            file.write_text(file.read_text().replace("WarmupDecayLR", kind))
+    first, second = (read_results("ul2", tmp_path)[start : start + 3] for start in (0, 3))
+    assert {run.model for run in first} == {"12 layers x 128"}
+    assert {run.model for run in second} == {"12 layers x 128, WarmupStableDecayLR"}
+    assert [run.loss for run in first] == [run.loss for run in second]
 
 
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_less_so_far_outside() -> None:
