@@ -58,8 +58,9 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     if model.architecture != objective:
         return
     name_of_model = f"{model.num_layers} layers x {model.hidden_size}"
-    if config["scheduler"]["type"] != _LINEAR:
-        name_of_model += f", {config['scheduler']['type']}"
+    rate = config.get("scheduler", {"type": "constant rate"})["type"]
+    if rate != _LINEAR:
+        name_of_model += f", {rate}"
     parameters = model.num_layers * layer_parameters(model)
     full_flops = _flops_of_a_step(ends[standard])
     for name, of in settings.items():

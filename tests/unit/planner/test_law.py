@@ -1,6 +1,7 @@
 """The law of what a saving costs: made-up runs that follow it, their noise, and the results in the repository."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -71,14 +72,18 @@ def test_too_few_runs_are_no_law() -> None:
 
 
 def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
-    for name, kind in (("a", "WarmupDecayLR"), ("b", "WarmupStableDecayLR")):
-        shutil.copytree(RESULTS / "ul2_1m_one_rate", tmp_path / name)
-        for file in (tmp_path / name).rglob("config.json"):
-            file.write_text(file.read_text().replace("WarmupDecayLR", kind))
-    first, second = (read_results("ul2", tmp_path)[start : start + 3] for start in (0, 3))
-    assert {run.model for run in first} == {"12 layers x 128"}
-    assert {run.model for run in second} == {"12 layers x 128, WarmupStableDecayLR"}
-    assert [run.loss for run in first] == [run.loss for run in second]
+    kinds = ("WarmupDecayLR", "WarmupStableDecayLR", None)
+    for number, kind in enumerate(kinds):
+        shutil.copytree(RESULTS / "ul2_1m_one_rate", tmp_path / str(number))
+        for file in (tmp_path / str(number)).rglob("config.json"):
+            config = json.loads(file.read_text())
+            scheduler = config.pop("scheduler")
+            file.write_text(json.dumps({**config, "scheduler": {**scheduler, "type": kind}} if kind else config))
+    results = read_results("ul2", tmp_path)
+    first, *others = ([run.loss for run in results[start : start + 3]] for start in (0, 3, 6))
+    assert others == [first, first]
+    names = ["", ", WarmupStableDecayLR", ", constant rate"]
+    assert [run.model for run in results[::3]] == [f"12 layers x 128{name}" for name in names]
 
 
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_less_so_far_outside() -> None:
