@@ -89,11 +89,11 @@ def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_less_so_far_outside() -> None:
     """That of docs/results.md."""
     law = fit_law(read_results("ul2"))
-    assert law.models == ("12 layers x 64", "24 layers x 64", "12 layers x 128")
-    assert law.at_equal_flops(law.longest_model, 0.3, 0.489).mean == pytest.approx(-0.512, abs=5e-4)
+    assert law.models == ("12 layers x 64", "24 layers x 64", "12 layers x 128", "12 layers x 128, WarmupStableDecayLR")
+    assert law.at_equal_flops(law.longest_model, 0.3, 0.489).mean == pytest.approx(-0.509, abs=5e-4)
     assert law.best_saving(law.longest_model, 0.3, (0.244, 0.489)) == 0.489
     far = law.at_equal_flops(law.longest_model, 20.0, 0.489)
-    assert (far.mean, far.most) == (pytest.approx(-0.148, abs=5e-4), pytest.approx(-0.034, abs=5e-4))
+    assert (far.mean, far.most) == (pytest.approx(-0.147, abs=5e-4), pytest.approx(-0.056, abs=5e-4))
 
 
 def test_it_predicts_runs_of_four_times_the_length_from_the_short_ones() -> None:
