@@ -184,11 +184,10 @@ def _problems(experiment: Experiment) -> list[str]:
         if repeated:
             errors.append(f"{what} has {', '.join(repeated)} more than once. Keep one of them, or rename the others.")
     for one in experiment.contestants:
-        if unknown := [seed for seed in one.seeds or () if seed not in experiment.seeds]:
-            listed = ", ".join(map(str, unknown))
+        if unknown := sorted(set(one.seeds or ()).difference(experiment.seeds)):
             errors.append(
-                f"contestant {one.name}: seeds={list(one.seeds or ())} has {listed}, which the comparison's "
-                f"seeds={list(experiment.seeds)} have not. Remove it, or add it there."
+                f"contestant {one.name}: seeds has {', '.join(map(str, unknown))}, which is not among the comparison's "
+                f"seeds={list(experiment.seeds)}. Remove it, or add it there."
             )
     if budget.of is not None and budget.of not in names:
         errors.append(f"budget.of={budget.of!r} is no contestant{nearest(budget.of, names) or '.'}")
