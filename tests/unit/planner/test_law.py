@@ -12,13 +12,13 @@ import pytest
 from raptr_ds.planner.law import Measured, fit_law
 from raptr_ds.planner.results import RESULTS, read_results
 
-TRUE = {"b": 0.35, "c": 0.1, "d": -0.05, "deep": (2.4, 1.3), "wide": (2.1, 1.6)}
+TRUE = {"b": 0.35, "c": 0.1, "d": -0.05, "q": 0.3, "deep": (2.4, 1.3), "wide": (2.1, 1.6)}
 SAVINGS = (0.0, 0.1, 0.25, 0.5)
 
 
 def _loss(model: str, tokens: float, saving: float) -> float:
     floor, height = TRUE[model]
-    counted = np.exp(saving * (TRUE["c"] + TRUE["d"] * np.log(tokens))) * tokens
+    counted = np.exp(saving * (TRUE["c"] + TRUE["d"] * np.log(tokens)) + TRUE["q"] * saving**2) * tokens
     return float(floor + height * counted ** -TRUE["b"])
 
 
@@ -35,7 +35,7 @@ def _runs(noise: float = 0.0, seed: int = 0) -> list[Measured]:
 def test_runs_that_follow_the_law_give_it_back() -> None:
     law = fit_law(_runs())
     np.testing.assert_allclose(
-        law.parameters, [TRUE["b"], TRUE["c"], TRUE["d"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
+        law.parameters, [TRUE["b"], TRUE["c"], TRUE["d"], TRUE["q"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
     )
     assert law.residual < 1e-7
     assert (law.longest, law.longest_model) == (2.5, "deep")
@@ -67,8 +67,8 @@ def test_the_saving_with_the_least_upper_end_is_chosen_and_none_without_evidence
 
 
 def test_too_few_runs_are_no_law() -> None:
-    with pytest.raises(ValueError, match="7 runs do not determine the law's 7 parameters"):
-        fit_law([*_runs()[:4], *_runs()[-3:]])
+    with pytest.raises(ValueError, match="8 runs do not determine the law's 8 parameters"):
+        fit_law([*_runs()[:4], *_runs()[-4:]])
 
 
 def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
