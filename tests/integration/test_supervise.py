@@ -121,7 +121,8 @@ def test_signals_are_passed_on_and_end_the_tries(tmp_path: Path, name: str) -> N
         "print('ready', flush=True)\n"
         "time.sleep(50)\n"
     )
-    words = [*SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, "-c", program]
+    heard = ["env", "--default-signal=HUP"]  # under nohup the tests ignore it, and so would what they start
+    words = [*heard, *SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, "-c", program]
     with subprocess.Popen(words, cwd=REPOSITORY, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
