@@ -32,15 +32,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return together(nodeid)
 
+    config.option.loadscopereorder = False  # keep the order below, not the largest groups first
     return Together(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with what takes long, so that none of it is left when a worker has nothing else to do.
+    """Order tests so that neither the end nor a core is left to one of them.
 
-    What several ranks would compile at once one process has compiled before, where it is the same.
+    What takes long comes early: what is marked so, and Slurm's. Tests that mostly wait, for a launcher or a limit of
+    time, are spread over those whose ranks compute, as two of a kind at a time leave a core idle, or share it.
     """
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "dist" in item.path.parts))
+    items.sort(key=lambda item: ("slurm" not in item.path.parts, item.get_closest_marker("slow") is None))
+    places = dict.fromkeys(items, -1.0)
+    for folders in ({"slurm", "integration"}, {"dist"}):
+        kind = [item for item in items if not folders.isdisjoint(item.path.parts)]
+        places.update((item, number / len(kind)) for number, item in enumerate(kind))
+    items.sort(key=places.__getitem__)
 
 
 def together(nodeid: str) -> str:

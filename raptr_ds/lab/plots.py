@@ -3,6 +3,7 @@ differences depend on the length of training.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -118,7 +119,10 @@ def rates_picture(comparison: Comparison) -> bytes | None:
 
 
 def trend_picture(points: Sequence[TrendPoint]) -> bytes:
-    """Draw differences by the reference's tokens, a panel for each setting; bars are Student's intervals."""
+    """Draw differences by the reference's tokens, a panel for each setting; bars are Student's intervals.
+
+    One seed has none: its point is hollow.
+    """
     settings = list(dict.fromkeys(point.setting for point in points))
     columns = min(2, len(settings))
     rows = -(-len(settings) // columns)
@@ -132,9 +136,11 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
             here = [point for point in points if (point.setting, point.contestant) == (setting, name)]
             beside = 1 + 0.04 * (index - (len(names) - 1) / 2)  # bars at the same tokens do not cover each other
             places, means = [point.tokens / 1e6 * beside for point in here], [point.difference.mean for point in here]
-            bars = [point.difference.half_width or 0.0 for point in here]
+            bars = [math.nan if (half := point.difference.half_width) is None else half for point in here]
             if here:
                 axes.errorbar(places, means, bars, color=colour, marker="o", markersize=5, capsize=4, label=name)
+                alone = [math.isnan(bar) for bar in bars]
+                axes.plot(*np.array([places, means])[:, alone], "o", color=colour, mfc="white", markersize=5, zorder=3)
         axes.set_xscale("log")
         axes.set_xlim(min(lengths.values()) / 1.4, max(lengths.values()) * 1.4)
         axes.set_xticks(list(lengths.values()), list(lengths), minor=False)

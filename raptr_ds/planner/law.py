@@ -1,12 +1,12 @@
 """What a saving of FLOPs costs or brings, by a law fitted to the runs in experiments/results.
 
-The law: a model of E, A that has seen D tokens for each parameter of its layers, on paths that save a share s of the
+The law: a model of E, A, c that has seen D tokens for each parameter of its layers, on paths that save a share s of the
 FLOPs, has the held-out loss
 
     L = E + A (e D) ** -b,    e = exp(s (c + d ln D) + q s ** 2).
 
-e is what a token on such paths counts, in tokens on the full model. E and A are each model's own; b, c, d and q are the
-same for all. The fit is by least squares; intervals are Student's, at 95%, of what follows from the parameters'
+e is what a token on such paths counts, in tokens on the full model. E, A and c are each model's own; b, d and q are
+the same for all. The fit is by least squares; intervals are Student's, at 95%, of what follows from the parameters'
 covariance to first order. They hold for runs like those that were measured, and say nothing of the law being wrong.
 """
 
@@ -21,7 +21,7 @@ OBJECTIVES = ("ul2",)
 """Whose runs follow the law; BERT's losses fall from plateau to plateau (docs/results.md)."""
 
 CONFIDENCE = 0.95
-_SHARED = 4  # b, c, d, q; then E and A of each model
+_SHARED, _OWN = 3, 3  # b, d, q; then c, E, A of each model
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Law:
-    """The fitted law. parameters: b, c, d, q, then E and A of each of `models`; residual: deviation of the runs from it.
+    """The fitted law. parameters: b, d, q, then c, E, A of each of `models`; residual: deviation of the runs from it.
 
-    longest, longest_model: tokens a parameter of the longest run, and its model.
+    longest, longest_model: tokens a parameter of the longest standard run, and its model.
     """
 
     models: tuple[str, ...]
@@ -99,16 +99,18 @@ def fit_law(runs: Sequence[Measured]) -> Law:
     models = tuple(dict.fromkeys(run.model for run in runs))
     places = np.array([models.index(run.model) for run in runs])
     tokens, savings, losses = (np.array([getattr(run, name) for run in runs]) for name in ("tokens", "saving", "loss"))
-    start = [0.4, 0.0, 0.0, 0.0]
+    start = [0.4, 0.0, 0.0]
+    least = [0.01, -np.inf, -np.inf]
     for place in range(len(models)):
         own = losses[places == place]
-        start += [0.6 * float(own.min()), 0.3 * float(own.min())]
+        start += [0.0, 0.6 * float(own.min()), 0.3 * float(own.min())]
+        least += [-np.inf, 0.0, 0.0]
     if len(runs) <= len(start):
         raise ValueError(f"{len(runs)} runs do not determine the law's {len(start)} parameters")
     found = optimize.least_squares(
         lambda parameters: _losses(parameters, places, tokens, savings) - losses,
         start,
-        bounds=([0.01, *[-np.inf] * (_SHARED - 1), *[0.0] * (2 * len(models))], np.inf),
+        bounds=(least, np.inf),
         x_scale="jac",
         max_nfev=10_000,
     )
@@ -117,14 +119,15 @@ def fit_law(runs: Sequence[Measured]) -> Law:
     degrees = len(runs) - len(start)
     variance = float(found.fun @ found.fun) / degrees
     covariance = np.linalg.pinv(found.jac.T @ found.jac) * variance
+    standard = np.where(savings == 0, tokens, 0)
     return Law(
-        models, found.x, covariance, degrees, math.sqrt(variance), float(tokens.max()), models[places[tokens.argmax()]]
+        models, found.x, covariance, degrees, math.sqrt(variance), standard.max(), models[places[standard.argmax()]]
     )
 
 
 def _losses(parameters: np.ndarray, places: np.ndarray, tokens: np.ndarray, savings: np.ndarray) -> np.ndarray:
-    b, c, d, q = parameters[:_SHARED]
-    floor, height = parameters[_SHARED::2][places], parameters[_SHARED + 1 :: 2][places]
+    b, d, q = parameters[:_SHARED]
+    c, floor, height = parameters[_SHARED:].reshape(-1, _OWN)[places].T
     counted = np.exp(savings * (c + d * np.log(tokens)) + q * savings**2) * tokens
     return floor + height * counted**-b
 
