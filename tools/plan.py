@@ -182,7 +182,7 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
     if standard > law.longest:
         notes.append(
             f"**extrapolated**: the longest standard run measured saw {law.longest:,.3g} tokens for each parameter, "
-            "and the intervals take the law for true beyond. It expected too much of longer runs before (docs/results.md)"
+            "and intervals take the law for true beyond. It expected too much of longer runs before (docs/results.md)"
         )
     for name, saving in savings.items():
         notes.append(
