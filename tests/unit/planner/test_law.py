@@ -60,7 +60,7 @@ def test_the_saving_with_the_least_upper_end_is_chosen_and_none_without_evidence
     assert law.best_saving("deep", 1.0, (0.1, 0.25, 0.5)) == 0.5
     # On such paths a token counts for nothing: whatever is saved, the standard run is better.
     worse = dataclasses.replace(law, parameters=law.parameters.copy())
-    worse.parameters[1] = -20.0
+    worse.parameters[3] = -20.0  # c of `deep`
     assert worse.best_saving("deep", 1.0, (0.1, 0.25, 0.5)) is None
     uncertain = dataclasses.replace(law, covariance=law.covariance * 1e6)
     assert uncertain.best_saving("deep", 1.0, (0.1, 0.25)) is None
