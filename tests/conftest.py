@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     What takes long comes early: what is marked so, and Slurm's. Tests that mostly wait, for a launcher or a limit of
     time, are spread over those whose ranks compute, as two of a kind at a time leave a core idle, or share it.
+    Distributed tests come after the others: what several ranks would compile at once, one process has compiled before.
     """
     items.sort(key=lambda item: ("slurm" not in item.path.parts, item.get_closest_marker("slow") is None))
     places = dict.fromkeys(items, -1.0)
