@@ -6,6 +6,7 @@ deepspeed [launcher flags] raptr_ds/pretrain.py --deepspeed_config FILE [--set K
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
             return pretrain(config, launch, signals)
     except RaptrError as error:
         if launch is None or error.is_printed_by(launch.rank):
-            print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody to read it, or a full disk: the exit code still says what it is
+                print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_FIRST_WORD_SECONDS)
         return error.exit_code
@@ -129,9 +131,11 @@ if __name__ == "__main__":
     try:
         exit_code = int(main())
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         exit_code = int(Exit.FAULT)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # Threads of libraries and of gloo may wait for ranks that are gone: leave without waiting for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(exit_code)

@@ -19,18 +19,16 @@ _FIXES = {
     errno.ENAMETOOLONG: "Name a shorter path.",
     errno.ELOOP: "Its links lead in a circle: name the file or folder itself.",
 }
-_PASSING = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
+_AWAY = {
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.EREMOTEIO,
     errno.ENOTCONN,
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
+    errno.ESHUTDOWN,
 }
+_PASSING = _AWAY | {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 FIX_SAVE = "Set raptr_ds.train.save to a folder that this user may create or write."
 
@@ -105,6 +103,18 @@ def write_error(path: str | Path, error: OSError, fix: str) -> RaptrError:
     if error.errno in _PASSING:
         return StorageError(f"{why}. Make room on the disk or bring it back, and start again.")
     return PathError(f"{why}. {fix}")
+
+
+def read_error(path: str | Path, error: OSError) -> StorageError | None:
+    """Return the error to raise where a file cannot be read because its file system is away; None if that is not why.
+
+    A failing disk (EIO) is not: what is on it may stay unreadable.
+    """
+    if error.errno not in _AWAY:
+        return None
+    return StorageError(
+        f"{_printable(path)} cannot be read: {error.strerror}. Its file system is away: bring it back, and start again."
+    )
 
 
 def _mode(path: str | Path) -> int | None:

@@ -73,7 +73,8 @@ def checkpoints_at(where: Path) -> list[Path]:
 def tidy(folder: Path) -> list[str]:
     """Clean up after processes that died: remove unfinished and deleted checkpoints, restore half-replaced ones.
 
-    Returns messages to print.
+    What cannot be removed now, such as a file that another machine has open (NFS), is left to the next start. Returns
+    messages to print.
     """
     done = []
     for path in sorted(folder.glob(".*-step-*")):
@@ -84,7 +85,11 @@ def tidy(folder: Path) -> list[str]:
                 done.append(f"restored {original}, which a process was replacing when it died")
                 continue
         if path.name.startswith((_UNFINISHED, _REPLACED, _DELETED)):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                done.append(f"{path} cannot be removed: {error.strerror or error}")
+                continue
             if path.name.startswith(_UNFINISHED):
                 done.append(f"removed {path}, which a process was writing when it died")
     return done

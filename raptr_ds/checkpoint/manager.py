@@ -43,7 +43,7 @@ from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.agreement import on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.user_paths import FIX_SAVE, is_folder, make_folder, write_error
+from raptr_ds.user_paths import is_folder, make_folder, writing
 
 _WAIT_SECONDS = 0.02
 
@@ -93,10 +93,8 @@ def check_writable(folder: Path, groups: ProcessGroups) -> None:
                 f"rank {groups.rank} does not see {folder}, which rank 0 has created. Set raptr_ds.train.save to a "
                 "folder on a file system that all nodes share."
             )
-        try:
+        with writing(folder):
             tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise write_error(folder, error, FIX_SAVE) from error
 
     on_first_rank(groups, lambda: make_folder(folder))
     together(groups, probe)
@@ -120,8 +118,12 @@ class Checkpoints:
         self.held: set[int] = set()
         self._sweeper: threading.Thread | None = None
         check_writable(self.folder, groups)
-        for done in on_first_rank(groups, lambda: tidy(self.folder)):
+        for done in on_first_rank(groups, self._tidied):
             self._report(f"checkpoints: {done}")
+
+    def _tidied(self) -> list[str]:
+        with writing(self.folder):
+            return tidy(self.folder)
 
     def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> None:
         """Copy the state after `step` steps and begin to write it.
@@ -303,7 +305,12 @@ class Checkpoints:
 
     def _set_aside(self, after: int, source: Path | None = None) -> None:
         """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
-        moved = on_first_rank(self.groups, lambda: set_aside(self.folder, after))
+
+        def move() -> Path | None:
+            with writing(self.folder):
+                return set_aside(self.folder, after)
+
+        moved = on_first_rank(self.groups, move)
         if moved is None or self.groups.rank > 0:
             return
         loaded = () if source is None else source.resolve().parents

@@ -23,13 +23,14 @@ from raptr_ds.checkpoint.reshard import num_real_elements, transfers
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import CheckpointError
+from raptr_ds.user_paths import read_error
 
 _MAX_THREADS = 8
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return a checkpoint's manifest. Raises: DamagedCheckpointError."""
-    with _reading(MANIFEST):
+    """Return a checkpoint's manifest. Raises: DamagedCheckpointError; StorageError where its file system is away."""
+    with _reading(folder / MANIFEST):
         raw = (folder / MANIFEST).read_bytes()
     return Manifest.decode(raw)
 
@@ -37,11 +38,12 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) -> None:
     """Check the sizes of all files, and the checksums of every `num_shares`-th chunk beginning with chunk `share`.
 
-    Raises: DamagedCheckpointError with the name of the first file that differs from what was written.
+    Raises: DamagedCheckpointError with the name of the first file that differs from what was written; StorageError
+    where the file system is away.
     """
     chunks = []
     for name, file in sorted(manifest.files.items()):
-        with _reading(name):
+        with _reading(folder / name):
             size = (folder / name).stat().st_size
         if size != file.size:
             raise DamagedCheckpointError(f"{name} has {size:,} bytes instead of {file.size:,}")
@@ -49,7 +51,7 @@ def verify_files(folder: Path, manifest: Manifest, share: int, num_shares: int) 
 
     def verify(chunk: tuple[str, int, str]) -> None:
         name, number, expected = chunk
-        with _reading(name), (folder / name).open("rb") as stream:
+        with _reading(folder / name), (folder / name).open("rb") as stream:
             stream.seek(number * CHUNK_BYTES)
             data = stream.read(CHUNK_BYTES)
         if checksum(data) != expected:
@@ -79,19 +81,22 @@ def fill_fragments(fragments: Iterable[Fragment], folder: Path, manifest: Manife
     sources: dict[str, list[Entry]] = {}
     for entry in manifest.entries:
         sources.setdefault(entry.name, []).append(entry)
-    with torch.no_grad(), ExitStack() as stack, _reading("the tensors"):
+    with torch.no_grad(), ExitStack() as stack, _reading(folder, "the tensors"):
         opened = cache(lambda file: stack.enter_context(safe_open(folder / file, framework="pt")))
         for fragment in fragments:
             _fill(fragment, sources.get(fragment.name, ()), folder, opened)
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Raise DamagedCheckpointError where the block cannot read `what`."""
+def _reading(path: Path, what: str | None = None) -> Iterator[None]:
+    """Raise DamagedCheckpointError where the block cannot read `what`, a path's name if left out, or StorageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"cannot read {what}: {getattr(error, 'strerror', None) or error}") from error
+        if isinstance(error, OSError) and (away := read_error(path, error)) is not None:
+            raise away from error
+        why = getattr(error, "strerror", None) or error
+        raise DamagedCheckpointError(f"cannot read {what or path.name}: {why}") from error
 
 
 def _fill(fragment: Fragment, entries: Iterable[Entry], folder: Path, opened: Callable[[str], Any]) -> None:

@@ -29,9 +29,11 @@ class Launch:
     """Rank and rendezvous of one process of a run.
 
     restart_count: how often the run was started again without its user: by Slurm's requeueing, by torchrun, or by
-    tools/supervise.py. store_attempt: where the launcher itself serves the store at the address (torchrun), which
-    attempt this is. slurm_job: the number of the job around the launcher, empty without one. signal_lead: seconds
-    between the signal to stop and the time limit (RAPTR_SIGNAL_LEAD), None where nobody has set it.
+    tools/supervise.py. begun_by: what the user started, the same after each of these restarts; empty where no variable
+    names it. store_attempt: where the launcher itself serves the store at the address (torchrun), which attempt this
+    is. slurm_job: the number of the job around the launcher, empty without one; slurm_restarts: how often it was
+    requeued. signal_lead: seconds between the signal to stop and the time limit (RAPTR_SIGNAL_LEAD), None where nobody
+    has set it.
     """
 
     rank: int
@@ -42,7 +44,9 @@ class Launch:
     launcher: str
     restart_count: int = 0
     store_attempt: int | None = None
+    begun_by: str = ""
     slurm_job: str = ""
+    slurm_restarts: int = 0
     signal_lead: float | None = None
 
 
@@ -66,7 +70,12 @@ def detect_launch() -> Launch:
     else:
         found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")
     found = replace(
-        found, restart_count=_restart_count(), slurm_job=env.get("SLURM_JOB_ID", ""), signal_lead=_signal_lead()
+        found,
+        restart_count=sum(map(_count, ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT"))),
+        begun_by=next(filter(None, map(env.get, ("SLURM_JOB_ID", "RAPTR_SUPERVISOR", "TORCHELASTIC_RUN_ID"))), ""),
+        slurm_job=env.get("SLURM_JOB_ID", ""),
+        slurm_restarts=_count("SLURM_RESTART_COUNT"),
+        signal_lead=_signal_lead(),
     )
     # DeepSpeed reads these itself (runtime/pipe/module.py wants LOCAL_RANK), whatever the launcher was.
     env.update(
@@ -113,9 +122,8 @@ def _keep_compiled_code_private() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
-def _restart_count() -> int:
-    counters = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT")
-    return sum(int(os.environ.get(name) or 0) for name in counters)
+def _count(variable: str) -> int:
+    return int(os.environ.get(variable) or 0)
 
 
 def _signal_lead() -> float | None:
@@ -132,7 +140,7 @@ def _store_attempt() -> int | None:
     """Return torchrun's attempt where its agent serves the store (torch/distributed/rendezvous.py); None elsewhere."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _count("TORCHELASTIC_RESTART_COUNT")
 
 
 def environment_of_child(sees_gpus: bool = False) -> dict[str, str]:

@@ -131,6 +131,8 @@ class Exports:
         """Return what the checkpoint that is about to be written records about an export, and hold it if it is due."""
         interval, since = self._config.checkpoint.export_interval, self._last_save
         is_end, self._last_save = step == self._config.train.steps, step
+        if step in self._marks:  # the run has rolled back to it
+            return {_EXPORT: self._marks[step][0]}
         if not interval or not (is_end or passes_multiple(interval, since, step)):
             return {}
         section = self._config.eval
@@ -144,7 +146,8 @@ class Exports:
             return
         if report.error is not None:  # what fell due with it is due with the next one
             self._last_save = min(self._last_save, self._marks[report.step][1])
-            self._let_go(report.step)
+            if report.step not in self._exporting.steps:  # else an earlier checkpoint of this step is being exported
+                self._let_go(report.step)
         elif self._is_working:
             self._queue(report.step)
 

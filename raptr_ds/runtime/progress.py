@@ -1,14 +1,17 @@
 """Progress for a person: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # a closed pipe or terminal
 
 
 def short_number(value: float) -> str:
@@ -41,11 +44,40 @@ class Progress:
         """Restore the terminal."""
 
 
+class _Output:
+    """A stream that drops what cannot be written: a missing reader or a full disk is no reason to end training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._forgiven():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiven():
+            self._stream.flush()
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _GONE:
+                # Python would fail to flush what is still buffered at exit, and end with code 120.
+                with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
 class PlainProgress(Progress):
     """Prints a line for the first and last step, at a new phase, and every ten seconds in between."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream: TextIO | None = stream
+        self._stream: Any = _Output(stream)
         self._clock = clock
         self._next_time = 0.0
         self._phase: int | None = None
@@ -60,20 +92,7 @@ class PlainProgress(Progress):
 
     def say(self, message: str) -> None:
         """Print a line."""
-        if self._stream is None:
-            return
-        try:
-            print(message, file=self._stream, flush=True)
-        except OSError:
-            # The reader of our output is gone (a closed pipe or terminal): no reason to end training.
-            _discard(self._stream)
-            self._stream = None
-
-
-def _discard(stream: TextIO) -> None:
-    """Send what a stream still buffers nowhere: Python would fail to flush it at exit, and end with code 120."""
-    with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
+        print(message, file=self._stream, flush=True)
 
 
 class RichProgress(Progress):
@@ -90,7 +109,8 @@ class RichProgress(Progress):
             BarColumn(bar_width=None),
             TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True), markup=False),
         )
-        self._bar = Bar(*columns, console=Console(file=stream), refresh_per_second=4, expand=True)
+        output: Any = _Output(stream)
+        self._bar = Bar(*columns, console=Console(file=output), refresh_per_second=4, expand=True)
         self._task = self._bar.add_task("", total=None, line="")
 
     def show(self, step: int, num_steps: int, phase: int, words: str) -> None:

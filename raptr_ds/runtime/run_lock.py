@@ -34,7 +34,7 @@ class Holder:
 
     key: of this start, different for every one. machine: which kernel and which numbering of processes; process_start:
     in ticks since the machine started, as a process's number is used again. job: Slurm's, empty elsewhere; restart: how
-    often it was started again.
+    often Slurm has started it again.
     """
 
     key: str
@@ -56,17 +56,16 @@ class Holder:
             process=os.getpid(),
             process_start=_start_of(os.getpid()),
             job=launch.slurm_job,
-            restart=launch.restart_count,
+            restart=launch.slurm_restarts,
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
 
     def is_running(self, observer: "Holder") -> bool | None:
         """Return whether the process runs, None where `observer` has to watch the lock to find out."""
-        if self.job and self.job == observer.job and self.restart != observer.restart:  # Slurm has requeued its job
-            return False
-        if not self.machine or self.machine != observer.machine:
-            return None
-        return _start_of(self.process) == self.process_start
+        if self.machine and self.machine == observer.machine:
+            return _start_of(self.process) == self.process_start
+        is_requeued = self.job and self.job == observer.job and self.restart != observer.restart
+        return False if is_requeued else None
 
     def __str__(self) -> str:
         """Describe the holder in a message."""

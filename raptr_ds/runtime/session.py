@@ -36,9 +36,9 @@ _LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before
 class Session:
     """The parts of one run on one rank; `state` is where it starts from.
 
-    recorded: what each checkpoint holds besides the state: the optimizer's name, the run's identity, and the checkpoint
-    that it was begun from. has_open_evaluation: whether the run stands at a step whose evaluation is due and was not
-    finished.
+    recorded: what each checkpoint holds besides the state: the optimizer's name, the run's identity, and what it was
+    begun from. saved: the state of the run's newest checkpoint, even if it is still being written. has_open_evaluation:
+    whether the run stands at a step whose evaluation is due and was not finished.
     """
 
     config: RunConfig
@@ -58,6 +58,7 @@ class Session:
     non_finite: NonFinitePolicy
     state: RunState
     recorded: dict[str, Any]
+    saved: RunState | None = None
     lead: SignalLead = field(default_factory=SignalLead)
     has_open_evaluation: bool = False
     num_trained: int = 0  # steps since this start
@@ -123,8 +124,13 @@ class Session:
         return not state.skipped_in_row and self.config.checkpoint.due(state.step, since=before.last_finite_step)
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless the last one is of this state: a stop may follow a save that was due."""
+        if state == self.saved:
+            self.finish_saving()
+            if self.unsaved is None:
+                return
         self.long_work_ahead("saving", SAVE_SECONDS)
+        self.saved = state
         self.metrics.sync()
         recorded = {**asdict(state), **self.recorded, **self.exports.mark(state.step)}
         self.checkpoints.save(self.engine, state.step, self.config.model, recorded)

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
 from raptr_ds.user_paths import open_to_all, writing
 
-_ORIGIN = "begun_from"  # in a checkpoint's run state: raptr_ds.checkpoint.load, if it named a folder
+_ORIGIN = "begun_from"  # in a checkpoint's run state: what raptr_ds.checkpoint.load asked for, but for auto
 _MEETING = timedelta(minutes=30)
 
 
@@ -123,8 +123,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             engine = build_engine(config, groups)
         times.done("engine")
         identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
-        load = on_first_rank(groups, lambda: _where_from(config, launch, folder, progress.say))
-        state, changes, is_own = _restore(config, checkpoints, engine, load, identity)
+        begun = _begin(config, launch, checkpoints, engine, identity, progress.say)
+        state = begun.state
         together(groups, check.finish)
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
@@ -137,9 +137,9 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             lambda: Metrics(
                 written,
                 num_steps=config.train.steps,
-                resume_step=state.step,
+                resume_step=begun.own_step,
                 interval=config.log.interval,
-                sinks=_open_sinks(config.log, folder, state.step) if groups.rank == 0 else (),
+                sinks=_open_sinks(config.log, folder, begun.own_step) if groups.rank == 0 else (),
                 progress=progress,
                 num_devices=groups.topology.world_size,
                 peak=device_peak(config, groups),
@@ -151,10 +151,10 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         stack.callback(events.close)
         exports = Exports(config, written, checkpoints, metrics, events)
         stack.callback(exports.close)
-        together(groups, lambda: exports.begin(state.step, is_own))
+        together(groups, lambda: exports.begin(state.step, begun.is_own))
         hosts = _hosts(groups)
         times.done("metrics")
-        _record_start(events, hosts, groups, launch, state, changes, metrics, times)
+        _record_start(events, hosts, groups, launch, begun, metrics, times)
         agreement = PathAgreement(
             groups,
             lambda step: method.path_at(step).encode(),
@@ -184,11 +184,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
             ),
             state=state,
-            recorded={
-                OPTIMIZER: config.optimizer["type"],
-                IDENTITY: asdict(identity),
-                **_origin(config.checkpoint.load),
-            },
+            recorded=begun.recorded,
+            saved=state if begun.own_step else None,
             lead=SignalLead(launch.signal_lead),
             has_open_evaluation=on_first_rank(groups, lambda: _has_open_evaluation(config, method, folder, state)),
         )
@@ -221,21 +218,26 @@ def _open_batches(config: RunConfig, groups: ProcessGroups, tokenizer: Tokenizer
     )
 
 
-def _where_from(config: RunConfig, launch: Launch, folder: Path, report: Callable[[str], None]) -> str:
-    """Return what to load: a run that was begun from another's checkpoint and has its own by now continues from these.
+def _where_from(
+    config: RunConfig, launch: Launch, origin: str | None, checkpoints: Path, report: Callable[[str], None]
+) -> str:
+    """Return what to load: a run that was begun as asked and has checkpoints of its own by now continues from these.
 
-    So does every run that was started again without its user. A damaged checkpoint is left to `restore`.
+    One that is to start anew does so when its user starts it, and continues when it is started again without its user.
+    A damaged checkpoint is left to `restore`.
     """
     load = config.checkpoint.load
-    if launch.restart_count or not _origin(load):
-        return "auto" if launch.restart_count else load
-    for own in checkpoints_in(folder / CHECKPOINTS):
+    if origin is None or (load == "none" and not launch.restart_count):
+        return load
+    for own in checkpoints_in(checkpoints):
         try:
             manifest = read_manifest(own)
         except DamagedCheckpointError:
             continue
-        if manifest.run_state.get(_ORIGIN) != _origin(load)[_ORIGIN]:
+        if manifest.run_state.get(_ORIGIN) != origin:
             break
+        if load == "none":
+            return "auto"
         report(
             f"this run was begun from {load} and has come to step {manifest.step} since: it continues there. To begin "
             "again from that checkpoint, set another raptr_ds.train.save"
@@ -244,17 +246,45 @@ def _where_from(config: RunConfig, launch: Launch, folder: Path, report: Callabl
     return load
 
 
-def _origin(load: str) -> dict[str, str]:
-    return {} if load in ("auto", "none") else {_ORIGIN: str(Path(load).absolute())}
+def _origin(load: str, launch: Launch) -> str | None:
+    """Return what tells a run that was begun as `load` asks from others in its folder; None for auto."""
+    if load == "auto":
+        return None
+    return f"none, by {launch.begun_by}" if load == "none" else str(Path(load).absolute())
 
 
-def _restore(
-    config: RunConfig, checkpoints: Checkpoints, engine: Engine, load: str, identity: Identity
-) -> tuple[RunState, Changes, bool]:
-    """Load the checkpoint that the run continues from into the engine.
+@dataclass(frozen=True)
+class _Begun:
+    """Where a start stands: its state, what has changed since, and whether it is by a checkpoint of the run's own.
 
-    Returns where it stood, what has changed since, and whether the checkpoint is one of the run's own.
+    recorded: what each checkpoint holds besides the state.
     """
+
+    state: RunState
+    changes: Changes
+    is_own: bool
+    recorded: dict[str, Any]
+
+    @property
+    def own_step(self) -> int:
+        """The step up to which what lies in the run's folder belongs to it; 0 for nothing."""
+        return self.state.step if self.is_own else 0
+
+
+def _begin(
+    config: RunConfig,
+    launch: Launch,
+    checkpoints: Checkpoints,
+    engine: Engine,
+    identity: Identity,
+    report: Callable[[str], None],
+) -> _Begun:
+    """Load the checkpoint that the run continues from into the engine; all ranks call it."""
+    origin = _origin(config.checkpoint.load, launch)
+    load = on_first_rank(checkpoints.groups, lambda: _where_from(config, launch, origin, checkpoints.folder, report))
+    recorded = {OPTIMIZER: config.optimizer["type"], IDENTITY: asdict(identity)}
+    if origin is not None:
+        recorded[_ORIGIN] = origin
 
     def check(restored: RestoredState) -> None:
         run_state_of(restored, config)
@@ -262,9 +292,9 @@ def _restore(
 
     restored = checkpoints.restore(engine, load, config.model, check=check)
     if restored is None:
-        return RunState(), Changes({}, None), True
+        return _Begun(RunState(), Changes({}, None), True, recorded)
     changes = changes_since(restored.run_state, identity, restored.folder)
-    return run_state_of(restored, config), changes, checkpoints.has(restored.folder)
+    return _Begun(run_state_of(restored, config), changes, checkpoints.has(restored.folder), recorded)
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:
@@ -291,8 +321,7 @@ def _record_start(
     hosts: list[str],
     groups: ProcessGroups,
     launch: Launch,
-    state: RunState,
-    changes: Changes,
+    begun: _Begun,
     metrics: Metrics,
     times: _StartTimes,
 ) -> None:
@@ -301,7 +330,7 @@ def _record_start(
         return
     events.record(
         "start",
-        step=state.step,
+        step=begun.state.step,
         launcher=launch.launcher,
         hosts=list(dict.fromkeys(hosts)),
         world_size=launch.world_size,
@@ -312,12 +341,13 @@ def _record_start(
         revision=code_revision(),
         seconds=times.seconds,
     )
+    changes, step = begun.changes, begun.state.step
     for line in changes.lines:
         metrics.say(line)
     if changes.keys or changes.corpus:
-        events.record("changed", step=state.step, keys=changes.keys, corpus=changes.corpus)
+        events.record("changed", step=step, keys=changes.keys, corpus=changes.corpus)
     if changes.corpus is not None:
-        metrics.record_corpus(state.step, *changes.corpus)
+        metrics.record_corpus(step, *changes.corpus)
 
 
 def _has_open_evaluation(config: RunConfig, method: PathMethod, folder: Path, state: RunState) -> bool:

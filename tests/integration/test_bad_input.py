@@ -2,12 +2,22 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.conftest import call, deepspeed_command, forked, plain_command, tiny_run
+from tests.integration.conftest import (
+    ENV,
+    PATIENCE,
+    REPOSITORY,
+    call,
+    deepspeed_command,
+    forked,
+    plain_command,
+    tiny_run,
+)
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -97,6 +107,17 @@ def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
     data = call(deepspeed_command(run_file, "raptr_ds.data.path=/nowhere"))
     assert data.returncode == 2, data.stderr
     assert (data.stdout + data.stderr).count("raptr_ds: DataError") == 1
+
+
+def test_the_exit_code_needs_no_reader_and_no_disk(run_file: Path, tmp_path: Path) -> None:
+    """As with a batch job's output on the disk that the run has filled."""
+    missing, whole = plain_command(tmp_path / "missing.json"), plain_command(run_file, "raptr_ds.log.progress=rich")
+    with Path("/dev/full").open("w") as full:
+        for command, code in ((missing, 2), (whole, 0)):
+            done = subprocess.run(
+                command, cwd=REPOSITORY, env=ENV, timeout=PATIENCE, stdout=full, stderr=full, check=False
+            )
+            assert done.returncode == code
 
 
 def test_a_checkpoint_of_another_model(run_file: Path, tmp_path: Path) -> None:

@@ -143,6 +143,71 @@ def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_
     origin = [f"raptr_ds.train.save={tmp_path / 'third'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
     moved = forked(first, *origin, "raptr_ds.train.steps=14")
     assert "were moved to" in moved.stdout  # its own are of another origin: begun anew, as asked
+    # What the folder had of the earlier run is not mixed with what this one measures.
+    assert [line["step"] for line in training_lines(tmp_path / "third")] == [13, 14]
+    aside = (tmp_path / "third" / "metrics.1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside if "lr" in json.loads(line)] == list(range(1, 13))
+
+
+def _restarted_before_its_first_checkpoint(_: Launch) -> None:
+    os.environ.update(RAPTR_RESTART_COUNT="1", RAPTR_SUPERVISOR="host:77")
+
+
+def _restarted_after_it(_: Launch) -> None:
+    os.environ.update(RAPTR_RESTART_COUNT="2", RAPTR_SUPERVISOR="host:77")
+
+
+@pytest.mark.parametrize("load", ["run", "none"])
+def test_a_restart_before_the_first_checkpoint_begins_where_its_user_asked(
+    load: str, data_folder: Path, tmp_path: Path
+) -> None:
+    """The folder has checkpoints of an earlier run, and the first start died before it had looked at any."""
+    run = run_with(tmp_path, data_folder)
+    assert forked(run).returncode == 0
+    where = str(tmp_path / "run") if load == "run" else load
+    settings = [f"raptr_ds.train.save={tmp_path / 'new'}", f"raptr_ds.checkpoint.load={where}"]
+    assert forked(run, settings[0], "raptr_ds.train.steps=5").returncode == 0
+    first = forked(run, *settings, "raptr_ds.train.steps=13", spoil=_restarted_before_its_first_checkpoint)
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "new" / "checkpoints" / "set-aside-1" / "step-00000005").is_dir()
+    begin = 12 if load == "run" else 0
+    assert [line["step"] for line in training_lines(tmp_path / "new")] == list(range(begin + 1, 14))
+    again = forked(run, *settings, "raptr_ds.train.steps=15", spoil=_restarted_after_it)
+    assert again.returncode == 0, again.stderr
+    assert [line["step"] for line in training_lines(tmp_path / "new")] == list(range(begin + 1, 16))
+
+
+def _stop_when_step_6_is_being_saved(_: Launch) -> None:
+    record = EventLog.record
+
+    def recording(log: EventLog, event: str, **what: Any) -> None:
+        record(log, event, **what)
+        if event == "checkpoint" and what["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    EventLog.record = recording  # type: ignore[method-assign]
+
+
+def _stop_at_once(_: Launch) -> None:
+    initialize = setup.PathAgreement.__init__
+
+    def stopping(*arguments: Any, **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        initialize(*arguments, **named)
+
+    setup.PathAgreement.__init__ = stopping  # type: ignore[method-assign]
+
+
+def test_a_stop_saves_no_state_twice(data_folder: Path, tmp_path: Path) -> None:
+    """The signal's lead is for what is not on the disk yet."""
+    run = run_with(tmp_path, data_folder, checkpoint={"interval": 1})
+    stopped = forked(run, spoil=_stop_when_step_6_is_being_saved)
+    assert stopped.returncode == 75, stopped.stderr
+    saved = [event["step"] for event in events_of(tmp_path / "run") if event["event"] == "checkpoint"]
+    assert saved == list(range(1, saved[-1] + 1))
+    stopped = forked(run, spoil=_stop_at_once)
+    assert stopped.returncode == 75, stopped.stderr
+    assert [event["step"] for event in events_of(tmp_path / "run") if event["event"] == "checkpoint"] == saved
 
 
 def _lose_the_end(launch: Launch) -> None:

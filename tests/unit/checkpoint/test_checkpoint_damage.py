@@ -1,5 +1,6 @@
 """Checkpoints that are not what was written: each kind of damage is seen, named, and the previous one used."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from raptr_ds.checkpoint import read as checkpoint_read
 from raptr_ds.checkpoint import write as checkpoint_write
 from raptr_ds.checkpoint.folder import checkpoints_in
-from raptr_ds.errors import CheckpointError, Exit
+from raptr_ds.errors import CheckpointError, Exit, StorageError
 
 FILE = "rank-00000.safetensors"
 
@@ -97,6 +98,25 @@ def test_every_chunk_is_verified(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
             run.restore(str(path.parent))
     path.write_bytes(raw)
     assert run.restore() == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", FILE])
+def test_a_file_system_that_is_away_is_no_damage(run: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is set aside for it, and the run may be tried again; a bad block of a disk is damage."""
+    run.save(1, 2)
+    opened, code = Path.open, errno.ESTALE
+
+    def failing(path: Path, *arguments: Any, **named: Any) -> Any:
+        if (path.parent.name, path.name) == ("step-00000002", name):
+            raise OSError(code, os.strerror(code))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(StorageError, match=f"{name} cannot be read: Stale file handle.*start again"):
+        run.restore()
+    assert run.steps() == ["2", "1"]
+    code = errno.EIO
+    assert run.restore() == 1
 
 
 def test_nothing_good_left_stops_and_does_not_start_afresh(run: Any) -> None:

@@ -1,5 +1,6 @@
 """Names in the folder of checkpoints: complete ones only, newest first, whatever processes left when they died."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_dead_writers_are_tidied_up_after(tmp_path: Path) -> None:
     assert (step_folder(tmp_path, 1) / MANIFEST).read_text() == "1"
     assert len(done) == 2
     assert tidy(tmp_path) == []
+
+
+def test_what_cannot_be_removed_is_left_to_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 1)
+    for name in (".unfinished-step-00000002", ".unfinished-step-00000003"):
+        (tmp_path / name).mkdir()
+    remove = shutil.rmtree
+
+    def busy(path: Path) -> None:
+        if path.name.endswith("2"):
+            raise OSError(16, "Device or resource busy", str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    cannot, removed = tidy(tmp_path)
+    assert cannot == f"{tmp_path}/.unfinished-step-00000002 cannot be removed: Device or resource busy"
+    assert removed.startswith("removed ")
+    assert names(tmp_path) == [".unfinished-step-00000002", "step-00000001"]
 
 
 def test_only_the_newest_up_to_a_step_stay(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     found = launch(
         monkeypatch, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="1", TORCHELASTIC_RUN_ID="x"
     )
-    assert found.launcher == "torchrun"
+    assert (found.launcher, found.begun_by) == ("torchrun", "x")
 
 
 def test_ranks_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[7-8]"}
     found = launch(monkeypatch, **slurm, SLURM_JOB_ID="20123", SLURM_RESTART_COUNT="2")
     assert (found.rank, found.local_rank, found.world_size, found.launcher) == (3, 1, 4, "srun")
-    assert (found.master_addr, found.restart_count) == ("node7", 2)
+    assert (found.master_addr, found.restart_count, found.slurm_restarts, found.begun_by) == ("node7", 2, 2, "20123")
     assert found.master_port == 29500 + 1 + 123  # another for each job, the same for all its tasks
 
 

@@ -54,20 +54,48 @@ def _save(exports: Exports, step: int) -> dict[str, str]:
     return mark
 
 
-def test_a_rollback_ends_later_work_and_sets_later_exports_aside(
-    tmp_path: Path, processes: dict[int, _Process]
-) -> None:
-    lines: list[str] = []
+def _exports(tmp_path: Path) -> tuple[Exports, Any]:
     config: Any = SimpleNamespace(
         checkpoint=SimpleNamespace(export_interval=2, export_precision="fp32"),
         eval=SimpleNamespace(tasks=(), task_interval=None),
         train=SimpleNamespace(steps=100),
     )
-    metrics: Any = SimpleNamespace(say=lines.append)
+    metrics: Any = SimpleNamespace(say=lambda _: None)
     events: Any = SimpleNamespace(record=lambda *_, **__: None)
     checkpoints: Any = _Checkpoints(tmp_path / "checkpoints")
     exports = Exports(config, tmp_path, checkpoints, metrics, events)
     exports.begin(0, is_own=True)
+    return exports, checkpoints
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_checkpoint_that_is_written_again_still_records_its_export(tmp_path: Path) -> None:
+    exports, checkpoints = _exports(tmp_path)
+    assert _save(exports, 2) == {"export": "plain"}
+    assert _save(exports, 2) == {"export": "plain"}
+    assert (exports.pending, checkpoints.held) == ("the export of step 2", {2})
+    assert _save(exports, 3) == {}
+
+
+def test_a_rollback_whose_checkpoint_is_not_written_leaves_its_export_alone(
+    tmp_path: Path, processes: dict[int, _Process]
+) -> None:
+    exports, checkpoints = _exports(tmp_path)
+    _save(exports, 2)
+    exports.go_back(2)
+    assert exports.mark(2) == {"export": "plain"}
+    exports.saved(SaveReport(2, "the disk is full", 0.0, 0.0, 0))
+    assert checkpoints.held == {2}
+    processes[2].end = Ended(1.0, None)
+    exports.poll()
+    assert (exports.pending, checkpoints.held) == ("", set())
+    assert (tmp_path / EXPORTS / "step-00000002").is_dir()
+
+
+def test_a_rollback_ends_later_work_and_sets_later_exports_aside(
+    tmp_path: Path, processes: dict[int, _Process]
+) -> None:
+    exports, checkpoints = _exports(tmp_path)
     for step in (2, 4):
         _save(exports, step)
         processes[step].end = Ended(1.0, None)

@@ -1,5 +1,6 @@
 """Progress lines: when plain ones are printed, what a terminal shows, and streams that go away."""
 
+import errno
 import io
 import os
 import pty
@@ -40,6 +41,35 @@ def test_a_reader_that_went_away_does_not_stop_training():
         progress.show(1, 100, 0, "loss 5.25")
         progress.show(100, 100, 0, "loss 4.75")
         progress.say("still here")
+
+
+def test_lines_come_back_when_a_full_disk_has_room_again(monkeypatch):
+    stream, room = io.StringIO(), False
+
+    def write(text, write=stream.write):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(text)
+
+    monkeypatch.setattr(stream, "write", write)
+    progress = PlainProgress(stream)
+    progress.say("lost")
+    room = True
+    progress.say("written")
+    assert stream.getvalue() == "written\n"
+
+
+def test_a_terminal_that_is_closed_does_not_stop_training(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        progress = RichProgress(stream)
+        progress.show(1, 100, 0, "loss 5.25")
+        os.close(controller)
+        for step in range(2, 6):
+            progress.show(step, 100, 0, "loss 5.25")
+            progress.say("still here")
+        progress.close()
 
 
 def test_kinds():

@@ -115,8 +115,23 @@ def test_a_requeued_job_does_not_wait_for_its_earlier_self(tmp_path: Path, monke
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 60.0)
     write(tmp_path, elsewhere(job="5", restart=0))
     begin = time.monotonic()
-    lock(tmp_path, replace(LAUNCH, slurm_job="5", restart_count=1)).release()
+    lock(tmp_path, replace(LAUNCH, slurm_job="5", slurm_restarts=1)).release()
     assert time.monotonic() - begin < 10
+
+
+def test_a_second_run_of_a_job_is_refused_however_often_each_was_restarted(tmp_path: Path) -> None:
+    """Restarts by torchrun or a supervisor within the job say nothing of another run in it; nor here do Slurm's."""
+    held = lock(tmp_path, replace(LAUNCH, slurm_job="5"))
+    for changes in ({"restart_count": 1}, {"slurm_restarts": 1}):
+        with pytest.raises(ConfigError, match="another run works in"):
+            lock(tmp_path, replace(LAUNCH, slurm_job="5", **changes))
+    held.release()
+    held = lock(tmp_path)
+    held._holder = elsewhere(job="5")
+    write(tmp_path, held._holder)
+    with pytest.raises(ConfigError, match="on node7, Slurm job 5"):
+        lock(tmp_path, replace(LAUNCH, slurm_job="5", restart_count=1))
+    held.release()
 
 
 def test_who_stood_still_hears_that_it_lost_the_folder(tmp_path: Path) -> None:
