@@ -1,7 +1,7 @@
 """The DeepSpeed keys that a run file may use, with their values, and what to use instead of others that people try.
 
 Names and ranges are those of DeepSpeed 0.19.8: runtime/config.py, runtime/constants.py, runtime/precision_config.py,
-runtime/zero/config.py, comm/constants.py, profiling/constants.py and runtime/swap_tensor/constants.py.
+runtime/zero/config.py, comm/constants.py and profiling/constants.py.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,6 @@ STAGE_3_ONLY: Table = {
     "stage3_model_persistence_threshold": whole(0),
     "stage3_max_live_parameters": whole(0),
     "stage3_max_reuse_distance": whole(0),
-    "stage3_gather_16bit_weights_on_model_save": flag,
     "stage3_module_granularity_threshold": whole(0),
     "stage3_use_all_reduce_for_fetch_params": flag,
     "stage3_allgather_sequential": flag,
@@ -73,21 +72,35 @@ STAGE_3_ONLY: Table = {
     "enable_sanity_checks": flag,
 }
 
-ZERO: Table = {
-    "stage": whole(0, 3),
+STAGES_1_AND_2: Table = {
+    "use_multi_rank_bucket_allreduce": flag,
+    "allgather_bucket_size": must("an even number, 2 or more", lambda value: whole(2)(value) is None and not value % 2),
+    "round_robin_gradients": flag,
+    "parameter_alignment": flag,
+}
+
+PARTITIONED: Table = {
     "contiguous_gradients": flag,
     "reduce_scatter": flag,
     "reduce_bucket_size": whole(1),
-    "use_multi_rank_bucket_allreduce": flag,
-    "allgather_partitions": flag,
-    "allgather_bucket_size": whole(0),
     "overlap_comm": flag,
-    "load_from_fp32_weights": flag,
-    "round_robin_gradients": flag,
-    "parameter_alignment": flag,
-    "override_module_apply": flag,
-    **STAGE_3_ONLY,
 }
+"""Keys of stages 1 to 3."""
+
+zero_stage = whole(0, 3)
+ZERO: Table = {"stage": zero_stage, **PARTITIONED, **STAGES_1_AND_2, **STAGE_3_ONLY}
+
+ZERO_DEFAULTS: dict[str, bool | int] = {
+    "use_multi_rank_bucket_allreduce": True,
+    "allgather_bucket_size": DEFAULT_REDUCE_BUCKET,
+    "round_robin_gradients": False,
+    "parameter_alignment": False,
+    "contiguous_gradients": True,
+    "reduce_scatter": True,
+    "reduce_bucket_size": DEFAULT_REDUCE_BUCKET,
+    "overlap_comm": False,
+}
+"""DeepSpeed's defaults, which run files made for it hold at any stage."""
 
 KNOWN: Table = {
     "train_batch_size": whole(1, MOST_COUNT),
@@ -104,31 +117,19 @@ KNOWN: Table = {
         "loss_scale": number(0),
         "initial_scale_power": whole(0, 32),
         "loss_scale_window": whole(1),
-        "hysteresis": whole(1),
+        "hysteresis": whole(1, 1000),
         "consecutive_hysteresis": flag,
         "min_loss_scale": whole(1),
     },
     "zero_optimization": ZERO,
-    "zero_allow_untested_optimizer": flag,
-    "zero_force_ds_cpu_optimizer": flag,
     "communication_data_type": choice("fp16", "bf16", "fp32"),
-    "prescale_gradients": flag,
-    "gradient_predivide_factor": number(0, above=True),
     "data_types": {"grad_accum_dtype": choice("fp32", "bf16", "fp16")},
-    "aio": {
-        "block_size": whole(1),
-        "queue_depth": whole(1),
-        "intra_op_parallelism": whole(1),
-        "single_submit": flag,
-        "overlap_events": flag,
-        "use_gds": flag,
-    },
     "steps_per_print": whole(1),
     "wall_clock_breakdown": flag,
     "memory_breakdown": flag,
     "dump_state": flag,
     "disable_python_gc": flag,
-    "log_level": text,
+    "log_level": choice("debug", "info", "warning", "error", "critical"),
     "comms_logger": {"enabled": flag, "verbose": flag, "prof_all": flag, "debug": flag, "prof_ops": texts},
     "timers": {"throughput": {"enabled": flag, "synchronized": flag}},
     "flops_profiler": {
@@ -150,9 +151,14 @@ _OFFLOAD = (
     "and raptr_ds.parallel.activation_checkpointing save memory"
 )
 _UNTESTED = "Remove it: it has not been tested with layers that are skipped"
+_SCALED = (
+    "DeepSpeed's ZeRO ignores it or refuses it while reduce_scatter is on, and stage 0 reduces without it. Remove it: "
+    "gradients are divided by the number of data-parallel processes"
+)
 _TENSOR = "Use raptr_ds.parallel.tensor_model_parallel_size"
 
 INSTEAD: dict[str, str] = {
+    "aio": "Remove it: it is for offloading, which is not supported",
     "activation_checkpointing": "Use raptr_ds.parallel.activation_checkpointing=true, which recomputes the layers of "
     "each step's own path",
     "amp": _PRECISION,
@@ -167,8 +173,10 @@ INSTEAD: dict[str, str] = {
     "curriculum_learning": f"{_BATCHES}; raptr_ds.path.schedule is what grows during a run",
     "data_efficiency": _BATCHES,
     "elasticity": "Use train_batch_size and train_micro_batch_size_per_gpu",
+    "gradient_predivide_factor": _SCALED,
     "pipeline": "Use raptr_ds.parallel.pipeline_model_parallel_size and, for uneven stages, "
     "raptr_ds.parallel.pipeline_layers",
+    "prescale_gradients": _SCALED,
     "progressive_layer_drop": "Use raptr_ds.path.method='pld' with raptr_ds.path.pld_theta and raptr_ds.path.pld_gamma",
     "sequence_parallel_size": f"{_TENSOR} and raptr_ds.parallel.sequence_parallel",
     "sparse_attention": "Remove it: attention is dense",
@@ -177,15 +185,27 @@ INSTEAD: dict[str, str] = {
     "torch_autocast": _PRECISION,
     "vocabulary_size": "Use raptr_ds.model.vocab_size, or leave it to the tokenizer",
     "wandb": "Use raptr_ds.log.wandb, an object with project, name, entity, group and mode",
+    "zero_allow_untested_optimizer": "Remove it: every optimizer.type of raptr_ds works at every ZeRO stage",
+    "zero_force_ds_cpu_optimizer": "Remove it: it is for offloading, which is not supported",
+    "optimizer.params.fp32_optimizer_states": "Remove it: it is for offloading, and optimizer states are fp32 here",
     "optimizer.params.max_grad_norm": "Use gradient_clipping",
+    "raptr_ds.parallel.grow_micro_batch": "It is replaced by raptr_ds.parallel.micro_batches, which has the size for "
+    "each phase. Remove it; where it is true, add the line that `python tools/plan.py FILE --processes N "
+    "--micro-batches` then prints",
+    "zero_optimization.allgather_partitions": "DeepSpeed does not read it. Remove it",
     "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.load_from_fp32_weights": "Remove it: it is for DeepSpeed's checkpoints, and raptr_ds has its "
+    "own, which hold fp32 weights",
     "zero_optimization.offload_optimizer": _OFFLOAD,
     "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.override_module_apply": "Remove it: it is for models that are built inside deepspeed.zero.Init",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "Remove it: checkpoints are raptr_ds's own, and "
+    "tools/export_hf.py writes whole weights",
     "zero_optimization.zero_hpz_partition_size": _UNTESTED,
     "zero_optimization.zero_quantized_gradients": _UNTESTED,
     "zero_optimization.zero_quantized_weights": _UNTESTED,
 }
-"""What to use instead of keys that people try and that are not supported, or why there is nothing."""
+"""What to use instead of keys that people try or that earlier versions had, or why there is nothing."""
 
 _STEPS, _RATE, _SCHEDULE = "raptr_ds.train.steps", "optimizer.params.lr", "scheduler.params"
 _FILES = "raptr_ds.data.path, a folder made by tools/prepare_data.py"

@@ -19,9 +19,7 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
     for key, value in part.items():
         dotted = f"{prefix}{key}"
         known = table.get(key)
-        if dotted in INSTEAD:
-            errors.append(f"{dotted}{place(dotted)} {_UNSUPPORTED}. {INSTEAD[dotted]}.")
-        elif known is None:
+        if known is None:
             errors.append(unknown_key(prefix, key, table if prefix else [*table, BLOCK], place, _UNSUPPORTED))
         elif value == "auto" and (isinstance(known, dict) or known(value)):
             errors.append(auto_value(dotted, place, known(value) if callable(known) else "must be an object"))
@@ -48,7 +46,7 @@ def auto_value(dotted: str, place: Place, must: str | None) -> str:
 
 
 def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what: str = "is an unknown key") -> str:
-    """Return the message for a key that is not known: what it is, the nearest name, all names of its object.
+    """Return the message for a key that is not known: what to use instead, or the nearest name and all names there.
 
     prefix: the dotted name of the object, with a dot, or empty.
     """
@@ -60,6 +58,8 @@ def unknown_key(prefix: str, name: str, known: Iterable[str], place: Place, what
             f"{name!r}{place(dotted)}{f' in {section}' if section else ''} is one key with dots in it: dotted keys are "
             f"for --set. In a file objects are nested: write {nested}."
         )
+    if dotted in INSTEAD:
+        return f"{dotted}{place(dotted)} {_UNSUPPORTED}. {INSTEAD[dotted]}."
     if ELSEWHERE_NAMES.get(name, dotted) != dotted:
         return f"{dotted}{place(dotted)} {what}. Its name here is {ELSEWHERE_NAMES[name]}: move it there."
     elsewhere = _elsewhere(name, section)

@@ -1,7 +1,7 @@
 """From a run file, overrides and the number of processes to one checked, complete, frozen configuration."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from raptr_ds.config.optimization import (
 )
 from raptr_ds.config.overrides import Place, apply_overrides, is_touched
 from raptr_ds.config.parse_sections import parse_sections
+from raptr_ds.config.path_sections import ScheduledSection, WarmedUpSection
 from raptr_ds.config.rules import check_rules
 from raptr_ds.config.run import RunConfig
+from raptr_ds.config.schedules import idle_phases, steps_of_phases
 from raptr_ds.config.sections import BLOCK, ParallelSection, field_of
 from raptr_ds.config.usage import settle_overridden, settle_unused
 from raptr_ds.errors import ConfigError
@@ -56,15 +58,15 @@ def load_run_config(
     Raises: ConfigError that lists every problem found, each with its fix.
     """
     path = Path(path)
-    tree, text = read_hjson(path)
-    tree, touched = apply_overrides(tree, overrides)
+    file, text = read_hjson(path)
+    tree, touched = apply_overrides(file, overrides)
     tree = _without_nulls(tree)
 
     def place(dotted: str) -> str:
         line = None if dotted in touched else line_of(text, dotted)
         return f" (line {line})" if line else " (from --set)" if is_touched(dotted, touched) else ""
 
-    tree, replaced = settle_overridden(tree, touched)
+    tree, replaced = settle_overridden(tree, touched, file)
     tree, errors, unused = settle_unused(tree, touched, place)
     sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
@@ -78,7 +80,7 @@ def load_run_config(
         notes += fitted
     config, batch_errors = _complete(tree, sections, world_size, notes)
     _raise_all(check_rules(config) + batch_errors, path)
-    return config
+    return replace(config, warnings=list(_warnings(config)))
 
 
 def _check_deepspeed(tree: dict[str, Any], place: Place) -> list[str]:
@@ -108,9 +110,6 @@ def _complete(
     deepspeed = {key: value for key, value in tree.items() if key not in {BLOCK, "scheduler"}}
     deepspeed["optimizer"] = optimizer
     deepspeed.setdefault("gradient_clipping", DEFAULT_GRADIENT_CLIPPING)
-    if optimizer["type"] == "SGD":
-        # SGD works on each number alone, so ZeRO's cut of the parameters is harmless; DeepSpeed asks to confirm it.
-        deepspeed.setdefault("zero_allow_untested_optimizer", True)
     deepspeed |= zip(BATCH_KEYS, (batch.global_batch, batch.micro_batch, batch.accumulation), strict=True)
     config = RunConfig(
         **{**sections, "parallel": parallel},
@@ -118,12 +117,21 @@ def _complete(
         optimizer=optimizer,
         scheduler=scheduler,
         deepspeed=copy.deepcopy(deepspeed),
-        warnings=list(schedule_warnings(scheduler, lr, num_steps)),
     )
     config = replace(config, path=config.path.completed(config.sizes))
     given, complete = leaves(tree), leaves(config.resolved())
     lines = [f"{key}={value}" for key, value in complete.items() if key not in given and value and _is_derived(key)]
     return replace(config, derived=[*notes, *lines, f"data parallel size {batch.data_parallel}"]), errors
+
+
+def _warnings(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each thing that the run, which breaks no rule, does and that is rarely meant."""
+    path, num_steps = config.path, config.train.steps
+    if isinstance(path, ScheduledSection):
+        warmup = path.full_warmup_steps if isinstance(path, WarmedUpSection) else 0
+        counts = steps_of_phases(path.phase_lengths, num_steps - warmup, path.split)
+        yield from idle_phases(path.schedule, path.split, counts)
+    yield from schedule_warnings(config.scheduler, config.optimizer["params"]["lr"], num_steps)
 
 
 def _solve_batch(
@@ -150,13 +158,13 @@ def _is_derived(dotted: str) -> bool:
     return field.default is None or dotted.endswith(".full_warmup_steps")
 
 
-def _without_nulls(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree without nulls: null leaves a key to its default."""
-    return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if value is not None
-    }
+def _without_nulls(value: Any) -> Any:
+    """Return a value without nulls in its objects, those in lists included: null leaves a key to its default."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
 
 
 def _raise_all(errors: list[str], path: Path) -> None:

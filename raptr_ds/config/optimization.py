@@ -22,7 +22,7 @@ _share = must("a fraction of the steps, 0 or more and less than 1", _is_share)
 _RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
 _ADAM: dict[str, Check] = {**_RATE, "betas": _betas, "eps": number(0, above=True)}
 _TORCH_ONLY = ("foreach", "fused", "maximize")
-_DEEPSPEED_ONLY = ("bias_correction", "set_grad_none", "fp32_optimizer_states")
+_DEEPSPEED_ONLY = ("bias_correction", "set_grad_none")
 _ADAM_ALL: dict[str, Check] = {
     **_ADAM,
     "amsgrad": flag,
@@ -92,6 +92,11 @@ def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
                 f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: it is "
                 f"a parameter of {owner} implementation. Remove {key}, or change optimizer.params.torch_adam."
             )
+    if params.get("fused") is True and params.get("foreach") is True and params.get("torch_adam"):
+        errors.append(
+            "optimizer.params.fused=true and optimizer.params.foreach=true choose two implementations of torch's Adam. "
+            "Set one of them to true: fused is the faster one."
+        )
     return errors
 
 
@@ -251,7 +256,11 @@ def complete_scheduler(scheduler: dict[str, Any] | None, lr: float, num_steps: i
 
 
 def _defaults(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Return our defaults for an optimizer without a type; a named type has its own."""
+    """Return our defaults for an optimizer without a type.
+
+    A type that the run file names, AdamW too, has DeepSpeed's defaults instead: DeepSpeed's own implementation, without
+    weight decay.
+    """
     return {} if "type" in optimizer else _DEFAULT_PARAMS
 
 

@@ -1,6 +1,7 @@
 """From the `raptr_ds` object to sections, with one message for everything that is wrong with a single key."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -12,23 +13,23 @@ from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, KNOWN
 from raptr_ds.config.deepspeed_part import auto_value, unknown_key
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS, AnyPathSection
-from raptr_ds.config.sections import BLOCK, INNER, SECTIONS, UNION_TAGS, Section, keys_of
+from raptr_ds.config.sections import BLOCK, INNER, SECTIONS, UNIONS, Section, keys_of
 from raptr_ds.errors import nearest
 
 _PATH = TypeAdapter[AnyPathSection](Annotated[AnyPathSection, Field(discriminator="method")])
 
-_GROW_MICRO_BATCH = f"{BLOCK}.parallel.grow_micro_batch"  # in run files of earlier versions
-
 _ALL_NAMES = [*SECTIONS, *(key for name in SECTIONS for key in keys_of(name))]
 _TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string; put it in double quotes",
-    "tuple_type": "a list, as [0, -1]",
-    "dict_type": 'a folder, or {"FOLDER": weight, ...}',
-    "model_type": "an object {key: value}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string; put it in double quotes",
+    "string_too_short": "must have at least 1 character",
+    "tuple_type": "must be a list",
+    "too_short": "must have at least 1 item",
+    "dict_type": 'must be a folder, or {"FOLDER": weight, ...}',
+    "model_type": "must be an object {key: value}",
 }
 """What pydantic's types of error ask for, in the words of a run file."""
 
@@ -59,12 +60,22 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], 
         try:
             sections[name] = _parse_section(name, content)
         except ValidationError as error:
-            details = error.errors()
+            details = _causes(error)
             meant = misplaced | _misplaced(str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden")
             for detail in details:
                 if detail["type"] != "missing" or not meant & {name, str(detail["loc"][-1])}:
                     errors.append(_message(name, detail, place))
     return sections, errors
+
+
+def _causes(error: ValidationError) -> list[ErrorDetails]:
+    """Return what is wrong, but for lists that pydantic finds too short because an item of them is wrong."""
+    details = error.errors()
+
+    def has_wrong_item(key: tuple[int | str, ...]) -> bool:
+        return any(len(other["loc"]) > len(key) and other["loc"][: len(key)] == key for other in details)
+
+    return [one for one in details if one["type"] != "too_short" or not has_wrong_item(one["loc"])]
 
 
 def _misplaced(names: Iterable[str]) -> set[str]:
@@ -90,16 +101,15 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
     elif name == "path":  # pydantic puts the method before the key
         method, *location = location
         model = PATH_SECTIONS[method]
-    parts = [part for part in location if part not in UNION_TAGS]
-    dotted, field = ".".join([section, *parts]), parts[0]
-    if len(parts) > 1:
+    if location[0] in UNIONS:
+        del location[1:2]  # which of its kinds of value this is
+    dotted, field = ".".join([section, *location]), location[0]
+    if len(location) > 1:
         model = INNER.get(field, model)
-    if dotted == _GROW_MICRO_BATCH:
-        return _replaced_by_micro_batches(value, place)
     if kind == "extra_forbidden":
-        return unknown_key(".".join([section, *parts[:-1], ""]), parts[-1], list(model.model_fields), place)
+        return unknown_key(".".join([section, *location[:-1], ""]), location[-1], list(model.model_fields), place)
     if kind == "missing":
-        key = model.model_fields.get(parts[-1])
+        key = model.model_fields.get(location[-1])
         about = (key and key.description) or ""
         return f"{dotted} is missing. {about.splitlines()[0] if about else 'Set it.'}"
     where = place(dotted) or place(f"{section}.{field}")
@@ -108,19 +118,12 @@ def _message(name: str, detail: ErrorDetails, place: Place) -> str:
         choices = re.findall("'(.*?)'", context.get("expected") or context["expected_tags"])
         guess = nearest(str(value), choices) or "."
         return f"{dotted}={value!r}{where} must be one of {', '.join(choices)}{guess}{_unquoted(value)}"
-    must = _TYPES.get(kind)
-    rule = f"must be {must}" if must else detail["msg"].replace("Input should", "must").replace("should", "must")
+    rule = _TYPES.get(kind) or detail["msg"].replace("Input should", "must").replace("should", "must")
+    if kind == "tuple_type" and (key := model.model_fields.get(location[-1])) and key.examples:
+        rule += f", as {json.dumps(key.examples[0])}"
     if value == "auto":
         return auto_value(dotted, place, rule)
     return f"{dotted}={value!r}{where} {rule}.{_unquoted(value)}"
-
-
-def _replaced_by_micro_batches(value: Any, place: Place) -> str:
-    added = ", and add the line that `python tools/plan.py FILE --processes N --micro-batches` then prints"
-    return (
-        f"{_GROW_MICRO_BATCH}={value!r}{place(_GROW_MICRO_BATCH)} is replaced by {BLOCK}.parallel.micro_batches, "
-        f"which has the size for each phase. Remove it{'' if value is False else added}."
-    )
 
 
 def _unquoted(value: Any) -> str:

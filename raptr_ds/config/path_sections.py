@@ -93,7 +93,7 @@ class DrawingSection(SkippingSection):
 class RandomSection(DrawingSection):
     """Methods that draw a given number of layers."""
 
-    fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False)] = (0, -1)
+    fixed_layers: Annotated[tuple[Whole, ...], Field(strict=False, examples=[[0, -1]])] = (0, -1)
     """Layers that are in every path; 0-based, negative ones count from the end."""
     sampling: Literal["uniform", "bernoulli", "balanced"] = "uniform"
     """uniform: all subsets of the phase's length are equally likely. bernoulli: each layer is kept by an independent
@@ -196,8 +196,9 @@ class WarmedUpSection(ScheduledSection):
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """A ratio becomes steps."""
         update = super().derived(sizes)
-        if self.full_warmup_ratio is not None and not self.full_warmup_steps:
-            num_steps = round(self.full_warmup_ratio * sizes.num_steps)
+        if self.full_warmup_ratio is not None and "full_warmup_steps" not in self.model_fields_set:
+            # A ratio below 1 leaves a step, however it is rounded.
+            num_steps = min(round(self.full_warmup_ratio * sizes.num_steps), sizes.num_steps - 1)
             update |= {"full_warmup_steps": num_steps, "full_warmup_ratio": None}
         return update
 
@@ -308,10 +309,11 @@ class LayerDropSection(DrawingSection):
 
     method: Literal["layerdrop"] = "layerdrop"
     layerdrop: OpenFraction | None = None
-    """Probability of dropping a layer. Derived: paths have the derived constant_length on average."""
+    """Probability of dropping a layer. Derived: paths have the derived constant_length on average, in models of a few
+    layers more, as a path without any is drawn again."""
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
-        """The mean path has the constant length; of a single layer half is dropped."""
+        """The mean draw, empty ones included, has the constant length; of a single layer half is dropped."""
         update = super().derived(sizes)
         if self.layerdrop is None:
             length = ConstantSection().derived(sizes)["constant_length"]
@@ -353,13 +355,8 @@ class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
         return super().derived(sizes) | ({} if self.growth_optimizer_state else {"growth_optimizer_state": state})
 
     def broken_rules(self, sizes: RunSizes) -> Iterator[str]:
-        """Only copies have something to copy."""
+        """Copies have something to copy."""
         yield from super().broken_rules(sizes)
-        if self.growth_init != "copied" and self.growth_optimizer_state == "copied":
-            yield (
-                f"raptr_ds.path.growth_optimizer_state='copied' has no use with growth_init={self.growth_init!r}: the "
-                "new layers are no copies. Remove it, or set growth_init to 'copied'."
-            )
         if self.growth_init == "copied" and self.phase_lengths[:1] == (0,):
             yield (
                 f"raptr_ds.path.schedule={self.schedule!r} begins without layers: growth_init='copied' has none to "

@@ -11,6 +11,7 @@ from raptr_ds.config.derive import loss_scale_search_steps
 from raptr_ds.config.optimization import broken_optimization_rules
 from raptr_ds.config.path_sections import RandomSection, ScheduledSection
 from raptr_ds.config.run import RunConfig
+from raptr_ds.config.section_types import MOST_COUNT
 
 _TENSOR = "parallel.tensor_model_parallel_size"
 
@@ -47,16 +48,10 @@ def _model_rules(config: RunConfig) -> Iterator[str]:
 
 
 def _layout_rules(config: RunConfig) -> Iterator[str]:
-    """sequence_parallel has ranks to split over, and every pipeline stage has layers."""
+    """sequence_parallel splits sequences into equal parts, and every pipeline stage has layers."""
     model, parallel = config.model, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if parallel.sequence_parallel:
-        if tensor == 1:
-            yield (
-                "raptr_ds.parallel.sequence_parallel=true has no effect with tensor_model_parallel_size=1: it splits "
-                "what the processes that share a layer have copies of. Set tensor_model_parallel_size to 2 or more, "
-                "or sequence_parallel to false."
-            )
         why = ": raptr_ds.parallel.sequence_parallel=true splits it"
         yield from _multiple("model.seq_length", model.seq_length, _TENSOR, tensor, why)
     if stages > model.num_layers:
@@ -97,17 +92,11 @@ def _width_rules(config: RunConfig) -> Iterator[str]:
 
 
 def _memory_rules(config: RunConfig) -> Iterator[str]:
-    """keep_activations_up_to has recomputation to switch off; micro_batches has a size for each phase.
+    """micro_batches has a size for each phase, whose paths then have a known length, on one pipeline stage.
 
-    Its paths then have a known length, on one pipeline stage. Only the first thing that is wrong with it is reported.
+    Only the first thing that is wrong with it is reported.
     """
     path, parallel, sizes = config.path, config.parallel, config.parallel.micro_batches
-    if parallel.keep_activations_up_to and not parallel.activation_checkpointing:
-        yield (
-            f"raptr_ds.parallel.keep_activations_up_to={parallel.keep_activations_up_to} has no use with "
-            "activation_checkpointing=false, which keeps all activations. Set activation_checkpointing to true, or "
-            "remove keep_activations_up_to."
-        )
     if not sizes:
         return
     written = f"raptr_ds.parallel.micro_batches={list(sizes)}"
@@ -147,10 +136,11 @@ def _objective_rules(config: RunConfig) -> Iterator[str]:
     length = model.seq_length
     if model.architecture == "bert":
         if rate * length < 1:
-            other = f", or mask_rate to {math.ceil(1e4 / length) / 1e4:g} or more" if length > 1 else ""
+            fixes = [f"seq_length to {math.ceil(1 / rate)} or more"] if 1 / rate <= MOST_COUNT else []
+            fixes += [f"mask_rate to {math.ceil(1e4 / length) / 1e4:g} or more"] if length > 1 else []
             yield (
                 f"raptr_ds.objective.mask_rate={rate} of raptr_ds.model.seq_length={length} is less than one position. "
-                f"Set seq_length to {math.ceil(1 / rate)} or more{other}."
+                f"Set {', or '.join(fixes) or 'both to more'}."
             )
         return
     if isinstance(denoisers, str):
@@ -240,30 +230,11 @@ def _export_rules(config: RunConfig) -> Iterator[str]:
 
 
 def _task_rules(config: RunConfig) -> Iterator[str]:
-    """Keys about tasks and exports have a use; tasks are scored on exports of a model that continues text."""
+    """Each task is scored once, on exports."""
     tasks, export = config.eval.tasks, config.checkpoint.export_interval
-    for section, prefix, has_use, needed in (
-        ("eval", "task_", tasks, "eval.tasks"),
-        ("checkpoint", "export_", export, "checkpoint.export_interval"),
-    ):
-        values = getattr(config, section).model_dump(exclude_defaults=True)
-        given = [f"raptr_ds.{section}.{key}={value!r}" for key, value in values.items() if key.startswith(prefix)]
-        if given and not has_use:
-            yield f"{', '.join(given)} without raptr_ds.{needed} has no use. Remove it, or set raptr_ds.{needed}."
-            break
-    if not tasks:
-        return
-    written = f"raptr_ds.eval.tasks={list(tasks)}"
-    if config.model.architecture != "ul2":
-        yield f"{written} scores continuations of a text, which bert has none of. Remove it: tasks are for ul2."
-    elif not export:
-        yield (
-            f"{written} is scored on exports; got raptr_ds.checkpoint.export_interval=0. Set it to a multiple of "
-            "raptr_ds.checkpoint.interval."
-        )
-    elif twice := sorted({task for task in tasks if tasks.count(task) > 1}):
-        yield f"{written} names {', '.join(twice)} twice. Name each task once."
-    else:
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        yield f"raptr_ds.eval.tasks={list(tasks)} names {', '.join(twice)} twice. Name each task once."
+    elif tasks:
         why = ": exports are scored"
         interval = config.eval.task_interval
         yield from _multiple("eval.task_interval", interval, "checkpoint.export_interval", export, why)

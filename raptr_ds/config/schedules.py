@@ -1,7 +1,10 @@
 """Schedules: the lengths or widths of a run's phases, by name or as numbers, and how its steps are split among them."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -89,9 +92,48 @@ def broken_split(split: str | tuple[float, ...], schedule: str | None, num_phase
                 f"raptr_ds.path.split={split!r} must be uniform, proportional, power:A with a number A, as power:1, "
                 f"or a list of fractions of the steps, as [0.8, 0.2]{guess}"
             )
+        elif split.startswith("power:") and float(split[6:]) * math.log10(num_phases) > 300:
+            yield (
+                f"raptr_ds.path.split={split!r} is too high a power for {num_phases} phases: {num_phases} to this "
+                "power is beyond floating point. Lower it, or write fewer phases."
+            )
     elif len(split) != num_phases or abs(sum(split) - 1) > 1e-6:
         yield (
             f"raptr_ds.path.split={list(split)} must have a fraction of the steps for each of the {num_phases} phases "
             f"of schedule={schedule!r}, which add up to 1; it has {len(split)}, which add up to {sum(split):.6g}. "
             "Correct it, or write uniform, proportional or power:1."
         )
+
+
+def idle_phases(schedule: str | None, split: str | tuple[float, ...], counts: Sequence[int]) -> Iterator[str]:
+    """Yield a line if phases have no steps. counts: the steps of each phase."""
+    numbers = [str(number) for number, count in enumerate(counts, 1) if not count]
+    if numbers:
+        yield (
+            f"raptr_ds.path.schedule={schedule!r} with split={split!r}: of its {sum(counts)} steps none is in phase "
+            f"{' or '.join(numbers)} of {len(counts)}. Train for more steps, or change split, unless you mean that."
+        )
+
+
+def steps_of_phases(lengths: Sequence[int], num_steps: int, split: str | Sequence[float]) -> list[int]:
+    """Return the number of steps of each phase; may be 0.
+
+    The R steps are divided by weights: 1 for each phase (uniform), its path length (proportional: a phase of twice the
+    length gets twice the steps), its number from 1 to a power (power:A), or its own of `split`. Phase s ends after
+    R * (w_0 + ... + w_s) / (w_0 + ... + w_last) steps, rounded to the nearest whole step, halves up; rounding the
+    cumulative sums, not the parts, covers all steps exactly.
+    """
+    weights = _weights(lengths, split)
+    total = sum(weights)
+    # Exact arithmetic, free of rounding errors at any number of steps.
+    ends = [math.floor(num_steps * weight / total + Fraction(1, 2)) for weight in accumulate(weights)]
+    return [end - start for start, end in pairwise((0, *ends))]
+
+
+def _weights(lengths: Sequence[int], split: str | Sequence[float]) -> list[Fraction]:
+    if not isinstance(split, str):
+        return [Fraction(str(share)) for share in split]  # as it is written: 0.8 is four fifths
+    kind, _, power = split.partition(":")
+    if kind == "power":
+        return [Fraction(number ** float(power)) for number in range(1, len(lengths) + 1)]
+    return [Fraction(length if kind == "proportional" else 1) for length in lengths]

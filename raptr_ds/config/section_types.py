@@ -16,7 +16,11 @@ MOST_COUNT = 2**31 - 1
 
 Count = Annotated[Whole, Field(gt=0, le=MOST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=MOST_COUNT)]
-Seed = Annotated[Whole, Field(ge=0)]
+MOST_WIDTH = MOST_COUNT // 4
+"""Largest hidden_size: the MLP that is derived from it has four times as many features, which are counted too."""
+
+Width = Annotated[Whole, Field(gt=0, le=MOST_WIDTH)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 Parts = Annotated[Whole, Field(gt=0, le=65536)]
 """Layers, or processes that share a model: each is listed somewhere."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

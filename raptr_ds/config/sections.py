@@ -7,6 +7,7 @@ from pydantic.fields import FieldInfo
 
 from raptr_ds.config.path_sections import PATH_SECTIONS
 from raptr_ds.config.section_types import (
+    MOST_WIDTH,
     Count,
     CountOrZero,
     OpenFraction,
@@ -17,6 +18,7 @@ from raptr_ds.config.section_types import (
     Section,
     Seed,
     Text,
+    Width,
 )
 
 BLOCK = "raptr_ds"
@@ -62,7 +64,7 @@ class ModelSection(Section):
     """bert: pre-layer-norm encoder, masked language modelling. ul2: prefix language model, mixture of denoisers."""
     num_layers: Parts
     """Depth L of the full model."""
-    hidden_size: Count
+    hidden_size: Width
     """Width of the residual stream; a multiple of num_attention_heads."""
     num_attention_heads: Count
     """Attention heads of a layer; a multiple of raptr_ds.parallel.tensor_model_parallel_size."""
@@ -101,7 +103,7 @@ class ModelSection(Section):
             return values
         values = {**BY_ARCHITECTURE.get(str(values.get("architecture")), {}), **values}
         hidden = values.get("hidden_size")
-        if isinstance(hidden, int | float) and "ffn_hidden_size" not in values:
+        if isinstance(hidden, int | float) and 0 < hidden <= MOST_WIDTH and "ffn_hidden_size" not in values:
             # swiglu's three matrices are as large as gelu's two at 8/3 of the width.
             swiglu = -(-8 * int(hidden) // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE
             values["ffn_hidden_size"] = swiglu if values.get("activation") == "swiglu" else 4 * int(hidden)
@@ -124,7 +126,7 @@ class ParallelSection(Section):
     be a multiple of tensor_model_parallel_size."""
     pipeline_model_parallel_size: Parts = 1
     """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
-    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
+    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = Field(default=None, examples=[[6, 6]])
     """Layers of each pipeline stage. Derived: as even as possible, larger stages in the middle."""
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass instead of keeping them."""
@@ -132,7 +134,7 @@ class ParallelSection(Section):
     """With activation_checkpointing: where a path has at most this number of layers on a pipeline stage, nothing is
     recomputed. Short paths then use the memory that the full path needs with recomputation; tools/plan.py prints what
     fits."""
-    micro_batches: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    micro_batches: Annotated[tuple[Count, ...], Field(strict=False, examples=[[16, 12, 8, 8]])] = ()
     """raptr, constant, stacking: sequences of a micro batch in each phase of the schedule, as `[16, 12, 8, 8]`; the
     global batch stays the same. Empty: train_micro_batch_size_per_gpu, which a full-model warm-up has in any case.
     Shorter paths leave memory for larger micro batches: `tools/plan.py FILE --micro-batches` prints what fits."""
@@ -166,8 +168,6 @@ class Denoiser(Section):
         return None
 
 
-UNION_TAGS = frozenset({"preset", "list", "folder", "blend"})
-
 Denoisers = Annotated[
     Annotated[Literal["ul2", "causal_prefix_span"], Tag("preset")]
     | Annotated[tuple[Denoiser, ...], Field(strict=False, min_length=1), Tag("list")],
@@ -186,7 +186,7 @@ class ObjectiveSection(Section):
     """bert: fraction of positions that are predicted (of these 80% masked, 10% random, 10% kept)."""
     whole_word: bool = False
     """bert: mask whole words instead of single tokens."""
-    denoisers: Denoisers = "ul2"
+    denoisers: Annotated[Denoisers, Field(examples=[[{"name": "a", "kind": "causal"}]])] = "ul2"
     """ul2: `ul2` (its seven, equally often), `causal_prefix_span` (60/20/20), or a list of your own denoisers."""
 
 
@@ -215,8 +215,8 @@ class TrainSection(Section):
     """Decides initial weights, data order, paths and dropout, in the same way on every layout."""
     compile: bool | None = None
     """Compile the layers with torch.compile: one graph for all paths. Needs zero_optimization.stage <= 2, a C++
-    compiler and no path.method width. Derived: true on GPUs that have these, else false; on a CPU it pays with dropout
-    and for ul2 (docs/performance.md)."""
+    compiler, and neither path.method width nor a path.width_schedule. Derived: true on GPUs that have these, else
+    false; on a CPU it pays with dropout and for ul2 (docs/performance.md)."""
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     """auto: on GPUs our Triton kernel for masks and dropout, torch's fused kernels where neither is; torch's on CPUs.
     sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""
@@ -240,7 +240,7 @@ class EvalSection(Section):
     """Steps between evaluations; 0: only at the end."""
     batches: CountOrZero = 8
     """Global batches of an evaluation; 0: never evaluate, whatever the interval."""
-    tasks: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    tasks: Annotated[tuple[Text, ...], Field(strict=False, examples=[["boolq", "copa"]])] = ()
     """ul2: tasks of lm-evaluation-harness, as `["boolq", "copa"]`, on which the exports of checkpoint.export_interval
     are scored by tools/evaluate.py while training goes on. Their scores stand in metrics.jsonl."""
     task_interval: CountOrZero = 0
@@ -271,7 +271,8 @@ class CheckpointSection(Section):
     load: Text = "auto"
     """auto: the newest in the run's folder if there is one. none: start afresh. Else a folder to continue from."""
     save_on_exit: bool = True
-    """Save when the run ends or is stopped by a signal."""
+    """Save at the end of the run. A stop by a signal always saves, and a run with export_interval saves at its end in
+    any case."""
     export_interval: CountOrZero = 0
     """Steps between exports for Hugging Face transformers, a multiple of interval, and at the end of the run: folders
     exports/step-... beside the checkpoints, which are all kept. 0: none."""
@@ -328,6 +329,9 @@ class LogSection(Section):
     peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, for model FLOPs utilization; left out: looked up, or mfu is null."""
 
+
+UNIONS = frozenset({"path", "denoisers", "split"})
+"""Keys whose value may be of two kinds: behind them pydantic's places of errors have the tag of the kind."""
 
 INNER: dict[str, type[Section]] = {"denoisers": Denoiser, "wandb": WandbSection, "mlflow": MlflowSection}
 """Sections inside sections, by the key that holds one or several."""

@@ -1,51 +1,109 @@
 """Which keys only some methods, architectures or ZeRO stages use: no key of a run file is ignored silently."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from raptr_ds.config.deepspeed_keys import STAGE_3_ONLY
+from pydantic import ValidationError, create_model
+
+from raptr_ds.config.deepspeed_keys import PARTITIONED, STAGE_3_ONLY, STAGES_1_AND_2, ZERO_DEFAULTS, zero_stage
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
 from raptr_ds.config.overrides import Place, is_touched
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
-from raptr_ds.config.sections import BY_ARCHITECTURE, keys_of
+from raptr_ds.config.section_types import Section
+from raptr_ds.config.sections import BY_ARCHITECTURE, field_of, keys_of
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
 POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
-SAMPLING = "raptr_ds.path.sampling"
+_SAMPLING, _GROWTH_INIT = "raptr_ds.path.sampling", "raptr_ds.path.growth_init"
+_TENSOR, _CHECKPOINTING = (
+    f"raptr_ds.parallel.{key}" for key in ("tensor_model_parallel_size", "activation_checkpointing")
+)
+_RATE, _PEAK = "optimizer.params.lr", "scheduler.params.warmup_max_lr"
+_EXPORTS, _TASKS = "raptr_ds.checkpoint.export_interval", "raptr_ds.eval.tasks"
 
 
 @dataclass(frozen=True)
 class Use:
-    """A key is used only where `selector` has one of `values`."""
+    """A key is used only where the value of `selector` fits.
+
+    wanted: what fits, in words. why: why the key has no use elsewhere; empty: because it is for `wanted`. idle: values
+    of the key that change nothing and so need no use.
+    """
 
     key: str
     selector: str
-    values: tuple[str | int, ...]
+    fits: Callable[[Any], bool]
+    wanted: str
+    why: str = ""
+    idle: tuple[Any, ...] = ()
+
+
+def _one_of(key: str, selector: str, *values: str | int, why: str = "", idle: tuple[Any, ...] = ()) -> Use:
+    return Use(key, selector, values.__contains__, " or ".join(map(repr, values)), why, idle)
+
+
+def _methods_with(key: str) -> tuple[str, ...]:
+    return tuple(method for method, section in PATH_SECTIONS.items() if key in section.model_fields)
+
+
+def _zero(key: str, *stages: int) -> Use:
+    idle = (ZERO_DEFAULTS[key], "auto") if key in ZERO_DEFAULTS else ("auto",)  # check_table explains what auto is
+    return _one_of(f"zero_optimization.{key}", STAGE, *stages, idle=idle)
 
 
 USES = (
-    *(
-        Use(
-            f"raptr_ds.path.{key}",
-            METHOD,
-            tuple(method for method, section in PATH_SECTIONS.items() if key in section.model_fields),
-        )
-        for key in keys_of("path")
+    *(_one_of(f"raptr_ds.path.{key}", METHOD, *_methods_with(key)) for key in keys_of("path")),
+    _one_of("raptr_ds.path.balance_stages", _SAMPLING, "balanced"),
+    _one_of(
+        "raptr_ds.path.growth_optimizer_state",
+        _GROWTH_INIT,
+        "copied",
+        why="the new layers are no copies",
+        idle=("fresh",),
     ),
-    Use("raptr_ds.path.balance_stages", SAMPLING, ("balanced",)),
-    Use("raptr_ds.parallel.micro_batches", METHOD, ("raptr", "constant", "stacking")),
-    Use("raptr_ds.model.rotary_base", POSITION, ("rotary",)),
-    Use("raptr_ds.objective.mask_rate", ARCHITECTURE, ("bert",)),
-    Use("raptr_ds.objective.whole_word", ARCHITECTURE, ("bert",)),
-    Use("raptr_ds.objective.denoisers", ARCHITECTURE, ("ul2",)),
-    *(Use(f"zero_optimization.{key}", STAGE, (3,)) for key in STAGE_3_ONLY),
+    _one_of("raptr_ds.parallel.micro_batches", METHOD, "raptr", "constant", "stacking"),
+    Use(
+        "raptr_ds.parallel.sequence_parallel",
+        _TENSOR,
+        lambda size: size > 1,
+        "2 or more",
+        why="it splits what the processes that share a layer have copies of",
+        idle=(False,),
+    ),
+    Use(
+        "raptr_ds.parallel.keep_activations_up_to",
+        _CHECKPOINTING,
+        bool,
+        "true",
+        why="all activations are kept",
+        idle=(0,),
+    ),
+    _one_of("raptr_ds.model.rotary_base", POSITION, "rotary"),
+    _one_of("raptr_ds.objective.mask_rate", ARCHITECTURE, "bert"),
+    _one_of("raptr_ds.objective.whole_word", ARCHITECTURE, "bert"),
+    _one_of("raptr_ds.objective.denoisers", ARCHITECTURE, "ul2"),
+    Use("raptr_ds.checkpoint.export_precision", _EXPORTS, bool, "a number of steps", idle=("fp32",)),
+    _one_of(_TASKS, ARCHITECTURE, "ul2", why="bert has no continuations of a text to score", idle=([],)),
+    Use(_TASKS, _EXPORTS, bool, "a number of steps", why="tasks are scored on exports", idle=([],)),
+    *(
+        Use(f"raptr_ds.eval.{key}", _TASKS, bool, "a list of tasks", why="there are no tasks", idle=(field.default,))
+        for key, field in keys_of("eval").items()
+        if key.startswith("task_")
+    ),
+    *(_zero(key, 1, 2, 3) for key in PARTITIONED),
+    *(_zero(key, 1, 2) for key in STAGES_1_AND_2),
+    *(_zero(key, 3) for key in STAGE_3_ONLY),
+    _one_of("communication_data_type", STAGE, 1, 2, 3, idle=("auto",)),
 )
+"""A key that selects the use of others stands before them."""
 
 RIVALS = (
     ("raptr_ds.path.full_warmup_steps", "raptr_ds.path.full_warmup_ratio"),
     ("scheduler.params.warmup_num_steps", "scheduler.params.warmup_ratio"),
     ("scheduler.params.decay_num_steps", "scheduler.params.decay_ratio"),
-    ("optimizer.params.lr", "scheduler.params.warmup_max_lr"),
+    (_RATE, _PEAK),
 )
 """Two ways to set one thing."""
 
@@ -54,43 +112,60 @@ def settle_unused(tree: dict[str, Any], touched: set[str], place: Place) -> tupl
     """Return the tree without unused keys, the errors for keys that never had a use, and lines to print.
 
     A key of the file that loses its use because --set changed its selector (another method on the same file) is left
-    out, and a line says so. A key without use in any other case is an error. `touched` holds the keys set by --set.
+    out, and a line says so; so is what then loses its own use. A key without use in any other case is an error.
+    `touched` holds the keys set by --set.
     """
-    errors, notes = [], []
-    for use, value, given in _unused(tree):
-        tree = without(tree, use.key)
+    errors, notes, wrong = [], [], []
+    changed = set(touched)
+    for use in USES:
+        value, given = _value_of(use.selector, tree), look_up(tree, use.key)
+        if use.key in wrong or not _lacks_use(use, value, given):
+            continue
         # The architecture decides the position embedding where the file does not.
         selectors = {use.selector, ARCHITECTURE} if use.selector == POSITION else {use.selector}
-        if selectors & touched and not is_touched(use.key, touched):
-            notes.append(f"{use.key}: left out, as {use.selector}={value!r} (from --set) does not use it")
+        selected = f"{use.selector}={_written(value)}"
+        if selectors & changed and not is_touched(use.key, touched):
+            tree = without(tree, use.key)
+            changed.add(use.key)
+            by = " (from --set)" if selectors & touched else ""
+            notes.append(f"{use.key}: left out, as {selected}{by} does not use it")
         else:
-            wanted = " or ".join(map(repr, use.values))
+            wrong.append(use.key)
+            why = use.why or f"it is for {use.wanted}"
             errors.append(
-                f"{use.key}={given!r}{place(use.key)} has no use with {use.selector}={value!r}: "
-                f"it is for {wanted}. Remove it, or set {use.selector} to {wanted}."
+                f"{use.key}={_written(given)}{place(use.key)} has no use with {selected}: {why}. Remove it, or set "
+                f"{use.selector} to {use.wanted}."
             )
+    for key in wrong:
+        tree = without(tree, key)
     return tree, errors, notes
 
 
 def keep_used(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a complete tree without the keys that its selectors do not use."""
-    for use, _, _ in _unused(tree):
-        tree = without(tree, use.key)
+    for use in USES:
+        if _lacks_use(use, _value_of(use.selector, tree), look_up(tree, use.key)):
+            tree = without(tree, use.key)
     return tree
 
 
-def settle_overridden(tree: dict[str, Any], touched: set[str]) -> tuple[dict[str, Any], list[str]]:
+def settle_overridden(
+    tree: dict[str, Any], touched: set[str], file: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Return the tree without keys of the file that --set replaces, and lines to print.
 
     These are parameters of the optimizer or schedule that another type, named by --set, does not have, and the other
-    way to set what --set sets: --set of a warm-up in steps replaces the file's ratio.
+    way to set what --set sets: --set of a warm-up in steps replaces the file's ratio. A peak learning rate that the
+    file gives to its schedule stays the run's, whatever the schedule becomes. file: the tree before --set.
     """
     notes = []
     for part, types in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         kind, params = canonical(look_up(tree, f"{part}.type"), types), look_up(tree, f"{part}.params")
         if f"{part}.type" not in touched or kind is None or not isinstance(params, dict):
             continue
-        for key in [key for key in params if key not in types[kind] and f"{part}.params.{key}" not in touched]:
+        for key in params:
+            if key in types[kind] or f"{part}.params.{key}" in touched or "." in key:  # check_table reports dots
+                continue
             tree = without(tree, f"{part}.params.{key}")
             notes.append(f"{part}.params.{key}: left out, as {part}.type={kind!r} (from --set) does not use it")
     for pair in RIVALS:
@@ -100,6 +175,11 @@ def settle_overridden(tree: dict[str, Any], touched: set[str]) -> tuple[dict[str
             (gone,) = set(given) - set(stays)
             tree = without(tree, gone)
             notes.append(f"{gone}: left out, as {stays[0]} (from --set) replaces it")
+    rate = look_up(file, _PEAK)
+    is_lost = rate is not None and look_up(tree, _PEAK) is None and _PEAK not in touched
+    if is_lost and look_up(tree, _RATE) is None:
+        tree = _with_rate(tree, rate)
+        notes.append(f"{_RATE}={rate!r}: the file's {_PEAK}, which the schedule from --set does not have")
     return tree, notes
 
 
@@ -121,22 +201,50 @@ def without(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
     return {**tree, head: without(tree[head], rest)}
 
 
-def _unused(tree: dict[str, Any]) -> list[tuple[Use, Any, Any]]:
-    """Return the uses that do not hold, each with its selector's value and its key's.
+def _with_rate(tree: dict[str, Any], rate: Any) -> dict[str, Any]:
+    """Return a copy of `tree` with a learning rate; the tree itself if its optimizer is no object."""
+    optimizer = tree.get("optimizer", {})
+    params = optimizer.get("params", {}) if isinstance(optimizer, dict) else None
+    return {**tree, "optimizer": {**optimizer, "params": {**params, "lr": rate}}} if isinstance(params, dict) else tree
 
-    A selector without a value, or with an unknown one, decides nothing: that is another error.
+
+def _lacks_use(use: Use, value: Any, given: Any) -> bool:
+    """Return whether a key is given, with an effect that it cannot have with this value of its selector."""
+    return given is not None and value is not None and given not in use.idle and not use.fits(value)
+
+
+def _value_of(selector: str, tree: dict[str, Any]) -> Any:
+    """Return the value of a selector, given or by default.
+
+    None if it is missing or wrong, which is another error: it then decides nothing.
     """
-    architecture, method = look_up(tree, ARCHITECTURE), look_up(tree, METHOD) or METHODS[0]
-    selected = {
-        METHOD: method if method in METHODS else None,
-        SAMPLING: look_up(tree, SAMPLING) or "uniform",
-        ARCHITECTURE: architecture,
-        POSITION: look_up(tree, POSITION) or BY_ARCHITECTURE.get(str(architecture), {}).get("position_embedding"),
-        STAGE: look_up(tree, STAGE) or 0,
-    }
-    unused: dict[str, tuple[Use, Any, Any]] = {}
-    for use in USES:
-        value, given = selected[use.selector], look_up(tree, use.key)
-        if given is not None and value is not None and value not in use.values:
-            unused.setdefault(use.key, (use, value, given))
-    return list(unused.values())
+    value, field = look_up(tree, selector), field_of(selector)
+    if selector == METHOD:
+        value = METHODS[0] if value is None else value
+        return value if value in METHODS else None
+    if field is None:  # ZeRO's stage
+        return (value or 0) if zero_stage(value or 0) is None else None
+    if value is None and selector == POSITION:
+        value = BY_ARCHITECTURE.get(str(look_up(tree, ARCHITECTURE)), {}).get("position_embedding")
+    if value is None:
+        return None if field.is_required() else field.default
+    try:
+        return _reader(selector).model_validate({"value": value}).model_dump()["value"]
+    except ValidationError:
+        return None
+
+
+@cache
+def _reader(selector: str) -> type[Section]:
+    """Return a section of one `value`, which may be what the selector's may be."""
+    field = field_of(selector)
+    assert field is not None, selector
+    value: Any = (field.annotation, field)
+    return create_model("Selector", __base__=Section, value=value)
+
+
+def _written(value: Any) -> str:
+    """Return a value as messages write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(list(value) if isinstance(value, tuple) else value)

@@ -18,7 +18,7 @@ from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.agreement import together
 from raptr_ds.parallel.groups import ProcessGroups
-from raptr_ds.parallel.topology import stage_layers
+from raptr_ds.paths.stages import stage_layers
 
 
 def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:

@@ -1,8 +1,6 @@
 """Where a rank stands: pure arithmetic on sizes, no process group."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,3 @@ class Topology:
         tensor = rank % self.tensor
         data = rank // self.tensor % self.data
         return rank // (self.tensor * self.data), data, tensor
-
-
-def stage_layers(layers_per_stage: Sequence[int]) -> list[range]:
-    """Return each pipeline stage's contiguous layers, 0-based and global, from their counts."""
-    return [range(start, end) for start, end in pairwise(accumulate(layers_per_stage, initial=0))]

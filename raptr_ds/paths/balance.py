@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from raptr_ds.paths.stages import stage_layers
+
 _TOLERANCE = 1e-9  # of a layer, for comparing loads
 
 
@@ -36,10 +38,9 @@ class BalancedStages:
         """Return the stages with the head's cost on the last."""
         return cls(tuple(num_layers), (*(0.0 for _ in num_layers[1:]), head_cost))
 
-    def layers(self) -> tuple[range, ...]:
+    def layers(self) -> list[range]:
         """Return each stage's layers, 0-based and global."""
-        starts = [sum(self.num_layers[:stage]) for stage in range(len(self.num_layers))]
-        return tuple(range(start, start + count) for start, count in zip(starts, self.num_layers, strict=True))
+        return stage_layers(self.num_layers)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """Phases: which path length holds at which step, from the lengths of a schedule such as "6-8-10-12"."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from raptr_ds.config.path_sections import (
     AnyPathSection,
@@ -14,6 +12,7 @@ from raptr_ds.config.path_sections import (
     ScheduledSection,
     WarmedUpSection,
 )
+from raptr_ds.config.schedules import steps_of_phases
 
 
 @dataclass(frozen=True)
@@ -92,29 +91,12 @@ def split_phases(
 ) -> Phases:
     """Divide a run's steps among a full-model warm-up, if any, and the schedule's phases.
 
-    The warm-up is a phase of its own before the schedule's, and no longer than the run. The remaining R steps are
-    divided by weights: 1 for each phase (uniform), its path length (proportional: a phase of twice the length gets
-    twice the steps), its number from 1 to a power (power:A), or its own of `split`. Phase s ends R * (w_0 + ... +
-    w_s) / (w_0 + ... + w_last) steps after the warm-up, rounded to the nearest whole step, halves up; rounding the
-    cumulative sums, not the parts, covers all steps exactly.
+    The warm-up is a phase of its own before the schedule's, and no longer than the run.
     """
     warmup_steps = min(full_warmup_steps, num_steps)
     phases = [Phase(0, num_layers, 0, warmup_steps)] if warmup_steps else []
-    weights = _weights(lengths, split)
-    total, cumulative, first_step = sum(weights), Fraction(0), warmup_steps
-    for length, weight in zip(lengths, weights, strict=True):
-        cumulative += weight
-        # Exact arithmetic, free of rounding errors at any number of steps.
-        end_step = warmup_steps + math.floor((num_steps - warmup_steps) * cumulative / total + Fraction(1, 2))
-        phases.append(Phase(len(phases), length, first_step, end_step))
-        first_step = end_step
+    first_step = warmup_steps
+    for length, count in zip(lengths, steps_of_phases(lengths, num_steps - warmup_steps, split), strict=True):
+        phases.append(Phase(len(phases), length, first_step, first_step + count))
+        first_step += count
     return Phases(tuple(phases))
-
-
-def _weights(lengths: Sequence[int], split: str | Sequence[float]) -> list[Fraction]:
-    if not isinstance(split, str):
-        return [Fraction(str(share)) for share in split]  # as it is written: 0.8 is four fifths
-    kind, _, power = split.partition(":")
-    if kind == "power":
-        return [Fraction(number ** float(power)) for number in range(1, len(lengths) + 1)]
-    return [Fraction(length if kind == "proportional" else 1) for length in lengths]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.parallel import topology
+from raptr_ds.paths import stages
 from raptr_ds.paths.cost import (
     StepFlops,
     head_forward_flops,
@@ -149,7 +149,7 @@ def _activity(path: LayerPath) -> np.ndarray:
 def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.ndarray:
     """Return the number of active layers of each pipeline stage, (paths, stages), from an activity table."""
     assert sum(stage_layers) == activity.shape[-1], f"{stage_layers} for {activity.shape[-1]} layers"
-    ranges = topology.stage_layers(stage_layers)
+    ranges = stages.stage_layers(stage_layers)
     return np.stack([activity[:, layers.start : layers.stop].sum(axis=1) for layers in ranges], axis=1)
 
 

@@ -9,10 +9,10 @@ from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.path_sections import AnyPathSection, RandomSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import PathMethod, Phase, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import head_cost_in_layers
+from raptr_ds.paths.stages import stage_layers
 from raptr_ds.runtime.state import StepCost
 
 

@@ -12,9 +12,9 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import num_parameters
+from raptr_ds.paths.stages import stage_layers
 from raptr_ds.planner.memory import layer_activation_bytes, rank_memory
 from raptr_ds.planner.step_time import Device, Layout, Setting
 from tests import kept_tensors

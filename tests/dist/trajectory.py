@@ -18,8 +18,8 @@ from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths import LayerPath, PathMethod, build_path_method
+from raptr_ds.paths.stages import stage_layers
 
 SEQ_LENGTH, VOCAB_SIZE, HIDDEN, NUM_HEADS = 16, 61, 32, 4
 SEED = 7

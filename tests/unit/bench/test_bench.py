@@ -17,7 +17,7 @@ from raptr_ds.bench.samples import Measured
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
-from raptr_ds.parallel.topology import stage_layers
+from raptr_ds.paths.stages import stage_layers
 
 ROOT = Path(__file__).parents[3]
 TINY = ["train_batch_size=4", "train_micro_batch_size_per_gpu=2", "raptr_ds.model.num_layers=4"]

@@ -19,19 +19,29 @@ EXPORT_RULES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             1,
             f"{CHECKPOINT}export_precision=bf16",
-            ["export_precision='bf16' without raptr_ds.checkpoint.export_interval"],
+            [
+                "export_precision='bf16'",
+                "has no use with raptr_ds.checkpoint.export_interval=0",
+                "to a number of steps",
+            ],
             f"{EXPORTS} {CHECKPOINT}export_precision=bf16",
         ),
         (
             1,
             f"{EVAL}task_limit=5 {EVAL}task_shots=1",
-            ["raptr_ds.eval.task_shots=1, raptr_ds.eval.task_limit=5 without raptr_ds.eval.tasks"],
+            ["raptr_ds.eval.task_shots=1", "raptr_ds.eval.task_limit=5", "has no use with raptr_ds.eval.tasks=[]"],
             f"{SCORED} {EVAL}task_limit=5 {EVAL}task_shots=1",
         ),
     ],
     "tasks_are_scored_on_exports": [
-        (1, f"{EXPORTS} {TASKS}", ["raptr_ds.eval.tasks=['boolq', 'copa']", "tasks are for ul2"], SCORED),
-        (1, f"{UL2} {TASKS}", ["is scored on exports", "export_interval=0"], SCORED),
+        (1, f"{UL2} {EXPORTS} {EVAL}tasks=boolq", ["tasks='boolq'", 'must be a list, as ["boolq", "copa"].'], SCORED),
+        (
+            1,
+            f"{EXPORTS} {TASKS}",
+            ["raptr_ds.eval.tasks=['boolq', 'copa']", "architecture='bert'", "no continuations"],
+            SCORED,
+        ),
+        (1, f"{UL2} {TASKS}", ["tasks are scored on exports", "export_interval=0"], SCORED),
         (1, f'{UL2} {EXPORTS} {EVAL}tasks=["copa","copa"]', ["names copa twice"], SCORED),
         (
             1,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.config.deepspeed_keys import INSTEAD, KNOWN, ZERO
+from raptr_ds.config.deepspeed_keys import INSTEAD, KNOWN, ZERO, ZERO_DEFAULTS
 from raptr_ds.config.optimization import NOT_OFFERED, OPTIMIZERS, SCHEDULERS
 from raptr_ds.errors import ConfigError
 
@@ -84,8 +84,8 @@ def test_keys_that_people_try_are_refused_with_what_to_do(load, key):
         ),
         ("data_types.param_dtype=fp16", "Keys of data_types: grad_accum_dtype."),
         (
-            "zero_optimization.stage3_gather_fp16_weights_on_model_save=true",
-            "did you mean 'stage3_gather_16bit_weights_on_model_save'?",
+            "zero_optimization.stage3_prefetch_bucket=5e8",
+            "did you mean 'stage3_prefetch_bucket_size'?",
         ),
     ],
 )
@@ -108,7 +108,8 @@ def test_other_keys_are_refused_with_those_that_are_supported(load, override, sa
         ("bf16=yes", "must be an object"),
         ("fp16.loss_scale_window=0", "must be a whole number, 1 or more"),
         ("fp16.min_loss_scale=-1", "must be a whole number, 1 or more"),
-        ("communication_data_type=int8", "must be one of fp16, bf16, fp32"),
+        ("fp16.hysteresis=1001", "must be a whole number, 1 to 1000"),
+        ("log_level=loud", "must be one of debug, info, warning, error, critical"),
         ("zero_optimization.offload_optimizer.device=cpu", "Offloaded gradients would be missing from the norm"),
         ("zero_optimization.zero_quantized_weights=true", "has not been tested"),
         (
@@ -127,6 +128,12 @@ def test_other_keys_are_refused_with_those_that_are_supported(load, override, sa
             'optimizer={"type": "Adam", "params": {"torch_adam": true, "bias_correction": true}}',
             "no use with torch_adam true",
         ),
+        (
+            'optimizer={"params": {"foreach": true, "fused": true}}',
+            "choose two implementations of torch's Adam. Set one",
+        ),
+        ("zero_optimization={stage: 2, allgather_bucket_size: 3}", "must be an even number, 2 or more"),
+        ("zero_optimization={stage: 1, allgather_bucket_size: 0}", "must be an even number, 2 or more"),
         ("optimizer=5", "optimizer=5 (from --set) must be an object"),
         ('optimizer={"type": "AdamW", "params": 5}', "optimizer.params=5"),
         ("scheduler.type=OneCycle", "It must be one of WarmupLR, "),
@@ -139,3 +146,28 @@ def test_values_out_of_range(load, override, says):
     with pytest.raises(ConfigError) as error:
         load(override)
     assert says in str(error.value)
+
+
+def test_the_type_of_communication_is_deepspeeds(load):
+    with pytest.raises(ConfigError, match="must be one of fp16, bf16, fp32"):
+        load("communication_data_type=int8", "zero_optimization.stage=1")
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error", "critical"])
+def test_every_level_of_logging_is_deepspeeds(load, source, level):
+    load(f"log_level={level}")
+    assert f'"{level}": logging.' in (source / "utils/logging.py").read_text(encoding="utf-8")
+
+
+def test_the_defaults_of_zero_are_deepspeeds(source):
+    tree = ast.parse((source / "runtime/zero/config.py").read_text(encoding="utf-8"))
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig")
+    theirs = {
+        node.target.id: ast.unparse(node.value)
+        for node in cls.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
+    }
+    assert theirs.pop("overlap_comm") == "None"  # false at all stages but 3
+    for key, default in ZERO_DEFAULTS.items():
+        written = theirs.get(key, "False")
+        assert written.startswith("Field(pp_int(500000000.0)") if default == 5e8 else written == str(default), key

@@ -112,6 +112,10 @@ def test_the_advice_on_mask_rates_can_be_followed(load):
         load(f"raptr_ds.model.seq_length={length}", f"raptr_ds.objective.mask_rate={rate}")
     with pytest.raises(ConfigError, match=r"Set seq_length to 7 or more\.$"):
         load("raptr_ds.model.seq_length=1")
+    with pytest.raises(ConfigError, match=r"Set mask_rate to 0\.0313 or more\.$"):
+        load("raptr_ds.objective.mask_rate=5e-324")
+    with pytest.raises(ConfigError, match=r"Set both to more\.$"):
+        load("raptr_ds.model.seq_length=1", "raptr_ds.objective.mask_rate=5e-324")
 
 
 def test_no_batches_switch_evaluation_off(load):
@@ -151,6 +155,27 @@ def test_schedules_beyond_sense(load, kind, params, says):
 def test_unusual_schedules_have_a_warning(load, kind, params):
     (line,) = scheduled(load, kind, **params).warnings
     assert f"total_num_steps={params['total_num_steps']}" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phases"),
+    [
+        ("schedule=6-12 split=[0.999,0.001]", "2 of 2"),
+        ("split=power:50", "1 or 2 or 3 of 4"),
+        ("schedule=6-12 full_warmup_steps=99", "2 of 2"),
+        ("method=width schedule=2-4 split=[0.999,0.001]", "2 of 2"),
+    ],
+)
+def test_phases_without_steps_have_a_warning(load, overrides, phases):
+    (line,) = load(*[f"raptr_ds.path.{override}" for override in overrides.split()]).warnings
+    assert f"steps none is in phase {phases}. Train for more steps" in line
+    assert load("raptr_ds.train.steps=4").warnings == []
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+def test_a_warm_up_by_a_ratio_leaves_a_step_for_the_schedule(load, num_steps):
+    path = load(f"raptr_ds.train.steps={num_steps}", "raptr_ds.path.full_warmup_ratio=0.996").path
+    assert path.full_warmup_steps == num_steps - 1
 
 
 def test_a_ratio_below_one_leaves_a_step_of_training(load):

@@ -1,8 +1,11 @@
 """What the path section derives: schedules by name, and rivals at RaPTr's compute."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from raptr_ds.config.path_sections import RaptrSection, RunSizes, StackingSection, WidthSection
+from raptr_ds.config.path_sections import PATH_SECTIONS, RaptrSection, RunSizes, StackingSection, WidthSection
 from raptr_ds.errors import ConfigError
 
 M, P = "raptr_ds.model.", "raptr_ds.path."
@@ -46,6 +49,7 @@ def test_phases_may_be_split_in_several_ways(load, split, read):
     [
         (f"{P}split=uniformly", "must be uniform, proportional, power:A .*did you mean 'uniform'"),
         (f"{P}split=power", "must be uniform, proportional, power:A"),
+        (f"{P}split=power:99 {P}schedule={'-'.join(['12'] * 1300)}", "too high a power for 1300 phases"),
         (f"{P}split=power:-1", "must be uniform, proportional, power:A"),
         (f"{P}split=[0.8,0.2]", r"each of the 4 phases of schedule='6-8-10-12'.*it has 2, which add up to 1\."),
         (f"{P}split=[0.8,0.3] {P}schedule=6-12", "which add up to 1; it has 2, which add up to 1.1"),
@@ -81,6 +85,14 @@ def test_widths_have_the_names_of_schedules(load):
 @pytest.mark.parametrize(("init", "state"), [("copied", "copied"), ("zero", "fresh"), ("random", "fresh")])
 def test_the_optimizer_state_of_new_layers_is_that_of_what_they_are_copies_of(load, init, state):
     assert load(f"{P}method=stacking", f"{P}growth_init={init}").path.growth_optimizer_state == state
+
+
+def test_the_table_of_methods_has_all_their_keys():
+    table = (Path(__file__).parents[3] / "docs/methods.md").read_text(encoding="utf-8")
+    rows = {row[1]: row[2] for row in re.finditer(r"^\| `(\w+)` \|.*\|(.*)\|$", table, re.M)}
+    assert {method: set(re.findall(r"`(\w+)`", keys)) for method, keys in rows.items()} == {
+        method: set(section.model_fields) - {"method"} for method, section in PATH_SECTIONS.items()
+    }
 
 
 def test_fixed_layers_count_from_the_end_and_meet():

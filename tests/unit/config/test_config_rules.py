@@ -44,7 +44,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             2,
             f"{R}sequence_parallel=true",
-            ["sequence_parallel=true", "no effect", "tensor_model_parallel_size=1", "to false"],
+            ["sequence_parallel=true", "no use", "tensor_model_parallel_size=1: it splits", "to 2 or more"],
             f"{R}sequence_parallel=true {R}tensor_model_parallel_size=2",
         ),
     ],
@@ -112,7 +112,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         (
             1,
             f"{R}keep_activations_up_to=4",
-            ["keep_activations_up_to=4", "activation_checkpointing=false", "Set activation_checkpointing to true"],
+            ["keep_activations_up_to=4", "activation_checkpointing=false", "or set raptr_ds.parallel.activation_che"],
             f"{R}keep_activations_up_to=4 {R}activation_checkpointing=true",
         ),
     ],
@@ -231,6 +231,7 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
             ["twice", "Keep one"],
             f"{P}full_warmup_ratio=0.5",
         ),
+        (1, f"{P}full_warmup_steps=0 {P}full_warmup_ratio=0.5", ["twice"], f"{P}full_warmup_ratio=0.996"),
     ],
     "full_warmup_ends": [
         (1, f"{P}full_warmup_steps=100", ["=100", "steps=100", "full_warmup_ratio"], f"{P}full_warmup_steps=99"),
