@@ -105,7 +105,7 @@ def train(session: Session) -> Exit:
         if is_evaluation_due and not evaluate(session, state):
             session.save(state)
             return Exit.CONTINUE_LATER
-        if session.is_checkpoint_due(before, state) or (done and config.checkpoint.save_on_exit):
+        if session.is_checkpoint_due(before, state) or (done and config.checkpoint.saves_at_end):
             session.save(state)
     return Exit.DONE
 

@@ -279,6 +279,11 @@ class CheckpointSection(Section):
     export_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the exported weights."""
 
+    @property
+    def saves_at_end(self) -> bool:
+        """Whether the end of the run has a checkpoint."""
+        return self.save_on_exit or self.export_interval > 0
+
     def due(self, step: int, since: int | None = None) -> bool:
         """Return whether to save after `step` steps; the end of the run is not counted.
 

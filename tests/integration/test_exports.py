@@ -160,6 +160,14 @@ def test_a_killed_run_makes_its_exports_when_it_is_started_again(
     assert steps_in(save / "checkpoints") == [12]
 
 
+def test_the_end_of_a_run_that_exports_is_saved_and_exported(data_folder: Path, tmp_path: Path, tools: Path) -> None:
+    checkpoint = {"interval": 5, "keep": 1, "export_interval": 5, "save_on_exit": False}
+    run, save = run_with(tmp_path, data_folder, checkpoint=checkpoint), tmp_path / "run"
+    done = forked(run, spoil=partial(use, tools=tools))
+    assert done.returncode == 0, done.stderr
+    assert steps_in(save / "exports") == [5, 10, 12]
+
+
 def test_a_stop_leaves_exports_to_the_next_start(data_folder: Path, tmp_path: Path, tools: Path) -> None:
     run, save = run_with(tmp_path, data_folder), tmp_path / "run"
     (tools / "export_hf.slow").touch()
