@@ -98,7 +98,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     if device.type == "cpu" and config.optimizer["type"] == "Lion":
         raise ConfigError(
             "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
-            "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
+            "Set optimizer.type to AdamW, Adam or SGD."
         )
     if device.type == "cuda" and config.precision == "bf16":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -191,7 +191,7 @@ def test_the_first_step_of_an_optimizer_loads_the_compiler() -> None:
     train = """
 import torch
 weight = torch.nn.Parameter(torch.ones(1))
-for optimizer in (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     weight.grad = torch.ones(1)
     optimizer([weight], lr=0.5).step()
     optimizer([weight], lr=0.5).zero_grad()
