@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counter(TorchDispatchMode):
     """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
 
+    reads: how often a number is read from a tensor, for which the host would wait on a GPU.
+
     copied_elements: that ZeRO's passes through flat buffers give (cat, copy_, div_, lists too), inside or not.
 
     largest_bytes: by collective, the larger side of each call: what a reduce-scatter gets, an all-gather gives.
@@ -23,6 +25,7 @@ class Counter(TorchDispatchMode):
         self.largest_bytes: dict[str, int] = {}
         self.elements = 0
         self.copied_elements = 0
+        self.reads = 0
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,6 +37,7 @@ class Counter(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        self.reads += name in {"_local_scalar_dense", "is_nonzero"}
         if name in {"cat", "copy_", "div_"}:
             self.copied_elements += result.numel()
         elif name == "_foreach_copy_":

@@ -44,6 +44,7 @@ class Case:
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
+    fp16_scale_window: int = 1000
     pipeline_layers: tuple[int, ...] | None = None
     reduce_bucket: int = 0
     overlap: bool = False
@@ -181,7 +182,12 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": case.fp16_scale_power, "hysteresis": 1}
+        config["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": case.fp16_scale_power,
+            "loss_scale_window": case.fp16_scale_window,
+            "hysteresis": 1,
+        }
     if case.accumulate_in_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine_class = PipelineEngine if case.pipeline > 1 else ZeroEngine
