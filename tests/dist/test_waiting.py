@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from raptr_ds.engine import zero
 from raptr_ds.parallel.launch import Launch
@@ -62,3 +63,30 @@ def test_waiting_for_an_overlapped_reduction_is_no_own_work(stage: int) -> None:
     for seconds, waits in run_distributed(own_seconds_and_waits, 2, case, 1.0):
         assert waits > 0
         assert seconds < 1.0
+
+
+def kept_times_and_sent_types(launch: Launch, case: Case) -> tuple[int, set[torch.dtype]]:
+    """Train three steps; return how many times DeepSpeed keeps, and the types of what a warm one sends to stages."""
+    from deepspeed.runtime.pipe import p2p
+
+    groups = process_groups(launch, case)
+    engine: Any = build_engine(case, groups)
+    send, sent = p2p.send, set()
+
+    def observed(tensor: torch.Tensor, to: int, *more: Any) -> Any:
+        sent.add(tensor.dtype)
+        return send(tensor, to, *more)
+
+    for step in range(3):
+        if step == 1:
+            p2p.send = observed
+        engine.train_step(batch_at(case, groups, step), LayerPath.full(5), step, 1e-3)
+    timers = engine.engine.timers.get_timers().values()
+    return sum(len(timer.event_timers) for timer in timers), sent
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_pipeline_keeps_no_events_and_sends_no_sizes(tensor: int) -> None:
+    """Two events of each batch would add up on a GPU; the sizes of parts of the stream would be read from it."""
+    case = Case(pipeline=2, tensor=tensor, micro_batch=4)
+    assert run_distributed(kept_times_and_sent_types, 2 * tensor, case) == [(0, {torch.float32})] * (2 * tensor)

@@ -11,6 +11,7 @@ from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.path_sections import PATH_SECTIONS, RunSizes
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
+from raptr_ds.engine.deepspeed_engine import NEVER
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.reference import ReferenceEngine
@@ -156,7 +157,7 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "train_batch_size": case.global_batch,
         "train_micro_batch_size_per_gpu": case.micro_batch,
         "gradient_accumulation_steps": case.global_batch // (case.micro_batch * groups.topology.data),
-        "steps_per_print": 1 << 60,
+        "steps_per_print": NEVER,
         "optimizer": {
             "type": "AdamW",
             "params": {
