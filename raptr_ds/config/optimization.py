@@ -33,13 +33,13 @@ _ADAM_ALL: dict[str, Check] = {
 OPTIMIZERS: dict[str, dict[str, Check]] = {
     "AdamW": {**_ADAM_ALL, "adam_w_mode": flag},
     "Adam": {**_ADAM_ALL, "adam_w_mode": flag},
-    "Adagrad": {**_RATE, "eps": number(0, above=True)},
     "Lion": {**_RATE, "betas": _betas},
     "SGD": {**_RATE, "momentum": number(0, 1), "dampening": number(0), "nesterov": flag},
 }
 """Names that DeepSpeed 0.19.8 builds (runtime/engine.py, _configure_basic_optimizer) and that step layer by layer."""
 
 NOT_OFFERED = {
+    "adagrad": "is built a second time by DeepSpeed's ZeRO, without the parameter groups of layers",
     **dict.fromkeys(("lamb", "muon"), "updates whole matrices, which tensor parallelism and ZeRO cut"),
     **dict.fromkeys(("muadam", "muadamw", "musgd"), "needs the mup package and its own initialization"),
     **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "was removed from DeepSpeed"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.run import RunConfig
+from raptr_ds.engine.deepspeed_engine import NEVER
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.zero import ZeroEngine
@@ -98,7 +99,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     if device.type == "cpu" and config.optimizer["type"] == "Lion":
         raise ConfigError(
             "optimizer.type='Lion' is DeepSpeed's fused one, which runs on GPUs only; this run is on CPUs. "
-            "Set optimizer.type to AdamW, Adam, Adagrad or SGD."
+            "Set optimizer.type to AdamW, Adam or SGD."
         )
     if device.type == "cuda" and config.precision == "bf16":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -128,7 +129,7 @@ def precision_warning(precision: str, device: torch.device) -> str | None:
 def _deepspeed_config(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's part of the run file with the settings that our engines need."""
     filled = dict(config.deepspeed)
-    filled.setdefault("steps_per_print", 1 << 60)  # the training loop prints progress itself
+    filled.setdefault("steps_per_print", NEVER)
     # On by default it waits for the device twice a micro batch (deepspeed 0.19.8, utils/timer.py, ThroughputTimer).
     timers = filled.get("timers", {})
     filled["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}

@@ -33,6 +33,9 @@ from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups, timeout_of_the_world
 from raptr_ds.parallel.uncompiled import keep_optimizers_eager
 
+NEVER = 1 << 60
+"""DeepSpeed's steps_per_print in runs whose file has none: the training loop prints progress itself."""
+
 
 def tensor_parallel_unit(groups: ProcessGroups) -> SimpleNamespace:
     """Return the `mpu` that DeepSpeed asks for ranks and groups; megatron-core's module lacks the first three names."""
@@ -172,7 +175,7 @@ def build_deepspeed_engine(
     clock = WorkClock(groups.device, is_on=groups.topology.world_size > 1)
     engine.__dict__.update(process_groups=groups, stage=stage, clock=clock)
     start_deepspeed_comm()
-    config = _with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage)
+    config = _summing_as_it_accumulates(_with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage))
     parsed = DeepSpeedConfig(config, unit)
     engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)
     return engine
@@ -199,6 +202,16 @@ def _with_fitting_bucket(config: dict[str, Any], stage: Stage) -> dict[str, Any]
     elements = sum(parameter.numel() for parameter in stage.parameters())
     asked = int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET))
     return {**config, "zero_optimization": {**zero, "reduce_bucket_size": min(asked, elements)}}
+
+
+def _summing_as_it_accumulates(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with gradients summed over ranks in fp32 where they accumulate in fp32.
+
+    DeepSpeed's ZeRO would round them to the working precision first, unless communication_data_type says something.
+    """
+    if str(config.get("data_types", {}).get("grad_accum_dtype")).lower() != "fp32":
+        return config
+    return {"communication_data_type": "fp32", **config}
 
 
 def pipeline_module(body: nn.Module, groups: ProcessGroups) -> PipelineModule:

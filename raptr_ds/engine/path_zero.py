@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from raptr_ds.engine.fragments import Geometry, Holder, Piece
-from raptr_ds.engine.gradient_norm import LossCheck, global_norm
+from raptr_ds.engine.gradient_norm import LossCheck, clip_factor, global_norm
 from raptr_ds.engine.parameter_groups import NO_LAYER, every_layer, layer_of, layers_on
 from raptr_ds.engine.prefetch import PathCoordinator, prefetch_along_paths
 from raptr_ds.engine.work_clock import WorkClock
@@ -76,6 +76,9 @@ class PathZero:
     """Whether this step changes a layer."""
     loss_check: LossCheck
     clock: WorkClock
+    unscaled_norm: torch.Tensor
+    factor: torch.Tensor | float
+    """What unscales and clips the gradients of this step."""
     waiting: Sequence[str]
     """DeepSpeed's methods that reduce gradients or gather weights, with the other ranks."""
 
@@ -93,14 +96,22 @@ class PathZero:
     def finish_step(self, norm: float) -> None:
         """Do nothing: DeepSpeed has looked at the norm in `step`."""
 
-    def _norm(self, owned: list[torch.Tensor]) -> torch.Tensor:
-        """Return the norm over all ranks; -1, with which DeepSpeed skips the step, if it or a loss is not finite.
+    def _norm(self: Any, owned: list[torch.Tensor]) -> torch.Tensor:
+        """Return the scaled norm of all ranks; -1, with which DeepSpeed skips the step, if it or a loss is not finite.
 
-        This takes one collective, where DeepSpeed has one for each group.
+        This takes one collective, where DeepSpeed has one for each group. The factor that unscales and clips is
+        computed here: DeepSpeed would wait for the device in each group to look at the norm once more (stages 1 and
+        2), and unscale by the scale of the next step where a dynamic one grows after this step.
         """
         with self.clock.waiting():
             norm = global_norm(owned, self.loss_check, self.process_groups)
+        self.unscaled_norm = norm / self.loss_scale
+        self.factor = clip_factor(self.unscaled_norm, self.clip_grad) / self.loss_scale
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
+
+    def _unscale_and_clip(self, gradient: torch.Tensor) -> None:
+        if isinstance(self.factor, torch.Tensor) or self.factor != 1.0:
+            gradient.mul_(self.factor)
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Find no overflow: if a gradient is not finite the norm is not either, and DeepSpeed checks that next."""
@@ -114,7 +125,7 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
     layer moves in many steps before it is used.
     """
 
-    waiting = ("average_tensor",)
+    waiting = ("average_tensor", "independent_gradient_partition_epilogue")
     stale: set[int]
     """Groups whose fp32 partitions have changed since their weights were gathered."""
 
@@ -153,6 +164,11 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
             real = (g for g in self.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
             owned += [g for g, p in zip(real, parameters, strict=False) if is_owner(p, self.process_groups)]
         return self._norm(owned)
+
+    def unscale_and_clip_grads(self: Any, grad_groups_flat: list[torch.Tensor], total_norm: torch.Tensor) -> None:
+        """Multiply a group's gradients by the step's factor."""
+        for gradient in grad_groups_flat:
+            self._unscale_and_clip(gradient)
 
     def step(self: Any, closure: Any = None) -> None:
         """Make DeepSpeed's step on the groups that move."""
@@ -257,6 +273,10 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
                     owned.append(gradient)
         return [self._norm(owned)]
 
+    def unscale_and_clip_grads(self: Any, sub_group_id: int, total_norm: torch.Tensor) -> None:
+        """Multiply a sub-group's gradients by the step's factor."""
+        self._unscale_and_clip(self.fp32_partitioned_groups_flat[sub_group_id].grad)
+
     def step(self: Any, closure: Any = None) -> None:
         """Make DeepSpeed's step on the groups that move, and gather the path's small weights, which stay gathered.
 
@@ -270,6 +290,8 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
             self.clock.working(),
         ):
             super().step(closure)
+        if not self.overflow:
+            self._global_grad_norm = self.unscaled_norm  # DeepSpeed's is divided by the next step's scale
 
     @torch.no_grad()
     def refresh(self: Any, is_wanted: Callable[[int], bool]) -> None:

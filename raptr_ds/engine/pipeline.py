@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.utils.timer import NoopTimer
 from torch import nn
 
 from raptr_ds.data.batch import StepBatch
-from raptr_ds.engine.deepspeed_engine import pipeline_module
+from raptr_ds.engine.deepspeed_engine import NEVER, pipeline_module
 from raptr_ds.engine.tied_gradient import TiedGradient
 from raptr_ds.engine.zero import ZeroEngine
 from raptr_ds.model.stage import Stage
@@ -57,9 +58,11 @@ class PipelineEngine(ZeroEngine):
         self.body = _StepBody(stage)
         self.body.owner = self
         super().__init__(config, stage, groups, seed, skipped_update, pipeline_module(self.body, groups))
-        if groups.sequence_parallel:
-            # DeepSpeed lets each tensor rank send a part of what all have and gathers it; here ranks have own parts.
-            self.engine.is_pipe_partitioned = self.engine.is_grad_partitioned = False
+        # DeepSpeed would let each tensor rank send a part of what all have, and gather it. That waits for the device
+        # twice a micro batch, to read the parts' sizes; with sequence parallelism ranks have own parts anyway.
+        self.engine.is_pipe_partitioned = self.engine.is_grad_partitioned = False
+        if self.engine.steps_per_print() == NEVER and not self.engine.wall_clock_breakdown():
+            self.engine.timers = NoopTimer()  # DeepSpeed keeps two events of each batch until it prints their times
         if groups.embedding is not None and stage.embedding is not None and stage.model.tie_word_embeddings:
             self.engine.tied = TiedGradient(stage.embedding.word, groups, self.engine.get_data_types()[1])
 

@@ -1,12 +1,12 @@
 """Which code computes attention: chosen once at the start of a run, from the run file and what the device has."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.errors import ConfigError
+from raptr_ds.parallel.triton_check import is_interpreted, triton_obstacle
 
 _KEY = "raptr_ds.train.attention_backend"
 _LARGEST_HEAD = 256
@@ -54,16 +54,12 @@ def choose_attention(
 
 def kernel_obstacle(model: ModelSection, device: torch.device) -> str | None:
     """Return why the kernel cannot run on a device, None if it can."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (it comes with torch's builds for GPUs; pip install triton)"
-    from triton import knobs
-
     if device.type != "cuda":
-        return None if knobs.runtime.interpret else f"it needs a GPU and this run is on {device.type.upper()}s"
+        return None if is_interpreted() else f"it needs a GPU and this run is on {device.type.upper()}s"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or more, this one has {capability[0]}.{capability[1]}"
     head_dim = model.head_dim
     if head_dim > _LARGEST_HEAD:
         return f"heads have {head_dim} dimensions, and it takes at most {_LARGEST_HEAD}"
-    return None
+    return triton_obstacle()

@@ -1,7 +1,8 @@
 """Whether torch.compile has what it needs here, and which flag it needs: it writes C++ on CPUs, Triton on GPUs."""
 
 from functools import cache
-from importlib.util import find_spec
+
+from raptr_ds.parallel.triton_check import triton_obstacle
 
 
 @cache
@@ -14,9 +15,7 @@ def missing_compiler(device_type: str = "cpu") -> str | None:
         get_cpp_compiler()  # on GPUs, too: Triton's launchers are compiled
     except InvalidCxxCompiler as error:
         return str(error).strip().splitlines()[0]
-    if device_type == "cuda" and find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+    return triton_obstacle() if device_type == "cuda" else None
 
 
 @cache

@@ -81,8 +81,6 @@ class Stage(nn.Module):
         if self.embedding is not None and not self.is_first:
             self.embedding.position = None
             self.embedding.word.weight.tied_copy = True  # type: ignore[attr-defined]
-            # DeepSpeed's name for the same thing (runtime/zero/stage_1_and_2.py, get_grad_norm_direct).
-            self.embedding.word.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
     def forward(
         self, x: torch.Tensor, batch: MicroBatch, path: LayerPath, streams: DropoutStreams | None

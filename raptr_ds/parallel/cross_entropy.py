@@ -6,7 +6,6 @@ in the backward pass. On GPUs two kernels do the same in one pass each (cross_en
 same, to rounding.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.megatron_core import copy_to_tensor_model_parallel_region
+from raptr_ds.parallel.triton_check import triton_obstacle
 
 # On a CPU a piece of logits stays in a core's second-level cache; elsewhere it bounds the fp32 copies.
 _CPU_PIECE_ELEMENTS = 1 << 18
@@ -22,7 +22,6 @@ _PIECE_ELEMENTS = 1 << 26
 # On a GPU each row of logits begins at a multiple of so many: an odd vocabulary would keep the matrix products (three
 # read or write logits) and the kernels from wide loads.
 _ALIGNED = 64
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def cross_entropy(
@@ -133,7 +132,7 @@ class _ByKernel(torch.autograd.Function):
 
 
 def _has_kernel(hidden: torch.Tensor) -> bool:
-    return hidden.is_cuda and hidden.dtype != torch.float64 and _HAS_TRITON
+    return hidden.is_cuda and hidden.dtype != torch.float64 and triton_obstacle() is None
 
 
 def _logits(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.launch import Launch, use_gpu
 from raptr_ds.parallel.megatron_core import parallel_state
 from raptr_ds.parallel.roll_call import RankDevice, call_roll, meet
 from raptr_ds.parallel.topology import Topology
@@ -20,10 +20,10 @@ from raptr_ds.parallel.topology import Topology
 class ProcessGroups:
     """Groups this rank belongs to and its place in each.
 
-    `tensor`, `data` and `pipeline` are the mesh's axes; `model` is tensor x pipeline (one whole model); `embedding`
-    joins the first and the last pipeline stage where the tied embedding has a copy on each, and is None elsewhere;
-    `control` is a gloo group of all ranks for small host-side messages. sequence_parallel: the residual stream is split
-    along the sequence over `tensor` (parallel/sequence.py).
+    `tensor`, `data` and `pipeline` are the mesh's axes; `embedding` joins the first and the last pipeline stage where
+    the tied embedding has a copy on each, and is None elsewhere; `control` is a gloo group of all ranks for small
+    host-side messages. sequence_parallel: the residual stream is split along the sequence over `tensor`
+    (parallel/sequence.py).
     """
 
     topology: Topology
@@ -36,7 +36,6 @@ class ProcessGroups:
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
-    model: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
     control: dist.ProcessGroup
     sequence_parallel: bool = False
@@ -80,19 +79,21 @@ def initialize_process_groups(
     """
     topology = Topology.of(launch.world_size, tensor, pipeline)
     device = local_device(launch)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
+        use_gpu(device.index)  # not the rank on the machine where a launcher lets each process see its own GPU only
     if not dist.is_initialized():
         store = call_roll(launch, RankDevice.of(device), timeout)
         # All of NCCL's settings that a run needs; torch's own defaults end a process whose collective hangs or fails.
-        # A bound device makes torch split the groups' communicators from one, made now, and not guess the device.
+        # A bound device makes torch split the groups' communicators from one, made now, and not guess the device. A
+        # lone rank has none to split, and binding it fails on some single GPUs (deepspeed/comm/torch.py, issue 8248).
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type == "cuda" and launch.world_size > 1 else None,
         )
     groups = make_process_groups(topology, launch.rank, device, timeout, sequence_parallel)
     warm_up(groups, timeout)
@@ -128,7 +129,6 @@ def make_process_groups(
         tensor=_made(parallel_state.get_tensor_model_parallel_group()),
         data=_made(parallel_state.get_data_parallel_group()),
         pipeline=_made(parallel_state.get_pipeline_model_parallel_group()),
-        model=_made(parallel_state.get_model_parallel_group()),
         embedding=parallel_state.get_embedding_group() if tied_across_stages else None,
         control=dist.new_group(backend="gloo", timeout=timeout),
         sequence_parallel=sequence_parallel,
@@ -145,7 +145,7 @@ def warm_up(groups: ProcessGroups, timeout: timedelta) -> None:
     if groups.topology.world_size == 1:
         return
     meet(groups.control, timeout, "the first collective")
-    for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.model, groups.embedding):
+    for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.embedding):
         if group is not None and group.size() > 1:
             dist.all_reduce(torch.zeros(1, device=groups.device), group=group)
     if groups.device.type == "cuda":

@@ -88,6 +88,11 @@ def detect_launch() -> Launch:
     return found
 
 
+def use_gpu(index: int) -> None:
+    """Let DeepSpeed use the GPU of this number among those that the process sees: it takes LOCAL_RANK for that."""
+    os.environ["LOCAL_RANK"] = str(index)
+
+
 def prepare_imports(has_gpu: bool) -> None:
     """Decide what DeepSpeed and megatron-core would find out and print on every rank when they are imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -52,5 +52,5 @@ def keep_optimizers_eager() -> None:
     """
     for method in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         setattr(Optimizer, method, inspect.unwrap(getattr(Optimizer, method)))
-    for optimizer in (Adagrad, Adam, AdamW, SGD):
+    for optimizer in (Adam, AdamW, SGD):
         optimizer.step = torch.no_grad()(inspect.unwrap(optimizer.step))  # type: ignore[method-assign]

@@ -27,7 +27,6 @@ def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
 def vocab_bias(vocab_size: int, groups: ProcessGroups) -> nn.Parameter:
     """Return an output bias split over the tensor ranks by vocabulary."""
     bias = nn.Parameter(torch.zeros(padded_vocab_size(vocab_size, groups) // groups.topology.tensor))
-    bias.tensor_model_parallel = True  # type: ignore[attr-defined]
     mark_shard(bias, 0, vocab_size, groups)
     return bias
 
@@ -42,7 +41,6 @@ class WordEmbedding(VocabParallelEmbedding):
         super().__init__(padded_vocab_size(vocab_size, groups), hidden_size, **megatron_arguments(groups))
         self.is_split, self.is_along_sequence = groups.topology.tensor > 1, groups.sequence_parallel
         self.group = groups.tensor
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         mark_shard(self.weight, 0, vocab_size, groups)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counter(TorchDispatchMode):
     """Counts bytes handed to collectives, and elements that operators give while `inside` is true.
 
+    summed_types: of the tensors of several elements that collectives sum over ranks.
+
+    reads: how often a number is read from a tensor, for which the host would wait on a GPU.
+
     copied_elements: that ZeRO's passes through flat buffers give (cat, copy_, div_, lists too), inside or not.
 
     largest_bytes: by collective, the larger side of each call: what a reduce-scatter gets, an all-gather gives.
@@ -21,8 +25,10 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.sent_bytes = 0
         self.largest_bytes: dict[str, int] = {}
+        self.summed_types: set[torch.dtype] = set()
         self.elements = 0
         self.copied_elements = 0
+        self.reads = 0
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,24 +36,29 @@ class Counter(TorchDispatchMode):
             self.sent_bytes += _num_bytes((args, kwargs))
             sides = [_num_bytes(side) for side in args]
             name = func.overloadpacket.__name__
+            if name in {"allreduce_", "reduce_", "_reduce_scatter_base_", "reduce_scatter_"}:
+                self.summed_types |= {tensor.dtype for tensor in _tensors(args) if tensor.numel() > 1}
             self.largest_bytes[name] = self.largest_bytes.get(name, 0) + max(sides, default=0)
             return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        self.reads += name in {"_local_scalar_dense", "is_nonzero"}
         if name in {"cat", "copy_", "div_"}:
             self.copied_elements += result.numel()
         elif name == "_foreach_copy_":
             self.copied_elements += sum(target.numel() for target in args[0])
         if self.inside and not getattr(func, "is_view", False):
             given = result if result is not None else args[0]  # in-place operators on lists return nothing
-            tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
-            self.elements += sum(tensor.numel() for tensor in tensors)
+            self.elements += sum(tensor.numel() for tensor in _tensors(given))
         return result
 
 
 def _num_bytes(value: Any) -> int:
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager

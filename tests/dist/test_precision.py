@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from raptr_ds.parallel.launch import Launch
 from tests.dist.test_layouts import RUNS, reference
-from tests.dist.trajectory import Case, run_case
+from tests.dist.trajectory import Case, batch_at, build_engine, full_weights, path_method, process_groups, run_case
 from tests.dist.workers import run_distributed
 
 # bf16 keeps 8 bits: each stored activation is off by up to 0.4%, which averages to about 1e-3 in a loss over tens of
@@ -108,3 +110,24 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(world_size: int, chan
     assert not any(skipped[-4:])  # near the limit another batch may overflow once more, but the scale settles
     assert sum(skipped[first_good:]) <= 3
     assert outcomes[0].losses[-1] < outcomes[0].losses[first_good]
+
+
+def norms_and_first_moments(launch: Launch, case: Case) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Train the case; return its gradient norms, and on rank 0 the optimizer's mean gradients."""
+    groups = process_groups(launch, case)
+    engine = build_engine(case, groups)
+    path = path_method(case).path_at(0)
+    steps = range(case.steps)
+    norms = [engine.train_step(batch_at(case, groups, step), path, step, 1e-3).grad_norm for step in steps]
+    return norms, full_weights(engine, groups, "exp_avg")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_unscaled_by_the_scale_of_their_own_step(stage: int) -> None:
+    """The loss scale doubles after each step but the first; DeepSpeed halves the gradients of the step before."""
+    case = Case(precision="fp16", fp16_scale_window=1, schedule="5", steps=4, max_norm=0.0)
+    expected_norms, expected_means = run_distributed(norms_and_first_moments, 2, case)[0]
+    norms, means = run_distributed(norms_and_first_moments, 2, replace(case, zero=stage))[0]
+    assert norms == pytest.approx(expected_norms, rel=20 * BAND["fp16"])
+    for name, mean in means.items():
+        assert np.linalg.norm(mean) == pytest.approx(np.linalg.norm(expected_means[name]), rel=0.1, abs=1e-6), name

@@ -11,6 +11,7 @@ from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.path_sections import PATH_SECTIONS, RunSizes
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import PackedSample, Sample, StepBatch, collate
+from raptr_ds.engine.deepspeed_engine import NEVER
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.engine.reference import ReferenceEngine
@@ -44,6 +45,7 @@ class Case:
     precision: str = "fp32"
     accumulate_in_fp32: bool = False
     fp16_scale_power: int = 8
+    fp16_scale_window: int = 1000
     pipeline_layers: tuple[int, ...] | None = None
     reduce_bucket: int = 0
     overlap: bool = False
@@ -155,7 +157,7 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         "train_batch_size": case.global_batch,
         "train_micro_batch_size_per_gpu": case.micro_batch,
         "gradient_accumulation_steps": case.global_batch // (case.micro_batch * groups.topology.data),
-        "steps_per_print": 1 << 60,
+        "steps_per_print": NEVER,
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -181,7 +183,12 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if case.precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": case.fp16_scale_power, "hysteresis": 1}
+        config["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": case.fp16_scale_power,
+            "loss_scale_window": case.fp16_scale_window,
+            "hysteresis": 1,
+        }
     if case.accumulate_in_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine_class = PipelineEngine if case.pipeline > 1 else ZeroEngine

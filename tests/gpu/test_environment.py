@@ -49,7 +49,7 @@ def test_process_groups_reduce_and_send(groups: ProcessGroups, record_property: 
     assert dist.get_backend(groups.world) == ("nccl" if DEVICE.type == "cuda" else "gloo")
     assert dist.get_backend(groups.control) == "gloo"
     ones = torch.ones(8, device=groups.device)
-    for group in (groups.world, groups.tensor, groups.data, groups.pipeline, groups.model):
+    for group in (groups.world, groups.tensor, groups.data, groups.pipeline):
         dist.all_reduce(ones, group=group)
     assert ones.sum().item() == 8.0
     words: list[object] = ["sent"]

@@ -1,7 +1,8 @@
 """On a GPU the host runs ahead: a warm training step, or an evaluation, waits for the device once, to read its result.
 
-torch.cuda.set_sync_debug_mode("error") raises wherever torch waits for the device; explicit synchronizations, which it
-does not see, raise here too. The one read-back is engine/zero.py, read_back.
+ZeRO 1 and 2 wait once more, for the norm before their step. torch.cuda.set_sync_debug_mode("error") raises wherever
+torch waits for the device; explicit synchronizations, which it does not see, raise here too. The one read-back is
+engine/zero.py, read_back.
 """
 
 from collections.abc import Iterator
@@ -90,6 +91,41 @@ def test_a_warm_step_and_an_evaluation_wait_once(
         assert reads == [3, 3]  # loss, predicted positions, norm
         engine.evaluate(batches[:3], LayerPath.full(case.num_layers))
         assert reads == [3, 3, 2]  # loss, predicted positions
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_wait_for_the_norm_besides(
+    stage: int, groups: ProcessGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    from raptr_ds.engine import deepspeed_engine
+    from tests.dist.trajectory import batch_at, build_engine, path_method
+
+    is_invalid = stage_1_and_2.is_invalid_grad_norm
+    checked: list[torch.Tensor] = []
+
+    def check(norm: torch.Tensor) -> bool:
+        checked.append(norm)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return is_invalid(norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    # One process would run stage 0.
+    monkeypatch.setattr(deepspeed_engine, "without_idle_zero", lambda config, _data_parallel: config)
+    case = Case(precision="bf16", accumulate_in_fp32=True, zero=stage)
+    engine: Any = build_engine(case, groups)
+    path = path_method(case).path_at(0)
+    batches = [batch_at(case, groups, step) for step in range(3)]
+    engine.train_step(batches[0], path, 0, case.learning_rate)
+    with no_waiting(monkeypatch) as reads, monkeypatch.context() as patched:
+        patched.setattr(stage_1_and_2, "is_invalid_grad_norm", check)
+        for step in (1, 2):
+            assert not engine.train_step(batches[step], path, step, case.learning_rate).skipped
+    assert reads == [3, 3]
+    assert len(checked) == 2
 
 
 def test_the_check_itself_sees_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,25 @@ def weight_after_micro_batches(
     return weight_of(engine, 1).flatten().tolist()
 
 
+def moves_as_the_loss_scale_grows(launch: Launch, stage: int) -> list[float]:
+    """Return how far SGD moves a layer in two steps, after the second of which the loss scale doubles."""
+    from deepspeed.accelerator import get_accelerator
+
+    start(launch)
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1, "hysteresis": 1}
+    engine = initialize(Chain(1), stage, fp16=fp16)
+    moves, scales = [], []
+    for _ in range(2):
+        before = weight_of(engine, 0)
+        engine.backward(engine(torch.ones(1, 8, dtype=torch.float16), (0,)))
+        engine.step()
+        moves.append(float((weight_of(engine, 0) - before).norm()))
+        scales.append(engine.optimizer.loss_scale)
+    assert scales == [16.0, 32.0]
+    return moves
+
+
 def gradient_of_a_skipped_layer_at_stage_0(launch: Launch) -> bool:
     """Return whether DeepSpeed made (and so reduced) a gradient for a layer that was skipped."""
     start(launch)

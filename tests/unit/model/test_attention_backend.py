@@ -31,6 +31,7 @@ def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(attention_backend, "triton_obstacle", lambda: None)
 
 
 def test_gpus_use_the_kernel_where_a_mask_or_dropout_needs_it() -> None:
@@ -67,7 +68,7 @@ def test_a_fallback_is_a_warning_and_by_name_an_error(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     if missing:
-        monkeypatch.setattr(attention_backend, "find_spec", lambda _name: None)
+        monkeypatch.setattr(attention_backend, "triton_obstacle", lambda: "Triton is not installed")
     model = model_of("ul2", 0.1, head_dim)
     chosen = choose_attention("auto", model, False, GPU)
     assert not chosen.uses_kernel
