@@ -35,7 +35,7 @@ def layout_of(config: RunConfig, on_gpu: bool) -> Layout:
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
         kept_whole=kept_whole(zero, layer, recompute),
-        optimizer_bytes={"Adagrad": 4, "Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
+        optimizer_bytes={"Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),
         reduce_buffers=reduce_buffers_of(config, on_gpu, config.zero_stage, config.batch.data_parallel),
         compiled=config.compiles(on_gpu),
