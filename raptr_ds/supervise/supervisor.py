@@ -51,9 +51,13 @@ class Supervised:
         self._judged = {event.get("start") for event in events if event["event"] == "restart"}
         self.failed_nodes = {event["node"] for event in events if event.get("node") and event["event"] == "restart"}
 
-    def is_judged(self, number: int) -> bool:
-        """Return whether a start's end has been judged, or the start was never written down."""
-        return number in self._judged or number not in {start.number for start in self._starts}
+    def is_over(self, number: int) -> bool:
+        """Return whether a start was the last one, done or given up, or was never written down."""
+        return number not in {start.number for start in self._starts}
+
+    def is_to_be_repeated(self, number: int) -> bool:
+        """Return whether a start's end has been judged, and another one was to follow."""
+        return number in self._judged
 
     def begin(self, number: int, **fields: Any) -> Decision:
         """Write a start down, unless too many before it were without progress; return whether to go on."""
@@ -81,10 +85,15 @@ class Supervised:
         say(f"the launcher's exit code is 0, but {self.folder} has no record of the run's end: taken for killed")
         return replace(ending, code=KILLED)
 
+    def decide_on(self, number: int, cause: Cause, step: int | None = None) -> Decision:
+        """Decide what follows a try. step: of the newest checkpoint; by default that of now."""
+        step = newest_step(self.folder) if step is None else step
+        return decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
+
     def judge(self, number: int, ending: Ending) -> tuple[Cause, Decision]:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
-        decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
+        decision = self.decide_on(number, cause, step)
         event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
         node = failed_node(ending, cause)
         self.write(event, start=number, cause=cause, code=ending.code, node=node, step=step, why=decision.why)
