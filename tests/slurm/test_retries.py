@@ -49,6 +49,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 MISTAKEN = """
 if rank == 0:
     wait()
+print("raptr_ds: ConfigError: no", file=sys.stderr)
 sys.exit(2)
 """
 STOPPING = """

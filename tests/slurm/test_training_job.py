@@ -54,6 +54,8 @@ time.sleep(0 if start else 60)
 LEAVING = """\
 import os, sys, time
 time.sleep(0 if os.environ["SLURM_PROCID"] == "0" else {others_wait})
+if {code} == 2:
+    print("raptr_ds: ConfigError: no", file=sys.stderr)
 sys.exit({code})
 """
 
