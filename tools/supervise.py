@@ -3,9 +3,10 @@
 COMMAND is what starts the run by hand, for example
     python tools/supervise.py -- deepspeed raptr_ds/pretrain.py --deepspeed_config FILE --set KEY=VALUE
 or the same with torchrun or mpirun. It is tried again at once as long as the run's newest checkpoint advances, and with
-growing delays a few times without. A mistake (exit code 2) is not tried again. SIGUSR1, SIGTERM, SIGINT and SIGHUP are
-passed on, and end the tries. What happened stands in events.jsonl in the run's folder. The exit code is that of the
-last try. In Slurm jobs slurm/training_job.sh starts this with --slurm, and the job is requeued for the next try.
+growing delays a few times without. A mistake (exit code 2, with a message) is not tried again. SIGUSR1, SIGTERM, SIGINT
+and SIGHUP are passed on, and end the tries. What happened stands in events.jsonl in the run's folder. The exit code is
+that of the last try. In Slurm jobs slurm/training_job.sh starts this with --slurm, and the job is requeued for the next
+try.
 """
 
 import argparse
@@ -48,14 +49,14 @@ def main() -> None:
 
 def _in_job(options: argparse.Namespace, folder: Path | None, limits: Limits, stops: StopRequests) -> int:
     env = os.environ
-    start, num_nodes = int(env.get("SLURM_RESTART_COUNT", 0)), int(env["SLURM_JOB_NUM_NODES"])
-    job = Job(int(env["SLURM_JOB_ID"]), start, env["SLURM_JOB_NODELIST"], num_nodes)
+    job = Job.of(env)
     if options.guard:
         assert folder is not None
-        guard(folder, limits, job, stops)
+        guard(folder, limits, job, stops, options.guard)
         return 0
     if folder is not None:
-        start_guard([sys.executable, __file__, "--guard", "--folder", str(folder), "--", "-"], env)
+        words = ["--guard", str(os.getpid()), "--folder", str(folder), "--", "-"]
+        start_guard([sys.executable, __file__, *words], env)
     run = Supervised(folder, str(job.number), limits)
     return int(supervise_job(options.command, env, run, job, stops, options.stopped))
 
@@ -66,7 +67,7 @@ def _parse() -> argparse.Namespace:
         "--folder", type=Path, metavar="FOLDER", help="the run's folder; by default from the command's run file"
     )
     parser.add_argument("--slurm", action="store_true", help=argparse.SUPPRESS)  # slurm/training_job.sh
-    parser.add_argument("--guard", action="store_true", help=argparse.SUPPRESS)  # its own step in such a job
+    parser.add_argument("--guard", type=int, help=argparse.SUPPRESS)  # PROCESS: in a step of its own in such a job
     parser.add_argument("--stopped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="words of the launcher's command, after --")
     return parser.parse_args()

@@ -163,6 +163,15 @@ class RunLock:
         return json.dumps({"beat": self._beat, **asdict(self._holder)}) + "\n"
 
 
+def holder_in(folder: Path) -> Holder | None:
+    """Return who holds a run's folder; None if nobody does, or the lock cannot be read."""
+    try:
+        found = _read(folder / LOCK)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return None
+    return None if found is None else found[0]
+
+
 def _read(path: Path) -> tuple[Holder | None, str] | None:
     """Return the holder, None where it cannot be read, and the lock's text; None without a lock."""
     try:

@@ -24,12 +24,11 @@ from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signal_lead import SignalLead
-from raptr_ds.runtime.signals import StopSignals
+from raptr_ds.runtime.signals import LONG_WORK_SECONDS, StopSignals
 from raptr_ds.runtime.state import RunState, StepCost
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
 _WAIT_SECONDS = 0.1
-_LONG_WORK_SECONDS = 600.0  # what a checkpoint or an evaluation may take before a lost launcher ends the process
 
 
 @dataclass
@@ -112,7 +111,7 @@ class Session:
 
     def long_work_ahead(self, what: str, allow_seconds: float = 0.0) -> None:
         """Announce work that may take long, so that silence is not taken for a hang; allow_seconds: if very long."""
-        self.signals.progressed(allow_seconds=_LONG_WORK_SECONDS)
+        self.signals.progressed(allow_seconds=LONG_WORK_SECONDS)
         self.watchdog.moved(what, allow_seconds)
 
     def is_checkpoint_due(self, before: RunState, state: RunState) -> bool:

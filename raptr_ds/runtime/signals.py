@@ -15,6 +15,8 @@ from types import FrameType
 
 from raptr_ds.errors import Exit
 
+LONG_WORK_SECONDS = 600.0
+"""What a checkpoint or an evaluation may take without a launcher, before the process ends itself or is killed."""
 _REPEAT_SECONDS = 2.0
 _FORCING = (signal.SIGINT, signal.SIGTERM)
 

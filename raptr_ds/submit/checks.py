@@ -143,9 +143,9 @@ def check_folder(folder: Path, now: float, may_wait: bool = False) -> None:
     jobs = {str(event["job"]) for event in read_events(folder) if event.get("event") == "submit" and "job" in event}
     if may_wait or not jobs:
         return
-    code, listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i")
     # If Slurm does not answer, sbatch, which follows, prints why.
-    if code == 0 and (waiting := sorted(jobs.intersection(listed.split()))):
+    listed = run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i").text
+    if waiting := sorted(jobs.intersection(listed.split())):
         raise ConfigError(
             f"job {', '.join(waiting)} is in the queue for {folder} already. Cancel it (scancel {waiting[0]}), or set "
             "raptr_ds.train.save to another folder."

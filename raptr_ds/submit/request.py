@@ -24,7 +24,7 @@ from raptr_ds.submit.snapshot import copy_code, free_number
 from raptr_ds.submit.sweep import sweep
 from raptr_ds.supervise.record import append_event, run_folder
 from raptr_ds.supervise.slurm_commands import sbatch
-from raptr_ds.user_paths import make_folder, open_to_all, write_error
+from raptr_ds.user_paths import make_folder, open_to_all, writing
 
 WITHOUT_SBATCH = "Submit from a login node, or see the command by --dry-run."
 _MAX_CHAIN = 1000
@@ -127,10 +127,8 @@ class Submission:
         batch = folder.absolute() / f"submitted-{number}.sbatch"
         texts = [self.batch_file(code, files), *(run.text for run in self.runs)]
         for path, text in zip([batch, *files], texts, strict=True):
-            try:
+            with writing(path, "Give your user permission to write it."):
                 write_atomically(path, text)
-            except OSError as error:
-                raise write_error(path, error, "Give your user permission to write it.") from error
         command = self.command(batch)
         lines = [f"code: {code}", f"batch file: {batch}", f"command: {shlex.join(command)}"]
         for count in range(request.chain):
@@ -177,6 +175,12 @@ def check(request: Request) -> Submission:
         config = load_checked(request.run_file, settings, layout)
         text = complete_run_file(config, request.run_file, settings)
         runs.append(CheckedRun(config, Path(str(config.train.save)), text))
+    if request.chain > 1 and any(run.config.checkpoint.load == "none" for run in runs):
+        raise ConfigError(
+            f"--chain {request.chain} with raptr_ds.checkpoint.load=none: each job of the chain would start anew, and "
+            "set the checkpoints of the one before aside. Leave load at auto, which continues from them, and give the "
+            "run a folder of its own (raptr_ds.train.save)."
+        )
     for run in runs:
         check_folder(run.folder, time.time(), may_wait=request.chain > 1)
     needs = [check_memory(run.config, layout, request.device_memory) for run in runs]
@@ -197,6 +201,7 @@ def _container_of(request: Request, runs: list[CheckedRun], folder: Path) -> Con
         return ContainerWords()
     places = [folder, *(Path(place) for run in runs for place in folders_of(run.config.data.path))]
     places += [Path(run.config.data.tokenizer).parent for run in runs if run.config.data.tokenizer]
+    places += [Path(run.config.eval.task_files) for run in runs if run.config.eval.task_files]
     loads = {run.config.checkpoint.load for run in runs} - {"auto", "none"}
     return container_words(
         request.container,

@@ -1,12 +1,12 @@
 """One try: a launcher's command that runs while signals reach it and its reports of failed tasks are read."""
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ _LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 _TORCHRUN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+")
 _PR_SET_CHILD_SUBREAPER = 36
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_MESSAGE = re.compile(r"(?:raptr_ds: \w+Error|pretrain\.py: error): .*")  # raptr_ds/pretrain.py, and its argparse
 
 
 class StopRequests:
@@ -54,15 +55,21 @@ class StopRequests:
 
 
 class Reports:
-    """What a launcher printed of its tasks: those that failed, in this order, and whether a port was taken."""
+    """What a launcher and its tasks printed: the failed tasks, in this order, whether a port was taken, messages.
+
+    messages: the first lines of the errors that ranks printed for their user.
+    """
 
     def __init__(self) -> None:
         self.failures: list[Failure] = []
         self.port_taken = False
+        self.messages: list[str] = []
 
     def read(self, line: str) -> None:
         """Take note of one line of standard error."""
         self.port_taken = self.port_taken or _PORT_TAKEN.search(line) is not None
+        if match := _MESSAGE.search(line):
+            self.messages.append(match[0])
         if match := _SRUN.search(line):
             code = int(match[2]) if match[2] else None
             self.failures.append(Failure(_one(match[1]), code, match[3] or f"exit code {code}"))
@@ -103,7 +110,17 @@ def run_command(
             on_stop(child, asked)
     copier.join(5)  # a process that outlives the launcher may hold the pipe open
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    return Ending(code, tuple(reports.failures), stops.requested, reports.port_taken)
+    return Ending(code, tuple(reports.failures), stops.requested, reports.port_taken, tuple(reports.messages))
+
+
+def print_error(content: bytes) -> None:
+    """Write to standard error. What it does not take, on a full disk or without a reader, is lost and ends nothing.
+
+    Nothing is kept for later either: Python would try that once more at its end, and replace the exit code by 120.
+    """
+    with contextlib.suppress(OSError):
+        while content:
+            content = content[os.write(2, content) :]
 
 
 def adopt_orphans() -> None:
@@ -111,30 +128,40 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_orphans(seconds: float) -> int:
-    """Wait until no adopted process is left; kill those that stay longer, and return their number."""
-    deadline, killed = time.monotonic() + seconds, 0
+def await_orphans(seconds: float) -> int:
+    """Wait until no adopted process is left, or for the time; return the number of those that are."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             is_gone, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return killed
+            return 0
         if is_gone:
             continue
         if time.monotonic() > deadline:
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            killed += len(children)
-            for child in children:
-                os.kill(int(child), signal.SIGKILL)  # not reaped yet, so the number is still its own
+            return len(_children())
         time.sleep(0.1)
+
+
+def end_orphans(seconds: float) -> int:
+    """Wait until no adopted process is left; kill those that stay longer, and return their number."""
+    killed: set[int] = set()
+    while await_orphans(0.1 if killed else seconds):
+        for child in _children():
+            os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            killed.add(child)
+    return len(killed)
+
+
+def _children() -> list[int]:
+    return [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def _copy(child: subprocess.Popen[bytes], reports: Reports) -> None:
     assert child.stderr is not None
     rest = b""
     while chunk := os.read(child.stderr.fileno(), 1 << 16):
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
+        print_error(chunk)
         *lines, rest = (rest[-4096:] + chunk).split(b"\n")
         for line in lines:
             reports.read(line.decode(errors="replace"))

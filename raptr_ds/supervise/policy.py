@@ -8,6 +8,7 @@ from enum import StrEnum
 from raptr_ds.errors import Exit
 
 KILLED = 128 + signal.SIGKILL
+_OCCUPIED = "another run works in"  # raptr_ds/runtime/run_lock.py
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before
 
@@ -19,6 +20,7 @@ class Cause(StrEnum):
     MISTAKE = "mistake"
     STOPPED = "stopped"
     PORT = "port taken"
+    OCCUPIED = "folder in use"
     STORAGE = "storage"
     HUNG = "hung"
     FAULT = "fault"
@@ -35,12 +37,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ending:
-    """How one try ended: the launcher's exit code and the failed tasks that it reported on the way, in this order."""
+    """How one try ended.
+
+    code: the launcher's. failures: the tasks that it reported as failed, in this order. messages: the first lines
+    of the errors that ranks printed for their user.
+    """
 
     code: int
     failures: Sequence[Failure] = ()
     stop_requested: bool = False
     port_taken: bool = False
+    messages: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,15 @@ def cause_of(ending: Ending) -> Cause:
     """Return why a try ended.
 
     The launcher's own code is no more than the largest of all tasks', or 1 whatever they were (torchrun), so that of
-    the task that failed first comes before it.
+    the task that failed first comes before it. USER_ERROR alone is no mistake: a Python that cannot open its file,
+    since the file system is away, ends with 2 as well; but the run prints what is wrong.
     """
     culprit = first_by_itself(ending)
     codes = [ending.code] if culprit is None or culprit.code is None else [culprit.code, ending.code]
     if ending.code == Exit.DONE:
         return Cause.DONE
-    if Exit.USER_ERROR in codes:
-        return Cause.MISTAKE
+    if Exit.USER_ERROR in codes and ending.messages:
+        return Cause.OCCUPIED if any(_OCCUPIED in message for message in ending.messages) else Cause.MISTAKE
     if Exit.CONTINUE_LATER in codes or (ending.stop_requested and ending.code > 128):
         return Cause.STOPPED  # by a signal even: it met tasks that were still starting, and the last checkpoint stands
     if ending.port_taken:
@@ -93,7 +101,7 @@ def failed_node(ending: Ending, cause: Cause) -> str | None:
     It is that of the first task that failed by itself. Tasks that lost another may be reported before it; of a hung run
     those that noticed leave first, and what is killed after them did not move.
     """
-    if cause in (Cause.DONE, Cause.STOPPED):
+    if cause in (Cause.DONE, Cause.STOPPED, Cause.OCCUPIED):
         return None
     if cause is not Cause.HUNG:
         culprit = first_by_itself(ending)
@@ -146,6 +154,7 @@ def decide(cause: Cause, fruitless: int, limits: Limits) -> Decision:
 _WORDS = {
     Cause.STOPPED: "stopped with a checkpoint",
     Cause.PORT: "the port at which the ranks meet was taken",
+    Cause.OCCUPIED: "another process still works in the run's folder",
     Cause.STORAGE: "a checkpoint or a needed file could not be written",
     Cause.HUNG: "a rank did not move",
     Cause.FAULT: "a fault ended the step",

@@ -27,18 +27,37 @@ _FAILURES = {"TimeLimit", "JobLaunchFailure", "NonZeroExitCode", "OutOfMemory"}
 
 @dataclass
 class Job:
-    """The job that this process runs in."""
+    """The job that this process runs in.
+
+    name: by which Slurm's commands know it. Of a job in an array it is not its number: one has the number of the whole
+    array, and a command with that would act on all.
+    """
 
     number: int
     start: int
     node_list: str
     num_nodes: int
+    name: str
     is_requeued: bool = field(default=False, init=False)
+
+    @staticmethod
+    def of(env: Mapping[str, str]) -> "Job":
+        """Return the job by the variables that Slurm sets in it."""
+        number, array, task = env["SLURM_JOB_ID"], env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+        name = f"{array}_{task}" if array and task else number
+        start, num_nodes = int(env.get("SLURM_RESTART_COUNT", 0)), int(env["SLURM_JOB_NUM_NODES"])
+        return Job(int(number), start, env["SLURM_JOB_NODELIST"], num_nodes, name)
 
     def show(self) -> dict[str, str]:
         """Return what the controller has on the job, as scontrol prints it; empty if it does not answer."""
-        code, text = run_slurm("scontrol", "show", "job", "-o", str(self.number))
-        return dict(re.findall(r"(\S+?)=(\S*)", text)) if code == 0 else {}
+        return dict(re.findall(r"(\S+?)=(\S*)", run_slurm("scontrol", "show", "job", "-o", self.name).text))
+
+    def is_back(self, shown: Mapping[str, str]) -> bool:
+        """Return whether the job, as `show` has it, is in the queue again, or will be when this start has ended.
+
+        By an operator, by Slurm for a lost node, which is counted a little later, or by us.
+        """
+        return int(shown.get("Restarts", 0)) > self.start or shown.get("JobState") in _QUEUED
 
     def requeue(self) -> str | None:
         """Put the job back into the queue, where it keeps its number. Returns None, or why that is not done.
@@ -50,36 +69,36 @@ class Job:
             job = self.show()
             if not job:
                 continue
-            # By an operator, by Slurm for a lost node, or by us, and the answer was lost. It is counted a little later.
-            if int(job.get("Restarts", 0)) > self.start or job.get("JobState") in _QUEUED:
+            if self.is_back(job):
                 self.is_requeued = True
                 return None
             if job.get("JobState") != "RUNNING" and not has_failed(job):
                 return f"the job is {job.get('JobState')}: cancelled"
-            code, text = run_slurm("scontrol", "requeue", str(self.number))
-            if code == 0:
+            problem = run_slurm("scontrol", "requeue", self.name).problem
+            if problem is None:
                 self.is_requeued = True
                 return None
             refused += 1
             if refused == 3:
-                return text.strip()
+                return problem
         return "the controller does not answer"
 
     def change(self, **settings: str) -> str | None:
         """Change settings of the job. Returns None, or why Slurm refused."""
         words = [f"{name}={value}" for name, value in settings.items()]
-        code, text = run_slurm("scontrol", "update", f"JobId={self.number}", *words)
-        return None if code == 0 else text.strip()
+        return run_slurm("scontrol", "update", f"JobId={self.name}", *words).problem
 
     def exclude(self, node: str) -> str:
         """Keep the job, which waits in the queue, off a node if enough others are left. Returns what was done."""
         job = self.show()
-        _, listed = run_slurm(
-            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,alloc,mix,comp", "-p", job.get("Partition", "")
-        )
+        states = "idle,alloc,mix,comp"
+        listed = run_slurm("sinfo", "-h", "-N", "-o", "%N", "-t", states, "-p", job.get("Partition", ""))
         before = job.get("ExcNodeList", "(null)")
-        excluded = set(hosts(before)) | {node} if before != "(null)" else {node}
-        left = set(listed.split()) - excluded
+        excluded = set() if before == "(null)" else set(hosts(before))
+        if not job or listed.problem is not None or (before != "(null)" and not excluded):
+            return f"{node} failed before, but Slurm does not show which other nodes are up: kept"
+        excluded.add(node)
+        left = set(listed.text.split()) - excluded
         if len(left) < self.num_nodes:
             return f"{node} failed before, but without it there are {len(left)} nodes for {self.num_nodes}: kept"
         problem = self.change(ExcNodeList=",".join(sorted(excluded)))
@@ -97,8 +116,8 @@ def has_failed(job: Mapping[str, str]) -> bool:
 
 
 def hosts(node_list: str) -> list[str]:
-    """Return the names in a list of nodes; needs no controller."""
-    return run_slurm("scontrol", "show", "hostnames", node_list)[1].split()
+    """Return the names in a list of nodes, none if scontrol fails; needs no controller."""
+    return run_slurm("scontrol", "show", "hostnames", node_list).text.split()
 
 
 def rendezvous_port(job: int, start: int, attempt: int = 0) -> int:
@@ -119,7 +138,8 @@ def supervise_job(
 
     is_stopped: the job was asked to stop before the step.
     """
-    address = next(iter(hosts(job.node_list)), None)
+    asked = map(hosts, (job.node_list for _ in _back_off("scontrol show hostnames")))
+    address = next((found[0] for found in asked if found), None)
     if address is None:
         say(f"scontrol does not show the first host of {job.node_list}.")
         return Exit.USER_ERROR
@@ -166,9 +186,11 @@ class _Asking:
         if self._asked_at is None or time.monotonic() - self._asked_at >= _ASK_AGAIN_SECONDS:
             self._asked_at = time.monotonic()
             child.send_signal(signal.SIGUSR1)
-        # Only KillWait seconds from the time limit on: the job is requeued while the tasks save.
+        # Only KillWait seconds from the time limit on: the job is requeued while the tasks save. If this start has to
+        # bring a checkpoint for that, it is judged when they have.
         if asked == signal.SIGTERM and not self._job.is_requeued and self._job.show().get("Reason") == "TimeLimit":
-            problem = self._job.requeue()
+            decision = self._run.decide_on(self._job.start, Cause.STOPPED)
+            problem = self._job.requeue() if decision.retry else "first a new checkpoint, without which it ends"
             say(f"the time limit is reached: {f'not requeued: {problem}' if problem else 'back to the queue'}")
 
 

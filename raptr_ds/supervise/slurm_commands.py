@@ -3,19 +3,29 @@
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
 
 
-def run_slurm(*words: str) -> tuple[int, str]:
-    """Run one of Slurm's commands; return its exit code and what it printed."""
+@dataclass(frozen=True)
+class Answer:
+    """What one of Slurm's commands printed, nothing if it failed; and why it did, in its words, None if it did not."""
+
+    text: str = ""
+    problem: str | None = None
+
+
+def run_slurm(*words: str) -> Answer:
+    """Run one of Slurm's commands, a minute at most."""
     try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False
-        )
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return 1, str(error)
-    return done.returncode, done.stdout.decode(errors="replace")
+        return Answer(problem=str(error))
+    if done.returncode:
+        printed = done.stderr.strip() or done.stdout.strip()
+        return Answer(problem=printed.decode(errors="replace") or f"{words[0]} ended with code {done.returncode}")
+    return Answer(done.stdout.decode(errors="replace"))  # beside warnings on standard error
 
 
 def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str] | None = None) -> str:

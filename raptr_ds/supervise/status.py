@@ -11,16 +11,17 @@ from statistics import fmean, median
 from typing import Any
 
 from raptr_ds.errors import DataError, Exit
-from raptr_ds.runtime.events import read_events
+from raptr_ds.runtime.events import EVENTS, read_events
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics, task_words
+from raptr_ds.runtime.run_lock import LOCK, holder_in
 from raptr_ds.supervise.record import complete_checkpoints
 from raptr_ds.user_paths import is_file, is_folder
 
 ALIVE_SECONDS = 60.0
 """A running run renews its lock every ten seconds."""
-_LOCK = "run.lock"  # raptr_ds/runtime/run_lock.py, whose imports would take longer than all the rest here
 _RECENT_STEPS = 100
 _STATES_AFTER = {
+    "submit": "queued",
     "start": "failed",  # its process is gone, and wrote no end
     "end": "failed",
     "hang": "failed",
@@ -38,13 +39,13 @@ _COLUMNS = 60
 class RunStatus:
     """How a run stands; None where nothing is known.
 
-    state: running, silent (its lock is there, and is not renewed), starting (its supervisor tries it again), finished,
-    stopped, failed or new. holder: the process that works in the folder. step: of the last training line. losses: of
-    all training lines. tokens_per_second, mfu, step_seconds: medians of the last 100 steps. seconds_left: at that
-    speed, without evaluations. flops_saved: share of the full model's FLOPs not executed, up to the last checkpoint.
-    checkpoint_age: in seconds. failed_saves: since the last start. slowest_rank: (rank, its seconds of own work in a
-    step, the median of the ranks it is compared with). tasks: the newest export that was scored, its step and scores.
-    starts: since the run began.
+    state: running, silent (its lock is there, and is not renewed), queued (submitted, and not started since), starting
+    (its supervisor tries it again), finished, stopped, failed or new. holder: the process that works in the folder.
+    step: of the last training line. losses: of all training lines. tokens_per_second, mfu, step_seconds: medians of the
+    last 100 steps. seconds_left: at that speed, without evaluations. flops_saved: share of the full model's FLOPs not
+    executed, up to the last checkpoint. checkpoint_age: in seconds. failed_saves: since the last start. slowest_rank:
+    (rank, its seconds of own work in a step, the median of the ranks it is compared with). tasks: the newest export
+    that was scored, its step and scores. starts: since the run began.
     """
 
     folder: str
@@ -185,8 +186,13 @@ def duration(seconds: float) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if not is_file(path) and is_file(folder / EVENTS):  # submitted, or ended before its first start
+        return {}
     if not is_folder(folder) or not is_file(path):
-        raise DataError(f"{folder} is not a run's folder: it has no config.json. Give raptr_ds.train.save of a run.")
+        raise DataError(
+            f"{folder} is not a run's folder: it has neither config.json nor {EVENTS}. Give raptr_ds.train.save of a "
+            "run."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -209,14 +215,12 @@ def _newest_checkpoint(folder: Path, now: float) -> tuple[int | None, float | No
 
 def holder_of(folder: Path, now: float) -> tuple[str | None, float | None]:
     """Return who works in a run's folder, and the seconds since its last sign of life."""
-    path = folder / _LOCK
+    holder = holder_in(folder)
     try:
-        silent = now - path.stat().st_mtime
-        content = json.loads(path.read_text(encoding="utf-8"))
-        job = f", Slurm job {content['job']}" if content["job"] else ""
-        return f"process {content['process']} on {content['host']}{job}, since {content['since']}", max(0.0, silent)
-    except (OSError, ValueError, LookupError, TypeError):
+        silent = now - (folder / LOCK).stat().st_mtime
+    except (OSError, ValueError):
         return None, None
+    return (None, None) if holder is None else (str(holder), max(0.0, silent))
 
 
 def _state(silent: float | None, is_trained: bool, events: list[dict[str, Any]]) -> str:

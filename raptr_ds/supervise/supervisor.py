@@ -3,7 +3,6 @@
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,15 @@ from typing import Any
 
 from raptr_ds.errors import Exit
 from raptr_ds.runtime.events import read_events
-from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans, run_command
+from raptr_ds.runtime.signals import LONG_WORK_SECONDS
+from raptr_ds.supervise.command import (
+    StopRequests,
+    adopt_orphans,
+    await_orphans,
+    end_orphans,
+    print_error,
+    run_command,
+)
 from raptr_ds.supervise.policy import (
     KILLED,
     Cause,
@@ -28,8 +35,7 @@ from raptr_ds.supervise.policy import (
 )
 from raptr_ds.supervise.record import append_event, newest_step
 
-# A run whose launcher is gone saves, or ends itself when it cannot (raptr_ds/runtime/signals.py).
-_ORPHANS_SECONDS = 120.0
+_ORPHANS_AT_ONCE_SECONDS = 2.0
 # Read by raptr_ds/parallel/launch.py: a run that was started again continues its own checkpoints.
 _RESTART_COUNT = "RAPTR_RESTART_COUNT"
 
@@ -51,9 +57,13 @@ class Supervised:
         self._judged = {event.get("start") for event in events if event["event"] == "restart"}
         self.failed_nodes = {event["node"] for event in events if event.get("node") and event["event"] == "restart"}
 
-    def is_judged(self, number: int) -> bool:
-        """Return whether a start's end has been judged, or the start was never written down."""
-        return number in self._judged or number not in {start.number for start in self._starts}
+    def is_over(self, number: int) -> bool:
+        """Return whether a start was the last one, done or given up, or was never written down."""
+        return number not in {start.number for start in self._starts}
+
+    def is_to_be_repeated(self, number: int) -> bool:
+        """Return whether a start's end has been judged, and another one was to follow."""
+        return number in self._judged
 
     def begin(self, number: int, **fields: Any) -> Decision:
         """Write a start down, unless too many before it were without progress; return whether to go on."""
@@ -68,23 +78,36 @@ class Supervised:
         return Decision(True, f"continues after step {step}" if step else "starts from step 0")
 
     def confirmed(self, ending: Ending) -> Ending:
-        """Return how a try ended; one that its run has not recorded as its end was killed, though its launcher shows 0.
+        """Return how a try ended by the run's own record.
 
-        srun returns 0 where it knows no task's exit code: after 5 s without a word of a step that Slurm has aborted
-        (22.05, "Timed out waiting for job step to complete").
+        One that its run has not recorded as its end was killed, though its launcher shows 0: srun returns that where it
+        knows no task's exit code, after 5 s without a word of a step that Slurm has aborted (22.05, "Timed out waiting
+        for job step to complete"). And the ranks of one that has recorded its start have met: a port that is taken,
+        some library's, has not kept them from it.
         """
-        events = read_events(self.folder) if ending.code == Exit.DONE and self.folder else []
+        events = read_events(self.folder) if self.folder else []
         launches = [i for i, event in enumerate(events) if event["event"] == "launch" and event.get("job") == self.job]
         since = events[launches[-1] :] if launches else []  # without one on the disk nothing can be missed there
-        if not since or any(event["event"] == "end" and event.get("exit_code") == Exit.DONE for event in since):
+        if any(event["event"] == "start" for event in since):
+            ending = replace(ending, port_taken=False)
+        if ending.code != Exit.DONE or not since:
+            return ending
+        if any(event["event"] == "end" and event.get("exit_code") == Exit.DONE for event in since):
             return ending
         say(f"the launcher's exit code is 0, but {self.folder} has no record of the run's end: taken for killed")
         return replace(ending, code=KILLED)
 
+    def decide_on(self, number: int, cause: Cause, step: int | None = None) -> Decision:
+        """Decide what follows a try. step: of the newest checkpoint; by default that of now."""
+        step = newest_step(self.folder) if step is None else step
+        return decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
+
     def judge(self, number: int, ending: Ending) -> tuple[Cause, Decision]:
         """Decide what follows a try, and write it down."""
         cause, step = cause_of(ending), newest_step(self.folder)
-        decision = decide(cause, starts_without_progress(self._starts, number, step, self._first), self.limits)
+        if cause is Cause.OCCUPIED and number == 0:  # later, a process of the try before may still be saving
+            cause = Cause.MISTAKE
+        decision = self.decide_on(number, cause, step)
         event = "restart" if decision.retry else "done" if cause is Cause.DONE else "give_up"
         node = failed_node(ending, cause)
         self.write(event, start=number, cause=cause, code=ending.code, node=node, step=step, why=decision.why)
@@ -107,8 +130,8 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
         ending = run.confirmed(run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on))
-        if ending.code != Exit.DONE and (killed := end_orphans(_ORPHANS_SECONDS)):
-            say(f"killed {killed} processes that outlived the command by {_ORPHANS_SECONDS:g} s")
+        if ending.code != Exit.DONE:
+            _leave_orphans_time_to_save()
         _, decision = run.judge(number, ending)
         say(f"exit code {ending.code}{whose(ending)}: {decision.why}")
         if stops.requested and decision.retry:
@@ -120,9 +143,17 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
         number += 1
 
 
+def _leave_orphans_time_to_save() -> None:
+    """Wait for processes that outlived the launcher: a run without one saves, or ends itself when it cannot."""
+    if left := await_orphans(_ORPHANS_AT_ONCE_SECONDS):
+        say(f"processes that outlive the command: {left}, which get {LONG_WORK_SECONDS:g} s to save and leave")
+        if killed := end_orphans(LONG_WORK_SECONDS):
+            say(f"killed {killed} of them")
+
+
 def say(text: str) -> None:
     """Print a line with the time, where the launcher prints its own errors."""
-    print(f"supervise: {time.strftime('%F %T')}: {text}", file=sys.stderr, flush=True)
+    print_error(f"supervise: {time.strftime('%F %T')}: {text}\n".encode(errors="backslashreplace"))
 
 
 def whose(ending: Ending) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from raptr_ds.runtime.signals import LONG_WORK_SECONDS
 from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, forked, lines_of, tiny_run, torchrun_command
 from tests.integration.test_kills import TIMES, _num_lines, _tree
 
 SUPERVISE = [sys.executable, "tools/supervise.py"]
 # Counts its tries in a file and ends with the next of the codes that it was given; 9 kills itself. -1 is the 0 of a
-# launcher whose run has not come to its end.
+# launcher whose run has not come to its end, and -2 the 2 of a command that prints no mistake.
 CODES = """\
 import os, pathlib, sys
 from raptr_ds.supervise.record import append_event
@@ -28,7 +29,9 @@ if code == 9:
     os.kill(os.getpid(), 9)
 if code == 0:
     append_event(tried.parent, "end", exit_code=0)
-sys.exit(max(code, 0))
+if code == 2:
+    print("raptr_ds: ConfigError: no", file=sys.stderr)
+sys.exit(2 if code == -2 else max(code, 0))
 """
 
 
@@ -56,6 +59,7 @@ def _supervise(folder: Path, *codes: int, **env: str) -> tuple[subprocess.Comple
         ([75, 75, 0], 0, 3),
         ([2, 0], 2, 1),
         ([1, 2, 0], 2, 2),
+        ([-2, 0], 0, 2),
         ([1, 1, 1, 1, 0], 1, 4),
         ([9, 9, 9, 9, 0], 137, 4),
         ([74, 76, 0], 0, 3),
@@ -73,9 +77,30 @@ def test_codes_lead_to_tries(tmp_path: Path, codes: list[int], code: int, tries:
     assert ended["why"] in done.stderr
 
 
+@pytest.mark.parametrize("is_disk_full", [True, False])
+def test_a_standard_error_that_takes_nothing_ends_nothing(tmp_path: Path, is_disk_full: bool) -> None:
+    # More than a pipe holds: nobody would leave if it were not read on.
+    program = f"import sys\nsys.stderr.write('x' * 300_000)\nsys.argv[1:1] = [{str(tmp_path / 'tried')!r}]\n{CODES}"
+    (tmp_path / "noisy.py").write_text(program)
+    words = [*SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, str(tmp_path / "noisy.py"), "1", "0"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**ENV, "RAPTR_RETRY_DELAY": "0", "PYTHONPATH": str(REPOSITORY)}
+    with open("/dev/full", "wb") as full, open(writer, "wb") as unread:  # noqa: PTH123
+        stderr = full if is_disk_full else unread
+        done = subprocess.run(words, cwd=REPOSITORY, env=env, stderr=stderr, timeout=60, check=False)
+    assert (done.returncode, (tmp_path / "tried").read_text()) == (0, "01")
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events == ["launch", "restart", "launch", "end", "done"]
+
+
 def test_torchrun_hides_no_mistake(tmp_path: Path) -> None:
     # Its own code is 1 whatever the ranks' was; the other rank is killed for it.
-    (tmp_path / "ranks.py").write_text("import os, sys, time\ntime.sleep(60 * int(os.environ['RANK']))\nsys.exit(2)\n")
+    program = (
+        "import os, sys, time\ntime.sleep(60 * int(os.environ['RANK']))\n"
+        "print('raptr_ds: ConfigError: no', file=sys.stderr)\nsys.exit(2)\n"
+    )
+    (tmp_path / "ranks.py").write_text(program)
     words = [*SUPERVISE, "--folder", str(tmp_path), "--", "torchrun", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*words, str(tmp_path / "ranks.py")], cwd=REPOSITORY, env=ENV, capture_output=True, timeout=60, check=False
@@ -143,20 +168,21 @@ def test_a_request_to_stop_during_a_delay_ends_the_tries(tmp_path: Path) -> None
 
 
 def test_processes_that_outlive_the_launcher_end_before_the_next_try(tmp_path: Path) -> None:
-    # As a run whose launcher is killed: its ranks save, in sessions of their own.
+    # As a run whose launcher is killed: its ranks save, in sessions of their own, and have as long as they allow it.
     program = (
         "import pathlib, subprocess, sys, time\n"
         f"saved = pathlib.Path({str(tmp_path / 'saved')!r})\n"
         "from raptr_ds.supervise.record import append_event\n"
         f"if saved.exists():\n    append_event(saved.parent, 'end', exit_code=0)\n    sys.exit(0)\n"
-        "late = f'import pathlib, time; time.sleep(1); pathlib.Path({str(saved)!r}).touch()'\n"
-        "subprocess.Popen([sys.executable, '-c', late], start_new_session=True)\n"
+        "late = f'import pathlib, time; time.sleep(3); pathlib.Path({str(saved)!r}).touch()'\n"
+        "subprocess.Popen([sys.executable, '-c', late], start_new_session=True, stderr=subprocess.DEVNULL)\n"
         "sys.exit(1)\n"
     )
     words = [*SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, "-c", program]
     env = {**ENV, "RAPTR_MAX_RETRIES": "1", "RAPTR_RETRY_DELAY": "0"}
     done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
+    assert f"outlive the command: 1, which get {LONG_WORK_SECONDS:g} s to save and leave" in done.stderr
     assert "killed" not in done.stderr
 
 

@@ -46,6 +46,12 @@ if rank == 0:
     wait()
 os.kill(os.getpid(), signal.SIGKILL)
 """
+MISTAKEN = """
+if rank == 0:
+    wait()
+print("raptr_ds: ConfigError: no", file=sys.stderr)
+sys.exit(2)
+"""
 STOPPING = """
 open("stopped", "w").close()
 sys.exit(0 if start else 75)
@@ -79,7 +85,7 @@ PROGRAMS = {
     "advancing": (ADVANCING, {"RAPTR_MAX_RETRIES": "0"}),
     "dying": (DYING, {"RAPTR_MAX_RETRIES": "1"}),
     "delayed": (DYING, {"RAPTR_RETRY_DELAY": "3000"}),
-    "mistaken": ("sys.exit(2) if rank else wait()\n", {}),
+    "mistaken": (MISTAKEN, {}),
     "stopping": ("sys.exit(75)\n", {"RAPTR_MAX_RETRIES": "1"}),
     "deaf": (STOPPING, {}),
     "taken": (TAKEN, {"RAPTR_MAX_RETRIES": "0"}),
@@ -228,6 +234,8 @@ def test_the_time_limit_without_an_early_signal_requeues_the_job(jobs: Jobs) -> 
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), jobs.output("limited")
     assert "the time limit is reached: back to the queue" in jobs.output("limited")
     assert [event["step"] for event in jobs.events("limited", "launch")] == [0, 10]
+    # The guard, which is asked to stop at the same time, leaves it to the supervisor.
+    assert [event["cause"] for event in jobs.events("limited", "restart")] == ["stopped"]
 
 
 @pytest.mark.parametrize("killed", ["slurm_script", "tools/supervise.py"])

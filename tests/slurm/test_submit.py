@@ -81,6 +81,7 @@ def test_names_stay_names_later_edits_stay_out_and_secrets_too(lab: SlurmLab, pl
 CONTAINER = """\
 #!/bin/bash
 [ "$SLURM_PROCID" != 0 ] || printf 'word %s\\n' "${0##*/}" "$@"
+[ "$SLURM_PROCID" != 0 ] || echo "raptr_ds: ConfigError: no" >&2
 exit 2
 """
 

@@ -4,6 +4,8 @@ The tasks are stand-ins for pretrain.py, so that each case takes seconds; test_p
 """
 
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,19 @@ time.sleep(0 if start else 60)
 LEAVING = """\
 import os, sys, time
 time.sleep(0 if os.environ["SLURM_PROCID"] == "0" else {others_wait})
+if {code} == 2:
+    print("raptr_ds: ConfigError: no", file=sys.stderr)
 sys.exit({code})
+"""
+
+# Job 1 of an array stops once; job 0 waits until it has come back.
+ARRAY = """\
+import os, pathlib, sys, time
+start, back = int(os.environ.get("SLURM_RESTART_COUNT", 0)), pathlib.Path("back")
+if os.environ["SLURM_ARRAY_TASK_ID"] == "1":
+    sys.exit(back.touch() if start else 75)
+while not back.exists():
+    time.sleep(0.1)
 """
 
 
@@ -181,6 +195,21 @@ def test_a_job_that_an_operator_requeues_is_requeued_once(job: Job) -> None:
     output = job.lab.output(number)
     assert "SIGTERM" in _lines(output, "task 1 leaves start 0")[0]
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output
+
+
+def test_a_job_of_an_array_is_requeued_without_the_others(job: Job) -> None:
+    number = job.submit(ARRAY, "--array=0-1", "--nodes=1")
+    deadline = time.monotonic() + 50
+    while job.lab.command("squeue", "--noheader", f"--jobs={number}"):
+        assert time.monotonic() < deadline, job.lab.command("squeue")
+        time.sleep(0.1)
+    shown = job.lab.command("scontrol", "show", "job", "-o", str(number)).splitlines()
+    ended = {line["ArrayTaskId"]: line for line in (dict(re.findall(r"(\S+?)=(\S*)", text)) for text in shown)}
+    assert ended["1"]["JobId"] == str(number), "the one whose number is that of the array"
+    assert {task: (line["JobState"], line["Restarts"]) for task, line in ended.items()} == {
+        "0": ("COMPLETED", "0"),
+        "1": ("COMPLETED", "1"),
+    }
 
 
 @pytest.mark.parametrize(("code", "message"), [(2, "run file or its data is wrong"), (1, "a fault ended the step")])

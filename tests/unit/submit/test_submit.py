@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import pytest
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.runtime.run_lock import Holder
 from raptr_ds.submit import checks
 from raptr_ds.submit.checks import check_disk, check_folder, check_memory, checkpoint_bytes, complete_run_file
 from raptr_ds.submit.container import ContainerWords, container_words
 from raptr_ds.submit.layout import check_more_options, job_layout
-from raptr_ds.submit.request import CheckedRun, Request, Submission
+from raptr_ds.submit.request import CheckedRun, Request, Submission, check
 from raptr_ds.submit.snapshot import code_files, copy_code, free_number
 from raptr_ds.submit.sweep import sweep
 
@@ -149,8 +150,8 @@ def test_memory_disk_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     check_folder(tmp_path / "new", 0.0)
-    lock = {"process": 7, "host": "node5", "job": "77", "since": "noon"}
-    (tmp_path / "run.lock").write_text(json.dumps(lock))
+    holder = Holder("key", "node5", "machine", 7, "1", "77", 0, "noon")
+    (tmp_path / "run.lock").write_text(json.dumps({"beat": 3, **asdict(holder)}))
     written = (tmp_path / "run.lock").stat().st_mtime
     with pytest.raises(ConfigError, match="process 7 on node5, Slurm job 77"):
         check_folder(tmp_path, written + 5)
@@ -194,6 +195,40 @@ def submission(folder: Path, container: ContainerWords | None = None, **options:
     run = CheckedRun(load_run_config(run_file(folder)), folder, "")
     request, layout = Request(**{**values, "venv": "", **options}), job_layout("2", None, None, None, 120)
     return Submission(request, folder, layout, [run, run], container or ContainerWords(), ())
+
+
+def request(folder: Path, *settings: str, **options: Any) -> Request:
+    values = {field.name: None for field in fields(Request)}
+    values |= {"run_file": run_file(folder), "set": settings, "nodes": "1", "chain": 1, "array": (), "more_options": ()}
+    values |= {"container_runtime": "apptainer", "home": folder, "venv": "", "env": {}}
+    return Request(**{**values, **options})
+
+
+def test_a_chain_whose_jobs_would_start_anew_is_refused(tmp_path: Path, data_folder: Path) -> None:
+    settings = [
+        f"raptr_ds.data.path={data_folder}",
+        "raptr_ds.model.vocab_size=null",
+        f"raptr_ds.train.save={tmp_path}/run",
+    ]
+    check(request(tmp_path, *settings, chain=2))
+    check(request(tmp_path, *settings, "raptr_ds.checkpoint.load=none"))
+    with pytest.raises(ConfigError, match=r"--chain 2 with raptr_ds\.checkpoint\.load=none"):
+        check(request(tmp_path, *settings, "raptr_ds.checkpoint.load=none", chain=2))
+
+
+def test_a_container_sees_every_folder_that_the_run_file_names(tmp_path: Path, data_folder: Path) -> None:
+    settings = [f"raptr_ds.data.path={data_folder}", f"raptr_ds.train.save={tmp_path}/run"]
+    settings += [f"raptr_ds.model={json.dumps({**MODEL, 'architecture': 'ul2'})}"]
+    settings += [
+        'raptr_ds.eval.tasks=["boolq"]',
+        "raptr_ds.checkpoint.interval=5",
+        "raptr_ds.checkpoint.export_interval=5",
+    ]
+    settings += [f"raptr_ds.eval.task_files={tmp_path}/tasks"]
+    task = check(request(tmp_path, *settings, container="image.sif")).container.task
+    mounts = task[task.index("--bind") + 1].split(",")
+    places = {tmp_path, tmp_path / "run", data_folder, tmp_path / "tasks"}
+    assert {f"{place}:{place}" for place in places} <= set(mounts)
 
 
 def test_the_batch_file_quotes_every_name(tmp_path: Path) -> None:

@@ -52,3 +52,18 @@ def test_a_port_that_is_taken_is_noticed(line: str, taken: bool) -> None:
     reports = Reports()
     reports.read(line)
     assert reports.port_taken == taken
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("3: raptr_ds: ConfigError: raptr_ds.train.steps=-1", "raptr_ds: ConfigError: raptr_ds.train.steps=-1"),
+        ("pretrain.py: error: unrecognized arguments: -x", "pretrain.py: error: unrecognized arguments: -x"),
+        ("python: can't open file '/x/raptr_ds/pretrain.py': [Errno 107] Transport endpoint is not connected", None),
+        ("raptr_ds: process 7: second SIGTERM: ending at once, without a checkpoint", None),
+    ],
+)
+def test_what_a_rank_prints_for_its_user_is_noticed(line: str, message: str | None) -> None:
+    reports = Reports()
+    reports.read(line)
+    assert reports.messages == ([] if message is None else [message])

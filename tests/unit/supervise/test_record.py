@@ -9,8 +9,12 @@ import pytest
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, set_aside, step_folder, step_of, unfinished_folder
 from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.config.load import load_run_config
+from raptr_ds.errors import ConfigError
+from raptr_ds.parallel.launch import Launch
 from raptr_ds.runtime.events import EVENTS, read_events
-from raptr_ds.supervise.policy import Ending, Limits
+from raptr_ds.runtime.run_lock import RunLock
+from raptr_ds.supervise.command import Reports
+from raptr_ds.supervise.policy import Cause, Ending, Failure, Limits, cause_of
 from raptr_ds.supervise.record import append_event, newest_step, run_folder
 from raptr_ds.supervise.supervisor import Supervised
 
@@ -144,6 +148,34 @@ def test_a_launchers_0_counts_if_the_run_recorded_its_end(
     assert run.confirmed(Ending(0)) == Ending(code)
     assert run.confirmed(Ending(0, stop_requested=True)) == Ending(code, stop_requested=True)
     assert run.confirmed(Ending(75)) == Ending(75)
+
+
+@pytest.mark.parametrize(
+    ("events", "counts"), [(["launch"], True), (["start", "launch"], True), (["launch", "start"], False)]
+)
+def test_a_port_is_not_to_blame_once_the_ranks_have_met(tmp_path: Path, events: list[str], counts: bool) -> None:
+    for name in events:
+        append_event(tmp_path, name, **(LAUNCH if name == "launch" else {}))
+    ending = Supervised(tmp_path, "1", Limits()).confirmed(Ending(1, port_taken=True))
+    assert (cause_of(ending) is Cause.PORT) == counts
+
+
+@pytest.mark.parametrize(("start", "retry"), [(0, False), (1, True)])
+def test_a_folder_that_the_try_before_has_not_left_yet_is_waited_for(tmp_path: Path, start: int, retry: bool) -> None:
+    launch = Launch(0, 0, 1, "127.0.0.1", 1, "none")
+    held = RunLock(tmp_path, launch, lost=print)
+    with pytest.raises(ConfigError) as refusal:
+        RunLock(tmp_path, launch, lost=print)
+    held.release()
+    reports = Reports()
+    reports.read(f"raptr_ds: ConfigError: {refusal.value}")
+    run = Supervised(tmp_path, "1", Limits(delay_seconds=7))
+    for number in range(start + 1):
+        run.begin(number)
+    cause, decision = run.judge(start, Ending(2, [Failure("node1", 2, "")], messages=reports.messages))
+    assert (cause, decision.retry) == (Cause.OCCUPIED if retry else Cause.MISTAKE, retry)
+    assert decision.delay_seconds == (7 * 4 if retry else 0)
+    assert "node1" not in run.failed_nodes | Supervised(tmp_path, "1", Limits()).failed_nodes
 
 
 def test_without_a_folder_the_launchers_code_counts() -> None:

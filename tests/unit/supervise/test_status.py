@@ -98,6 +98,9 @@ def test_a_running_run(running: Path) -> None:
         ([{"event": "start"}, {"event": "restart"}, {"event": "launch"}], None, 10, "starting"),
         ([{"event": "start"}, {"event": "hang"}, {"event": "give_up"}], None, 10, "failed"),
         ([{"event": "end", "exit_code": 0}, {"event": "done"}], None, 400, "finished"),
+        ([{"event": "submit"}], None, 0, "queued"),
+        ([{"event": "end", "exit_code": 75}, {"event": "submit"}], None, 10, "queued"),
+        ([{"event": "submit"}, {"event": "submit"}, {"event": "launch"}], None, 0, "starting"),
         ([], None, 0, "new"),
         ([], None, 400, "finished"),  # of an earlier version, without events
     ],
@@ -123,11 +126,19 @@ def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(running: P
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DataError, match=r"no config\.json"):
+        with pytest.raises(DataError, match=r"neither config\.json nor events\.jsonl"):
             status_of(folder)
     (tmp_path / "config.json").write_text('{"raptr')
     with pytest.raises(DataError, match=r"config\.json cannot be read"):
         status_of(tmp_path)
+
+
+def test_a_submitted_run_waits_in_the_queue(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"time": "2027-01-15T00:00:00+00:00", "event": "submit", "job": "77"}\n')
+    status = status_of(tmp_path, NOW)
+    assert (status.state, status.step, status.num_steps) == ("queued", 0, None)
+    assert describe(status)[:2] == [f"{tmp_path}: queued", "step         0; started 0 times"]
+    assert "submit: job 77" in describe(status)[-1]
 
 
 def test_curves_and_durations() -> None:
