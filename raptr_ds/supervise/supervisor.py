@@ -36,8 +36,8 @@ from raptr_ds.supervise.policy import (
 from raptr_ds.supervise.record import append_event, newest_step
 
 _ORPHANS_AT_ONCE_SECONDS = 2.0
-# Read by raptr_ds/parallel/launch.py: a run that was started again continues its own checkpoints.
-_RESTART_COUNT = "RAPTR_RESTART_COUNT"
+# Read by raptr_ds/parallel/launch.py: a run that was started again continues what its first start has begun.
+_RESTART_COUNT, _SUPERVISOR = "RAPTR_RESTART_COUNT", "RAPTR_SUPERVISOR"
 
 
 class Supervised:
@@ -129,7 +129,8 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
     while True:
         beginning = run.begin(number)
         say(f"try {number}, {beginning.why}: {shlex.join(words)}")
-        ending = run.confirmed(run_command(words, {**env, _RESTART_COUNT: str(earlier + number)}, stops, _pass_on))
+        counted = {**env, _RESTART_COUNT: str(earlier + number), _SUPERVISOR: env.get(_SUPERVISOR, run.job)}
+        ending = run.confirmed(run_command(words, counted, stops, _pass_on))
         if ending.code != Exit.DONE:
             _leave_orphans_time_to_save()
         _, decision = run.judge(number, ending)

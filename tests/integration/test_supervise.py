@@ -24,6 +24,7 @@ tried = pathlib.Path(sys.argv[1])
 number = len(tried.read_text()) if tried.exists() else 0
 with tried.open("a") as stream:
     stream.write(os.environ["RAPTR_RESTART_COUNT"])  # by which a run knows that it continues its own checkpoints
+assert os.environ["RAPTR_SUPERVISOR"].endswith(f":{os.getppid()}")  # and by which it knows them
 code = int(sys.argv[2 + number])
 if code == 9:
     os.kill(os.getpid(), 9)
