@@ -112,7 +112,6 @@ class MemoryNeed:
                 yield text, changed(tensor=tensor)
                 break
 
-
     def _smaller_micro_batches(self) -> Iterator[tuple[str, Setting]]:
         """Yield the setting with micro batches of half the size, where they can be halved."""
         setting, layout, own = self.setting, self.setting.layout, self.config.parallel.micro_batches

@@ -113,14 +113,14 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     assert "proposed: raptr_ds.path.schedule=half" in out
     assert "- paths: raptr 4-6-14-24" in out
     assert "a standard run of 1e+09 tokens sees 0.654 for each" in out
-    assert "by a law fitted to 40 mean losses of 4 small models (residual 0.032; docs/results.md); numbers are for" in out
+    assert (
+        "by a law fitted to 40 mean losses of 4 small models (residual 0.032; docs/results.md); numbers are for" in out
+    )
     assert "12 layers of width 128. Here the layers have 1,529M parameters" in out
     assert "the largest model measured has 2.6M parameters in its layers, this one 597 times as many" in out
     assert out.count("extrapolated") == 1
     small = ["num_layers=12", "hidden_size=128", "num_attention_heads=4", "ffn_hidden_size=352"]
-    code, out, _ = plan(
-        monkeypatch, capsys, *best, *(f"raptr_ds.model.{one}" for one in small), "--tokens", "1e6"
-    )
+    code, out, _ = plan(monkeypatch, capsys, *best, *(f"raptr_ds.model.{one}" for one in small), "--tokens", "1e6")
     assert code == 0
     assert "extrapolated" not in out
     code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
