@@ -190,8 +190,8 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
     )
     if layers > law.largest:
         notes.append(
-            f"**extrapolated**: the largest model measured has {law.largest / 1e6:,.2g}M parameters in its layers, this "
-            f"one {layers / law.largest:,.3g} times as many. Whether the law holds there is not known"
+            f"**extrapolated**: the largest model measured has {law.largest / 1e6:,.2g}M parameters in its layers, "
+            f"this one {layers / law.largest:,.3g} times as many. Whether the law holds there is not known"
         )
     if standard > law.longest:
         notes.append(
@@ -207,8 +207,8 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
     best = law.best_saving(model, standard, savings.values())
     if best is None:
         notes.append(
-            f"neither is better than standard training with {CONFIDENCE:.0%} confidence; proposing the paper's schedule "
-            "because of the paper's own results"
+            f"neither is better than standard training with {CONFIDENCE:.0%} confidence; proposing the paper's "
+            "schedule because of the paper's own results"
         )
         return "paper"
     return next(name for name, saving in savings.items() if saving == best)
@@ -274,7 +274,7 @@ def _what_fits(config: RunConfig, device: Device, memory_gib: float) -> str:
     if count == deepest:
         return f"- {memory_gib:g} GiB hold the full path without recomputation"
     if parallel.micro_batches:
-        return f"- {memory_gib:g} GiB do not hold the run's micro_batches without recomputation, which they exclude"
+        return f"- {memory_gib:g} GiB do not hold the run's micro_batches, which exclude recomputation"
     return (
         f"- {memory_gib:g} GiB hold {count} active layers of a pipeline stage without recomputation, of {deepest}: "
         f"raptr_ds.parallel.activation_checkpointing=true keep_activations_up_to={count}"

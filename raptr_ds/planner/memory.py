@@ -178,9 +178,9 @@ def rank_memory(setting: Setting, stage: int, num_active: int, num_trained: int 
     num_trained: layers of the stage that have gradients, more than num_active where a step has several paths.
     Over the data-parallel ranks, ZeRO stage 0 splits nothing, 1 the optimizer state and the fp32 weights, 2 also the
     gradients, 3 also the weights, of which up to layout.kept_whole are whole at the same time. fp32 training at ZeRO 0
-    needs no second copy of the weights. Gradients are those of the trained layers, whole; ZeRO 1 and 2 hold the rank's share of
-    them a second time, to accumulate or to step on. The tensor ranks' shares count as equal; norms and some biases are
-    replicated, a fraction of a percent.
+    needs no second copy of the weights. Gradients are those of the trained layers, whole; ZeRO 1 and 2 hold the rank's
+    share of them a second time, to accumulate or to step on. The tensor ranks' shares count as equal; norms and some
+    biases are replicated, a fraction of a percent.
     """
     shape, layout = setting.shape, setting.layout
     layer, outer = layer_parameters(shape), outer_parameters(shape, stage, layout.num_stages)

@@ -94,7 +94,7 @@ class MemoryNeed:
         if not layout.recompute and not self.config.parallel.micro_batches:  # the two exclude each other
             yield "raptr_ds.parallel.activation_checkpointing=true (a third more work)", changed(recompute=True)
         if self.setting.keep_up_to:
-            text = "raptr_ds.parallel.keep_activations_up_to=0 (a third more work on paths that it spares)"
+            text = "raptr_ds.parallel.keep_activations_up_to=0 (a third more work on short paths)"
             yield text, replace(self.setting, keep_up_to=0)
         highest = 1 if layout.num_stages > 1 else 3
         for zero_stage in range(max(1, layout.zero_stage + 1), highest + 1):

@@ -2,6 +2,8 @@
 
 import filecmp
 import importlib
+import os
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -93,6 +95,9 @@ def test_a_copy_put_back_is_finished_and_takes_more_seeds(lab, tmp_path):
     lab.run(lab.planner(seeds=[1, 2]))
     assert lab.stand_in.started == ["standard, seed 2", "raptr, seed 2"]
     again = keep(load_comparison(first.output), tmp_path / "again")
+    machines = [session["machine"] for session in load_comparison(again).record["sessions"]]
+    assert machines[0] == f"{platform.machine()}, {os.cpu_count()} CPU threads"
+    assert set(machines) == {machines[0]}
     for run in ("standard/seed-1", "raptr/seed-1"):  # thinned once
         assert filecmp.cmp(kept / "runs" / run / "metrics.jsonl", again / "runs" / run / "metrics.jsonl", shallow=False)
     losses = [run.final_loss for run in load_comparison(first.output).runs]
