@@ -12,7 +12,7 @@ from raptr_ds.lab.comparison import RECORD, Comparison
 from raptr_ds.lab.status import OUTCOME
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics, to_line
 
-_KEPT = ("path", "paths", "path_length", "phase", "tokens", "flops", "lr")
+_KEPT = ("path", "paths", "path_length", "width", "phase", "tokens", "flops", "lr")
 _MEANS = ("loss", "step_seconds")
 
 

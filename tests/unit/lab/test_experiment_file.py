@@ -70,7 +70,10 @@ def test_keys_of_the_file_can_be_set_on_the_command_line(tmp_path):
         ({"contestants": []}, "contestants=[] (line 2): must have at least one item."),
         ({"contestants": [1]}, "mine.json: contestants.0=1: must be an object {key: value}."),
         ({"contestants": [{"name": 5}]}, "contestants.0.name=5 (line 2): must be text; put it in double quotes."),
-        ({"sweep": {"learning_rates": [], "seed": 1}}, "sweep.learning_rates=[] (line 2): must have at least one item."),
+        (
+            {"sweep": {"learning_rates": [], "seed": 1}},
+            "sweep.learning_rates=[] (line 2): must have at least one item.",
+        ),
         (
             {"contestants": [{"name": "a", "seeds": [1, 7]}]},
             "contestant a: seeds has 7, which is not among the comparison's seeds=[1",
