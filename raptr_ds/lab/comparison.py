@@ -185,8 +185,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return record
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{file} is damaged ({type(error).__name__}: {error}). Remove it and start the comparison again, which runs "
-            "only what is missing, or restore it from a copy."
+            f"{file} is damaged ({type(error).__name__}: {error}). Remove it and start the comparison again, which "
+            "runs only what is missing, or restore it from a copy."
         ) from error
 
 
