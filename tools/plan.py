@@ -88,8 +88,12 @@ def main() -> None:
     if arguments.tokens is not None and arguments.save != "best":
         raise ConfigError("--tokens goes with --save best.")
     if arguments.micro_batches:
-        given = {"--save": arguments.save, "--device-memory": arguments.device_memory}
-        if unused := [option for option, value in given.items() if value is not None]:
+        given = {
+            "--save": arguments.save is not None,
+            "--device-memory": arguments.device_memory is not None,
+            "--measure": arguments.measure,
+        }
+        if unused := [option for option, is_given in given.items() if is_given]:
             raise ConfigError(
                 f"--micro-batches prints one line of the run file and plans nothing: remove {' and '.join(unused)}, or "
                 "run the two one after the other."
@@ -254,10 +258,11 @@ def _proposal(saving: float, config: RunConfig, device: Device) -> str:
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
         most, half = max(map(saved_by, even_schedules(layers, least))), saving_of("half")
+        other = f", or set raptr_ds.path.schedule=half, which saves {half:.1%}" if half > most else ""
         raise ConfigError(
             f"--save {saving:.1%}: four evenly growing phases that end at {layers} layers save at most "
-            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, shorten the full-model warm-up, or "
-            f"set raptr_ds.path.schedule=half, which saves {half:.1%}."
+            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, shorten the full-model "
+            f"warm-up{other}."
         )
     return "-".join(map(str, lengths))
 

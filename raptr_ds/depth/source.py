@@ -78,8 +78,8 @@ def open_model(where: Path, tokenizer: str | None = None) -> ModelSource:
     is_exported = exported_kind(where) is not None
     if not is_exported and not _has_checkpoint(where):
         raise CheckpointError(
-            f"{where} has no checkpoint yet. Name a run that has saved one (raptr_ds.checkpoint.interval), a checkpoint, "
-            "or an exported folder."
+            f"{where} has no checkpoint yet. Name a run that has saved one (raptr_ds.checkpoint.interval), a "
+            "checkpoint, or an exported folder."
         )
     source = _of_exported(where, tokenizer) if is_exported else source_of(load_model(where), tokenizer, where)
     assert source.tokenizer.vocab_size == source.trained.model.vocab_size

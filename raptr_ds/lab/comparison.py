@@ -28,6 +28,7 @@ from raptr_ds.user_paths import is_file
 
 RECORD = "experiment.json"
 _KEYS = ("name", "base", "settings", "processes", "seeds", "budget", "sweep", "contestants", "runs", "sessions")
+_KEYS_OF_CONTESTANT = ("name", "settings", "path", "steps", "flops", "learning_rate")
 _KEYS_OF_RUN = ("purpose", "contestant", "seed", "learning_rate", "steps", "folder", "command")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 
@@ -179,7 +180,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        for node, keys in [(record, _KEYS), *((run, _KEYS_OF_RUN) for run in record["runs"])]:
+        contestants = ((one, _KEYS_OF_CONTESTANT) for one in record["contestants"])
+        for node, keys in [(record, _KEYS), *contestants, *((run, _KEYS_OF_RUN) for run in record["runs"])]:
             if missing := [key for key in keys if key not in node]:
                 raise KeyError(", ".join(missing))
         return record

@@ -217,7 +217,7 @@ def test_a_comparison_before_its_first_step_has_a_report_too(folder):
     assert "0 of 6 runs are finished" in markdown.read_text()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"runs": 1}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"runs": 1}', '{"runs": [], "contestants": [1]}', "\x00"])
 def test_a_damaged_record_is_a_users_error(folder, text):
     (folder / "experiment.json").write_text(text)
     with pytest.raises(DataError, match=r"experiment\.json is damaged \(\w+: .*\)\. Remove it"):
