@@ -6,6 +6,7 @@ torch has decided what to keep and what to compute again (its partitioner), befo
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
+from raptr_ds.paths.path import Parts
 from tests.dropout_masks import streams_of
 
 LENGTH, VOCAB, BATCH, LAYERS, PREDICTED = 160, 3000, 2, 5, 9
@@ -75,8 +77,8 @@ def build(
     return stage, collate([sample] * BATCH, range(BATCH), LENGTH, 0)
 
 
-def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int) -> int:
-    """Return the bytes of all storages that autograd saves on a path, parameters aside."""
+def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int, width: int | None = None) -> int:
+    """Return the bytes of all storages that autograd saves on a path, parameters aside. width: heads of each layer."""
     own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     kept = {}
 
@@ -87,6 +89,9 @@ def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int) -> int:
         return tensor
 
     path, streams = LayerPath(tuple(range(path_length)), LAYERS), streams_of(1, 0, micro.sample_ids)
+    if width is not None:
+        chosen = tuple(tuple(range(width)) if path.is_active(layer) else () for layer in range(LAYERS))
+        path = replace(path, parts=Parts(stage.model.num_attention_heads, chosen, chosen))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = stage(micro.tokens, micro, path, streams)
     node: Any = losses.grad_fn

@@ -29,8 +29,10 @@ import numpy as np
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
+from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
+from raptr_ds.plots.pictures import check_picture
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.user_paths import is_folder
 
@@ -51,11 +53,25 @@ def main() -> None:
     config = load_run_config(options.config, overrides, world_size=launch.world_size)
     if config.precision == "fp16":
         raise ConfigError("the benchmark compares fp32 and bf16, not fp16. Add --precision bf16.")
-    measure(config, launch, options)
+    tokenizer = None if options.text is None else _tokenizer_of(config, options)
+    measure(config, launch, options, tokenizer)
 
 
-def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> None:
-    """Measure, print and write the report."""
+def _tokenizer_of(config: RunConfig, options: argparse.Namespace) -> Path:
+    """Return the tokenizer's file; it and --text are checked before anything is measured. Raises: DataError."""
+    from raptr_ds.bench.preparation import check_text
+    from raptr_ds.data.loader import folders_of
+    from raptr_ds.data.tokenizer import Tokenizer
+
+    check_text(options.text)
+    path = Path(options.tokenizer or config.data.tokenizer or next(iter(folders_of(config.data.path))))
+    path = path / TOKENIZER if is_folder(path) else path
+    Tokenizer.load(path)
+    return path
+
+
+def measure(config: RunConfig, launch: Launch, options: argparse.Namespace, tokenizer: Path | None) -> None:
+    """Measure, print and write the report. tokenizer: with which --text is tokenized."""
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with uncollected_imports():
@@ -67,7 +83,6 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
         from raptr_ds.bench.preparation import measure_preparation
         from raptr_ds.bench.report import conclusions, describe, preparation_lines, rows_of, table
         from raptr_ds.bench.steps import Options, measure_steps
-        from raptr_ds.data.loader import folders_of
         from raptr_ds.parallel.groups import initialize_process_groups
 
     parallel = config.parallel
@@ -91,11 +106,8 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
     for layout in options.layouts:
         rows += _rows_of_layout(layout, full=rows[0])
     lines = [*describe(config, result, groups.device, origin), "", *table(rows), "", *conclusions(result, rows)]
-    if options.text is not None:
-        tokenizer = options.tokenizer or config.data.tokenizer or Path(next(iter(folders_of(config.data.path))))
-        path = Path(tokenizer)
-        path = path / "tokenizer.model" if is_folder(path) else path
-        lines += preparation_lines(measure_preparation(options.text, path, options.repetitions, options.clock))
+    if tokenizer is not None:
+        lines += preparation_lines(measure_preparation(options.text, tokenizer, options.repetitions, options.clock))
     report = "\n".join(lines) + "\n"
     print(report)
     if options.output is not None:
@@ -108,7 +120,10 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace) -> N
 
 def parse() -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A layout's processes get this command line again without some options, which are known by their full names.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="run file (default: bert_quickstart)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
     parser.add_argument("--repetitions", type=int, default=9, help="rounds that count (default 9)")
@@ -134,12 +149,15 @@ def parse() -> argparse.Namespace:
         raise ConfigError(f"--repetitions {options.repetitions}: at least one round must count.")
     for layout in options.layouts:
         _sizes_of(layout)
+    check_picture(options.plot, "--plot")
+    if options.tokenizer is not None and options.text is None:
+        raise ConfigError("--tokenizer goes with --text.")
     return options
 
 
 def _sizes_of(layout: str) -> dict[str, int]:
     """Return the sizes in a layout. Raises: ConfigError if it is not written as TP2, PP2 or TP2PP2."""
-    parts = re.findall(r"(TP|PP)(\d+)", layout.upper())
+    parts = re.findall(r"(TP|PP)([1-9]\d*)", layout.upper())
     if not parts or "".join(name + size for name, size in parts) != layout.upper():
         raise ConfigError(f"--layouts {layout}: a layout is written as TP2, PP4 or TP2PP2.")
     return {name: int(size) for name, size in parts}

@@ -18,11 +18,13 @@ from raptr_ds.depth.plot import plot_depths
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.source import labelled, open_model
 from raptr_ds.depth.table import DepthTable, check_comparable, depth_table
+from raptr_ds.plots.pictures import check_picture
 
 
 def main() -> None:
     """Parse the command line, measure, print and draw."""
     arguments = parse()
+    check_picture(arguments.output, "--output")
     sources = labelled([open_model(where, arguments.tokenizer) for where in arguments.models], arguments.models)
     texts = [read_held_out(source, arguments.data, arguments.sequences) for source in sources]
     check_comparable(sources, texts)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.errors import DataError, Exit
+from raptr_ds.errors import ConfigError, DataError, Exit
 from raptr_ds.lab.comparison import load_comparison, read_record, session_of, write_record
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.lab.keep import keep
@@ -32,7 +32,14 @@ DEFAULT_VOCAB_SIZE = 32_000
 def main() -> None:
     """Parse the command line and run, list, submit or report."""
     arguments = _parse()
+    if arguments.write_only and not arguments.slurm:
+        raise ConfigError("--write-only goes with --slurm: without it the runs would start here. Add --slurm.")
     if arguments.report and is_folder(arguments.file):
+        if arguments.set:
+            raise ConfigError(
+                f"--set changes a comparison file, and {arguments.file} is a folder, which is reported as its record "
+                "is. Remove --set, or name the comparison file."
+            )
         _report(arguments.file)
         return
     experiment = load_experiment(arguments.file, arguments.set)

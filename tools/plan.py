@@ -12,6 +12,7 @@ a minute.
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import _command_line
@@ -25,20 +26,20 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.markdown import markdown_table
 from raptr_ds.paths.cost import layer_parameters, num_parameters
 from raptr_ds.planner.advice import advice
-from raptr_ds.planner.law import OBJECTIVES, fit_law
+from raptr_ds.planner.law import CONFIDENCE, OBJECTIVES, fit_law
 from raptr_ds.planner.local_device import measure_this_machine
-from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
-from raptr_ds.planner.plan import RunPlan, keepable_layers, plan_run, propose_schedule
+from raptr_ds.planner.memory import GIB, GPU_CONTEXT_BYTES
+from raptr_ds.planner.peak import run_peak
+from raptr_ds.planner.plan import RunPlan, even_schedules, keepable_layers, plan_run, propose_schedule
 from raptr_ds.planner.results import read_results
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
-from raptr_ds.planner.shortage import shortage
+from raptr_ds.planner.shortage import gib, shortage
 from raptr_ds.planner.step_time import Device, Setting
 from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
 DEFAULT_VOCAB_SIZE = 32_000
 DEFAULT_TFLOPS = 400.0
-_GIB = 1 << 30
 _NAMED_SCHEDULES = ("paper", "half")  # that experiments/results compares
 
 
@@ -77,20 +78,32 @@ def main() -> None:
         raise ConfigError(f"--processes {arguments.processes}: a run has at least one process.")
     if not (arguments.tflops > 0 and arguments.network > 0):
         raise ConfigError(f"--tflops {arguments.tflops} --network {arguments.network}: speeds must be above 0.")
+    if arguments.device_memory is not None and not 0 < arguments.device_memory < math.inf:
+        raise ConfigError(f"--device-memory {arguments.device_memory:g} must be the GiB of one device: 80.")
     device = Device(
         flops_per_second=arguments.tflops * 1e12,
         network_bytes_per_second=arguments.network * 1e9,
         is_gpu=arguments.device == "gpu",
     )
+    if arguments.tokens is not None and arguments.save != "best":
+        raise ConfigError("--tokens goes with --save best.")
     if arguments.micro_batches:
+        given = {
+            "--save": arguments.save is not None,
+            "--device-memory": arguments.device_memory is not None,
+            "--measure": arguments.measure,
+        }
+        if unused := [option for option, is_given in given.items() if is_given]:
+            raise ConfigError(
+                f"--micro-batches prints one line of the run file and plans nothing: remove {' and '.join(unused)}, or "
+                "run the two one after the other."
+            )
         print(_micro_batches(arguments))
         return
     config, notes = _load(arguments.run_file, arguments.set, arguments.processes)
     if arguments.measure:
         device = measure_this_machine(config, arguments.processes, device)
     notes.insert(0, _speeds(device, arguments.measure))
-    if arguments.tokens is not None and arguments.save != "best":
-        raise ConfigError("--tokens goes with --save best.")
     if arguments.save is not None:
         if arguments.save == "best":
             schedule = _best_schedule(arguments, config, device, notes)
@@ -102,7 +115,7 @@ def main() -> None:
     setting = setting_of(config, device)
     print("\n".join(_report(config, setting, plan_run(path_method_of(config), setting), notes)))
     if arguments.device_memory is not None:
-        print(f"\n{_what_fits(setting, arguments.device_memory)}")
+        print(f"\n{_what_fits(config, device, arguments.device_memory)}")
     memory = _device_memory(arguments.device_memory) if device.is_gpu else None
     if memory is not None and (lines := shortage(config, memory)):
         print("\n" + "\n".join(lines))
@@ -110,10 +123,10 @@ def main() -> None:
         print(f"\n**Warning.** {line}")
 
 
-def _device_memory(gib: float | None) -> DeviceMemory | None:
-    """Return the memory that a rank has: of `gib`, or of the GPU of this machine, None where there is none."""
-    if gib is not None:
-        return DeviceMemory("the device", int(gib * _GIB))
+def _device_memory(given: float | None) -> DeviceMemory | None:
+    """Return the memory that a rank has: of `given` GiB, or of this machine's GPU, None where there is none."""
+    if given is not None:
+        return DeviceMemory("the device", int(given * GIB))
     return DeviceMemory.of(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
@@ -175,10 +188,15 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
     model, standard, saved_by = law.longest_model, tokens / layers, _saving_of(config, device)
     savings = {name: saved_by(name) for name in _NAMED_SCHEDULES}
     notes.append(
-        f"by a law fitted to {len(runs)} means of runs of {', '.join(law.models)}, which leave {law.residual:.3f} of "
-        f"the loss unexplained (docs/results.md), with the loss of {model}; here the layers have {layers / 1e6:,.4g}M "
-        f"parameters, and a standard run of {tokens:.4g} tokens sees {standard:,.3g} for each"
+        f"by a law fitted to {len(runs)} mean losses of {len(law.models)} small models (residual {law.residual:.3f}; "
+        f"docs/results.md); numbers are for {model.replace(' x ', ' of width ')}. Here the layers have "
+        f"{layers / 1e6:,.4g}M parameters, and a standard run of {tokens:.4g} tokens sees {standard:,.3g} for each"
     )
+    if layers > law.largest:
+        notes.append(
+            f"**extrapolated**: the largest model measured has {law.largest / 1e6:,.2g}M parameters in its layers, "
+            f"this one {layers / law.largest:,.3g} times as many. Whether the law holds there is not known"
+        )
     if standard > law.longest:
         notes.append(
             f"**extrapolated**: the longest standard run measured saw {law.longest:,.3g} tokens for each parameter, "
@@ -186,13 +204,16 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
         )
     for name, saving in savings.items():
         notes.append(
-            f"{name} saves {saving:.1%}; RaPTr's held-out loss less the standard one, 95%: "
+            f"{name} saves {saving:.1%}; RaPTr's held-out loss less the standard one, {CONFIDENCE:.0%}: "
             f"{law.at_equal_flops(model, standard, saving)} at equal FLOPs, where RaPTr sees "
             f"{tokens / (1 - saving):.4g} tokens, {law.at_equal_tokens(model, standard, saving)} at equal tokens"
         )
     best = law.best_saving(model, standard, savings.values())
     if best is None:
-        notes.append("neither is better at equal FLOPs with 95%: the paper's own schedule, for what the paper shows")
+        notes.append(
+            f"neither is better than standard training with {CONFIDENCE:.0%} confidence; proposing the paper's "
+            "schedule because of the paper's own results"
+        )
         return "paper"
     return next(name for name, saving in savings.items() if saving == best)
 
@@ -221,7 +242,8 @@ def _saving_of(config: RunConfig, device: Device) -> Callable[[str], float]:
     def saving_of(schedule: str) -> float:
         path = raptr.model_copy(update={"schedule": schedule}).checked(config.sizes)
         method = path_method_of(config, path)
-        return 1 - setting.flops(method.expected_layers_from(0) / method.num_steps) / setting.flops(layers)
+        executed = setting.steps.flops_left(method, 0, setting.num_predicted)
+        return 1 - executed / (method.num_steps * setting.flops(layers))
 
     return saving_of
 
@@ -235,19 +257,29 @@ def _proposal(saving: float, config: RunConfig, device: Device) -> str:
     least = max(1, len(_as_raptr(config).fixed_in(layers)))
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
-        most = saved_by((least, *[least + round((layers - least) * share / 3) for share in (1, 2)], layers))
+        most, half = max(map(saved_by, even_schedules(layers, least))), saving_of("half")
+        other = f", or set raptr_ds.path.schedule=half, which saves {half:.1%}" if half > most else ""
         raise ConfigError(
             f"--save {saving:.1%}: four evenly growing phases that end at {layers} layers save at most "
-            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, or shorten the full-model warm-up."
+            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, shorten the full-model "
+            f"warm-up{other}."
         )
     return "-".join(map(str, lengths))
 
 
-def _what_fits(setting: Setting, memory_gib: float) -> str:
-    count = keepable_layers(setting, memory_gib * _GIB)
-    deepest = max(setting.layout.stage_layers)
+def _what_fits(config: RunConfig, device: Device, memory_gib: float) -> str:
+    """Return with how much recomputation the run fits."""
+    method, parallel = path_method_of(config), config.parallel
+    parallel = parallel.model_copy(update={"activation_checkpointing": True})
+    setting = setting_of(replace(config, parallel=parallel), device)
+    count, deepest = keepable_layers(method, setting, memory_gib * GIB), max(setting.layout.stage_layers)
+    if count is None:
+        least = run_peak(method, replace(setting, keep_up_to=0)).memory.total
+        return f"- {memory_gib:g} GiB do not hold the run: it needs {gib(least)} even with all layers recomputed"
     if count == deepest:
         return f"- {memory_gib:g} GiB hold the full path without recomputation"
+    if parallel.micro_batches:
+        return f"- {memory_gib:g} GiB do not hold the run's micro_batches, which exclude recomputation"
     return (
         f"- {memory_gib:g} GiB hold {count} active layers of a pipeline stage without recomputation, of {deepest}: "
         f"raptr_ds.parallel.activation_checkpointing=true keep_activations_up_to={count}"
@@ -290,7 +322,8 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
         [
             phase.phase.index,
             f"{phase.phase.num_steps:,}",
-            *(f"{value:.4g}" for value in (phase.path_length, phase.step_flops / 1e15, phase.step_seconds)),
+            f"{phase.path_length:.4g}" + (f" x {phase.width:.0%}" if phase.width < 1 else ""),
+            *(f"{value:.4g}" for value in (phase.step_flops / 1e15, phase.step_seconds)),
             f"{plan.full_step_seconds / phase.step_seconds:.2f}",
             f"{plan.full_step_flops / phase.step_flops:.2f}",
             f"{phase.phase.num_steps * phase.step_seconds / 3600:,.4g}",
@@ -316,8 +349,8 @@ def _report(config: RunConfig, setting: Setting, plan: RunPlan, notes: list[str]
             phase.phase.index,
             phase.layout.micro_batch,
             "yes" if phase.layout.recompute else "no",
-            phase.fullest_stage,
-            *(f"{getattr(phase.memory, part) / _GIB:.2f}" for part in parts),
+            phase.peak.stage,
+            *(f"{getattr(phase.memory, part) / GIB:.2f}" for part in parts),
         ]
         for phase in plan.phases
     ]
@@ -330,7 +363,7 @@ def _counted_as(setting: Setting) -> str:
         return ""
     layers = "compiled" if setting.layout.compiled else "not compiled"
     return (
-        f" (attention in one kernel, layers {layers}; the total has {GPU_CONTEXT_BYTES / _GIB:.1f} GiB for context and "
+        f" (attention in one kernel, layers {layers}; the total has {GPU_CONTEXT_BYTES / GIB:.1f} GiB for context and "
         "workspaces, an estimate)"
     )
 
@@ -343,7 +376,7 @@ def _kept_whole(setting: Setting) -> list[str]:
     kept = min(layout.kept_whole, num_parameters(setting.shape) / layout.tensor)
     return [
         f"- ZeRO 3 keeps up to {kept / 1e6:,.4g}M parameters whole between a micro batch's forward and backward pass, "
-        f"{kept * layout.bytes_per_value / _GIB:.2f} GiB, and gathers only others twice; "
+        f"{gib(kept * layout.bytes_per_value)}, and gathers only others twice; "
         "zero_optimization.stage3_max_live_parameters and stage3_max_reuse_distance, both, set how many"
     ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import _command_line
 
 from raptr_ds.plots.curves import load_all_curves
+from raptr_ds.plots.pictures import check_picture
 from raptr_ds.plots.runs import plot_runs
 
 
@@ -21,6 +22,7 @@ def main() -> None:
         "--output", type=Path, help="default: plot.png in the run's folder; for several, comparison.png in the first's"
     )
     arguments = parser.parse_args()
+    check_picture(arguments.output, "--output")
     name = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     output = arguments.output or arguments.runs[0] / name
     plot_runs(load_all_curves(arguments.runs), output)

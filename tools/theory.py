@@ -17,6 +17,7 @@ import torch
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import prepare_imports
+from raptr_ds.plots.pictures import check_picture
 from raptr_ds.plots.studies import plot_polynomials, plot_stability, plot_transitions
 from raptr_ds.theory.polynomials import PolynomialCurve, PolynomialSettings, learn, path_methods, polynomial_table
 from raptr_ds.theory.stability import (
@@ -99,6 +100,7 @@ def main() -> None:
         value = getattr(arguments, option, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} {value} must be at least 1.")
+    check_picture(arguments.plot, "--plot")
     torch.set_num_threads(1)  # the networks are small: more threads would wait for each other
     begin = time.process_time()
     arguments.function(arguments)

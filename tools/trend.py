@@ -11,6 +11,8 @@ from pathlib import Path
 
 import _command_line
 
+from raptr_ds.plots.pictures import check_picture
+
 
 def main() -> None:
     """Parse the command line, read the comparisons, print and draw."""
@@ -21,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("trend.png"), metavar="FILE.png", help="default: trend.png")
     arguments = parser.parse_args()
+    check_picture(arguments.output, "--output", ("png",))
     write_trend(arguments.comparisons, arguments.contestants, arguments.output)
 
 
@@ -40,7 +43,9 @@ def write_trend(folders: Sequence[Path], contestants: Sequence[str] | None, outp
         below = f"{found.num_lower} of {found.n}"
         rows.append([point.setting, f"{point.tokens:,.0f}", point.contestant, found.n, found, below])
     print("\n".join(markdown_table(head, rows)))
-    print(f"\n±: half of Student's {CONFIDENCE:.0%} interval of differences paired by seed; *: without zero")
+    print(
+        f"\n±: half of Student's {CONFIDENCE:.0%} interval of differences paired by seed; * the interval excludes zero"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(trend_picture(points))
     print(f"wrote {output}")

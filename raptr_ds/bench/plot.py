@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+from raptr_ds.plots.pictures import COLOURS
+
 _OURS = "raptr_ds"
 
 
@@ -30,7 +31,7 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def _draw_seconds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     labels = [f"{row['name']}, {row['path_length']:g} layers" for row in rows]
-    colours = [_COLOURS[0] if row["name"] == _OURS else _COLOURS[1] for row in rows]
+    colours = [COLOURS[0] if row["name"] == _OURS else COLOURS[1] for row in rows]
     bars = axes.barh(labels, [row["median_seconds"] for row in rows], color=colours)
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()
@@ -46,7 +47,7 @@ def _draw_saving(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         of_layout = [row for row in rows if row["layout"] == layout]
         by_flops = np.array([row["by_flops"] for row in of_layout])
         low, value, high = (by_flops * [row["reached"][name] for row in of_layout] for name in ("low", "value", "high"))
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(
             by_flops, value, yerr=[value - low, high - value], fmt="o-", capsize=3, color=colour, label=layout
         )

@@ -14,9 +14,11 @@ import torch
 from raptr_ds.bench.samples import CLOCKS
 from raptr_ds.data.indexed import token_dtype
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.errors import DataError
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.readers import ReadingOptions
+from raptr_ds.user_paths import is_file
 
 
 @dataclass
@@ -28,6 +30,24 @@ class PreparationTimes:
     megatron: list[float] = field(default_factory=list)
     our_tokens: int = 0
     megatron_tokens: int = 0
+
+
+def check_text(text: Path) -> None:
+    """Check that every line of a file is a JSON object with a text. Raises: DataError."""
+    if not is_file(text):
+        raise DataError(f'{text} does not exist or is not a file. Name a JSONL file with a "text" in each line.')
+    number = 0
+    with text.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line.decode())["text"]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                found = None
+            if isinstance(found, str):
+                continue
+            raise DataError(f'{text}, line {number}: not a JSON object with a "text". Correct or remove it.')
+    if not number:
+        raise DataError(f'{text} is empty. Name a JSONL file with a "text" in each line.')
 
 
 def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, clock: str) -> PreparationTimes:

@@ -15,13 +15,15 @@ from raptr_ds.data.loader import Loader
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.cost import num_parameters
-from raptr_ds.planner.shortage import MemoryNeed
+from raptr_ds.planner.peak import Peak
+from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.shortage import gib
+from raptr_ds.planner.step_time import Device
 from raptr_ds.rng import stream
 from raptr_ds.runtime.out_of_memory import DeviceMemory, is_out_of_memory
 
 WARMUP_ROUNDS = 2
 MEMORY_ROUNDS = 3
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def measure_steps(
                     row.out_of_memory = _out_of_memory(needed, device)
     ours, *others = entrants
     has_own_peak = device is not None and (is_alone or why_apart is not None)
-    need = MemoryNeed.of(config, groups.pipeline_rank, has_own_peak, config.model.num_layers).memory
+    need = _full_path(config, has_own_peak, groups.pipeline_rank).memory
     return StepBenchmark(
         num_parameters=num_parameters(config.model),
         num_predictions=batch.num_predictions,
@@ -178,12 +180,12 @@ def _do_not_fit(config: RunConfig, device: DeviceMemory | None, is_alone: bool) 
     """
     if device is None or is_alone:
         return None
-    memory = MemoryNeed.of(config, 0, True, config.model.num_layers).memory
+    memory = _full_path(config, on_gpu=True).memory
     stays = memory.weights + memory.gradients + memory.optimizer
     needed = 2 * stays + _needed_bytes(config, HuggingFaceStack.name, on_gpu=True)
     if needed <= device.total:
         return None
-    return f"side by side they need about {needed / _GIB:.0f} GiB of {device.total / _GIB:.0f}"
+    return f"side by side they need about {gib(needed)} of {gib(device.total)}"
 
 
 def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
@@ -191,7 +193,7 @@ def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
 
     Hugging Face computes the logits of all positions, and from them in fp32 the loss and its gradient.
     """
-    need = MemoryNeed.of(config, 0, on_gpu, config.model.num_layers)
+    need = _full_path(config, on_gpu)
     if name == OurEntrant.name:
         return need.memory.total
     plain = replace(need.setting, layout=replace(need.setting.layout, compiled=False))
@@ -203,5 +205,11 @@ def _needed_bytes(config: RunConfig, name: str, on_gpu: bool) -> float:
 
 
 def _out_of_memory(needed_bytes: float, device: DeviceMemory | None) -> str:
-    there = "" if device is None else f" of {device.total / _GIB:.1f}"
-    return f"out of memory: needs about {needed_bytes / _GIB:.1f} GiB{there}"
+    there = "" if device is None else f" of {gib(device.total)}"
+    return f"out of memory: needs about {gib(needed_bytes)}{there}"
+
+
+def _full_path(config: RunConfig, on_gpu: bool, stage: int = 0) -> Peak:
+    """Return what a rank holds along the full path."""
+    setting = setting_of(config, Device(is_gpu=on_gpu))
+    return Peak.along(setting, stage, setting.layout.stage_layers[stage])

@@ -143,4 +143,4 @@ def _missing(file: Path) -> str:
     except OSError:  # no such folder, or one that may be entered but not listed
         beside = []
     where = f" {folder} holds: {', '.join(beside)}." if beside else ""
-    return f"run file {file} does not exist or is not a file. Give --deepspeed_config one that does.{where}"
+    return f"run file {file} does not exist or is not a file. Name one that does.{where}"

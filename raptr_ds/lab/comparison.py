@@ -24,8 +24,12 @@ from raptr_ds.lab.status import outcome_of
 from raptr_ds.plots.curves import Curves, curves_of
 from raptr_ds.runtime.events import code_revision
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
+from raptr_ds.user_paths import is_file
 
 RECORD = "experiment.json"
+_KEYS = ("name", "base", "settings", "processes", "seeds", "budget", "sweep", "contestants", "runs", "sessions")
+_KEYS_OF_CONTESTANT = ("name", "settings", "path", "steps", "flops", "learning_rate")
+_KEYS_OF_RUN = ("purpose", "contestant", "seed", "learning_rate", "steps", "folder", "command")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 
 
@@ -160,7 +164,7 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
         steps, losses = curves.full_model_evaluations()
         final_loss = float(losses[-1]) if steps.size and steps[-1] == run["steps"] else None
     return RunResult(
-        **{key: run[key] for key in ("contestant", "seed", "learning_rate", "steps", "command")},
+        **{key: run[key] for key in _KEYS_OF_RUN if key not in ("purpose", "folder")},
         folder=place,
         curves=curves,
         final_loss=final_loss,
@@ -170,9 +174,22 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a comparison's folder, None if there is none."""
+    """Return the record of a comparison's folder, None if there is none. Raises: DataError if it is damaged."""
     file = folder / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not is_file(file):
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        contestants = ((one, _KEYS_OF_CONTESTANT) for one in record["contestants"])
+        for node, keys in [(record, _KEYS), *contestants, *((run, _KEYS_OF_RUN) for run in record["runs"])]:
+            if missing := [key for key in keys if key not in node]:
+                raise KeyError(", ".join(missing))
+        return record
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Remove it and start the comparison again, which "
+            "runs only what is missing, or restore it from a copy."
+        ) from error
 
 
 def write_record(planner: Planner, progress: ComparisonProgress, name: str, session: dict[str, Any] | None) -> None:

@@ -136,6 +136,17 @@ class Experiment(Section):
         return self.budget.of or self.contestants[0].name
 
 
+_RULES = {
+    "tuple_type": "must be a list, as [1, 2]",
+    "too_short": "must have at least one item",
+    "model_type": "must be an object {key: value}",
+    "string_type": "must be text; put it in double quotes",
+    "string_pattern_mismatch": "must be letters, digits and . _ + - only, the first one a letter or digit",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+}
+"""Pydantic's types of error, in the words of a comparison file."""
 _CONTROLLED = {
     "raptr_ds.train.steps": "budget.steps",
     "raptr_ds.train.seed": "seeds",
@@ -161,8 +172,9 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        inside = {detail["loc"][0] for detail in error.errors() if len(detail["loc"]) > 1}
-        details = [one for one in error.errors() if one["type"] != "too_short" or one["loc"][0] not in inside]
+        # A list whose only item is wrong is not empty.
+        wrong = {detail["loc"][:depth] for detail in error.errors() for depth in range(len(detail["loc"]))}
+        details = [one for one in error.errors() if one["type"] != "too_short" or one["loc"] not in wrong]
         raise _refusal(file, [_message(detail, place) for detail in details]) from error
     base = Path(experiment.base)
     if not base.is_absolute() and not is_file(base) and is_file(file.parent / base):
@@ -225,7 +237,7 @@ def _message(detail: ErrorDetails, place: Any) -> str:
     if detail["type"] == "missing":
         about = _model_at(detail["loc"][:-1]).model_fields[name].description or ""
         return f"{dotted} is missing. {about.splitlines()[0]}"
-    rule = detail["msg"].replace("Input should", "must").replace("should", "must")
+    rule = _RULES.get(detail["type"]) or detail["msg"].replace("Input should", "must").replace("should", "must")
     return f"{dotted}={detail['input']!r}{place(dotted)}: {rule}."
 
 

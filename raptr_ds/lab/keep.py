@@ -12,7 +12,7 @@ from raptr_ds.lab.comparison import RECORD, Comparison
 from raptr_ds.lab.status import OUTCOME
 from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics, to_line
 
-_KEPT = ("path", "paths", "path_length", "phase", "tokens", "flops", "lr")
+_KEPT = ("path", "paths", "path_length", "width", "phase", "tokens", "flops", "lr")
 _MEANS = ("loss", "step_seconds")
 
 
@@ -39,10 +39,14 @@ def keep(comparison: Comparison, folder: Path, lines: int = 64) -> Path:
                 shutil.copyfile(run.folder / name, place / name)
         kept = [to_line(line) for line in _thinned(read_metrics(run.folder / METRICS), lines)]
         write_atomically(place / METRICS, "".join(kept))
-    # Of the machine its kind, not its name.
-    sessions = [{**one, "machine": one["machine"].partition(", ")[2]} for one in comparison.record["sessions"]]
+    sessions = [{**one, "machine": _kind(one["machine"])} for one in comparison.record["sessions"]]
     write_atomically(target / RECORD, json.dumps({**comparison.record, "sessions": sessions}, indent=2) + "\n")
     return target
+
+
+def _kind(machine: str) -> str:
+    """Return what kind of machine a session ran on, without its name, whether or not that has been left out before."""
+    return ", ".join(machine.split(", ")[-2:])
 
 
 def _thinned(metrics: RunMetrics, lines: int) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """From a comparison file to its runs: the steps of each contestant, their learning rates, seeds and folders."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +82,9 @@ class Planner:
 
     def check(self) -> None:
         """Check what can be checked before anything runs. Raises: ConfigError, DataError."""
+        steps = self.experiment.budget.steps
         for one in self.experiment.contestants:
-            if not self._config(one).eval.batches:
+            if not self._config(one, [] if steps is None else [f"{_STEPS}={steps}"]).eval.batches:
                 raise ConfigError(
                     f"contestant {one.name}: raptr_ds.eval.batches=0, but the comparison needs held-out "
                     "losses. Set it to 1 or more."
@@ -114,7 +116,7 @@ class Planner:
         shares = []
         for one in self.experiment.contestants:
             is_free = budget.equal != "steps" and (one.name != reference or bool(budget.flops or budget.seconds))
-            number = equal_cost_steps(costs[one.name], total) if is_free else steps
+            number = equal_cost_steps(costs[one.name], total, steps) if is_free else steps
             seconds = costs[one.name](number) if budget.equal == "time" else None
             config = self._config(one, [f"{_STEPS}={number}"])
             flops, path = expected_flops(config), _describe_path(config)
@@ -206,17 +208,29 @@ def expected_flops(config: RunConfig) -> float:
     return step_cost_of(config).flops_left(path_method_of(config), 0, num_predicted)
 
 
-def equal_cost_steps(cost: Callable[[int], float], budget: float) -> int:
-    """Return the number of steps, at least 1, whose cost is nearest to a budget; `cost` grows with steps."""
-    high = 1
+def equal_cost_steps(cost: Callable[[int], float], budget: float, start: int = 1) -> int:
+    """Return the number of steps, at least 1, whose cost is nearest to a budget; `cost` grows with steps.
+
+    start: a number of steps that a run may have. `cost` raises ConfigError for too few: less than a warm-up has.
+    Raises: ConfigError, that of `cost`, if the nearest number is among these.
+    """
+
+    def known(steps: int) -> float:
+        try:
+            return cost(steps)
+        except ConfigError:
+            return -math.inf  # too few
+
+    low, high = 0, start
     while cost(high) < budget:
-        high *= 2
-    low = high // 2
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < budget else (low, middle)
+        low, high = (middle, high) if known(middle) < budget else (low, middle)
+    if low and known(low) == -math.inf and 2 * (cost(high) - budget) > cost(high + 1) - cost(high):
+        cost(low)  # raises why a run of about this cost cannot be
     near = range(max(1, high - _NEIGHBOURS), high + _NEIGHBOURS)
-    return min(near, key=lambda steps: (abs(cost(steps) - budget), steps))
+    return min(near, key=lambda steps: (abs(known(steps) - budget), steps))
 
 
 def choose_rate(losses: Mapping[float, float | None]) -> float | None:

@@ -5,7 +5,6 @@ differences depend on the length of training.
 import io
 import math
 from collections.abc import Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,12 +13,14 @@ from matplotlib.figure import Figure
 from raptr_ds.lab.comparison import Comparison, RunResult, mean_curve
 from raptr_ds.lab.trend import TrendPoint
 from raptr_ds.plots.curves import Curves, smooth
-from raptr_ds.plots.runs import COLOURS, draw_paths, finish
+from raptr_ds.plots.pictures import Look, looks_of
+from raptr_ds.plots.runs import draw_paths, finish
 
 _TEXT_POINTS = 11
 _DPI = 110
 _AXES = (("step", "step"), ("flops", "executed FLOPs"), ("seconds", "seconds in steps"))
 _MOST_MARKED = 30  # points of a curve that are marked one by one
+_BESIDE = 0.1  # of the tokens at a point, at most, by which points of different names are apart
 _UNSETTLED = 0.3  # of the points: showing the first steep fall would hide the differences between contestants
 
 
@@ -35,8 +36,8 @@ def loss_picture(comparison: Comparison) -> bytes | None:
     for row, evaluated in zip(rows, (True, False), strict=True):
         settled = []
         for axes, (by, label) in zip(row, _AXES, strict=True):
-            for name, colour in _colours(comparison).items():
-                settled.append(_draw_mean(axes, comparison.of(name), by, evaluated, colour, name))
+            for name, look in looks_of(comparison.contestants).items():
+                settled.append(_draw_mean(axes, comparison.of(name), by, evaluated, look, name))
             finish(axes, label, _TEXT_POINTS)
         what = "full model, held out" if evaluated else "training, along each step's path"
         row[0].set_ylabel(f"loss ({what})", fontsize=_TEXT_POINTS)
@@ -58,11 +59,11 @@ def phases_picture(comparison: Comparison) -> bytes | None:
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(5 * columns, 3.7 * rows), dpi=_DPI, layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    colours = _colours(comparison)
+    looks = looks_of(comparison.contestants)
     settled = []
     for axes, (name, seeds) in zip(panels, shown.items(), strict=False):
         for curves in seeds:
-            settled += _draw_through_phases(axes, curves, colours[name], labelled=curves is seeds[0])
+            settled += _draw_through_phases(axes, curves, looks[name].colour, labelled=curves is seeds[0])
         axes.set_title(name, fontsize=_TEXT_POINTS + 1, loc="left")
         finish(axes, "step", _TEXT_POINTS)
     _focus(panels[0], settled)
@@ -82,11 +83,10 @@ def paths_picture(comparison: Comparison) -> bytes | None:
         return None
     figure = Figure(figsize=(15, 2.5 * len(firsts)), dpi=_DPI, layout="constrained")
     panels = figure.subplots(len(firsts), 1, squeeze=False).ravel()
-    colours = _colours(comparison)
+    looks = looks_of(comparison.contestants)
     for axes, (name, curves) in zip(panels, firsts, strict=True):
-        draw_paths(axes, curves, colours[name])
-        ran = curves.path_length.mean() / curves.num_layers
-        axes.set_title(f"{name}: {ran:.0%} of all layers of all steps ran", fontsize=_TEXT_POINTS + 1, loc="left")
+        draw_paths(axes, curves, looks[name].colour)
+        axes.set_title(f"{name}: {curves.ran_in_words}", fontsize=_TEXT_POINTS + 1, loc="left")
     return _png(figure)
 
 
@@ -96,7 +96,7 @@ def rates_picture(comparison: Comparison) -> bytes | None:
         return None
     figure = Figure(figsize=(7.5, 4.4), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    for name, colour in _colours(comparison).items():
+    for name, look in looks_of(comparison.contestants).items():
         tried = sorted(
             (run.learning_rate, run.final_loss)
             for run in comparison.tuning
@@ -104,16 +104,16 @@ def rates_picture(comparison: Comparison) -> bytes | None:
         )
         if not tried:
             continue
-        axes.plot(*zip(*tried, strict=True), "o-", color=colour, label=name)
+        axes.plot(*zip(*tried, strict=True), marker=look.marker, linestyle=look.line, color=look.colour, label=name)
         chosen = [point for point in tried if point[0] == comparison.about(name)["learning_rate"]]
         for rate, loss in chosen:
-            axes.plot(rate, loss, "o", markersize=13, markerfacecolor="none", color=colour)
+            axes.plot(rate, loss, "o", markersize=13, markerfacecolor="none", color=look.colour)
     axes.set_xscale("log")
     ticks = sorted({run.learning_rate for run in comparison.tuning if run.learning_rate is not None})
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
     axes.minorticks_off()
     axes.set_ylabel("final held-out loss", fontsize=_TEXT_POINTS)
-    axes.legend(frameon=False, fontsize=_TEXT_POINTS)
+    axes.legend(frameon=False, fontsize=_TEXT_POINTS, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     finish(axes, "learning rate (ringed: chosen)", _TEXT_POINTS, from_zero=False)
     return _png(figure)
 
@@ -132,27 +132,32 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
     lengths = {f"{point.tokens / 1e6:.2g}": point.tokens / 1e6 for point in points}
     for axes, setting in zip(panels, settings, strict=False):
         axes.axhline(0.0, color="#555555", linewidth=1)
-        for index, (name, colour) in enumerate(zip(names, cycle(COLOURS))):
+        for index, (name, look) in enumerate(looks_of(names).items()):
             here = [point for point in points if (point.setting, point.contestant) == (setting, name)]
-            beside = 1 + 0.04 * (index - (len(names) - 1) / 2)  # bars at the same tokens do not cover each other
+            # Bars at the same tokens stand beside each other, all within a tenth of the tokens either way.
+            beside = 1 + _BESIDE * (2 * index / max(1, len(names) - 1) - 1)
             places, means = [point.tokens / 1e6 * beside for point in here], [point.difference.mean for point in here]
             bars = [math.nan if (half := point.difference.half_width) is None else half for point in here]
             if here:
-                axes.errorbar(places, means, bars, color=colour, marker="o", markersize=5, capsize=4, label=name)
+                style = {"color": look.colour, "marker": look.marker, "markersize": 5}
+                axes.errorbar(places, means, bars, linestyle=look.line, capsize=4, label=name, **style)
                 alone = [math.isnan(bar) for bar in bars]
-                axes.plot(*np.array([places, means])[:, alone], "o", color=colour, mfc="white", markersize=5, zorder=3)
+                axes.plot(*np.array([places, means])[:, alone], mfc="white", linestyle="none", zorder=3, **style)
         axes.set_xscale("log")
         axes.set_xlim(min(lengths.values()) / 1.4, max(lengths.values()) * 1.4)
         axes.set_xticks(list(lengths.values()), list(lengths), minor=False)
         axes.set_xticks([], minor=True)
         axes.set_title(setting, fontsize=_TEXT_POINTS, loc="left")
         finish(axes, f"million tokens of {points[0].against}", _TEXT_POINTS, from_zero=False)
-        axes.legend(fontsize=_TEXT_POINTS - 1, frameon=False)
         axes.tick_params(labelbottom=True)
     for axes in panels[len(settings) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
         axes.set_ylabel(f"held-out loss less {points[0].against}'s", fontsize=_TEXT_POINTS)
+    drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [name for name in names if name in drawn]
+    handles, columns = [drawn[name] for name in names], min(4 * columns, len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=_TEXT_POINTS - 1)
     return _png(figure)
 
 
@@ -164,7 +169,7 @@ def _begun(comparison: Comparison) -> dict[str, list[Curves]]:
     return {name: curves for name, curves in found.items() if curves}
 
 
-def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colour: str, name: str) -> np.ndarray:
+def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, look: Look, name: str) -> np.ndarray:
     """Draw a contestant's curve and return its settled losses, of all seeds."""
     curve = mean_curve(runs, by, evaluated)
     if curve is None:
@@ -173,9 +178,9 @@ def _draw_mean(axes: Axes, runs: list[RunResult], by: str, evaluated: bool, colo
     if not evaluated:
         losses = np.array([smooth(one, max(1, x.size // 15)) for one in losses])
     few = evaluated and x.size <= _MOST_MARKED
-    style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if few else {}
-    axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.16, linewidth=0)
-    axes.plot(x, losses.mean(axis=0), color=colour, linewidth=1.7, label=name, **style)
+    marks = {"marker": look.marker, "markersize": 4.5, "markeredgecolor": "white"} if few else {}
+    axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=look.colour, alpha=0.16, linewidth=0)
+    axes.plot(x, losses.mean(axis=0), color=look.colour, linestyle=look.line, linewidth=1.7, label=name, **marks)
     return _settled(losses)
 
 
@@ -207,10 +212,6 @@ def _focus(axes: Axes, settled: Sequence[np.ndarray]) -> None:
     values = np.concatenate([np.zeros(0), *settled])
     if values.size and np.ptp(values) > 0:
         axes.set_ylim(values.min() - 0.05 * np.ptp(values), values.max() + 0.3 * np.ptp(values))
-
-
-def _colours(comparison: Comparison) -> dict[str, str]:
-    return dict(zip(comparison.contestants, cycle(COLOURS)))
 
 
 def _png(figure: Figure) -> bytes:

@@ -142,22 +142,25 @@ def _problems(comparison: Comparison) -> list[Block]:
 def _cost_table(comparison: Comparison) -> Block:
     first = comparison.contestants[0]
     flops_ratio, seconds_ratio = f"FLOPs / {first}'s", f"seconds / {first}'s"
-    finished = {name: [run for run in comparison.of(name) if run.is_finished] for name in comparison.contestants}
-    flops = {name: _mean(run.flops for run in runs) for name, runs in finished.items()}
-    seconds = {name: _mean(run.step_seconds for run in runs) for name, runs in finished.items()}
+    finished = {
+        name: {run.seed: run for run in comparison.of(name) if run.is_finished} for name in comparison.contestants
+    }
     rows = []
-    for name, runs in finished.items():
-        about = comparison.about(name)
+    for name, of_seeds in finished.items():
+        about, runs = comparison.about(name), of_seeds.values()
+        flops, seconds = _mean(run.flops for run in runs), _mean(run.step_seconds for run in runs)
+        shared = finished[first].keys() & of_seeds.keys()  # so that both are of the same seeds, as losses are
+        sides = [[runs_of[seed] for seed in shared] for runs_of in (of_seeds, finished[first])]
         rows.append(
             {
                 "contestant": name,
                 "steps": f"{about['steps']:,}",
                 "expected FLOPs": _number(about["flops"], ".4g"),
-                "executed FLOPs": _number(flops[name], ".4g"),
-                flops_ratio: _number(_ratio(flops[name], flops[first]), ".3f"),
-                "seconds per step": _number(_ratio(seconds[name], about["steps"]), ".4g"),
-                "seconds in steps": _number(seconds[name], ",.1f"),
-                seconds_ratio: _number(_ratio(seconds[name], seconds[first]), ".3f"),
+                "executed FLOPs": _number(flops, ".4g"),
+                flops_ratio: _number(_ratio(*(sum(run.flops for run in side) for side in sides)), ".3f"),
+                "seconds per step": _number(_ratio(seconds, about["steps"]), ".4g"),
+                "seconds in steps": _number(seconds, ",.1f"),
+                seconds_ratio: _number(_ratio(*(sum(run.step_seconds for run in side) for side in sides)), ".3f"),
                 "wall-clock seconds": _number(
                     _mean(run.wall_seconds for run in runs if run.wall_seconds is not None), ",.1f"
                 ),

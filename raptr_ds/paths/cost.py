@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
+from raptr_ds.paths.schedule import Phase
 
 _PASSES = 3  # one forward; the backward forms two products for each forward one: by input and by weight
 
@@ -88,22 +89,29 @@ class StepFlops:
         share = path.work / max(1, path.length)
         return share * sum(count for count in counts if count > self.keep_up_to)
 
-    def expected_flops(self, path_length: float, num_predicted: int) -> float:
-        """Return the FLOPs of a step whose path has this length in expectation, spread evenly over the stages."""
-        recomputes = self.recompute and path_length / max(1, len(self.stages)) > self.keep_up_to
+    def expected_flops(self, path_length: float, num_predicted: int, num_active: float | None = None) -> float:
+        """Return the FLOPs of a step whose path has this length in expectation, spread evenly over the stages.
+
+        path_length: in whole layers; num_active: layers on the path, where they run in parts.
+        """
+        num_active = path_length if num_active is None else num_active
+        recomputes = self.recompute and num_active / max(1, len(self.stages)) > self.keep_up_to
         head = step_flops(self.shape, 0, self.num_sequences, num_predicted)
         layer = step_flops(self.shape, 1, self.num_sequences, 0, activation_checkpointing=recomputes)
         return head + path_length * layer
 
     def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
         """Return the FLOPs expected from a 0-based step on, from the method's expected path lengths."""
-        total = 0.0
-        for phase in method.phases.phases:
-            if num_steps := phase.steps_from(step):
-                first = max(step, phase.first_step)
-                layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
-                total += num_steps * self.expected_flops(layers / num_steps, num_predicted)
-        return total
+        return sum(self.phase_flops(method, phase, step, num_predicted) for phase in method.phases.phases)
+
+    def phase_flops(self, method: PathMethod, phase: Phase, step: int, num_predicted: int) -> float:
+        """Return the FLOPs expected of a phase's steps from a 0-based step on."""
+        num_steps = phase.steps_from(step)
+        if not num_steps:
+            return 0.0
+        first = max(step, phase.first_step)
+        layers = method.expected_layers_from(first) - method.expected_layers_from(phase.end_step)
+        return num_steps * self.expected_flops(layers / num_steps, num_predicted, phase.path_length)
 
 
 def layer_parameters(shape: ModelSection) -> int:

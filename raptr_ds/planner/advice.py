@@ -9,11 +9,11 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import ConfigError
 from raptr_ds.planner.plan import RunPlan, plan_run
 from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.shortage import gib
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import left_out_layers, path_method_of
 
 _WORTH = 0.03  # of the run's time: less is within the cost model's error
-_GIB = 1 << 30
 
 
 def advice(config: RunConfig, device: Device) -> list[str]:
@@ -38,18 +38,21 @@ def advice(config: RunConfig, device: Device) -> list[str]:
 
 def _uneven_lengths(config: RunConfig, device: Device) -> list[str]:
     """Return a line if a balanced phase saves clearly less time than FLOPs, as its length does not divide."""
-    stages = config.path.balance_stages if isinstance(config.path, RandomSection) else None
-    if stages is None or config.parallel.pipeline_model_parallel_size == 1:
+    path, layers = config.path, config.model.num_layers
+    stages = path.balance_stages if isinstance(path, RandomSection) else None
+    if not isinstance(path, RandomSection) or stages is None or config.parallel.pipeline_model_parallel_size == 1:
         return []
     plan, lines = _plan(config, device), []
     for phase in plan.phases:
         by_time, by_flops = plan.full_step_seconds / phase.step_seconds, plan.full_step_flops / phase.step_flops
-        length = round(phase.path_length)
+        length = phase.phase.fixed_length
         if by_time < (1 - _WORTH) * by_flops and length % stages:
-            lower, upper = length // stages * stages, -(-length // stages) * stages
+            nearest = (length // stages * stages, -(-length // stages) * stages)
+            least = max(1, len(path.fixed_in(layers)))
+            fitting = " or ".join(str(other) for other in nearest if least <= other <= layers)
             lines.append(
                 f"paths of {length} layers are {by_time:.2f}x as fast as the full model, by FLOPs {by_flops:.2f}x: "
-                f"{length} does not divide by {stages} stages. {lower} or {upper} layers would."
+                f"{length} does not divide by {stages} stages" + (f". {fitting} layers would." if fitting else ".")
             )
     return lines
 
@@ -73,7 +76,7 @@ def _other_pipelines(config: RunConfig, device: Device) -> list[str]:
     return [
         f"raptr_ds.parallel.pipeline_model_parallel_size={best} instead of {stages}, on as many processes, would "
         f"take {found[best].seconds / 3600:,.4g} h instead of {plan.seconds / 3600:,.4g} h, with "
-        f"{found[best].peak_bytes / _GIB:.1f} GiB on the fullest rank instead of {plan.peak_bytes / _GIB:.1f}."
+        f"{gib(found[best].peak_bytes)} on the fullest rank instead of {gib(plan.peak_bytes)}."
     ]
 
 

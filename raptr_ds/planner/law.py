@@ -29,6 +29,7 @@ class Measured:
     """The end of a run, a mean over its seeds. tokens: for each parameter of the layers; saving: share of the FLOPs."""
 
     model: str
+    layer_parameters: int
     tokens: float
     saving: float
     loss: float
@@ -51,7 +52,8 @@ class Expected:
 class Law:
     """The fitted law. parameters: b, d, q, then c, E, A of each of `models`; residual: deviation of the runs from it.
 
-    longest, longest_model: tokens a parameter of the longest standard run, and its model.
+    longest, longest_model: tokens a parameter of the longest standard run, and its model. largest: parameters of the
+    layers of the largest model.
     """
 
     models: tuple[str, ...]
@@ -61,6 +63,7 @@ class Law:
     residual: float
     longest: float
     longest_model: str
+    largest: int
 
     def at_equal_flops(self, model: str, tokens: float, saving: float) -> Expected:
         """Return the difference where the standard run has `tokens` a parameter, and RaPTr more for the same FLOPs."""
@@ -121,7 +124,14 @@ def fit_law(runs: Sequence[Measured]) -> Law:
     covariance = np.linalg.pinv(found.jac.T @ found.jac) * variance
     standard = np.where(savings == 0, tokens, 0)
     return Law(
-        models, found.x, covariance, degrees, math.sqrt(variance), standard.max(), models[places[standard.argmax()]]
+        models,
+        found.x,
+        covariance,
+        degrees,
+        math.sqrt(variance),
+        longest=standard.max(),
+        longest_model=models[places[standard.argmax()]],
+        largest=max(run.layer_parameters for run in runs),
     )
 
 

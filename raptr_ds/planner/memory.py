@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from raptr_ds.paths.cost import layer_parameters, outer_parameters
 from raptr_ds.planner.step_time import Setting
 
-GPU_CONTEXT_BYTES = 0.6 * 2**30
+GIB = 1 << 30
+GPU_CONTEXT_BYTES = 0.6 * GIB
 """An estimate: CUDA's context, workspaces of matrix products, and what the allocator cannot hand out again."""
 
 _FP32_BYTES = 4
@@ -56,20 +57,34 @@ def layer_activation_bytes(setting: Setting) -> float:
     if shape.hidden_dropout:
         total += 2 * stream
     if shape.attention_dropout:
-        scores = positions * shape.seq_length * shape.num_attention_heads / layout.tensor
+        scores = positions * shape.seq_length * shape.num_attention_heads / layout.tensor * _share(setting)
         total += scores * (5 + value)  # softmax in fp32, mask, weights
     elif shape.position_embedding == "rotary":
         total += 3 * split * value  # rotated query and key beside the ones that value is a view of; the output's copy
-    return total
+    return total + _chosen_weights(setting)
 
 
 def _sizes(setting: Setting) -> tuple[int, float, float, float]:
-    """Return a micro batch's positions, and a rank's values of its residual stream, its heads and its MLP."""
-    shape, layout = setting.shape, setting.layout
+    """Return a micro batch's positions, and a rank's values of its residual stream, its heads and its MLP.
+
+    Of the last two as much as runs.
+    """
+    shape, layout, share = setting.shape, setting.layout, _share(setting)
     positions = layout.micro_batch * shape.seq_length
     width = positions * shape.hidden_size
-    inner = positions * shape.ffn_hidden_size / layout.tensor
-    return positions, width / layout.stream_ranks, width / layout.tensor, inner
+    inner = positions * shape.ffn_hidden_size / layout.tensor * share
+    return positions, width / layout.stream_ranks, width / layout.tensor * share, inner
+
+
+def _share(setting: Setting) -> float:
+    return 1.0 if setting.width is None else setting.width
+
+
+def _chosen_weights(setting: Setting) -> float:
+    """Return the bytes of the weights that a layer in parts copies from its own for a micro batch, and keeps."""
+    if setting.width is None:
+        return 0.0
+    return setting.width * layer_parameters(setting.shape) / setting.layout.tensor * setting.layout.bytes_per_value
 
 
 def _layer_bytes_on_gpu(setting: Setting) -> float:
@@ -90,8 +105,8 @@ def _layer_bytes_on_gpu(setting: Setting) -> float:
     values += (gated if shape.activation == "swiglu" else 2) * inner
     masks = 2 if not layout.compiled else 1 if layout.tensor == 1 else 0
     dropout = masks * stream if shape.hidden_dropout else 0  # a byte each
-    logarithms = positions * shape.num_attention_heads / layout.tensor * _FP32_BYTES
-    return values * layout.bytes_per_value + dropout + logarithms
+    logarithms = positions * shape.num_attention_heads / layout.tensor * _share(setting) * _FP32_BYTES
+    return values * layout.bytes_per_value + dropout + logarithms + _chosen_weights(setting)
 
 
 def _backward_bytes(setting: Setting) -> float:
@@ -101,8 +116,8 @@ def _backward_bytes(setting: Setting) -> float:
     before they are added to what has accumulated.
     """
     shape, layout = setting.shape, setting.layout
-    positions = layout.micro_batch * shape.seq_length
-    inner = (3 if shape.activation == "swiglu" else 2) * positions * shape.ffn_hidden_size / layout.tensor
+    positions, _, _, inner = _sizes(setting)
+    inner *= 3 if shape.activation == "swiglu" else 2
     stream = positions * shape.hidden_size  # one of the two is gathered where tensor ranks hold parts of it
     weights = layer_parameters(shape) / layout.tensor
     return (inner + stream + stream / layout.stream_ranks + weights) * layout.bytes_per_value
@@ -157,18 +172,21 @@ def largest_micro_batch(setting: Setting, path_length: int) -> int:
     return layout.micro_batch * max(times for times in divisors if times == 1 or needed(times, path_length) <= most)
 
 
-def rank_memory(setting: Setting, stage: int, num_active: int) -> RankMemory:
+def rank_memory(setting: Setting, stage: int, num_active: int, num_trained: int | None = None) -> RankMemory:
     """Return what a rank of a pipeline stage holds while training paths with num_active of the stage's layers.
 
+    num_trained: layers of the stage that have gradients, more than num_active where a step has several paths.
     Over the data-parallel ranks, ZeRO stage 0 splits nothing, 1 the optimizer state and the fp32 weights, 2 also the
     gradients, 3 also the weights, of which up to layout.kept_whole are whole at the same time. fp32 training at ZeRO 0
-    needs no second copy of the weights. Gradients are those of the active layers; ZeRO 1 and 2 hold the rank's share of
-    them a second time, to accumulate or to step on. The tensor ranks' shares count as equal; norms and some biases are
-    replicated, a fraction of a percent.
+    needs no second copy of the weights. Gradients are those of the trained layers, whole; ZeRO 1 and 2 hold the rank's
+    share of them a second time, to accumulate or to step on. The tensor ranks' shares count as equal; norms and some
+    biases are replicated, a fraction of a percent.
     """
     shape, layout = setting.shape, setting.layout
     layer, outer = layer_parameters(shape), outer_parameters(shape, stage, layout.num_stages)
-    parameters, active = ((count * layer + outer) / layout.tensor for count in (layout.stage_layers[stage], num_active))
+    num_trained = num_active if num_trained is None else num_trained
+    counts = (layout.stage_layers[stage], num_active, num_trained)
+    parameters, active, trained = ((count * layer + outer) / layout.tensor for count in counts)
     value, gradient = layout.bytes_per_value, layout.gradient_bytes_per_value or layout.bytes_per_value
     zero, shards = layout.zero_stage, layout.data
     shared = parameters / shards if zero >= 1 else parameters
@@ -178,9 +196,9 @@ def rank_memory(setting: Setting, stage: int, num_active: int) -> RankMemory:
     reduced = gradient if zero == 1 else value
     bucket = layout.reduce_buffers * min(layout.reduce_bucket, parameters) * reduced if zero >= 1 else 0
     gradients = {
-        0: active * gradient,
-        1: active * gradient + active / shards * gradient + bucket,
-        2: active / shards * gradient + bucket,
+        0: trained * gradient,
+        1: trained * gradient + trained / shards * gradient + bucket,
+        2: trained / shards * gradient + bucket,
         3: parameters / shards * gradient + bucket,
     }[zero]
     weights = parameters * value / (shards if zero == 3 else 1)
@@ -190,7 +208,7 @@ def rank_memory(setting: Setting, stage: int, num_active: int) -> RankMemory:
     if not setting.device.is_gpu:
         return RankMemory(weights, gradients, optimizer, activations)
     # ZeRO 0 steps on fp32 copies of gradients that are not fp32 (engine/replicated.py).
-    stepped_on = active * _FP32_BYTES if zero == 0 and gradient < _FP32_BYTES else 0.0
+    stepped_on = trained * _FP32_BYTES if zero == 0 and gradient < _FP32_BYTES else 0.0
     # With one micro batch a step, gradients come as activations go.
     exchanged = min(gradients, activations) if layout.num_micro_batches == 1 and zero == 0 else 0.0
     return RankMemory(

@@ -4,28 +4,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import numpy as np
-
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.schedule import Phase
-from raptr_ds.planner.memory import RankMemory, rank_memory
-from raptr_ds.planner.step_time import Layout, Setting, active_in_stages, activity_table, step_seconds
+from raptr_ds.planner.memory import RankMemory
+from raptr_ds.planner.peak import Peak, phase_peak, phase_setting, run_peak
+from raptr_ds.planner.step_time import Layout, Setting, step_seconds
 
 _SAMPLED_STEPS = 64  # of a phase, whose paths stand for all of it
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase of a run: per-step values are means over its paths; memory is the fullest rank's, at its worst path."""
+    """One phase of a run: per-step values are means over its paths; peak is the fullest rank's, at its worst path.
+
+    path_length: active layers. width: the share of each that runs.
+    """
 
     phase: Phase
     path_length: float
-    layout: Layout
+    width: float
     step_flops: float
     step_seconds: float
-    fullest_stage: int
-    memory: RankMemory
+    peak: Peak
+
+    @property
+    def layout(self) -> Layout:
+        """The layout with the phase's micro batch, and recomputation as at the peak."""
+        return self.peak.setting.layout
+
+    @property
+    def memory(self) -> RankMemory:
+        """What the fullest rank holds at the peak."""
+        return self.peak.memory
 
 
 @dataclass(frozen=True)
@@ -83,37 +94,27 @@ def _plan_phase(method: PathMethod, phase: Phase, setting: Setting) -> PhasePlan
     steps = [phase.first_step + number * phase.num_steps // num_sampled for number in range(num_sampled)]
     paths = [method.path_at(step) for step in steps]
     expected = method.expected_layers_from(phase.first_step) - method.expected_layers_from(phase.end_step)
-    length = expected / phase.num_steps
-    draws = [draw for path in paths for draw in path.draws]
-    layout = setting.layout
-    if setting.micro_batches:
-        size = setting.micro_batches[phase.index]
-        number = layout.micro_batch * layout.num_micro_batches // size
-        layout = replace(layout, micro_batch=size, num_micro_batches=number)
-    most_active = int(active_in_stages(activity_table(draws), layout.stage_layers).max())
-    layout = replace(layout, recompute=layout.recompute and most_active > setting.keep_up_to)
-    setting = replace(setting, layout=layout)
-    stage, memory = fullest_rank(draws, setting)
-    seconds = float(step_seconds(paths, setting).total.mean())
-    return PhasePlan(phase, length, layout, setting.flops(length), seconds, stage, memory)
+    length = expected / phase.num_steps if phase.path_length is None else float(phase.path_length)
+    flops = setting.steps.phase_flops(method, phase, phase.first_step, setting.num_predicted) / phase.num_steps
+    here = phase_setting(method, phase, setting)
+    seconds = float(step_seconds(paths, here).total.mean())
+    width = 1.0 if here.width is None else here.width
+    return PhasePlan(phase, length, width, flops, seconds, phase_peak(method, phase, setting))
 
 
-def fullest_rank(paths: Sequence[LayerPath], setting: Setting) -> tuple[int, RankMemory]:
-    """Return the pipeline stage whose ranks hold most along any of the paths, and what they hold."""
-    most = active_in_stages(activity_table(paths), setting.layout.stage_layers).max(axis=0)
-    held = [rank_memory(setting, stage, int(count)) for stage, count in enumerate(most)]
-    stage = int(np.argmax([memory.total for memory in held]))
-    return stage, held[stage]
+def keepable_layers(method: PathMethod, setting: Setting, memory_bytes: float) -> int | None:
+    """Return up to how many active layers on any pipeline stage a run may keep activations of, in a rank's memory.
 
-
-def keepable_layers(setting: Setting, memory_bytes: float) -> int:
-    """Return up to how many active layers on any pipeline stage fit into a rank's memory without recomputation."""
-    setting = replace(setting, layout=replace(setting.layout, recompute=False))
+    setting: with recomputation. None if the run does not fit, whatever is recomputed.
+    """
+    assert setting.layout.recompute, setting
     stage_layers = setting.layout.stage_layers
-    for count in range(max(stage_layers), 0, -1):
-        if max(rank_memory(setting, stage, count).total for stage in range(len(stage_layers))) <= memory_bytes:
+    for count in range(max(stage_layers), -1, -1):
+        kept = replace(setting, keep_up_to=count)
+        peaks = [Peak.along(kept, stage, min(count, layers)) for stage, layers in enumerate(stage_layers)]
+        if max(peak.memory.total for peak in (*peaks, run_peak(method, kept))) <= memory_bytes:
             return count
-    return 0
+    return None
 
 
 def propose_schedule(
@@ -124,17 +125,23 @@ def propose_schedule(
     least_length: of a path, at least the fixed layers; saved_by: returns the saving of a run with these lengths. The
     lengths grow as evenly as possible; None if no schedule comes as near as the smallest step of lengths allows.
     """
-    found: dict[tuple[int, ...], float] = {}
+    found = {lengths: saved_by(lengths) for lengths in even_schedules(num_layers, least_length)}
+    best = min(found, key=lambda lengths: (round(abs(found[lengths] - saving), 9), _unevenness(lengths)))
+    finest = saved_by((num_layers - 1, num_layers, num_layers, num_layers)) if num_layers > least_length else 0.0
+    return best if abs(found[best] - saving) <= max(finest, 1e-9) else None
+
+
+def even_schedules(num_layers: int, least_length: int) -> list[tuple[int, ...]]:
+    """Return the schedules of four path lengths that grow to the full depth by steps as equal as possible."""
+    found: dict[tuple[int, ...], None] = {}
     for reach in range(num_layers - least_length + 1):
         even = [num_layers - round(reach * share / 3) for share in (3, 2, 1)]
         for second in (0, -1, 1):
             for third in (0, -1, 1):
                 lengths = (even[0], even[1] + second, even[2] + third, num_layers)
                 if lengths[0] >= least_length and list(lengths) == sorted(lengths):
-                    found.setdefault(lengths, saved_by(lengths))
-    best = min(found, key=lambda lengths: (round(abs(found[lengths] - saving), 9), _unevenness(lengths)))
-    finest = saved_by((num_layers - 1, num_layers, num_layers, num_layers)) if num_layers > least_length else 0.0
-    return best if abs(found[best] - saving) <= max(finest, 1e-9) else None
+                    found[lengths] = None
+    return list(found)
 
 
 def _unevenness(lengths: Sequence[int]) -> int:

@@ -37,7 +37,7 @@ def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
         for name, model in results["models"].items():
             for run in model["runs"]:
                 tokens = run["steps"] * results["tokens_per_step"] / model["layer_parameters"]
-                measured.append(Measured(name, tokens, run["saving"], run["loss"]))
+                measured.append(Measured(name, model["layer_parameters"], tokens, run["saving"], run["loss"]))
     for record in sorted(folder.glob("*/experiment.json")):
         measured += _kept(record.parent, json.loads(record.read_text(encoding="utf-8")), objective)
     return measured
@@ -70,7 +70,7 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
         if math.isfinite(loss):
             tokens = fmean(line["tokens"] for line, _ in ends[name]) / parameters
             saving = 1 - _flops_of_a_step(ends[name]) / full_flops
-            yield Measured(name_of_model, tokens, saving, loss)
+            yield Measured(name_of_model, parameters, tokens, saving, loss)
 
 
 def _end_of(run: Path, steps: int) -> tuple[dict[str, Any], float]:

@@ -12,57 +12,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from raptr_ds.config.elastic import largest_fitting
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
-from raptr_ds.planner.memory import RankMemory, logits_bytes, rank_memory
+from raptr_ds.planner.memory import GIB, RankMemory, logits_bytes
+from raptr_ds.planner.peak import Peak, run_peak
 from raptr_ds.planner.setting import reduce_buffers_of, setting_of
 from raptr_ds.planner.step_time import Device, Setting
 from raptr_ds.runtime.method import path_method_of
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 
-_GIB = 1 << 30
 _FRAGMENTED = 0.05  # of the device's memory, reserved by torch but unused: from there on it is mentioned
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a rank of one pipeline stage holds at the peak of the run's longest paths, and what would lower it."""
+    """What the fullest rank of some pipeline stages holds at the run's peak, and what would lower it.
+
+    setting: the run's own, whatever changes from phase to phase left out.
+    """
 
     config: RunConfig
     setting: Setting
-    stage: int
-    num_active: int
+    stages: tuple[int, ...]
+    peak: Peak
 
     @classmethod
-    def of(cls, config: RunConfig, stage: int, on_gpu: bool, longest: int | None = None) -> "MemoryNeed":
-        """Return the need of a run whose vocabulary's size is known; longest: layers of the path, if not the run's."""
-        setting = setting_of(config, Device(is_gpu=on_gpu))
-        layout = setting.layout
-        if longest is None:
-            phases = path_method_of(config).phases.phases
-            longest = max(phase.path_length or config.model.num_layers for phase in phases)
-        num_active = min(longest, layout.stage_layers[stage])
-        recompute = layout.recompute and num_active > setting.keep_up_to
-        setting = replace(setting, layout=replace(layout, recompute=recompute))
-        return cls(config, setting, stage, num_active)
+    def of(cls, config: RunConfig, stage: int, on_gpu: bool) -> "MemoryNeed":
+        """Return the need of one pipeline stage of a run whose vocabulary's size is known."""
+        return cls._of(config, (stage,), on_gpu)
 
     @classmethod
     def fullest(cls, config: RunConfig) -> "MemoryNeed":
         """Return the need of the pipeline stage that needs most of a GPU."""
-        stages = range(config.parallel.pipeline_model_parallel_size)
-        return max((cls.of(config, stage, on_gpu=True) for stage in stages), key=lambda need: need.memory.total)
+        return cls._of(config, tuple(range(config.parallel.pipeline_model_parallel_size)), on_gpu=True)
+
+    @classmethod
+    def _of(cls, config: RunConfig, stages: tuple[int, ...], on_gpu: bool) -> "MemoryNeed":
+        setting = setting_of(config, Device(is_gpu=on_gpu))
+        return cls(config, setting, stages, run_peak(path_method_of(config), setting, stages))
 
     @property
     def memory(self) -> RankMemory:
         """The bytes, by kind."""
-        return rank_memory(self.setting, self.stage, self.num_active)
+        return self.peak.memory
 
     def parts(self) -> list[str]:
         """Return what is held, the largest first."""
-        memory, layout = self.memory, self.setting.layout
-        what = f"activations of {self.num_active} layers and {layout.micro_batch} sequences"
-        if self.stage == layout.num_stages - 1:
-            what += f", of them logits {gib(logits_bytes(self.setting))}"
+        peak, memory, layout = self.peak, self.memory, self.peak.setting.layout
+        what = f"activations of {peak.num_active} layers and {layout.micro_batch} sequences"
+        if peak.stage == layout.num_stages - 1:
+            what += f", of them logits {gib(logits_bytes(peak.setting))}"
         parts = {
             "weights": memory.weights,
             "gradients": memory.gradients,
@@ -75,8 +75,10 @@ class MemoryNeed:
 
     def remedies(self) -> list[str]:
         """Return the settings that would lower the peak, each with by how much, the best first."""
-        now = self.memory.total
-        saved = [(now - replace(self, setting=setting).memory.total, text) for text, setting in self._alternatives()]
+        now, method = self.memory.total, path_method_of(self.config)
+        saved = [
+            (now - run_peak(method, setting, self.stages).memory.total, text) for text, setting in self._alternatives()
+        ]
         return [f"{text}: {gib(size)} less" for size, text in sorted(saved, reverse=True) if size > 0]
 
     def _alternatives(self) -> Iterator[tuple[str, Setting]]:
@@ -88,14 +90,12 @@ class MemoryNeed:
             compiled = layout.compiled and other.zero_stage <= 2  # both as the run would derive them
             return replace(self.setting, layout=replace(other, compiled=compiled, reduce_buffers=buffers))
 
-        if layout.micro_batch > 1:
-            half, twice = layout.micro_batch // 2, 2 * layout.num_micro_batches
-            yield (
-                f"train_micro_batch_size_per_gpu={half}",
-                changed(micro_batch=half, num_micro_batches=twice),
-            )
-        if not layout.recompute:
+        yield from self._smaller_micro_batches()
+        if not layout.recompute and not self.config.parallel.micro_batches:  # the two exclude each other
             yield "raptr_ds.parallel.activation_checkpointing=true (a third more work)", changed(recompute=True)
+        if self.setting.keep_up_to:
+            text = "raptr_ds.parallel.keep_activations_up_to=0 (a third more work on short paths)"
+            yield text, replace(self.setting, keep_up_to=0)
         highest = 1 if layout.num_stages > 1 else 3
         for zero_stage in range(max(1, layout.zero_stage + 1), highest + 1):
             if layout.data > 1:
@@ -111,6 +111,20 @@ class MemoryNeed:
                 text = f"raptr_ds.parallel.tensor_model_parallel_size={tensor} on {times} times the processes"
                 yield text, changed(tensor=tensor)
                 break
+
+    def _smaller_micro_batches(self) -> Iterator[tuple[str, Setting]]:
+        """Yield the setting with micro batches of half the size, where they can be halved."""
+        setting, layout, own = self.setting, self.setting.layout, self.config.parallel.micro_batches
+        sizes = {
+            size: largest_fitting(max(1, size // 2), layout.sequences_per_rank, self.config.path.paths_per_step)
+            for size in (layout.micro_batch, *setting.micro_batches)
+        }
+        half, halves = sizes[layout.micro_batch], tuple(sizes[size] for size in setting.micro_batches)
+        texts = [f"train_micro_batch_size_per_gpu={half}"] if len(own) < len(halves) else []
+        texts += [f"raptr_ds.parallel.micro_batches={[sizes[size] for size in own]}"] if own else []
+        smaller = replace(layout, micro_batch=half, num_micro_batches=layout.sequences_per_rank // half)
+        if halves != setting.micro_batches:
+            yield " and ".join(texts), replace(setting, layout=smaller, micro_batches=halves)
 
 
 def shortage(config: RunConfig, device: DeviceMemory) -> list[str]:
@@ -144,7 +158,7 @@ def explanation(config: RunConfig, stage: int, device: DeviceMemory | None) -> l
 
 def gib(size: float) -> str:
     """Return a size in bytes for people."""
-    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def main() -> None:

@@ -87,6 +87,11 @@ class Layout:
         return self.tensor if self.sequence_parallel else 1
 
     @property
+    def sequences_per_rank(self) -> int:
+        """Sequences of a step on each data-parallel rank."""
+        return self.micro_batch * self.num_micro_batches
+
+    @property
     def num_ranks(self) -> int:
         """Processes of the job."""
         return self.tensor * self.data * self.num_stages
@@ -98,7 +103,7 @@ class Setting:
 
     predicted_per_sequence: expected predicted positions of a sequence, which the head runs on. keep_up_to: active
     layers of a pipeline stage up to which none is recomputed. micro_batches: sequences of a micro batch in each phase;
-    empty: the layout's.
+    empty: the layout's. width: the share of each active layer that runs, for memory; None where layers run whole.
     """
 
     shape: ModelSection
@@ -107,13 +112,23 @@ class Setting:
     predicted_per_sequence: float
     keep_up_to: int = 0
     micro_batches: tuple[int, ...] = ()
+    width: float | None = None
+
+    @property
+    def num_predicted(self) -> int:
+        """Expected predicted positions of the global batch."""
+        return round(self.layout.sequences_per_rank * self.layout.data * self.predicted_per_sequence)
+
+    @property
+    def steps(self) -> StepFlops:
+        """The FLOPs of steps, by the whole job."""
+        layout = self.layout
+        stages = tuple(topology.stage_layers(layout.stage_layers))
+        return StepFlops(self.shape, layout.sequences_per_rank * layout.data, layout.recompute, self.keep_up_to, stages)
 
     def flops(self, path_length: float) -> float:
         """Return the FLOPs of a step of this (expected) path length, by the whole job."""
-        layout = self.layout
-        sequences = layout.micro_batch * layout.num_micro_batches * layout.data
-        steps = StepFlops(self.shape, sequences, layout.recompute)
-        return steps.expected_flops(path_length, round(sequences * self.predicted_per_sequence))
+        return self.steps.expected_flops(path_length, self.num_predicted)
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,7 @@ class StepSeconds:
 
 
 def activity_table(paths: Iterable[LayerPath], combine: Callable[..., np.ndarray] = np.mean) -> np.ndarray:
-    """Return how much of each layer runs in each step, (steps, layers): 0.0, 1.0, or the share of it that does.
+    """Return which layers are active in each step, (steps, layers): 0.0 or 1.0, layers that run in parts included.
 
     combine: of several paths in one step: their mean, or np.max for what any of them runs.
     """
@@ -142,8 +157,18 @@ def activity_table(paths: Iterable[LayerPath], combine: Callable[..., np.ndarray
 
 def _activity(path: LayerPath) -> np.ndarray:
     row = np.zeros(path.num_layers)
-    row[list(path.layers)] = 1.0 if path.parts is None else path.parts.work / path.length
+    row[list(path.layers)] = 1.0
     return row
+
+
+def _recomputed_in_stages(paths: Iterable[LayerPath], setting: Setting) -> np.ndarray:
+    """Return how many layers of each pipeline stage run forward once more, (paths, stages); of several, the mean."""
+    stages, rows = setting.layout.stage_layers, []
+    for path in paths:
+        active = active_in_stages(np.array([_activity(draw) for draw in path.draws]), stages)
+        recomputes = setting.layout.recompute & (active > setting.keep_up_to)
+        rows.append((active * recomputes).mean(axis=0))
+    return np.array(rows)
 
 
 def active_in_stages(activity: np.ndarray, stage_layers: Sequence[int]) -> np.ndarray:
@@ -157,7 +182,8 @@ def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     """Return the predicted times of a training step along each path, arrays (paths,).
 
     A skipped layer costs nothing anywhere (skipped_update freeze); one that any of a step's several paths runs takes a
-    whole optimizer step.
+    whole optimizer step. A layer that runs in part computes less, but its stream, its gradients and its optimizer step
+    are whole.
     """
     shape, layout, device = setting.shape, setting.layout, setting.device
     active = active_in_stages(activity_table(paths), layout.stage_layers)
@@ -166,10 +192,11 @@ def step_seconds(paths: Sequence[LayerPath], setting: Setting) -> StepSeconds:
     sent_forward, sent_backward = tensor_collective_seconds(shape, layout, device)
     head = layout.micro_batch * setting.predicted_per_sequence * head_forward_flops(shape, 1)
     head_seconds = head / layout.tensor / device.flops_per_second
+    share = np.array([[path.work / path.mean_length if path.mean_length else 1.0] for path in paths])
+    forward_layer = share * layer + sent_forward
     # The backward pass has two products for each one of the forward pass.
-    forward, backward = active * (layer + sent_forward), active * (2 * layer + sent_backward)
-    if layout.recompute:
-        backward += forward
+    forward, backward = active * forward_layer, active * (2 * share * layer + sent_backward)
+    backward += _recomputed_in_stages(paths, setting) * forward_layer
     forward[..., -1] += head_seconds
     backward[..., -1] += 2 * head_seconds
     stream_bytes = layout.micro_batch * shape.seq_length * shape.hidden_size * layout.bytes_per_value

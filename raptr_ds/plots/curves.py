@@ -12,7 +12,7 @@ from raptr_ds.errors import DataError
 from raptr_ds.runtime.metrics_file import METRICS, STDERR, RunMetrics, read_metrics, score_names
 from raptr_ds.user_paths import is_file
 
-_COLUMNS = ("loss", "flops", "tokens", "phase", "path_length", "tokens_per_second")  # of training lines, as they are
+_COLUMNS = ("loss", "flops", "tokens", "phase", "path_length")  # of training lines, as they are
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Curves:
     tokens: np.ndarray
     phase: np.ndarray
     path_length: np.ndarray
-    tokens_per_second: np.ndarray
+    width: np.ndarray
+    """The share of each active layer that runs: 1 but where layers run in part."""
     seconds: np.ndarray
     """Spent in steps since the start; a step without a line takes as long as the next one with a line."""
     paths: tuple[tuple[tuple[int, ...], ...], ...]
@@ -57,6 +58,18 @@ class Curves:
         """Return steps and losses of the evaluations of the full model, two arrays (n,)."""
         full = self.eval_path_length == self.num_layers
         return self.eval_step[full], self.eval_loss[full]
+
+    @property
+    def share_run(self) -> float:
+        """The share of all layers of all steps that ran, parts of layers as such."""
+        return float((self.path_length * self.width).mean() / self.num_layers)
+
+    @property
+    def ran_in_words(self) -> str:
+        """That share, for a title."""
+        if np.all(self.width == 1.0):
+            return f"{self.share_run:.0%} of all layers of all steps ran"
+        return f"{self.share_run:.0%} of the work of all layers of all steps: layers ran in part"
 
     def flops_at(self, steps: np.ndarray) -> np.ndarray:
         """Return the executed FLOPs after these steps, (n,); linear between lines, and from 0 at step 0."""
@@ -74,15 +87,16 @@ class Curves:
         ]
 
     def activity(self, max_columns: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-        """Return how often each layer was active: (num_layers, columns) fractions, and the columns' edges in steps.
+        """Return how much of each layer was active: (num_layers, columns) fractions, and the columns' edges in steps.
 
         With up to max_columns lines each is a column, and a fraction is the share of the step's paths that have the
-        layer. With more, a column is the mean of several lines, equally many to within one.
+        layer, times the share of it that runs. With more, a column is the mean of several lines, equally many to within
+        one.
         """
         active = np.zeros((len(self.paths), self.num_layers))
         for row, paths in enumerate(self.paths):
             for path in paths:
-                active[row, list(path)] += 1.0 / len(paths)
+                active[row, list(path)] += self.width[row] / len(paths)
         groups = np.array_split(np.arange(len(self.paths)), min(max_columns, len(self.paths)) or 1)
         columns = [active[group].mean(axis=0) for group in groups if group.size]
         starts = [self.step[group[0]] - 0.5 for group in groups if group.size]
@@ -122,11 +136,17 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
     evaluated = sorted(evaluations)
     paths = tuple(tuple(map(tuple, line.get("paths", [line["path"]]))) for line in lines)
     steps = np.array([line["step"] for line in lines])
+    model = _model(folder)
+    deepest = max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *(at for _, at in evaluated)])
+    widths = [line.get("width") for line in lines]
+    widest = max((width for width in widths if width is not None), default=1)
+    num_heads = model.get("num_attention_heads", widest)
     return Curves(
         name=folder.resolve().name,
-        num_layers=_num_layers(folder, paths, [length for _, length in evaluated]),
+        num_layers=model.get("num_layers", deepest),
         step=steps,
         **{key: _column(lines, key) for key in _COLUMNS},
+        width=np.array([1.0 if width is None else width / num_heads for width in widths]),
         seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=0)),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),
@@ -158,18 +178,20 @@ def _task_curves(metrics: RunMetrics) -> Iterator[TaskCurve]:
         yield TaskCurve(task, metric, steps, _column(scores, metric), _column(scores, f"{metric}{STDERR}"))
 
 
-def _num_layers(folder: Path, paths: Sequence[tuple[tuple[int, ...], ...]], evaluated_lengths: Sequence[int]) -> int:
-    """Return the depth from the run's config.json; without one, that of the deepest layer that has run."""
+def _model(folder: Path) -> dict[str, int]:
+    """Return the numbers of layers and heads in the run's config.json; nothing without one."""
     config = folder / "config.json"
     if is_file(config):
         try:
-            return int(json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]["num_layers"])
+            model = json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]
+            heads = {"num_attention_heads": int(model["num_attention_heads"])} if "num_attention_heads" in model else {}
+            return {"num_layers": int(model["num_layers"]), **heads}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{config} is damaged: raptr_ds.model.num_layers cannot be read ({type(error).__name__}: {error}). "
                 "Restore it, or move it away."
             ) from error
-    return max([1, *(path[-1] + 1 for of_step in paths for path in of_step if path), *evaluated_lengths])
+    return {}
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

@@ -10,15 +10,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from raptr_ds.plots.curves import Curves, smooth
+from raptr_ds.plots.pictures import COLOURS, GREY, LINES
 
-# Okabe and Ito's palette for colour-blind readers, without its yellow; after these seven, five of another lightness.
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
-    *("#7F3B08", "#542788", "#8C8C8C", "#B2182B", "#4D9221"),
-)
 _TEXT_POINTS = 12
-_GREY = "#555555"
-_LINES = ("-", "--", ":", "-.")
 
 
 def plot_runs(runs: Sequence[Curves], file: Path) -> None:
@@ -78,14 +72,14 @@ def draw_phases(axes: Axes, run: Curves, by_flops: bool, colour: str, *, labelle
     for step, path_length in starts:
         place = float(run.flops_at(np.array([step - 1]))[0]) if by_flops else step
         if step != starts[0][0]:
-            axes.axvline(place, color=_GREY if labelled else colour, linestyle=":", linewidth=1.1, zorder=1)
+            axes.axvline(place, color=GREY if labelled else colour, linestyle=":", linewidth=1.1, zorder=1)
         if labelled:
             text, at = f" {path_length:.3g}", axes.get_xaxis_transform()
-            axes.text(place, 0.012, text, transform=at, fontsize=_TEXT_POINTS - 1.5, color=_GREY, va="bottom")
+            axes.text(place, 0.012, text, transform=at, fontsize=_TEXT_POINTS - 1.5, color=GREY, va="bottom")
 
 
 def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
-    """Draw which layers were active at which steps: coloured where active, paler where only some steps had them."""
+    """Draw which layers were active at which steps: coloured where active, paler where not always or in part."""
     activity, edges = run.activity()
     colours = LinearSegmentedColormap.from_list("activity", ["#f4f4f4", colour])
     layers = np.arange(run.num_layers + 1) - 0.5
@@ -96,8 +90,7 @@ def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
     axes.set_yticks(range(0, run.num_layers, stride))
     axes.set_ylabel("layer", fontsize=_TEXT_POINTS)
     axes.set_xlabel("step", fontsize=_TEXT_POINTS)
-    ran = run.path_length.mean() / run.num_layers
-    title = f"{run.name}: active layers ({ran:.0%} of all layers of all steps ran)"
+    title = f"{run.name}: active layers ({run.ran_in_words})"
     axes.set_title(title, fontsize=_TEXT_POINTS, loc="left")
     axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
     for step, _ in run.phase_starts()[1:]:
@@ -108,7 +101,7 @@ def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
 def draw_tasks(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
     """Draw the scores of all tasks by one metric, with standard errors: a colour for each task, a line for each run."""
     tasks = list(dict.fromkeys(curve.task for run in runs for curve in run.tasks if curve.metric == metric))
-    for run, line in zip(runs, cycle(_LINES)):
+    for run, line in zip(runs, cycle(LINES)):
         for curve in (curve for curve in run.tasks if curve.metric == metric):
             colour = COLOURS[tasks.index(curve.task) % len(COLOURS)]
             label = curve.task if len(runs) == 1 else f"{curve.task}, {run.name}"

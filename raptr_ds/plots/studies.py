@@ -8,8 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-_GREY = "#555555"
+from raptr_ds.plots.pictures import COLOURS, GREY
 
 
 def plot_scaling(
@@ -25,8 +24,8 @@ def plot_scaling(
     figure = Figure(figsize=(4.6 * len(speed_ups), 4.0), dpi=90, layout="constrained")
     for index, (title, curves) in enumerate(speed_ups.items()):
         axes = figure.add_subplot(1, len(speed_ups), index + 1)
-        axes.axhline(ideal[title], color=_GREY, linewidth=1, linestyle="--", label="by FLOPs")
-        for colour, (name, values) in zip(_COLOURS, curves.items(), strict=False):
+        axes.axhline(ideal[title], color=GREY, linewidth=1, linestyle="--", label="by FLOPs")
+        for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
             axes.plot(stages, values, color=colour, marker="o", markersize=4, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(stages), [str(count) for count in stages])
@@ -42,7 +41,7 @@ def plot_polynomials(curves: Mapping[str, tuple[Sequence[int], np.ndarray]], fil
     figure = Figure(figsize=(3.2 * len(curves), 3.6), dpi=90, layout="constrained")
     for index, (name, (steps, errors)) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
-        for degree, colour in zip(range(errors.shape[1]), _COLOURS, strict=False):
+        for degree, colour in zip(range(errors.shape[1]), COLOURS, strict=False):
             axes.plot(steps, np.maximum(errors[:, degree], 1e-4), color=colour, label=f"degree {degree + 1}")
         axes.set_yscale("log")
         axes.set_ylim(1e-4, 20)
@@ -61,11 +60,11 @@ def plot_stability(
     """Write a PNG. initial: variant -> gap at each depth; training: curve -> (steps, increase of the loss)."""
     figure = Figure(figsize=(11.5, 4.0), dpi=90, layout="constrained")
     axes = figure.add_subplot(1, 2, 1)
-    for colour, (name, gaps) in zip(_COLOURS, initial.items(), strict=False):
+    for colour, (name, gaps) in zip(COLOURS, initial.items(), strict=False):
         axes.plot(depths, gaps, color=colour, marker="o", markersize=4, label=name)
     first = next(iter(initial.values()))
     guide = first[-1] * np.sqrt(depths[-1] / np.array(depths))
-    axes.plot(depths, guide, color=_GREY, linestyle="--", linewidth=1, label="1/sqrt(L)")
+    axes.plot(depths, guide, color=GREY, linestyle="--", linewidth=1, label="1/sqrt(L)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(list(depths), [str(depth) for depth in depths])
@@ -76,7 +75,7 @@ def plot_stability(
         variant = next(index for index, known in enumerate(initial) if name.startswith(known))
         same = [other for other in training if other.startswith(list(initial)[variant])]
         width = 0.7 + 0.8 * same.index(name)
-        axes.plot(steps, gaps, color=_COLOURS[variant], linewidth=width, label=name)
+        axes.plot(steps, gaps, color=COLOURS[variant], linewidth=width, label=name)
     _finish(axes, "through training of the full model", "step", "loss of paths minus the full model's")
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, file)
@@ -92,11 +91,11 @@ def plot_transitions(transitions: Sequence[Any], file: Path) -> None:
     for index, one in enumerate(transitions):
         for side, length, losses in ((-0.2, one.before, one.before_losses), (0.2, one.after, one.after_losses)):
             place = index + side
-            axes.plot([place] * len(losses), losses, "o", color=_COLOURS[0], markersize=3, alpha=0.5)
-            axes.plot([place - 0.1, place + 0.1], [np.mean(losses)] * 2, color=_COLOURS[0], linewidth=2)
+            axes.plot([place] * len(losses), losses, "o", color=COLOURS[0], markersize=3, alpha=0.5)
+            axes.plot([place - 0.1, place + 0.1], [np.mean(losses)] * 2, color=COLOURS[0], linewidth=2)
             axes.annotate(f"{length}", (place, min(losses)), xytext=(0, -13), textcoords="offset points", ha="center")
         label = "full model" if index == 0 else None
-        axes.plot([index - 0.35, index + 0.35], [one.full_loss] * 2, color=_COLOURS[1], linestyle="--", label=label)
+        axes.plot([index - 0.35, index + 0.35], [one.full_loss] * 2, color=COLOURS[1], linestyle="--", label=label)
     axes.margins(y=0.15)
     axes.set_xticks(range(len(transitions)), [f"step {one.step}" for one in transitions])
     _finish(axes, "", "", "held-out loss of paths, and their mean")

@@ -67,7 +67,8 @@ def _left_out(layers: Sequence[int], phases: Sequence[Phase], is_drawn: bool) ->
         fix = "Lengthen the phase, fix fewer layers, or lower raptr_ds.path.balance_stages"
     else:
         why, fix = "raptr_ds.path.fixed_layers fill them", "Lengthen the phase or fix fewer layers to draw from all"
-    return f"layers {names} are never active in {where}: {why}. {fix}."
+    subject = f"layer {names} is" if len(layers) == 1 else f"layers {names} are"
+    return f"{subject} never active in {where}: {why}. {fix}."
 
 
 def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedStages | None:

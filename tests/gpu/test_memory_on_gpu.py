@@ -11,7 +11,7 @@ from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
-from raptr_ds.planner.plan import fullest_rank
+from raptr_ds.planner.peak import Peak
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
 
@@ -46,6 +46,6 @@ def test_the_measured_peak_is_within_a_tenth_of_the_plan(groups, name, compiled,
         torch.cuda.reset_peak_memory_stats()
         engine.train_step(batch, path, step, 1e-4)
     measured = torch.cuda.max_memory_allocated() - before
-    _, memory = fullest_rank([path], setting_of(config, Device()))
+    memory = Peak.along(setting_of(config, Device()), 0, path.length).memory
     record_property("finding", f"{name}: measured {measured / 2**30:.2f} GiB, planned {memory}")
     assert measured == pytest.approx(memory.total - GPU_CONTEXT_BYTES, rel=0.1)

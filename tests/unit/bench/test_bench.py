@@ -27,7 +27,7 @@ SMALL = ["raptr_ds.model.hidden_size=32", "raptr_ds.model.seq_length=16"]
 def bench(architecture: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     tool, config = ROOT / "tools" / "bench.py", ROOT / "deepspeed_configs" / f"{architecture}_quickstart.json"
     command = [sys.executable, str(tool), "--config", str(config), "--random-tokens", "90", "--repetitions", "1"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 def rows_of(report: str) -> list[list[str]]:
@@ -140,9 +140,30 @@ def test_a_layout_that_runs_out_of_memory_has_a_row(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--repetitions", "0"], "at least one round"), (["--layouts", "DP2"], "written as TP2, PP4 or TP2PP2")],
+    [
+        (["--repetitions", "0"], "at least one round"),
+        (["--layouts", "DP2"], "written as TP2, PP4 or TP2PP2"),
+        (["--layouts", "TP0"], "written as TP2, PP4 or TP2PP2"),
+        (["--layout", "TP2"], "unrecognized arguments: --layout TP2"),
+        (["--plot", "picture.txt"], "--plot picture.txt: a picture's file ends in"),
+        (["--tokenizer", "x.model"], "--tokenizer goes with --text"),
+        (["--text", "no/such.jsonl"], "no/such.jsonl does not exist"),
+        (["--text", "README.md"], "README.md, line 1: not a JSON object"),
+    ],
 )
 def test_what_cannot_be_measured_is_a_mistake(arguments: list[str], says: str) -> None:
     done = bench("bert", *arguments)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("given", ["no/such.model", "README.md"])
+def test_a_bad_tokenizer_is_found_before_anything_is_measured(tmp_path: Path, given: str) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n')
+    done = bench("bert", "--text", str(text), "--tokenizer", given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert given in done.stderr
+    text.write_text('{"text": "one"}\n{"text": 2}\n')
+    assert "text.jsonl, line 2: not a JSON object" in bench("bert", "--text", str(text)).stderr

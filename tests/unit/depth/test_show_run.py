@@ -55,6 +55,15 @@ def test_what_it_prints(make_run: MakeRun, tool: Tool, kind: str) -> None:
     assert tool("show_run.py", source.folder, "--sequences", 4, "--seed", 7).printed != done.printed
 
 
+@pytest.mark.parametrize("name", ["show_run.py", "depth.py"])
+def test_a_run_without_a_checkpoint_is_named_as_such(tool: Tool, tmp_path: Path, name: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    done = tool(name, tmp_path)
+    assert (done.code, done.printed) == (2, "")
+    assert f"{tmp_path} has no checkpoint yet. Name a run that has saved one" in done.error
+    assert "raptr_ds.checkpoint.load" not in done.error
+
+
 def test_it_needs_no_transformers(make_run: MakeRun) -> None:
     source, _ = make_run("ul2")
     command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(ROOT / "tools" / "show_run.py"), str(source.folder)]

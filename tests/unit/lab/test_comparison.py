@@ -1,6 +1,7 @@
 """Comparisons read back and reported, from made-up folders with hand-made numbers."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -102,6 +103,21 @@ def test_cost_is_of_what_ran(folder):
 
 
 @pytest.mark.usefixtures("tables_alone")
+def test_cost_is_compared_on_the_seeds_that_both_have(folder):
+    """Seed 1 of standard took four times as long; raptr has not run on it."""
+    for seed in (1, 2, 3):
+        file = folder / "standard" / str(seed) / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        slower = [{**line, "step_seconds": 8.0} if seed == 1 and "loss" in line else line for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in slower))
+    shutil.rmtree(folder / "raptr" / "1")
+    write_report(load_comparison(folder))
+    standard, raptr = rows_of(folder, "Cost")
+    assert standard[5:8] == ["4", "16.0", "1.000"]
+    assert raptr[5:8] == ["1.5", "6.0", "0.750"]
+
+
+@pytest.mark.usefixtures("tables_alone")
 def test_unfinished_and_failed_runs_are_reported_and_left_out(folder):
     (folder / "raptr" / "2" / "metrics.jsonl").unlink()
     (folder / "raptr" / "2" / "outcome.json").write_text(json.dumps({"exit_code": 9, "wall_seconds": 1.0}))
@@ -199,6 +215,22 @@ def test_a_comparison_before_its_first_step_has_a_report_too(folder):
     change(folder, runs=[])
     markdown, _ = write_report(load_comparison(folder))
     assert "0 of 6 runs are finished" in markdown.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"runs": 1}', '{"runs": [], "contestants": [1]}', "\x00"])
+def test_a_damaged_record_is_a_users_error(folder, text):
+    (folder / "experiment.json").write_text(text)
+    with pytest.raises(DataError, match=r"experiment\.json is damaged \(\w+: .*\)\. Remove it"):
+        load_comparison(folder)
+
+
+@pytest.mark.parametrize("key", ["seeds", "contestants", "sessions"])
+def test_a_record_without_a_key_is_a_users_error(folder, key):
+    record = json.loads((folder / "experiment.json").read_text())
+    del record[key]
+    (folder / "experiment.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=f"is damaged .*{key}"):
+        load_comparison(folder)
 
 
 def test_a_folder_without_a_comparison_is_a_users_error(tmp_path):

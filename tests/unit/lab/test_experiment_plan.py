@@ -114,6 +114,37 @@ def test_the_solution_is_the_nearest_number_of_steps():
         assert abs(cost[steps] - budget) == min(abs(cost[1:] - budget))
 
 
+def test_a_solution_that_a_run_cannot_have_is_refused():
+    def cost(steps):
+        if steps <= 100:
+            raise ConfigError(f"{steps} are too few")
+        return 2.0 * steps
+
+    assert equal_cost_steps(cost, 201.9, start=300) == 101
+    assert equal_cost_steps(cost, 700.0, start=300) == 350
+    with pytest.raises(ConfigError, match="100 are too few"):
+        equal_cost_steps(cost, 200.0, start=300)
+    with pytest.raises(ConfigError, match="50 are too few"):
+        equal_cost_steps(cost, 700.0, start=50)
+
+
+@pytest.mark.parametrize(
+    "warmup",
+    [
+        ["raptr_ds.path.full_warmup_steps=100"],
+        ['scheduler={"type": "WarmupDecayLR", "params": {"warmup_num_steps": 100, "warmup_max_lr": 1e-3}}'],
+    ],
+)
+def test_a_warm_up_counted_in_steps_can_have_an_equal_budget(lab, warmup):
+    """Numbers of steps that the search tries may be fewer."""
+    few = [RIVALS[0], {"name": "warm", "method": "raptr", "set": [*warmup]}]
+    planner = lab.planner(contestants=few, budget={"equal": "flops", "steps": 300})
+    planner.check()
+    first, second = planner.shares()
+    assert second.steps > first.steps == 300
+    assert second.flops == pytest.approx(first.flops, rel=0.005)
+
+
 def test_the_lowest_finite_loss_chooses_the_rate():
     assert choose_rate({1e-3: 2.0, 3e-3: 1.5, 1e-2: None}) == 3e-3
     assert choose_rate({1e-3: None}) is None

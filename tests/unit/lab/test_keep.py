@@ -2,6 +2,8 @@
 
 import filecmp
 import importlib
+import os
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.errors import DataError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.lab.comparison import load_comparison
 from raptr_ds.lab.keep import keep
 from raptr_ds.lab.report import write_report
@@ -93,6 +95,9 @@ def test_a_copy_put_back_is_finished_and_takes_more_seeds(lab, tmp_path):
     lab.run(lab.planner(seeds=[1, 2]))
     assert lab.stand_in.started == ["standard, seed 2", "raptr, seed 2"]
     again = keep(load_comparison(first.output), tmp_path / "again")
+    machines = [session["machine"] for session in load_comparison(again).record["sessions"]]
+    assert machines[0] == f"{platform.machine()}, {os.cpu_count()} CPU threads"
+    assert set(machines) == {machines[0]}
     for run in ("standard/seed-1", "raptr/seed-1"):  # thinned once
         assert filecmp.cmp(kept / "runs" / run / "metrics.jsonl", again / "runs" / run / "metrics.jsonl", shallow=False)
     losses = [run.final_loss for run in load_comparison(first.output).runs]
@@ -110,6 +115,24 @@ def test_what_is_not_finished_or_there_already_is_refused(lab, tmp_path):
     with pytest.raises(DataError, match="raptr/seed-3 is unfinished, at step 40 of 40: only finished"):
         keep(load_comparison(planner.output), tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["FILE", "--write-only"], "--write-only goes with --slurm: without it the runs would start here"),
+        (["FOLDER", "--report", "--set", "seeds=[1]"], "out is a folder, which is reported as its record is"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(lab, monkeypatch, arguments, message):
+    planner = lab.planner()
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    planner.output.mkdir()
+    named = {"FILE": str(lab.file), "FOLDER": str(planner.output)}
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *(named.get(word, word) for word in arguments)])
+    with pytest.raises(ConfigError, match=message):
+        importlib.import_module("experiment").main()
+    assert not list(planner.output.iterdir())
 
 
 @pytest.mark.usefixtures("tables_alone")

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from raptr_ds.errors import DataError
 from raptr_ds.lab.comparison import load_comparison
+from raptr_ds.lab.plots import trend_picture
 from raptr_ds.lab.trend import trend
 from tests.unit.lab.conftest import HANDICAPS, Lab
 
@@ -106,6 +109,17 @@ def test_the_tool_prints_a_table_and_draws(lab):
     assert all(row[4].startswith("+0.0500 ± 0.0000") and row[5][0] == "0" for row in rows[2:])
     height, width = imread(picture).shape[:2]
     assert width > height > 300
+
+
+def test_points_at_the_same_tokens_stay_close_whatever_their_number(lab, monkeypatch):
+    """A neighbour at twice the tokens is nowhere near: all of one place are within a tenth of it."""
+    (point,) = trend([load_comparison(at_equal_steps(lab, "one", 20))])
+    points = [replace(point, contestant=f"c{number}", tokens=1e6) for number in range(14)]
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, places, *_, **__: drawn.append(places[0]))
+    trend_picture(points)
+    assert len(set(drawn)) == 14
+    assert 0.9 <= min(drawn) < max(drawn) <= 1.1
 
 
 def test_a_folder_without_a_comparison_is_a_users_mistake(tmp_path):

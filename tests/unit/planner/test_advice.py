@@ -1,6 +1,7 @@
 """Advice and the planning tool: a wasteful layout gets advice, a good one none, and mistakes end with a message."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.planner.advice import advice
-from raptr_ds.planner.plan import plan_run
+from raptr_ds.planner.plan import keepable_layers, plan_run
 from raptr_ds.planner.setting import setting_of
+from raptr_ds.planner.shortage import MemoryNeed
 from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of
 
@@ -37,6 +39,28 @@ def test_balanced_paths_of_lengths_that_divide_need_no_advice_on_paths():
     assert not any("sampling" in line or "does not divide" in line for line in lines)
     uneven = advised(f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced", "raptr_ds.path.schedule=13-18-24")
     assert any("13 does not divide by 4 stages. 12 or 16" in line for line in uneven)
+
+
+@pytest.mark.parametrize(
+    ("keys", "advised_of"),
+    [
+        (["schedule=3-24", "fixed_layers=[0,1,-1]"], "3 does not divide by 4 stages. 4 layers would."),
+        (["schedule=21-24"], "21 does not divide by 4 stages. 20 or 24 layers would."),
+        (["schedule=21-22"], "21 does not divide by 4 stages. 20 layers would."),
+    ],
+)
+def test_lengths_that_a_path_cannot_have_are_not_advised(keys, advised_of):
+    path = [f"raptr_ds.path.{key}" for key in ("sampling=balanced", *keys)]
+    layers = "raptr_ds.model.num_layers=" + ("22" if keys == ["schedule=21-22"] else "24")
+    lines = advised(f"{PIPELINE}=4", layers, *path)
+    assert any(advised_of in line for line in lines), lines
+
+
+def test_of_narrow_layers_the_length_of_paths_is_advised_on_not_their_work():
+    settings = [f"{PIPELINE}=4", "raptr_ds.path.sampling=balanced", "raptr_ds.train.compile=false"]
+    settings += ["raptr_ds.model.num_attention_heads=16", "raptr_ds.path.schedule=12-24"]
+    settings += ["raptr_ds.path.width_schedule=8-16"]  # the work of 6 layers
+    assert not any("does not divide" in line for line in advised(*settings))
 
 
 def test_without_a_pipeline_nothing_is_wasted():
@@ -89,20 +113,65 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     assert "proposed: raptr_ds.path.schedule=half" in out
     assert "- paths: raptr 4-6-14-24" in out
     assert "a standard run of 1e+09 tokens sees 0.654 for each" in out
+    assert (
+        "by a law fitted to 40 mean losses of 4 small models (residual 0.032; docs/results.md); numbers are for" in out
+    )
+    assert "12 layers of width 128. Here the layers have 1,529M parameters" in out
+    assert "the largest model measured has 2.6M parameters in its layers, this one 597 times as many" in out
+    assert out.count("extrapolated") == 1
+    small = ["num_layers=12", "hidden_size=128", "num_attention_heads=4", "ffn_hidden_size=352"]
+    code, out, _ = plan(monkeypatch, capsys, *best, *(f"raptr_ds.model.{one}" for one in small), "--tokens", "1e6")
+    assert code == 0
     assert "extrapolated" not in out
     code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
     assert code == 0
     assert "**extrapolated**: the longest standard run measured saw 10.9 tokens" in out
+    assert "neither is better than standard training with 95% confidence; proposing the paper's schedule because" in out
     assert "proposed: raptr_ds.path.schedule=paper" in out
 
 
-@pytest.mark.parametrize(("gib", "fits"), [("10", False), ("90", True)])
-def test_the_tool_warns_of_a_device_that_is_too_small(monkeypatch, capsys, gib, fits):
-    code, out, _ = plan(monkeypatch, capsys, "--device-memory", gib, "--set", NOT_PREPARED)
+@pytest.mark.parametrize(
+    ("gib", "holds"),
+    [
+        (10, "do not hold the run: it needs 29.41 GiB even with all layers recomputed"),
+        (34, "hold 13 active layers of a pipeline stage without recomputation, of 24"),
+        (90, "hold the full path without recomputation"),
+    ],
+)
+def test_the_tool_warns_of_a_device_that_is_too_small(monkeypatch, capsys, gib, holds):
+    code, out, _ = plan(monkeypatch, capsys, "--device-memory", str(gib), "--set", NOT_PREPARED)
     assert code == 0
-    assert f"- {gib} GiB hold" in out
+    assert f"- {gib} GiB {holds}" in out
+    fits = gib == 90
     assert ("**Warning.** By the plan the fullest rank needs" not in out) is fits
     assert ("activation_checkpointing=true (a third more work)" not in out) is fits
+
+
+def test_as_many_layers_as_the_tool_says_are_kept_in_a_devices_memory():
+    on = "raptr_ds.parallel.activation_checkpointing=true"
+    config = load_run_config(RUN_FILE, [VOCAB, on, "raptr_ds.path.schedule=6-12-18-24"], 1)
+    count = keepable_layers(path_method_of(config), setting_of(config, Device()), 34 << 30)
+    needed = {
+        kept: MemoryNeed.fullest(
+            load_run_config(
+                RUN_FILE,
+                [VOCAB, on, f"raptr_ds.parallel.keep_activations_up_to={kept}", f"raptr_ds.path.schedule={kept}-24"],
+                1,
+            )
+        ).memory.total
+        for kept in range(2, 24)
+    }
+    assert count == max(kept for kept, need in needed.items() if need <= 34 << 30)
+
+
+def test_a_saving_counts_what_is_recomputed(monkeypatch, capsys):
+    """Short paths that keep their activations save more than their layers."""
+    kept = ["raptr_ds.parallel.activation_checkpointing=true", "raptr_ds.parallel.keep_activations_up_to=18"]
+    code, out, _ = plan(monkeypatch, capsys, "--save", "25%", "--set", NOT_PREPARED, *kept)
+    assert code == 0
+    saved = re.search(r"executed, ([\d.]+)% less", out)
+    assert saved is not None
+    assert float(saved[1]) == pytest.approx(25, abs=1)
 
 
 def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys):
@@ -123,7 +192,12 @@ def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys)
     ("arguments", "message"),
     [
         (["--save", "quarter"], "--save 'quarter' is not a share"),
-        (["--save", "90%"], "save at most"),
+        (["--save", "90%"], "set raptr_ds.path.schedule=half, which saves 45.6%"),
+        (["--device-memory", "nan"], "--device-memory nan must be the GiB of one device"),
+        (["--device-memory", "inf"], "--device-memory inf must be"),
+        (["--device-memory", "0"], "--device-memory 0 must be"),
+        (["--device-memory", "-5"], "--device-memory -5 must be"),
+        (["--micro-batches", "--save", "25%", "--device-memory", "8"], "remove --save and --device-memory"),
         (["--save", "best", "--set", "raptr_ds.model.architecture=bert"], "no law for bert"),
         (["--save", "best", "--tokens", "many"], "is not a number of tokens"),
         (["--save", "25%", "--tokens", "1e9"], "--tokens goes with --save best"),

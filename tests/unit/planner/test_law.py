@@ -13,6 +13,7 @@ from raptr_ds.planner.law import Measured, fit_law
 from raptr_ds.planner.results import RESULTS, read_results
 
 TRUE = {"b": 0.35, "d": -0.05, "q": 0.3, "deep": (0.1, 2.4, 1.3), "wide": (-0.1, 2.1, 1.6)}
+SIZES = {"deep": 1000, "wide": 4000}
 SAVINGS = (0.0, 0.1, 0.25, 0.5)
 
 
@@ -25,7 +26,7 @@ def _loss(model: str, tokens: float, saving: float) -> float:
 def _runs(noise: float = 0.0, seed: int = 0) -> list[Measured]:
     draw = np.random.default_rng(seed)
     return [
-        Measured(model, tokens, saving, _loss(model, tokens, saving) + noise * draw.standard_normal())
+        Measured(model, SIZES[model], tokens, saving, _loss(model, tokens, saving) + noise * draw.standard_normal())
         for model in ("deep", "wide")
         for tokens in (0.2, 0.5, 1.0, 2.5)
         for saving in SAVINGS
@@ -38,7 +39,7 @@ def test_runs_that_follow_the_law_give_it_back() -> None:
         law.parameters, [TRUE["b"], TRUE["d"], TRUE["q"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
     )
     assert law.residual < 1e-7
-    assert (law.longest, law.longest_model) == (2.5, "deep")
+    assert (law.longest, law.longest_model, law.largest) == (2.5, "deep", 4000)
     for tokens, saving in ((0.5, 0.25), (40.0, 0.4)):
         equal_flops = _loss("wide", tokens / (1 - saving), saving) - _loss("wide", tokens, 0)
         equal_tokens = _loss("wide", tokens, saving) - _loss("wide", tokens, 0)

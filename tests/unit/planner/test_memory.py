@@ -1,5 +1,7 @@
 """The activation formulas against what torch keeps for the real model's backward pass, on a CPU and as on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,22 @@ def test_activations_are_what_autograd_keeps(groups, architecture, dropouts, dty
     held = activation_bytes(setting, 0, 0)
     assert held == BATCH * PREDICTED * VOCAB * dtype.itemsize
     assert held <= kept[0] <= held + 3 * stream
+
+
+@pytest.mark.parametrize("architecture", ["bert", "ul2"])
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0), (0.1, 0.1)])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_layers_in_part_keep_their_whole_stream_and_copies_of_the_weights_that_run(
+    groups, architecture, dropouts, width
+):
+    model = model_of(architecture, dropouts)
+    model = model.model_copy(update={"ffn_hidden_size": 4 * (model.ffn_hidden_size // 4)})
+    stage, micro = build(groups, model, torch.float32)
+    kept = [kept_bytes(stage, micro, length, width) for length in (1, 4)]
+    setting = Setting(model, Layout((LAYERS,), BATCH, 1, bytes_per_value=4), Device(is_gpu=False), PREDICTED)
+    expected = layer_activation_bytes(replace(setting, width=width / 4))
+    # What the formula leaves out is that of a whole layer.
+    assert (kept[1] - kept[0]) / 3 == pytest.approx(expected, abs=0.02 * layer_activation_bytes(setting))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])

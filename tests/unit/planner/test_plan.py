@@ -1,14 +1,15 @@
 """Plans: totals against the method's own sums, memory by layout, and schedules for a wished saving."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
-from raptr_ds.paths import LayerPath
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import StepFlops, num_parameters
 from raptr_ds.planner.memory import activation_bytes, largest_micro_batch, rank_memory
-from raptr_ds.planner.plan import fullest_rank, plan_run, propose_schedule
+from raptr_ds.planner.peak import run_peak
+from raptr_ds.planner.plan import plan_run, propose_schedule
 from raptr_ds.planner.step_time import Device, Layout, Setting
 from tests.model_shapes import model_shape
 from tests.path_methods import path_method
@@ -47,6 +48,19 @@ def test_flops_are_those_that_the_run_will_count(method):
     full = path_method(method="full", num_layers=12, num_steps=400, seed=1)
     assert plan.flops_saved == pytest.approx(1 - plan.flops / StepFlops(SHAPE, 32).flops_left(full, 0, 160))
     assert (plan.flops_saved > 0.01) == (method.expected_layers_from(0) < 12 * 400)
+
+
+def test_recomputation_follows_the_layers_of_a_narrow_path():
+    """As the model does: 6 layers at half of their width are 6, and only phases of up to 8 keep activations."""
+    method = raptr(schedule="6-12", width_schedule="2-4", num_heads=4, skipped_update="zero_grad")
+    setting = replace(setting_of(Layout((12,), 2, 8, data=2, recompute=True)), keep_up_to=4)
+    first, second = plan_run(method, setting).phases
+    assert (first.path_length, first.width, first.layout.recompute) == (6, 0.5, True)
+    assert (second.path_length, second.width, second.layout.recompute) == (12, 1.0, True)
+    for phase in (first, second):
+        assert phase.step_flops == setting.steps.flops(method.path_at(phase.phase.first_step), 160)
+    first, second = plan_run(method, replace(setting, keep_up_to=6)).phases
+    assert (first.layout.recompute, second.layout.recompute) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +132,9 @@ def test_activations_follow_path_micro_batches_and_recomputation():
     full, half = (activation_bytes(setting_of(one, 0), 0, active) for active in (12, 6))
     assert full == 2 * half
     assert activation_bytes(setting_of(Layout((12,), 2, 8, recompute=True), 0), 0, 12) < full / 3
-    stage, memory = fullest_rank([LayerPath.full(12), LayerPath((0, 3, 11), 12)], setting_of())
-    assert stage == 0
-    assert memory.activations == by_stage[0]
+    peak = run_peak(raptr(), setting_of())
+    assert (peak.stage, peak.num_active) == (0, 3)
+    assert peak.memory.activations == by_stage[0]
 
 
 @cache

@@ -1,10 +1,13 @@
 """The cost model of a step: closed forms on simple layouts, and what each part follows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, num_parameters, step_flops
+from raptr_ds.paths.path import Parts
 from raptr_ds.planner.step_time import Device, Layout, Setting, active_in_stages, activity_table, step_seconds
 from tests.model_shapes import model_shape
 
@@ -93,6 +96,41 @@ def test_several_paths_compute_in_turns_and_train_all_their_layers(stage):
     assert both.optimizer == pytest.approx(union.optimizer)
     assert both.gradients == pytest.approx(union.gradients if stage < 2 else alone.gradients[:1])
     assert both.gathers == pytest.approx(union.gathers if stage < 3 else alone.gathers[:1])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_layers_in_part_compute_less_and_are_reduced_and_stepped_whole(stage):
+    """docs/methods.md: width saves computation, not communication."""
+    chosen = tuple((0,) if layer in PATHS[1].layers else () for layer in range(8))
+    whole, part = PATHS[1], replace(PATHS[1], parts=Parts(4, chosen, chosen))
+    links = Device(1e12, 1e9, 1e9, 1e9, latency_seconds=1e-3)
+    layout = Layout((3, 5), 4, 3, data=4, zero_stage=stage)
+    ours, theirs = (step_seconds([path], Setting(SHAPE, layout, links, 10)) for path in (part, whole))
+    for name in ("gradients", "gathers", "copies", "optimizer"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    alone = Setting(SHAPE, Layout((8,), 4, 3, zero_stage=0), NO_LINKS, 10)
+    assert step_seconds([part], alone).total == pytest.approx(step_flops(SHAPE, part.work, 12, 120) / 1e12)
+    assert part.work == 1
+    # Reductions over tensor ranks are of the whole stream.
+    tensor = Setting(SHAPE, Layout((8,), 4, 3, tensor=4), replace(links, flops_per_second=np.inf), 10)
+    assert step_seconds([part], tensor).pipeline == step_seconds([whole], tensor).pipeline
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_a_stage_recomputes_where_it_has_more_layers_than_it_keeps(is_narrow):
+    layout = Layout((4, 4), 4, 1, recompute=True)
+    path = LayerPath((0, 1, 2, 7), 8)
+    if is_narrow:  # layers count, not their work
+        chosen = tuple((0,) if layer in path.layers else () for layer in range(8))
+        path = replace(path, parts=Parts(2, chosen, chosen))
+    by_keeping = []
+    for kept in (0, 1, 2, 3):
+        setting = Setting(SHAPE, layout, NO_LINKS, 10, keep_up_to=kept)
+        by_keeping.append(step_seconds([path], setting).pipeline[0])
+        # One micro batch goes through the stages one after the other: what all of them do adds up.
+        assert by_keeping[-1] == pytest.approx(setting.steps.flops(path, 40) / 1e12)
+    first, second, third, last = by_keeping
+    assert first > second == third > last
 
 
 def test_layers_are_counted_by_stage():

@@ -115,6 +115,22 @@ def test_activity_of_several_paths_in_a_step_is_their_share(folder):
     assert load_curves(folder).activity()[0].T[0].tolist() == [1.0, 0.25, 0.5, 1.0]
 
 
+def test_layers_in_part_count_by_the_share_that_runs(folder):
+    lines = [training_line(step) | ({"width": 1} if step == 1 else {}) for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert load_curves(folder).width.tolist() == [1.0, 1.0]
+    (folder / "config.json").write_text(
+        json.dumps({"raptr_ds": {"model": {"num_layers": 4, "num_attention_heads": 2}}})
+    )
+    curves = load_curves(folder)
+    assert curves.width.tolist() == [0.5, 1.0]
+    active, _ = curves.activity()
+    assert active[lines[0]["path"][0], 0] == 0.5
+    ran = (0.5 * len(lines[0]["path"]) + len(lines[1]["path"])) / 8
+    assert curves.share_run == pytest.approx(ran)
+    assert curves.ran_in_words == f"{ran:.0%} of the work of all layers of all steps: layers ran in part"
+
+
 def test_activity_is_exact_for_few_steps_and_a_mean_for_many(folder):
     curves = load_curves(folder)
     activity, edges = curves.activity()

@@ -1,6 +1,7 @@
 """The picture of a run, written from synthetic metrics by the command line."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -9,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raptr_ds.errors import ConfigError
+from raptr_ds.plots.curves import load_curves
+from raptr_ds.plots.pictures import check_picture, looks_of
+from raptr_ds.plots.runs import plot_runs
 from tests.path_methods import path_method
 
 TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
@@ -69,6 +74,44 @@ def test_several_runs_become_one_picture(tmp_path):
     result = plot(raptr, full, "--output", tmp_path / "pictures" / "both.png")
     assert result.returncode == 0, result.stderr
     assert png_size(tmp_path / "pictures" / "both.png")[1] == round((5.6 + 6.0) * 120)
+
+
+@pytest.mark.parametrize("name", ["half.txt", "half", "half.npy", ".png"])
+def test_a_file_that_is_no_picture_is_refused_before_any_work(tmp_path, name):
+    result = plot(tmp_path / "nothing", "--output", tmp_path / name)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: --output {tmp_path / name}: a picture's file ends in")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tool", ["trend.py", "depth.py", "theory.py"])
+def test_so_does_every_tool_that_draws(tmp_path, tool):
+    words = ["polynomials", "--plot"] if tool == "theory.py" else [tmp_path, "--output"]
+    command = [sys.executable, str(TOOL.with_name(tool)), *map(str, words), str(tmp_path / "p.txt")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "p.txt: a picture's file ends in" in result.stderr
+
+
+def test_every_format_that_is_offered_can_be_written(tmp_path):
+    run = load_curves(write_run(tmp_path / "run", 3, method="full"))
+    with pytest.raises(ConfigError) as refused:
+        check_picture(tmp_path / "x", "--output")
+    formats = re.findall(r" \.(\w+)", str(refused.value).partition("ends in")[2].partition(". Write")[0])
+    assert {"png", "pdf", "svg"} < set(formats)
+    for ending in formats:
+        check_picture(tmp_path / f"x.{ending.upper()}", "--output")
+        plot_runs([run], tmp_path / f"x.{ending}")
+    with pytest.raises(ConfigError, match=r"ends in \.png\. Write .*x\.png"):
+        check_picture(tmp_path / "x.pdf", "--output", ("png",))
+
+
+def test_no_two_of_many_names_look_the_same():
+    names = [str(number) for number in range(48)]
+    looks = looks_of(names)
+    assert len(set(looks.values())) == 48
+    assert len({look.colour for look in list(looks.values())[:12]}) == 12
+    assert {look.line for look in list(looks.values())[:12]} == {"-"}
 
 
 def test_a_folder_without_metrics_is_one_message_and_exit_code_2(tmp_path):

@@ -84,6 +84,8 @@ def test_phases_of_fixed_layers_alone_are_named_once(load):
     ]
     lines = left_out_layers(path_method_of(load(f"{P}schedule=3-8-12", f"{P}fixed_layers=[0,4,7]")))
     assert lines[0].startswith("layers 1-3, 5, 6, 8-11 are never active in phase 0 (paths of 3): ")
+    lines = left_out_layers(path_method_of(load(f"{P}schedule=11-12", f"{P}fixed_layers={[*range(10), 11]}")))
+    assert lines[0].startswith("layer 10 is never active in phase 0 (paths of 11): ")
 
 
 def test_expected_predictions_are_the_objectives(load):
