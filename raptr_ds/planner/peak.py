@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raptr_ds.parallel import topology
 from raptr_ds.paths.balance import stage_counts
 from raptr_ds.paths.methods import SeveralPaths
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
 from raptr_ds.paths.schedule import Phase
+from raptr_ds.paths.stages import stage_layers
 from raptr_ds.paths.width import RandomParts
 from raptr_ds.planner.memory import RankMemory, rank_memory
 from raptr_ds.planner.step_time import Setting
@@ -54,7 +54,7 @@ def phase_peak(method: PathMethod, phase: Phase, setting: Setting, stages: Itera
     setting = phase_setting(method, phase, setting)
     layout, peaks = setting.layout, []
     num_draws = len(method.draws) if isinstance(method, SeveralPaths) else 1
-    layers = topology.stage_layers(layout.stage_layers)
+    layers = stage_layers(layout.stage_layers)
     for stage in range(layout.num_stages) if stages is None else stages:
         least, most = active_range(method, phase, layers[stage])
         trained = min(layout.stage_layers[stage], num_draws * most)

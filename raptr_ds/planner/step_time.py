@@ -123,8 +123,8 @@ class Setting:
     def steps(self) -> StepFlops:
         """The FLOPs of steps, by the whole job."""
         layout = self.layout
-        stages = tuple(topology.stage_layers(layout.stage_layers))
-        return StepFlops(self.shape, layout.sequences_per_rank * layout.data, layout.recompute, self.keep_up_to, stages)
+        layers = tuple(stages.stage_layers(layout.stage_layers))
+        return StepFlops(self.shape, layout.sequences_per_rank * layout.data, layout.recompute, self.keep_up_to, layers)
 
     def flops(self, path_length: float) -> float:
         """Return the FLOPs of a step of this (expected) path length, by the whole job."""

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.parallel.topology import stage_layers
 from raptr_ds.paths.balance import BalancedStages
+from raptr_ds.paths.stages import stage_layers
 from raptr_ds.planner.memory import rank_memory
 from raptr_ds.planner.peak import active_range, phase_peak
 from raptr_ds.planner.plan import plan_run
