@@ -18,6 +18,7 @@ from raptr_ds.depth.plot import plot_depths
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.source import labelled, open_model
 from raptr_ds.depth.table import DepthTable, check_comparable, depth_table
+from raptr_ds.user_paths import is_folder
 
 
 def main() -> None:
@@ -59,6 +60,14 @@ def show(console: Console, table: DepthTable, where: str) -> None:
     print(f"{text['num_predictions']:,} predictions in {text['num_sequences']:,} held-out sequences; {where}")
 
 
+def png_file(text: str) -> Path:
+    """Return a file to draw. Raises: argparse.ArgumentTypeError if it is a folder, or its name says another format."""
+    file = Path(text)
+    if file.suffix.lower() != ".png" or is_folder(file):
+        raise argparse.ArgumentTypeError(f"{text} must be a file whose name ends in .png")
+    return file
+
+
 def parse() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=png_file,
         metavar="FILE.png",
         help="default: depth.png in the model's folder; for several, depth_comparison.png in the first's",
     )

@@ -41,6 +41,6 @@ def plot_depths(tables: Sequence[DepthTable], file: Path) -> None:
     axes.legend(fontsize=_TEXT_POINTS - 1, edgecolor="none", framealpha=0.9)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
+        figure.savefig(file, format="png")
     except OSError as error:
         raise write_error(file, error, "Name another file with --output.") from error
