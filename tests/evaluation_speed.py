@@ -66,7 +66,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for kind, model in models.items():
                 seconds = _timed(model)
-                run_tasks(load_tasks(catalogue, [name], options.task_files), {kind: model}, limit=options.limit)
+                list(run_tasks(load_tasks(catalogue, [name], options.task_files), {kind: model}, limit=options.limit))
                 best[kind] = min(best.get(kind, float("inf")), sum(seconds))
         print(
             f"| {name} | " + " | ".join(f"{best['harness'] / best[kind]:.2f}" for kind in models if kind != "harness")

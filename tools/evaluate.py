@@ -24,11 +24,9 @@ import torch
 from rich.console import Console
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.data.tokenizer import MODES
+from raptr_ds.data.tokenizer import MODE_NAMES
 from raptr_ds.errors import ConfigError, RaptrError
-from raptr_ds.user_paths import is_folder, write_error
-
-MODE_CHOICES = [mode.strip("[]") for mode in MODES]
+from raptr_ds.user_paths import exists, is_folder, write_error
 
 
 def main() -> None:
@@ -59,6 +57,8 @@ def fetch(arguments: argparse.Namespace) -> None:
     from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS
     from raptr_ds.evaluation.tasks import fetch_tasks
 
+    if exists(arguments.fetch) and not is_folder(arguments.fetch):
+        raise ConfigError(f"--fetch {arguments.fetch} is a file. Name a folder, which is made if it is not there.")
     catalogue = Catalogue()
     names = catalogue.expand(arguments.tasks) if arguments.tasks else list(PACKAGED_TASKS)
     fetch_tasks(catalogue, names, arguments.fetch, lambda line: print(line, flush=True))
@@ -81,6 +81,14 @@ def require_task_files(folder: Path | None) -> None:
     """Raise ConfigError unless the folder of task files, if one is named, is there."""
     if folder is not None and not is_folder(folder):
         raise ConfigError(f"--task-files {folder}: there is no such folder. --fetch FOLDER makes one.")
+
+
+def require_output(file: Path | None) -> None:
+    """Raise ConfigError unless the results, if they are to be written, can be a file in a folder that is there."""
+    if file is not None and not is_folder(file.absolute().parent):
+        raise ConfigError(f"--output {file}: there is no such folder to write the file in. Make it first.")
+    if file is not None and is_folder(file):
+        raise ConfigError(f"--output {file} is a folder. Name a file in it, such as {file / 'results.json'}.")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -112,8 +120,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     is_first = ranks.rank == 0
     require_task_files(arguments.task_files)
-    if arguments.output is not None and not is_folder(arguments.output.absolute().parent):
-        raise ConfigError(f"--output {arguments.output}: there is no such folder to write the file in. Make it first.")
+    require_output(arguments.output)
     device = arguments.device or ranks.device
     try:
         torch.empty(1, device=device)
@@ -125,6 +132,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     if arguments.dtype is not None:
         cast_parameters(loaded.model, getattr(torch, arguments.dtype))
     tasks = load_tasks(catalogue, names, arguments.task_files)
+    outcomes, refusal = [], None
     with console.status("", refresh_per_second=4) as status:
         what = ""
 
@@ -151,15 +159,18 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
         }
         longest = loaded.model.config.max_position_embeddings
         start = time.monotonic()
-        outcomes = run_tasks(tasks, dict(models), arguments.shots, arguments.limit, arguments.bootstrap_iters, report)
+        try:
+            limits = (arguments.limit, arguments.bootstrap_iters)
+            for outcome in run_tasks(tasks, dict(models), arguments.shots, *limits, report):
+                outcomes.append(outcome)
+        except RaptrError as error:  # of a task: those before it are finished, and shown first
+            refusal = error
         seconds = time.monotonic() - start
-    if not is_first:
-        return
-    console.print(as_table(str(arguments.model), outcomes, list(models)))
-    for line in notes(outcomes, longest):
-        console.print(line, soft_wrap=True)
-    console.print(f"{seconds:,.1f} s on {ranks.world_size} x {loaded.model.device.type}, mode {arguments.mode}")
-    if arguments.output is not None:
+    if outcomes and is_first:
+        console.print(as_table(str(arguments.model), outcomes, list(models)))
+        for line in notes(outcomes, longest):
+            console.print(line, soft_wrap=True)
+        console.print(f"{seconds:,.1f} s on {ranks.world_size} x {loaded.model.device.type}, mode {arguments.mode}")
         settings = {
             "mode": arguments.mode,
             "limit": arguments.limit,
@@ -169,10 +180,14 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             "seconds": seconds,
         }
         write(arguments.output, as_json(str(arguments.model), outcomes, settings))
+    if refusal is not None:
+        raise refusal
 
 
-def write(path: Path, content: object) -> None:
-    """Write the results. Raises: PathError or StorageError."""
+def write(path: Path | None, content: object) -> None:
+    """Write the results, if the user named a file for them. Raises: PathError or StorageError."""
+    if path is None:
+        return
     try:
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
@@ -219,7 +234,7 @@ def parse() -> argparse.Namespace:
     add("--shots", type=numbers, default=[0], metavar="N,...", help="examples before each question (default 0)")
     add("--limit", type=at_least_one, metavar="N", help="the first N documents of each task (default all)")
     add("--causal", action="store_true", help="score contexts left to right too, in a second column")
-    add("--mode", choices=[*MODE_CHOICES, "none"], default="S2S", help="UL2's mode token (default S2S)")
+    add("--mode", choices=[*MODE_NAMES, "none"], default="S2S", help="UL2's mode token (default S2S)")
     add("--batch-size", type=at_least_one, default=16, metavar="N", help="contexts at once (default 16)")
     add("--device", metavar="D", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)")

@@ -141,10 +141,13 @@ def tasks_and_data(arguments: argparse.Namespace, say: Say) -> list[tuple[Task, 
     if arguments.data is not None:
         raise ConfigError(f"--data is for tasks by name, and --task {path} has its own data. Leave it out.")
     options = LocalOptions(
-        arguments.kind, arguments.text_column, arguments.pair_column, arguments.label_column, arguments.validation
+        arguments.kind,
+        arguments.text_column,
+        arguments.pair_column,
+        arguments.label_column,
+        arguments.validation,
+        arguments.validation_fraction,
     )
-    if arguments.validation_fraction is not None:
-        options = replace(options, fraction=arguments.validation_fraction)
     return [load_local(path, options)]
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import _command_line
 
-from raptr_ds.data.tokenizer import MODES
-
-MODE_CHOICES = [mode.strip("[]") for mode in MODES]
+from raptr_ds.data.tokenizer import MODE_NAMES
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def parse() -> argparse.Namespace:
         "--causal", action="store_true", help="read the prompt from left to right alone, for comparison"
     )
     parser.add_argument(
-        "--mode", choices=[*MODE_CHOICES, "none"], help="UL2's mode token (default S2S; with --infill NLU)"
+        "--mode", choices=[*MODE_NAMES, "none"], help="UL2's mode token (default S2S; with --infill NLU)"
     )
     add("--max-new-tokens", type=int, default=128, help="default 128")
     add("--temperature", type=float, default=0.0, help="default 0: the likeliest token at each place")

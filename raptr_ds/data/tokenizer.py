@@ -15,6 +15,7 @@ from raptr_ds.errors import DataError
 PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"
 MODES = ("[NLU]", "[S2S]", "[NLG]")
+MODE_NAMES = tuple(mode.strip("[]") for mode in MODES)
 NAMED_SPECIALS = (PAD, UNK, BOS, EOS, CLS, SEP, MASK, *MODES)
 # Pieces that sentencepiece knows by what they are for, whatever their names; here those that we give them.
 ROLES: dict[Role, str] = {"pad": PAD, "bos": BOS, "eos": EOS}

@@ -221,7 +221,10 @@ def _text(asked: Mapping[str, Any]) -> str:
 
 def _number(asked: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
     value = asked.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        is_number = False
     if not is_number or kind(value) != value:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{key}: give a {'whole ' if kind is int else ''}number")
     return kind(value)

@@ -10,6 +10,7 @@ from typing import Any
 from raptr_ds.config.sections import DataSection, ObjectiveSection
 from raptr_ds.data import loader
 from raptr_ds.data.batch import MicroBatch, collate
+from raptr_ds.data.digest import corpus_digest
 from raptr_ds.depth.source import ModelSource
 from raptr_ds.errors import ConfigError, DataError
 
@@ -19,10 +20,11 @@ _MICRO_BATCH = 16
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Micro batches, and what they are made of. folders: data folders, with their weights."""
+    """Micro batches, and what they are made of. folders: data folders, with their weights; digest: of their tokens."""
 
     batches: tuple[MicroBatch, ...]
     folders: Mapping[str, float]
+    digest: str
     objective: Mapping[str, Any]
     num_sequences: int
 
@@ -32,9 +34,9 @@ class HeldOut:
         return sum(batch.num_predictions for batch in self.batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what it is made of, as plain JSON values."""
+        """Return what it is made of, wherever that lies, as plain JSON values."""
         return {
-            "folders": dict(self.folders),
+            "corpus": self.digest,
             "objective": dict(self.objective),
             "num_sequences": self.num_sequences,
             "num_predictions": self.num_predictions,
@@ -68,7 +70,8 @@ def read_held_out(source: ModelSource, folder: Path | None = None, num_sequences
     rows = (range(first, min(first + _MICRO_BATCH, num_sequences)) for first in starts)
     length, pad = source.trained.model.seq_length, tokenizer.pad_id
     batches = tuple(collate([samples[number] for number in ids], ids, length, pad) for ids in rows)
-    held_out = HeldOut(batches, folders, objective.model_dump(mode="json", exclude_none=True), num_sequences)
+    made_by = objective.model_dump(mode="json", exclude_none=True)
+    held_out = HeldOut(batches, folders, corpus_digest(folders), made_by, num_sequences)
     if not held_out.num_predictions:
         raise DataError(f"the held-out text in {data.path} has nothing to predict. Name other text with --data FOLDER.")
     return held_out

@@ -2,7 +2,8 @@
 
 How well a model predicts the right answer separates models that are too small for accuracies above chance. Every task
 with a gold text gets one more request, for the likelihood of that text behind the prompt. For multiple choice it is
-one of those that the task makes anyway, and costs nothing.
+one of those that the task makes anyway, and costs nothing. A document whose gold answer is longer than the model takes
+has no such bits.
 """
 
 import math
@@ -12,11 +13,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 
+from raptr_ds.evaluation.likelihoods import moved_spaces
+
 METRIC = "bits_per_byte"
 
 
-class _GoldInstance(Instance):
-    """The request for the gold answer's likelihood."""
+class GoldInstance(Instance):
+    """The request for the gold answer's likelihood. A model may answer None: the task can do without."""
 
 
 class _GoldBits:
@@ -32,26 +35,24 @@ class _GoldBits:
         which, text = gold
         context = ctx if isinstance(ctx, str) else ctx[which]
         metadata, number = kwargs.get("metadata", (None, None, None)), len(requests)
-        return [*requests, _GoldInstance("loglikelihood", doc, (context, text), number, metadata)]
+        return [*requests, GoldInstance("loglikelihood", doc, (context, text), number, metadata)]
 
     def apply_filters(self: Any) -> None:
-        """Apply the task's filters to its own requests only: they take texts, and a likelihood is none."""
+        """Apply the task's filters to its own requests only: they take texts. Of a likelihood they make bits."""
         every = self._instances
-        golds = [instance for instance in every if isinstance(instance, _GoldInstance)]
-        self._instances = [instance for instance in every if not isinstance(instance, _GoldInstance)]
+        golds = [instance for instance in every if isinstance(instance, GoldInstance)]
+        self._instances = [instance for instance in every if not isinstance(instance, GoldInstance)]
         super().apply_filters()  # type: ignore[misc]
         for gold in golds:
-            gold.filtered_resps |= dict.fromkeys(self._instances[0].filtered_resps, gold.resps[0])
+            gold.filtered_resps |= dict.fromkeys(self._instances[0].filtered_resps, _bits_per_byte(gold))
         self._instances = every
 
     def process_results(self: Any, doc: Any, results: Any) -> dict[str, Any]:
         """Return the document's metrics."""
-        gold = gold_answer(self, doc)
-        if gold is None:
+        if gold_answer(self, doc) is None:
             return super().process_results(doc, results)  # type: ignore[misc]
-        *own, (log_likelihood, _) = results
-        bits = -log_likelihood / math.log(2) / len(gold[1].encode())
-        return {**super().process_results(doc, own), METRIC: bits}  # type: ignore[misc]
+        *own, bits = results
+        return super().process_results(doc, own) | ({} if bits is None else {METRIC: bits})  # type: ignore[misc]
 
     def aggregation(self: Any) -> dict[str, Any]:
         """The mean over documents, for which the harness has a standard error."""
@@ -71,6 +72,15 @@ class _GoldBits:
 def with_gold_bits(kind: type[Task]) -> type[Task]:
     """Return a class of task that has the metric bits_per_byte."""
     return type(kind.__name__, (_GoldBits, kind), {})
+
+
+def _bits_per_byte(gold: GoldInstance) -> float | None:
+    """Return the bits of a gold answer by the bytes of what was scored; None if nothing was."""
+    if gold.resps[0] is None:
+        return None
+    log_likelihood, _ = gold.resps[0]
+    _, scored = moved_spaces(*gold.args)
+    return -log_likelihood / math.log(2) / len(scored.encode())
 
 
 def gold_answer(task: Any, doc: Any) -> tuple[int, str] | None:

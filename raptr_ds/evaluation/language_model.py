@@ -1,6 +1,8 @@
 """Our prefix language model for lm-evaluation-harness: contexts are its prefix, seen in both directions."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.evaluation.likelihoods import Likelihood, likelihoods
+from raptr_ds.evaluation.gold_bits import GoldInstance
+from raptr_ds.evaluation.likelihoods import Likelihood, likelihoods, moved_spaces
 from raptr_ds.evaluation.ranks import ALONE, Ranks
 from raptr_ds.evaluation.shared_rows import Scored, lay_out
 from raptr_ds.hf.generation import GREEDY, Continuation, Prompt, Sampling, generate
@@ -44,9 +47,12 @@ class PrefixLM(TemplateLM):
 
         causal: contexts are seen left to right. batch_size: rows at once, 16 by default.
 
-        Raises: ConfigError for a mode that the tokenizer lacks; as load_prefix_model does.
+        Raises: ConfigError for a mode that the tokenizer lacks, or a batch size that is no number; as load_prefix_model
+        does.
         """
         super().__init__()
+        if batch_size is not None and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+            raise ConfigError(f"batch_size={batch_size}: give a number of rows at once, at least 1.")
         is_loaded = isinstance(pretrained, PrefixModel)
         self.loaded = pretrained if is_loaded else load_prefix_model(Path(pretrained), device=device)
         self.tokenizer: Any = self.loaded.tokenizer
@@ -85,20 +91,24 @@ class PrefixLM(TemplateLM):
         """Return the ids of a text, without special tokens."""
         return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, is greedy) of each request's continuation behind its context."""
-        pairs = [_moved_spaces(*request.args[:2]) for request in requests]
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """Return (log-likelihood, is greedy) of each request's continuation behind its context.
+
+        None for a gold answer that is longer than the model takes. Raises: ConfigError for other continuations.
+        """
+        pairs = [moved_spaces(*request.args[:2]) for request in requests]
         ids = self._encode_each(text for context, continuation in pairs for text in (context, context + continuation))
-        sequences = []
-        for request, (context, continuation) in zip(requests, pairs, strict=True):
+        sequences: dict[int, Scored] = {}
+        for number, (request, (context, continuation)) in enumerate(zip(requests, pairs, strict=True)):
             before, whole = ids[context], ids[context + continuation]
             # Where the first token of the continuation took in the context's last one, it is encoded alone.
             after = whole[len(before) :] or self.tok_encode(continuation)
-            sequences.append(self._sequence(before, after, request))
-        answers = self._score(sequences)
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return answers
+            if not isinstance(request, GoldInstance) or self._fits(after):
+                sequences[number] = self._sequence(before, after, request)
+        answers = dict(zip(sequences, self._score(list(sequences.values())), strict=True))
+        for number, answer in answers.items():
+            self.cache_hook.add_partial("loglikelihood", requests[number].args, answer)
+        return [answers.get(number) for number in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -146,13 +156,17 @@ class PrefixLM(TemplateLM):
         encoded = self.tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"]
         return {"": [], **dict(zip(different, encoded, strict=True))}
 
+    def _fits(self, continuation: Sequence[int]) -> bool:
+        """Return whether the model takes a continuation, behind what it must see before the first token."""
+        # Of mode, context and continuation the last token is no input.
+        return len(continuation) + max(1, len(self._mode)) <= self.max_length + 1
+
     def _sequence(self, context: list[int], continuation: list[int], request: Instance | None = None) -> Scored:
         """Return [mode] context continuation, shortened at the context's beginning to what the model can take."""
         room = self.max_length - len(self._mode) + 1  # the last token is no input
-        least = 0 if self._mode else 1
         if not self._mode and not context:
             context = [self.prefix_token_id]
-        if len(continuation) + least > room:
+        if not self._fits(continuation):
             asked = f"task {request.task_name}" if request else "a request"
             raise ConfigError(
                 f"{asked}: a continuation has {len(continuation):,} tokens, and the model's longest "
@@ -188,10 +202,14 @@ class PrefixLM(TemplateLM):
         is_greedy = not options["do_sample"] or options["temperature"] == 0.0
         sampling = GREEDY if is_greedy else Sampling(options["temperature"], options.get("top_k"), options.get("top_p"))
         stops = [stop for stop in options.get("until") or [] if stop]
-        # Greedily, equal prompts have equal continuations.
+        # Greedily, equal prompts have equal continuations. Drawn ones are numbered before ranks and batches share them.
         same: dict[Any, list[int]] = {}
+        seen: Counter[tuple[int, ...]] = Counter()
         for number, prompt in prompts.items():
-            same.setdefault(tuple(prompt.tokens) if is_greedy else number, []).append(number)
+            tokens = tuple(prompt.tokens)
+            prompts[number] = replace(prompt, repeat=seen[tokens])
+            seen[tokens] += 1
+            same.setdefault(tokens if is_greedy else number, []).append(number)
         longest_first = sorted(same.values(), key=lambda numbers: len(prompts[numbers[0]].tokens), reverse=True)
         mine = self.ranks.share(longest_first)
         found: dict[int, str] = {}
@@ -223,9 +241,3 @@ class PrefixLM(TemplateLM):
 
 
 register_model("raptr_ds")(PrefixLM)
-
-
-def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:
-    """Return both with the spaces at the context's end moved, as the harness does: a token begins with its space."""
-    kept = context.rstrip()
-    return kept, context[len(kept) :] + continuation

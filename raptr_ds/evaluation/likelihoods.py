@@ -15,6 +15,12 @@ Likelihood = tuple[float, bool]
 """Natural logarithm of the probability of a sequence's scored tokens; whether each was the likeliest."""
 
 
+def moved_spaces(context: str, continuation: str) -> tuple[str, str]:
+    """Return both with the spaces at the context's end moved, as the harness does: a token begins with its space."""
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
 @torch.inference_mode()
 def likelihoods(
     model: PrefixModel,

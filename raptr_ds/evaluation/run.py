@@ -1,7 +1,7 @@
 """An evaluation: tasks by number of examples and by how contexts are seen, and what came out."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,15 +48,16 @@ def run_tasks(
     limit: int | None = None,
     bootstrap_iters: int = 1000,
     report: Callable[[str], None] = lambda line: None,
-) -> list[Outcome]:
-    """Return the outcomes, by number of examples and task.
+) -> Iterator[Outcome]:
+    """Return the outcomes, one after another as they come, by number of examples and task.
 
     models: by scoring. shots: numbers of examples. limit: documents of each task; all if None. bootstrap_iters: for
     standard errors without a formula. report: what comes next.
 
     A task whose own configuration says no examples, such as one with the examples in its contexts, is run once.
     Examples are drawn with the harness's own seed, so that prompts are those of its command line.
-    Raises: ConfigError if a task has too few documents to take examples from.
+    Raises: ConfigError if a task has too few documents to take examples from; in its turn, if it has a continuation
+    that the model cannot take.
     """
     fixed = {task.config.task for task in tasks if task.get_config("num_fewshot") == 0}
     jobs = [
@@ -73,7 +74,7 @@ def run_tasks(
                 f"{examples} needs more than {examples}. Give fewer."
             )
     run = partial(evaluate, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False)
-    return [_run_task(task, examples, models, run, report) for task, examples in jobs]
+    return (_run_task(task, examples, models, run, report) for task, examples in jobs)
 
 
 def _run_task(

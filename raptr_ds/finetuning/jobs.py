@@ -20,12 +20,13 @@ from raptr_ds.finetuning.examples import digest_of
 from raptr_ds.finetuning.features import encode
 from raptr_ds.finetuning.metrics import SCORE, measure
 from raptr_ds.finetuning.task import Examples, Task
-from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, batch_shares, is_first, train_seed
+from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, is_first, join, train_seed, wait_for_all
 from raptr_ds.user_paths import exists, is_file, make_folder, write_error
 
 BEST = "best"
 RESULTS = "results.json"
 DESCRIPTION = "finetuning.json"
+LEAST_LENGTH = 8  # tokens, in which a question with its context fits, cut
 _FIX = "Name another folder with --output."
 
 
@@ -131,13 +132,19 @@ def fine_tune(job: Job, encoder: Encoder, output: Path, say: Say) -> TaskResult:
         if is_first():
             _keep_best(output, summary)
             write_results(output / RESULTS, asdict(summary))
+    wait_for_all()  # the next task may start from the best model
     return summary
 
 
 def check_settings(job: Job, encoder: Encoder) -> None:
-    """Raise ConfigError for settings that do not fit the model or the task, before any work."""
+    """Raise ConfigError for settings that do not fit the launch, the model or the task, before any work."""
     check_can_do(encoder, job.task.kind)
-    batch_shares(job.settings)
+    join(job.settings)
+    if job.settings.max_length < LEAST_LENGTH:
+        raise ConfigError(
+            f"--max-length {job.settings.max_length} leaves no room for texts between the special tokens. Give "
+            f"{LEAST_LENGTH} or more."
+        )
     if job.settings.max_length > encoder.max_length:
         raise ConfigError(
             f"--max-length {job.settings.max_length} is more than the {encoder.max_length} tokens that {encoder.name} "

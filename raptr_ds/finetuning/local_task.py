@@ -23,14 +23,14 @@ _METRICS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """What the user says of own files; None is found out. fraction: of the rows held out without `validation`."""
+    """What the user says of own files; None is found out. fraction: of the rows, held out."""
 
     kind: Kind | None = None
     text: str | None = None
     pair: str | None = None
     label: str | None = None
     validation: Path | None = None
-    fraction: float = 0.1
+    fraction: float | None = None
 
 
 def load_local(path: Path, options: LocalOptions) -> tuple[Task, Examples]:
@@ -56,6 +56,11 @@ def load_local(path: Path, options: LocalOptions) -> tuple[Task, Examples]:
         where = {name: f"{path}, split {name}" for name in (TRAIN, "validation")}
     for name, rows in validation.items():
         check_columns(columns, rows[0], where[name])
+    if validation and options.fraction is not None:
+        raise ConfigError(
+            f"--validation-fraction holds rows of {path} out, and {where['validation']} is there for validation. Leave "
+            "it out."
+        )
     return task, to_data(task, train, validation, where, options.fraction)
 
 

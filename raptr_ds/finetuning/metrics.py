@@ -25,9 +25,9 @@ def measure(task: Task, logits: np.ndarray, examples: Sequence[Example]) -> dict
     labels = np.array([example.label for example in examples])
     if task.kind == "regression":
         found = _of_scores(logits.reshape(-1), labels)
-    elif task.name == "multirc":
+    elif task.judged == "answer sets":
         found = _of_answer_sets(logits.argmax(-1), examples)
-    elif task.name == "record":
+    elif task.judged == "candidates":
         found = _of_candidates(logits[:, 1] - logits[:, 0], examples)
     else:
         found = _of_classes(logits.argmax(-1), labels, binary=task.kind == "classification" and logits.shape[-1] == 2)

@@ -115,8 +115,14 @@ _SUPERGLUE = (
         "neutral",
     ),
     _superglue("copa", ("accuracy",), Recipe(30, 16, 1e-5, 0.5, 5), _CHOICE, rewrite=_copa),
-    _superglue("multirc", ("f1_a", "exact_match"), Recipe(6, 48, 5e-5, 0.1), _PAIR, *_NO_YES, rewrite=_multirc),
-    _superglue("record", ("f1", "exact_match"), Recipe(2, 32, 3e-5, 0.1, 1), _PAIR, *_NO_YES, rewrite=_record),
+    replace(
+        _superglue("multirc", ("f1_a", "exact_match"), Recipe(6, 48, 5e-5, 0.1), _PAIR, *_NO_YES, rewrite=_multirc),
+        judged="answer sets",
+    ),
+    replace(
+        _superglue("record", ("f1", "exact_match"), Recipe(2, 32, 3e-5, 0.1, 1), _PAIR, *_NO_YES, rewrite=_record),
+        judged="candidates",
+    ),
     _superglue("wic", ("accuracy",), Recipe(3, 16, 3e-5, 0.1, 5), _PAIR, *_NO_YES, rewrite=_wic),
     _superglue("wsc", ("accuracy",), Recipe(30, 16, 1e-5, 0.1, 5), _PAIR, *_NO_YES, rewrite=_wsc),
 )

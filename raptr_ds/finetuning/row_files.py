@@ -14,7 +14,10 @@ from raptr_ds.user_paths import is_file, is_folder
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TRAIN = "train"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TABLES: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ","},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a quotation mark is text, as in GLUE's
+}
 _LIBRARY = "pip install '.[finetuning]'"
 
 
@@ -29,7 +32,7 @@ def read_rows(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}. Convert it.") from error
-    rows = list(_tables(path, text) if ending in _DELIMITERS else _objects(path, text))
+    rows = list(_tables(path, text) if ending in _TABLES else _objects(path, text))
     if not rows:
         raise DataError(f"{path} has no rows.")
     return rows
@@ -57,13 +60,15 @@ def _parsed(path: Path, text: str, place: str) -> Any:
 
 def _tables(path: Path, text: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix.lower()], strict=True)
+    ending = path.suffix.lower()
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, **_TABLES[ending])
     try:
         for row in lines:
             if None in row or None in row.values():
+                fix = "Quote fields that hold commas." if ending == ".csv" else "A field cannot hold a tab."
                 raise DataError(
                     f"{path}, line {lines.line_num} has another number of fields than the first line, which names "
-                    f"{', '.join(lines.fieldnames or ())}. Quote fields that hold commas."
+                    f"{', '.join(lines.fieldnames or ())}. {fix}"
                 )
             yield row
     except csv.Error as error:

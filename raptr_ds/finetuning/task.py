@@ -61,7 +61,7 @@ class Task:
     hub: dataset and configuration on the Hugging Face hub. labels: names of the classes, empty where the training data
     say which there are. validation: the split that chooses the best model; also: splits that are measured at the end.
     starts_from: the task whose model this one conventionally starts from. rewrite: makes rows with `columns` of the
-    dataset's own.
+    dataset's own. judged: by examples, or by groups of them (`measure`).
     """
 
     name: str
@@ -75,6 +75,7 @@ class Task:
     also: tuple[str, ...] = ()
     starts_from: str | None = None
     rewrite: Rewrite | None = None
+    judged: Literal["examples", "answer sets", "candidates"] = "examples"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """One seed of a task on Hugging Face's Trainer: train, keep the best checkpoint, measure it."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 from torch.distributed import DistNetworkError
 from transformers import (
@@ -76,6 +78,16 @@ def is_first() -> bool:
     return get_int_from_env(["RANK"], 0) == 0
 
 
+def join(settings: Settings) -> None:
+    """Connect the processes of a launch. Raises: ConfigError as `training_arguments` does."""
+    training_arguments(settings, 1, Path())
+
+
+def wait_for_all() -> None:
+    """Wait until every process of the launch is here; `join` has connected them."""
+    PartialState().wait_for_everyone()
+
+
 def batch_shares(settings: Settings) -> tuple[int, int]:
     """Return the sequences of one device at a time, and how many times it takes those for one step.
 
@@ -133,7 +145,7 @@ def training_arguments(settings: Settings, seed: int, folder: Path) -> TrainingA
             restore_callback_states_from_checkpoint=True,
             bf16=settings.precision == "bf16",
             fp16=settings.precision == "fp16",
-            deepspeed=None if settings.deepspeed is None else str(settings.deepspeed),
+            deepspeed=None if settings.deepspeed is None else _deepspeed_options(settings.deepspeed),
             use_cpu=not has_gpu,
             dataloader_pin_memory=has_gpu,
             report_to="none",
@@ -146,6 +158,19 @@ def training_arguments(settings: Settings, seed: int, folder: Path) -> TrainingA
         ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"Trainer refuses these settings: {error}") from error
+
+
+def _deepspeed_options(file: Path) -> dict[str, Any]:
+    """Return what a DeepSpeed configuration holds. Raises: ConfigError if it is no JSON object."""
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--deepspeed {file} is not JSON ({error}). Name a DeepSpeed configuration.") from error
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"--deepspeed {file} holds {str(options)[:60]!r}, and a DeepSpeed configuration is a JSON object. Name one."
+        )
+    return options
 
 
 def train_seed(

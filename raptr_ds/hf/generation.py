@@ -4,6 +4,7 @@ transformers' own generate() takes no such mask. Here the prompt goes through th
 tokens that follow are decoded from the cache: the same as a full pass for each of them.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,15 @@ End = Literal["end of text", "max_new_tokens", "longest sequence", "stopped"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to continue. prefix_length: leading ones that see each other in both directions; all if None."""
+    """Tokens to continue.
+
+    prefix_length: leading ones that see each other in both directions; all if None. repeat: which of equal prompts it
+    is, where these are in several batches; by default its place among those of its own.
+    """
 
     tokens: Sequence[int]
     prefix_length: int | None = None
+    repeat: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Sampling:
     """How a token is chosen: the likeliest at temperature 0, else a draw.
 
     A draw is among the top_k likeliest tokens, and among as few as have top_p of the probability. What is drawn for a
-    prompt depends on the seed and the prompt, and for equal prompts on their order: never on the rest of a batch.
+    prompt depends on the seed, the prompt, and which of equal prompts it is: never on the rest of a batch.
     Raises: ConfigError for values that are none.
     """
 
@@ -119,7 +125,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor) -> tor
     """
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
-    values, order = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    # Below the likeliest, and divided by no less than a number whose reciprocal is one: what overflows is improbable.
+    below = logits.double() - logits.double().amax(-1, keepdim=True)
+    values, order = (below / max(sampling.temperature, sys.float_info.min)).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         values[:, sampling.top_k :] = -torch.inf
     probabilities = values.softmax(-1)
@@ -155,7 +163,8 @@ def _streams(prompts: Sequence[Prompt], sampling: Sampling) -> list[np.random.Ge
     streams = []
     for prompt in prompts:
         tokens = tuple(map(int, prompt.tokens))
-        streams.append(stream(sampling.seed, "generation", seen[tokens], *tokens))
+        repeat = seen[tokens] if prompt.repeat is None else prompt.repeat
+        streams.append(stream(sampling.seed, "generation", repeat, *tokens))
         seen[tokens] += 1
     return streams
 

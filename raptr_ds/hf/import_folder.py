@@ -69,7 +69,7 @@ def read_exported(folder: Path) -> tuple[str, ModelSection, dict[str, torch.Tens
         holds = f"holds a {kind}" if kind else "has no config.json of transformers"
         known = ", ".join(twin.kind.__name__ for twin in TWINS)
         raise ConfigError(f"{folder} {holds}, and what can be imported is {known}.")
-    model, weights = from_hugging_face(load_exported(folder, twin.kind, may_lack=twin.lacks))
+    model, weights = from_hugging_face(load_exported(folder, twin.kind, lambda _, name: name in twin.lacks))
     return twin.kind.__name__, model, {name: tensor.float() for name, tensor in weights.items()}
 
 

@@ -1,12 +1,19 @@
 """A prefix language model to generate with, from an exported folder, a run or a checkpoint."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.tokenizer import Tokenizer
@@ -82,29 +89,35 @@ def exported_tokenizer(where: Path) -> PreTrainedTokenizerFast:
         raise _not_loaded(where, "tokenizer", error) from error
 
 
-def load_exported(where: Path, kind: type[PreTrainedModel], may_lack: Collection[str] = ()) -> PreTrainedModel:
+def exported_config(where: Path) -> PreTrainedConfig:
+    """Return the configuration in an exported folder. Raises: ConfigError if it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(where, local_files_only=True)
+    except Exception as error:  # as below
+        raise _not_loaded(where, "config.json", error) from error
+
+
+def load_exported(
+    where: Path, kind: Any, may_lack: Callable[[PreTrainedModel, str], bool] = lambda model, name: False, **options: Any
+) -> PreTrainedModel:
     """Return the model in a folder of transformers, in evaluation mode, in the precision that it is stored in.
 
-    may_lack: names of tensors that need not be there.
+    kind: its class, or an Auto class. may_lack: whether a tensor need not be there. options: of from_pretrained.
     Raises: ConfigError if it cannot be loaded, or tensors are missing: transformers would fill these with random ones.
     """
+    options = {"dtype": "auto", "local_files_only": True, "output_loading_info": True, **options}
     try:
-        model, found = kind.from_pretrained(  # type: ignore[misc]
-            where, dtype="auto", local_files_only=True, output_loading_info=True
-        )
+        model, found = kind.from_pretrained(where, **options)
     except Exception as error:  # transformers raises what the damage happens to lead to
         raise _not_loaded(where, "model", error) from error
-    if lacking := sorted(missing_tensors(found) - set(may_lack)):
+    names = (*found["missing_keys"], *found["mismatched_keys"])
+    filled = {name[0] if isinstance(name, tuple) else name for name in names}
+    if lacking := sorted(name for name in filled if not may_lack(model, name)):
         raise ConfigError(
-            f"{where} lacks {len(lacking)} of the tensors of a {kind.__name__}, {lacking[0]} first. Restore its files."
+            f"{where} lacks {len(lacking)} of the tensors of a {type(model).__name__}, {lacking[0]} first. Restore its "
+            "files, or export it again."
         )
     return model.eval()
-
-
-def missing_tensors(found: Mapping[str, Any]) -> set[str]:
-    """Return the tensors that transformers filled with random ones. found: what it reports of the loading."""
-    names = (*found["missing_keys"], *found["mismatched_keys"])
-    return {name[0] if isinstance(name, tuple) else name for name in names}
 
 
 def _not_loaded(where: Path, what: str, error: Exception) -> ConfigError:

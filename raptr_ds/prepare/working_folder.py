@@ -5,6 +5,7 @@ and the rest is done again, so that the finished files are the same as without t
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ JOURNAL = "journal.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 LARGEST_VALIDATION_SHARE = 10
 _FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "lengths"))
+_REWRITTEN = "rewritten"  # there if the training split no longer begins with what the journal counts
 _LENGTH = np.dtype(np.int32)
 
 
@@ -123,12 +125,15 @@ class SplitWriter:
     eos_id: int
 
     def restore(self, sizes: dict[str, int]) -> bool:
-        """Cut the files to the sizes that `sync` returned; if they are shorter, empty them and return False."""
+        """Cut the files to the sizes that `sync` returned; if they hold something else, empty them and return False."""
         for name in _FILES:
             (self.folder / name).touch()
-        possible = bool(sizes) and all((self.folder / name).stat().st_size >= sizes[name] for name in _FILES)
+        is_rewritten = (self.folder / _REWRITTEN).exists()
+        are_there = bool(sizes) and all((self.folder / name).stat().st_size >= sizes[name] for name in _FILES)
+        possible = are_there and not is_rewritten
         for name in _FILES:
             os.truncate(self.folder / name, sizes[name] if possible else 0)
+        (self.folder / _REWRITTEN).unlink(missing_ok=True)
         return possible
 
     def append(self, split: str, documents: Sequence[np.ndarray]) -> None:
@@ -150,7 +155,8 @@ class SplitWriter:
         """Write the indices and return the documents and tokens of each split.
 
         If the hash held out fewer than `min_validation_tokens`, documents from the end of the training split follow,
-        and a part of the last one, up to a tenth of all tokens: even one small document gives both splits.
+        with their copies, and a part of the last one, up to about a tenth of all tokens: even one small document gives
+        both splits.
         Raises: DataError if there is too little text for two splits.
         """
         if len(self._lengths(TRAIN)) == 0:  # the hash held out all of a few documents
@@ -182,23 +188,33 @@ class SplitWriter:
 
             train  a a $ | b b b b b $ | c c $     missing: 5
             ->     a a $ | b b b $                 validation  c c $ | b $
+
+        Copies of a document move together, as one document of their length together; too long ones are passed over,
+        and move in the end, the shortest first, if nothing else is left. Where that would take more than half of the
+        text, as in one of nothing but copies, these count as different documents.
         """
-        tokens = np.memmap(self.folder / f"{TRAIN}.bin", self.dtype, "r")
-        end = len(tokens)
-        kept = self._lengths(TRAIN).tolist()
-        moved = []
-        while missing > 0:
-            length = kept.pop()
-            if length > 2 * missing or not kept:
-                kept.append(length - missing)
-                length = missing
-            moved.append(tokens[end - length : end])
-            end -= length
-            missing -= length
-        self.append(VALIDATION, moved)
-        os.truncate(self.folder / f"{TRAIN}.bin", (end - 1) * self.dtype.itemsize)
-        self._append(f"{TRAIN}.bin", np.array([self.eos_id], self.dtype))
-        (self.folder / f"{TRAIN}.lengths").write_bytes(np.array(kept, _LENGTH).tobytes())
+        tokens, lengths = np.memmap(self.folder / f"{TRAIN}.bin", self.dtype, "r"), self._lengths(TRAIN)
+        ends = lengths.cumsum(dtype=np.int64)
+        starts = ends - lengths
+        keys = [_key(tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
+        chosen = _chosen(lengths, np.array(keys, np.uint64), missing) or _chosen(
+            lengths, np.arange(len(lengths)), missing
+        )
+        assert chosen is not None  # `finish` has counted
+        moved, left = chosen
+        self.append(VALIDATION, [tokens[starts[index] + left.get(index, 0) : ends[index]] for index in [*moved, *left]])
+        (self.folder / _REWRITTEN).touch()
+        lengths[list(left)] = list(left.values())
+        stays = np.ones(len(lengths), bool)
+        stays[moved] = False
+        first = min(*moved, *left, len(lengths))
+        with (self.folder / f"{TRAIN}.bin").open("r+b") as stream:  # each document moves down, if it moves at all
+            stream.seek(int(starts[first]) * self.dtype.itemsize)
+            for index in np.flatnonzero(stays[first:]) + first:
+                stream.write(tokens[starts[index] : starts[index] + lengths[index] - 1].tobytes())
+                stream.write(np.array([self.eos_id], self.dtype).tobytes())
+            stream.truncate()
+        (self.folder / f"{TRAIN}.lengths").write_bytes(lengths[stays].tobytes())
 
     def _append(self, name: str, values: np.ndarray) -> None:
         with (self.folder / name).open("ab") as stream:
@@ -206,3 +222,39 @@ class SplitWriter:
 
     def _lengths(self, split: str) -> np.ndarray:
         return np.fromfile(self.folder / f"{split}.lengths", _LENGTH)
+
+
+def _key(tokens: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
+
+
+def _chosen(lengths: np.ndarray, keys: np.ndarray, missing: int) -> tuple[list[int], dict[int, int]] | None:
+    """Return the documents that move, in order, and one that is cut, with the length that is left of it.
+
+    keys: of documents, equal ones of copies. None if these documents cannot give `missing` tokens.
+    """
+    moved: list[int] = []
+    passed: list[tuple[int, np.ndarray]] = []  # copies that are longer together than what is missing
+    seen = np.zeros(len(lengths), bool)
+    for last in reversed(range(len(lengths))):
+        if missing <= 0:
+            break
+        if seen[last]:
+            continue
+        copies = np.flatnonzero(keys == keys[last])
+        seen[copies] = True
+        length = int(lengths[copies].sum(dtype=np.int64))
+        if length <= 2 * missing and len(moved) + len(copies) < len(lengths):
+            moved += copies[::-1].tolist()
+            missing -= length
+        elif len(copies) == 1:
+            return moved, {last: length - missing}
+        else:
+            passed.append((length, copies))
+    stays = int(lengths.sum(dtype=np.int64) - lengths[moved].sum(dtype=np.int64))
+    for length, copies in sorted(passed, key=lambda one: one[0]):
+        if missing <= 0 or 2 * length > stays:
+            break
+        moved += copies[::-1].tolist()
+        missing, stays = missing - length, stays - length
+    return (moved, {}) if missing <= 0 else None

@@ -31,7 +31,7 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
     tasks = load_tasks(Catalogue(), ["boolq", "cb", "nq_open", "winogrande"], Path(task_files))
     with joined() as ranks:
         model = PrefixLM(loaded, batch_size=3, ranks=ranks, on_progress=count)
-        outcomes = run_tasks(tasks, {"prefix": model}, (0, 2))
+        outcomes = list(run_tasks(tasks, {"prefix": model}, (0, 2)))
     return as_json("", outcomes, {}), done
 
 

@@ -143,6 +143,10 @@ def test_ul2_completes_as_generate_does(serve: Serve) -> None:
         ({"text": "of", "mode": "S2S", "depth": 5, "temperature": -1}, "temperature"),
         ({"text": "of", "mode": "S2S", "depth": 5, "max_new_tokens": 0}, "max_new_tokens"),
         (b'{"text": "of", "mode": "S2S", "depth": 5, "temperature": Infinity}', "temperature"),
+        *[
+            (b'{"text": "of", "mode": "S2S", "depth": 5, "%s": 1%0400d}' % (name, 0), name.decode())
+            for name in (b"depth", b"temperature", b"seed", b"max_new_tokens")
+        ],
         (b"[" * 50_000, "JSON"),
         (b"[]", "object"),
         (b"\xff", "JSON"),

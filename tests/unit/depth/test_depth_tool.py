@@ -1,8 +1,10 @@
 """tools/depth.py: tables and pictures of runs, checkpoints and exported folders; what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raptr_ds.depth.held_out import read_held_out
@@ -89,6 +91,25 @@ def test_a_table_of_other_weights_does_not_count(make_run: MakeRun) -> None:
             read_table(file, source)
 
 
+def test_a_table_of_other_text_does_not_count_wherever_it_lies(
+    make_run: MakeRun, data_folder: Path, tmp_path: Path
+) -> None:
+    source, _ = make_run("bert", objective={"mask_rate": 0.15})
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        shutil.copytree(data_folder, folder)
+    table, _ = depth_table(source, read_held_out(source, first, 4))
+    assert depth_table(source, read_held_out(source, second, 4)) == (table, f"found in {source.folder / 'depth.json'}")
+    tokens = np.fromfile(first / "validation.bin", np.uint16)
+    is_text = tokens >= tokens.max() // 2  # special tokens and ends of documents stay
+    tokens[is_text] = np.roll(tokens[is_text], 1)
+    tokens.tofile(first / "validation.bin")
+    other, where = depth_table(source, read_held_out(source, first, 4))
+    assert where == f"written to {source.folder / 'depth.json'}"
+    assert other.held_out["num_predictions"] == table.held_out["num_predictions"]
+    assert other.rows[0].loss != table.rows[0].loss
+
+
 def test_a_table_that_cannot_be_kept_is_measured_nevertheless(make_run: MakeRun) -> None:
     source, _ = make_run("bert")
     inside_a_file = source.folder / "config.json" / "depth.json"
@@ -102,6 +123,12 @@ def test_mistakes(make_run: MakeRun, tool: Tool, tmp_path: Path) -> None:
     config = source.folder / "config.json"
     assert is_refused(tool("depth.py", tmp_path / "nothing"), "there is no such folder")
     assert is_refused(tool("depth.py", source.folder, "--sequences", 0), "--sequences 0")
+    (tmp_path / "folder.png").mkdir()
+    for name, why in (("folder.png", "is a folder"), ("depth.xyz", "ends in"), ("depth", "ends in")):
+        assert is_refused(
+            tool("depth.py", source.folder, "--output", tmp_path / name), f"--output {tmp_path / name}", why
+        )
+    assert not (source.folder / "depth.json").exists()
     assert is_refused(tool("depth.py", source.folder, "--data", tmp_path / "no"), "does not exist", "--data")
     config.write_text(json.dumps({"raptr_ds": {"data": {"path": "gone"}}}))
     done = tool("depth.py", source.folder, "--tokenizer", source.tokenizer.origin)

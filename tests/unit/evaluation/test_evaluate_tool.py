@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.parallel.groups import ProcessGroups
 from tests.exported_runs import Tool, is_refused, model_of, run_folder
+from tests.small_tasks import words
 
 
 def results_of(tool: Tool, model: Path, task_files: Path, *options: object) -> tuple[dict, str]:
@@ -68,6 +71,7 @@ def test_examples_causal_scores_and_notes(run: Path, task_files: Path, tool: Too
         (("--tasks", "boolq,copa,wic"), ["has no files of copa, wic", "--tasks copa", "--tasks boolq"]),
         (("--tasks", "boolq", "--shots", "6"), ["boolq has 6 documents to take examples from"]),
         (("--tasks", "boolq", "--output", "nothing/out.json"), ["--output nothing/out.json", "no such folder"]),
+        (("--tasks", "boolq", "--output", "."), ["--output . is a folder", "results.json"]),
         (("--tasks", "boolq", "--device", "cuda:77"), ["--device cuda:77 cannot be used"]),
         (("--tasks", "boolq", "--device", "abc"), ["--device abc cannot be used"]),
     ],
@@ -95,6 +99,32 @@ def test_options_that_are_none(run: Path, tool: Tool, options: tuple[str, ...], 
     assert words in done.error
 
 
+def test_finished_tasks_are_shown_where_a_later_one_is_refused(
+    run: Path, task_files: Path, tool: Tool, tmp_path: Path
+) -> None:
+    """A choice is longer than the model takes; a gold answer may be."""
+    folder, long = tmp_path / "files", " ".join(words(3))
+    shutil.copytree(task_files, folder)
+    for task, row in (
+        ("nq_open", {"question": "who", "answer": [long]}),
+        ("copa", {"premise": "It fell.", "choice1": "a", "choice2": long, "question": "cause", "idx": 0, "label": 0}),
+    ):
+        (folder / task).mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row] * 2), folder / task / "validation.parquet")
+    output = tmp_path / "out.json"
+    options = ("--task-files", folder, "--output", output)
+    done = tool("evaluate.py", run, "--tasks", "boolq,nq_open,copa,cb", *options)
+    assert done.code == 2
+    assert done.error.splitlines()[-1].startswith("error: task copa: a continuation has 150 tokens")
+    assert "boolq" in done.printed
+    results = json.loads(output.read_text())["results"]
+    assert set(results) == {"boolq", "nq_open"}
+    assert set(results["nq_open"]) == {"shots", "exact_match", "exact_match_stderr"}
+    output.unlink()
+    assert tool("evaluate.py", run, "--tasks", "copa", *options).code == 2
+    assert not output.exists()
+
+
 def test_a_check_needs_no_model(task_files: Path, tool: Tool) -> None:
     done = tool("evaluate.py", "--check", "--tasks", "boolq,cb", "--task-files", task_files)
     assert (done.code, done.error, done.printed) == (0, "", "can be evaluated: boolq, cb\n")
@@ -115,6 +145,9 @@ def test_folders_that_are_no_model(run: Path, exported: Path, task_files: Path, 
     assert refused(tmp_path / "nothing", "there is no such folder")
     done = tool("evaluate.py", run, "--tasks", "boolq", "--task-files", tmp_path / "nothing")
     assert is_refused(done, "--task-files", "--fetch FOLDER makes one")
+    (tmp_path / "file").write_text("")
+    done = tool("evaluate.py", "--fetch", tmp_path / "file", "--tasks", "boolq")
+    assert is_refused(done, f"--fetch {tmp_path / 'file'} is a file")
 
 
 def test_bert_is_for_fine_tuning(

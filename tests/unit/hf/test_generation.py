@@ -1,6 +1,8 @@
 """Generation from the cache against full forward passes of our own model, one for each token, and batches."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +89,16 @@ def test_equal_prompts_are_drawn_for_anew_and_seeds_differ(model: LlamaForCausal
     assert generate(model, [PROMPTS[0]] * 4, 10, NO_END, SAMPLING) == four
     other = generate(model, [PROMPTS[0]], 10, NO_END, Sampling(1.3, 20, 0.9, seed=6))
     assert other[0] not in four
+    numbered = [replace(PROMPTS[0], repeat=repeat) for repeat in (2, 0, 3)]  # as where others have the rest
+    assert generate(model, numbered, 10, NO_END, SAMPLING) == [four[2], four[0], four[3]]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-200])
+def test_almost_no_temperature_takes_the_likeliest(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    draws = torch.tensor([0.0, 0.3, 0.9, 1.0 - 2.0**-53], dtype=torch.float64)
+    assert torch.equal(choose(logits, Sampling(temperature, **options), draws), logits.argmax(-1))
 
 
 def test_the_prefix_is_seen_in_both_directions(model: LlamaForCausalLM) -> None:

@@ -17,7 +17,7 @@ from raptr_ds.data.indexed import IndexedTokens, open_indexed
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.prepare import encoding, indexing
+from raptr_ds.prepare import encoding, indexing, working_folder
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.encoding import is_validation
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
@@ -164,6 +164,49 @@ def test_even_one_small_document_gives_both_splits(tmp_path: Path, num_documents
     total = sum(len(split.tokens) for split in splits)
     assert total == sum(len(tokenizer.encode(text)) + 1 for text in texts)
     assert len(splits[1].tokens) >= min(total // 10, 16_384)
+
+
+def test_copies_of_documents_from_the_end_are_held_out_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an interruption behind the move: the journal counts what has been moved since."""
+    texts = [made_up_text(number % 90, 1 + number % 3) for number in range(180)]  # every one twice
+    texts += [made_up_text(300, 4)]
+    settings = replace(SMALL, validation_fraction=1e-9, min_validation_tokens=300)
+
+    def prepare(output: Path) -> dict[str, list[str]]:
+        manifest = Preparation([TextSource(texts)], output, settings, report=quiet).run()
+        tokenizer = Tokenizer.load(output / "tokenizer.model")
+        splits = {name: open_indexed(output / name, manifest.vocab_size) for name in ("train", "validation")}
+        assert 300 <= len(splits["validation"].tokens) < 600
+        return {name: texts_of(split, tokenizer) for name, split in splits.items()}
+
+    splits = prepare(tmp_path / "whole")
+    assert not set(splits["train"]) & set(splits["validation"])
+    assert len(splits["validation"]) > 5
+    assert sorted(splits["train"] + splits["validation"]) == sorted(texts)
+    assert splits["train"] == [text for text in texts if text in splits["train"]]
+
+    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(indexing, "BATCHES_PER_CHECKPOINT", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(working_folder, "write_index", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "resumed")
+    prepare(tmp_path / "resumed")
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_text_of_nothing_but_copies_gives_both_splits(tmp_path: Path) -> None:
+    texts = [made_up_text(0, 3)] * 40
+    manifest = Preparation([TextSource(texts)], tmp_path / "data", SMALL, report=quiet).run()
+    counts = [manifest.splits[name] for name in ("train", "validation")]
+    total = sum(count.tokens for count in counts)
+    assert total // 10 <= counts[1].tokens < total // 5
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_all_held_out_by_the_hash_still_leaves_training_text(tmp_path: Path) -> None:
