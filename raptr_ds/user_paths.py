@@ -67,9 +67,11 @@ def open_to_all(folder: str | Path) -> str | None:
     )
 
 
-def path_error(path: str | Path, error: OSError | ValueError) -> PathError:
+def path_error(path: str | Path, error: OSError | ValueError) -> RaptrError:
     """Return the error to raise where the operating system refuses a path that the user named."""
     if isinstance(error, OSError):
+        if (away := read_error(path, error)) is not None:
+            return away
         why, fix = error.strerror or str(error), _FIXES.get(error.errno or 0, "")
     else:
         why, fix = "it holds a NUL byte, which no path may hold", "Name another path."

@@ -82,6 +82,7 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace, toke
         from raptr_ds.bench.plot import plot_benchmark
         from raptr_ds.bench.preparation import measure_preparation
         from raptr_ds.bench.report import conclusions, describe, preparation_lines, rows_of, table
+        from raptr_ds.bench.samples import CLOCKS
         from raptr_ds.bench.steps import Options, measure_steps
         from raptr_ds.parallel.groups import initialize_process_groups
 
@@ -107,7 +108,8 @@ def measure(config: RunConfig, launch: Launch, options: argparse.Namespace, toke
         rows += _rows_of_layout(layout, full=rows[0])
     lines = [*describe(config, result, groups.device, origin), "", *table(rows), "", *conclusions(result, rows)]
     if tokenizer is not None:
-        lines += preparation_lines(measure_preparation(options.text, tokenizer, options.repetitions, options.clock))
+        times = measure_preparation(options.text, tokenizer, options.repetitions, CLOCKS[options.clock])
+        lines += preparation_lines(times)
     report = "\n".join(lines) + "\n"
     print(report)
     if options.output is not None:

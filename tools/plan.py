@@ -258,11 +258,11 @@ def _proposal(saving: float, config: RunConfig, device: Device) -> str:
     lengths = propose_schedule(layers, least, saving, saved_by)
     if lengths is None:
         most, half = max(map(saved_by, even_schedules(layers, least))), saving_of("half")
-        other = f", or set raptr_ds.path.schedule=half, which saves {half:.1%}" if half > most else ""
+        remedies = ["ask for less", "fix fewer layers", "shorten the full-model warm-up"]
+        remedies += [f"set raptr_ds.path.schedule=half, which saves {half:.1%}"] if half > most else []
         raise ConfigError(
             f"--save {saving:.1%}: four evenly growing phases that end at {layers} layers save at most "
-            f"{max(most, 0):.1%} of the FLOPs here. Ask for less, fix fewer layers, shorten the full-model "
-            f"warm-up{other}."
+            f"{max(most, 0):.1%} of the FLOPs here. To go on, {', '.join(remedies[:-1])}, or {remedies[-1]}."
         )
     return "-".join(map(str, lengths))
 
@@ -270,6 +270,9 @@ def _proposal(saving: float, config: RunConfig, device: Device) -> str:
 def _what_fits(config: RunConfig, device: Device, memory_gib: float) -> str:
     """Return with how much recomputation the run fits."""
     method, parallel = path_method_of(config), config.parallel
+    if parallel.micro_batches:  # which exclude recomputation
+        peak = run_peak(method, setting_of(config, device)).memory.total
+        return f"- {memory_gib:g} GiB {'hold' if peak <= memory_gib * GIB else 'do not hold'} the run's micro_batches"
     parallel = parallel.model_copy(update={"activation_checkpointing": True})
     setting = setting_of(replace(config, parallel=parallel), device)
     count, deepest = keepable_layers(method, setting, memory_gib * GIB), max(setting.layout.stage_layers)
@@ -278,8 +281,6 @@ def _what_fits(config: RunConfig, device: Device, memory_gib: float) -> str:
         return f"- {memory_gib:g} GiB do not hold the run: it needs {gib(least)} even with all layers recomputed"
     if count == deepest:
         return f"- {memory_gib:g} GiB hold the full path without recomputation"
-    if parallel.micro_batches:
-        return f"- {memory_gib:g} GiB do not hold the run's micro_batches, which exclude recomputation"
     return (
         f"- {memory_gib:g} GiB hold {count} active layers of a pipeline stage without recomputation, of {deepest}: "
         f"raptr_ds.parallel.activation_checkpointing=true keep_activations_up_to={count}"

@@ -1,4 +1,7 @@
-"""Tokenizing and indexing a text: our preparation and Megatron's recipe, with the same tokenizer on one core."""
+"""Tokenizing and indexing a text: our preparation and Megatron's recipe, with the same tokenizer on one core.
+
+Imported before megatron_stack.py, so nothing here imports megatron-core at once.
+"""
 
 import json
 import shutil
@@ -11,7 +14,6 @@ import numpy as np
 import sentencepiece
 import torch
 
-from raptr_ds.bench.samples import CLOCKS
 from raptr_ds.data.indexed import token_dtype
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
@@ -50,7 +52,9 @@ def check_text(text: Path) -> None:
         raise DataError(f'{text} is empty. Name a JSONL file with a "text" in each line.')
 
 
-def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, clock: str) -> PreparationTimes:
+def measure_preparation(
+    text: Path, tokenizer_path: Path, repetitions: int, clock: Callable[[], float]
+) -> PreparationTimes:
     """Prepare the JSONL file `text` both ways, `repetitions` times. Ours also splits off validation and verifies."""
     tokenizer = Tokenizer.load(tokenizer_path)
     times = PreparationTimes(text.stat().st_size)
@@ -75,10 +79,10 @@ def measure_preparation(text: Path, tokenizer_path: Path, repetitions: int, cloc
     return times
 
 
-def _timed(clock: str, action: Callable[[], int]) -> tuple[float, int]:
-    start = CLOCKS[clock]()
+def _timed(clock: Callable[[], float], action: Callable[[], int]) -> tuple[float, int]:
+    start = clock()
     result = action()
-    return CLOCKS[clock]() - start, result
+    return clock() - start, result
 
 
 def encode_and_index(text: Path, tokenizer: Tokenizer, prefix: Path) -> int:

@@ -207,6 +207,19 @@ INSTEAD: dict[str, str] = {
 }
 """What to use instead of keys that people try or that earlier versions had, or why there is nothing."""
 
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "gradient_predivide_factor": (1, 1.0),
+    "prescale_gradients": (False,),
+    "zero_allow_untested_optimizer": (False, True),
+    "zero_force_ds_cpu_optimizer": (False, True),
+    "optimizer.params.fp32_optimizer_states": (True,),
+    "zero_optimization.allgather_partitions": (True,),
+    "zero_optimization.load_from_fp32_weights": (True,),
+    "zero_optimization.override_module_apply": (True,),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (False, True),
+}
+"""Values of such keys that ask for nothing else than what happens anyway; run files made for DeepSpeed hold them."""
+
 _STEPS, _RATE, _SCHEDULE = "raptr_ds.train.steps", "optimizer.params.lr", "scheduler.params"
 _FILES = "raptr_ds.data.path, a folder made by tools/prepare_data.py"
 

@@ -35,7 +35,7 @@ from raptr_ds.config.rules import check_rules
 from raptr_ds.config.run import RunConfig
 from raptr_ds.config.schedules import idle_phases, steps_of_phases
 from raptr_ds.config.sections import BLOCK, ParallelSection, field_of
-from raptr_ds.config.usage import settle_overridden, settle_unused
+from raptr_ds.config.usage import settle_overridden, settle_unused, without_harmless
 from raptr_ds.errors import ConfigError
 
 DEFAULT_GRADIENT_CLIPPING = 1.0
@@ -66,11 +66,12 @@ def load_run_config(
         line = None if dotted in touched else line_of(text, dotted)
         return f" (line {line})" if line else " (from --set)" if is_touched(dotted, touched) else ""
 
+    tree, harmless = without_harmless(tree)
     tree, replaced = settle_overridden(tree, touched, file)
     tree, errors, unused = settle_unused(tree, touched, place)
     sections, section_errors = parse_sections(tree, place)
     _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
-    notes = replaced + unused
+    notes = harmless + replaced + unused
     sections["train"] = derive_train(sections["train"], tree.get("fp16", {}), path.stem)
     if is_restart:
         folder, paths_per_step = Path(str(sections["train"].save)), sections["path"].paths_per_step
@@ -130,7 +131,7 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     if isinstance(path, ScheduledSection):
         warmup = path.full_warmup_steps if isinstance(path, WarmedUpSection) else 0
         counts = steps_of_phases(path.phase_lengths, num_steps - warmup, path.split)
-        yield from idle_phases(path.schedule, path.split, counts)
+        yield from idle_phases(path.schedule, path.split, path.phase_lengths, counts)
     yield from schedule_warnings(config.scheduler, config.optimizer["params"]["lr"], num_steps)
 
 

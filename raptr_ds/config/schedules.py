@@ -105,13 +105,15 @@ def broken_split(split: str | tuple[float, ...], schedule: str | None, num_phase
         )
 
 
-def idle_phases(schedule: str | None, split: str | tuple[float, ...], counts: Sequence[int]) -> Iterator[str]:
-    """Yield a line if phases have no steps. counts: the steps of each phase."""
-    numbers = [str(number) for number, count in enumerate(counts, 1) if not count]
-    if numbers:
+def idle_phases(
+    schedule: str | None, split: str | tuple[float, ...], lengths: Sequence[int], counts: Sequence[int]
+) -> Iterator[str]:
+    """Yield a line if phases have no steps. lengths, counts: of each phase, its schedule's number and its steps."""
+    idle = [str(length) for length, count in zip(lengths, counts, strict=True) if not count]
+    if idle:
         yield (
-            f"raptr_ds.path.schedule={schedule!r} with split={split!r}: of its {sum(counts)} steps none is in phase "
-            f"{' or '.join(numbers)} of {len(counts)}. Train for more steps, or change split, unless you mean that."
+            f"raptr_ds.path.schedule={schedule!r} with split={split!r}: of its {sum(counts)} steps none is in the "
+            f"phase of {' or '.join(idle)}. Train for more steps, or change split, unless you mean that."
         )
 
 

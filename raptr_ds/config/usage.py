@@ -7,7 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from raptr_ds.config.deepspeed_keys import PARTITIONED, STAGE_3_ONLY, STAGES_1_AND_2, ZERO_DEFAULTS, zero_stage
+from raptr_ds.config.deepspeed_keys import (
+    HARMLESS,
+    PARTITIONED,
+    STAGE_3_ONLY,
+    STAGES_1_AND_2,
+    ZERO_DEFAULTS,
+    zero_stage,
+)
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
 from raptr_ds.config.overrides import Place, is_touched
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
@@ -41,7 +48,9 @@ class Use:
 
 
 def _one_of(key: str, selector: str, *values: str | int, why: str = "", idle: tuple[Any, ...] = ()) -> Use:
-    return Use(key, selector, values.__contains__, " or ".join(map(repr, values)), why, idle)
+    *others, last = map(repr, values)
+    wanted = f"{', '.join(others)} or {last}" if others else last
+    return Use(key, selector, values.__contains__, wanted, why, idle)
 
 
 def _methods_with(key: str) -> tuple[str, ...]:
@@ -124,10 +133,10 @@ def settle_unused(tree: dict[str, Any], touched: set[str], place: Place) -> tupl
         # The architecture decides the position embedding where the file does not.
         selectors = {use.selector, ARCHITECTURE} if use.selector == POSITION else {use.selector}
         selected = f"{use.selector}={_written(value)}"
-        if selectors & changed and not is_touched(use.key, touched):
+        if _are_changed(selectors, changed) and not is_touched(use.key, touched):
             tree = without(tree, use.key)
             changed.add(use.key)
-            by = " (from --set)" if selectors & touched else ""
+            by = " (from --set)" if _are_changed(selectors, touched) else ""
             notes.append(f"{use.key}: left out, as {selected}{by} does not use it")
         else:
             wrong.append(use.key)
@@ -139,6 +148,17 @@ def settle_unused(tree: dict[str, Any], touched: set[str], place: Place) -> tupl
     for key in wrong:
         tree = without(tree, key)
     return tree, errors, notes
+
+
+def without_harmless(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the tree without DeepSpeed keys whose values change nothing here, and lines to print."""
+    notes = []
+    for key, values in HARMLESS.items():
+        given = look_up(tree, key)
+        if any(type(given) is type(value) and given == value for value in values):
+            tree = without(tree, key)
+            notes.append(f"{key}={_written(given)}: left out, as it changes nothing here")
+    return tree, notes
 
 
 def keep_used(tree: dict[str, Any]) -> dict[str, Any]:
@@ -206,6 +226,11 @@ def _with_rate(tree: dict[str, Any], rate: Any) -> dict[str, Any]:
     optimizer = tree.get("optimizer", {})
     params = optimizer.get("params", {}) if isinstance(optimizer, dict) else None
     return {**tree, "optimizer": {**optimizer, "params": {**params, "lr": rate}}} if isinstance(params, dict) else tree
+
+
+def _are_changed(selectors: set[str], changed: set[str]) -> bool:
+    """Return whether one of them is among the changed keys, or in a section that is."""
+    return any(selector == key or selector.startswith(f"{key}.") for selector in selectors for key in changed)
 
 
 def _lacks_use(use: Use, value: Any, given: Any) -> bool:

@@ -71,7 +71,7 @@ def read_held_out(source: ModelSource, folder: Path | None = None, num_sequences
     length, pad = source.trained.model.seq_length, tokenizer.pad_id
     batches = tuple(collate([samples[number] for number in ids], ids, length, pad) for ids in rows)
     made_by = objective.model_dump(mode="json", exclude_none=True)
-    held_out = HeldOut(batches, folders, corpus_digest(folders), made_by, num_sequences)
+    held_out = HeldOut(batches, folders, corpus_digest(folders, ["validation"]), made_by, num_sequences)
     if not held_out.num_predictions:
         raise DataError(f"the held-out text in {data.path} has nothing to predict. Name other text with --data FOLDER.")
     return held_out

@@ -135,7 +135,7 @@ def trend_picture(points: Sequence[TrendPoint]) -> bytes:
         for index, (name, look) in enumerate(looks_of(names).items()):
             here = [point for point in points if (point.setting, point.contestant) == (setting, name)]
             # Bars at the same tokens stand beside each other, all within a tenth of the tokens either way.
-            beside = 1 + _BESIDE * (2 * index / max(1, len(names) - 1) - 1)
+            beside = 1 + min(0.04, 2 * _BESIDE / max(1, len(names) - 1)) * (index - (len(names) - 1) / 2)
             places, means = [point.tokens / 1e6 * beside for point in here], [point.difference.mean for point in here]
             bars = [math.nan if (half := point.difference.half_width) is None else half for point in here]
             if here:

@@ -72,7 +72,7 @@ def detect_launch() -> Launch:
     found = replace(
         found,
         restart_count=sum(map(_count, ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "RAPTR_RESTART_COUNT"))),
-        begun_by=next(filter(None, map(env.get, ("SLURM_JOB_ID", "RAPTR_SUPERVISOR", "TORCHELASTIC_RUN_ID"))), ""),
+        begun_by=env.get("SLURM_JOB_ID") or env.get("RAPTR_SUPERVISOR") or _torchrun_run(),
         slurm_job=env.get("SLURM_JOB_ID", ""),
         slurm_restarts=_count("SLURM_RESTART_COUNT"),
         signal_lead=_signal_lead(),
@@ -125,6 +125,12 @@ def _keep_compiled_code_private() -> None:
     except OSError:  # no room or no permission there: if the run compiles, torch says so
         return
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _torchrun_run() -> str:
+    """Return torchrun's name of the run, or its agent where it has none; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
 def _count(variable: str) -> int:

@@ -187,14 +187,17 @@ def rank_memory(setting: Setting, stage: int, num_active: int, num_trained: int 
     num_trained = num_active if num_trained is None else num_trained
     counts = (layout.stage_layers[stage], num_active, num_trained)
     parameters, active, trained = ((count * layer + outer) / layout.tensor for count in counts)
-    value, gradient = layout.bytes_per_value, layout.gradient_bytes_per_value or layout.bytes_per_value
+    value, gradient = layout.bytes_per_value, layout.gradient_bytes
     zero, shards = layout.zero_stage, layout.data
     shared = parameters / shards if zero >= 1 else parameters
     has_master = zero >= 1 or value < _FP32_BYTES
     optimizer = shared * (layout.optimizer_bytes + (_FP32_BYTES if has_master else 0))
     # No larger than all gradients (engine/deepspeed_engine.py); ZeRO 1 fills it from what has accumulated.
     reduced = gradient if zero == 1 else value
-    bucket = layout.reduce_buffers * min(layout.reduce_bucket, parameters) * reduced if zero >= 1 else 0
+    elements = min(layout.reduce_bucket, parameters)
+    bucket = layout.reduce_buffers * elements * reduced if zero >= 1 else 0
+    if layout.summed_bytes != value:  # summed in another type: a copy of the bucket, at ZeRO 3 of its gradients, too
+        bucket += {2: 1, 3: 2}.get(zero, 0) * elements * layout.summed_bytes
     gradients = {
         0: trained * gradient,
         1: trained * gradient + trained / shards * gradient + bucket,

@@ -20,6 +20,7 @@ def layout_of(config: RunConfig, on_gpu: bool) -> Layout:
     recompute = config.parallel.activation_checkpointing
     layer = layer_parameters(config.model) / config.parallel.tensor_model_parallel_size
     accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))
+    summed = config.deepspeed.get("communication_data_type", accumulated)  # as in engine/deepspeed_engine.py
     zero = config.deepspeed.get("zero_optimization", {})
     momentum = 4 if config.optimizer["params"].get("momentum") else 0
     return Layout(
@@ -34,6 +35,7 @@ def layout_of(config: RunConfig, on_gpu: bool) -> Layout:
         recompute=recompute,
         bytes_per_value=4 if config.precision == "fp32" else 2,
         gradient_bytes_per_value=4 if accumulated == "fp32" else 2,
+        summed_bytes_per_value=4 if summed == "fp32" else 2,
         kept_whole=kept_whole(zero, layer, recompute),
         optimizer_bytes={"Lion": 4, "SGD": momentum}.get(config.optimizer["type"], 8),
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)),

@@ -54,7 +54,8 @@ class Layout:
     """How a step is spread out and computed.
 
     stage_layers: layers of each pipeline stage. micro_batch: sequences; num_micro_batches: of each data-parallel rank.
-    sequence_parallel: the residual stream is split over the tensor ranks.
+    sequence_parallel: the residual stream is split over the tensor ranks. summed_bytes_per_value: of gradients as ZeRO
+    1 to 3 sum them over the data-parallel ranks; left out, as they accumulate.
     These decide memory, and times leave them out: optimizer_bytes: the optimizer's fp32 state for each parameter (Adam
     8). reduce_bucket: elements of a buffer of gradients in ZeRO, at most; reduce_buffers: their number. compiled:
     layers are compiled by torch.compile, which makes no difference here on a CPU.
@@ -69,12 +70,23 @@ class Layout:
     recompute: bool = False
     bytes_per_value: int = 2
     gradient_bytes_per_value: int | None = None
+    summed_bytes_per_value: int | None = None
     kept_whole: float = np.inf
     sequence_parallel: bool = False
     optimizer_bytes: int = 8
     reduce_bucket: int = 0
     reduce_buffers: int = 1
     compiled: bool = False
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient's value as it accumulates."""
+        return self.gradient_bytes_per_value or self.bytes_per_value
+
+    @property
+    def summed_bytes(self) -> int:
+        """Bytes of a gradient's value as ZeRO 1 to 3 sum it over ranks."""
+        return self.summed_bytes_per_value or self.gradient_bytes
 
     @property
     def num_stages(self) -> int:
@@ -246,7 +258,7 @@ def _gradient_seconds(parameters: np.ndarray, layout: Layout, device: Device) ->
     An all-reduce is a reduce-scatter and an all-gather. DeepSpeed reduces at ZeRO 1 and 2 by all-reduces, too
     (use_multi_rank_bucket_allreduce, its default), of which each rank then keeps its part.
     """
-    width = layout.gradient_bytes_per_value or layout.bytes_per_value
+    width = layout.summed_bytes if layout.zero_stage else layout.gradient_bytes
     sent = parameters * width * (1 if layout.zero_stage == 3 else 2)
     return _data_parallel_seconds(sent, layout.num_micro_batches if layout.zero_stage >= 2 else 1, layout, device)
 

@@ -55,7 +55,7 @@ from raptr_ds.runtime.tracking import open_trackers
 from raptr_ds.runtime.watchdog import START_SECONDS, Watchdog
 from raptr_ds.user_paths import open_to_all, writing
 
-_ORIGIN = "begun_from"  # in a checkpoint's run state: what raptr_ds.checkpoint.load asked for, but for auto
+_ORIGIN = "begun_from"  # in a checkpoint's run state: what raptr_ds.checkpoint.load asked for
 _MEETING = timedelta(minutes=30)
 
 
@@ -219,7 +219,7 @@ def _open_batches(config: RunConfig, groups: ProcessGroups, tokenizer: Tokenizer
 
 
 def _where_from(
-    config: RunConfig, launch: Launch, origin: str | None, checkpoints: Path, report: Callable[[str], None]
+    config: RunConfig, launch: Launch, origin: str, checkpoints: Path, report: Callable[[str], None]
 ) -> str:
     """Return what to load: a run that was begun as asked and has checkpoints of its own by now continues from these.
 
@@ -227,14 +227,15 @@ def _where_from(
     A damaged checkpoint is left to `restore`.
     """
     load = config.checkpoint.load
-    if origin is None or (load == "none" and not launch.restart_count):
+    if load == "auto" or (load == "none" and not launch.restart_count):
         return load
+    unrecorded = origin if launch.restart_count else None  # by a version that recorded folders alone
     for own in checkpoints_in(checkpoints):
         try:
             manifest = read_manifest(own)
         except DamagedCheckpointError:
             continue
-        if manifest.run_state.get(_ORIGIN) != origin:
+        if manifest.run_state.get(_ORIGIN, unrecorded) != origin:
             break
         if load == "none":
             return "auto"
@@ -246,10 +247,10 @@ def _where_from(
     return load
 
 
-def _origin(load: str, launch: Launch) -> str | None:
-    """Return what tells a run that was begun as `load` asks from others in its folder; None for auto."""
+def _origin(load: str, launch: Launch) -> str:
+    """Return what tells a run that was begun as `load` asks from others in its folder."""
     if load == "auto":
-        return None
+        return load
     return f"none, by {launch.begun_by}" if load == "none" else str(Path(load).absolute())
 
 
@@ -282,9 +283,7 @@ def _begin(
     """Load the checkpoint that the run continues from into the engine; all ranks call it."""
     origin = _origin(config.checkpoint.load, launch)
     load = on_first_rank(checkpoints.groups, lambda: _where_from(config, launch, origin, checkpoints.folder, report))
-    recorded = {OPTIMIZER: config.optimizer["type"], IDENTITY: asdict(identity)}
-    if origin is not None:
-        recorded[_ORIGIN] = origin
+    recorded = {OPTIMIZER: config.optimizer["type"], IDENTITY: asdict(identity), _ORIGIN: origin}
 
     def check(restored: RestoredState) -> None:
         run_state_of(restored, config)

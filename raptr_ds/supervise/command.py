@@ -22,7 +22,8 @@ _LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 _TORCHRUN = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+")
 _PR_SET_CHILD_SUBREAPER = 36
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-_MESSAGE = re.compile(r"(?:raptr_ds: \w+Error|pretrain\.py: error): .*")  # raptr_ds/pretrain.py, and its argparse
+_FOLDER_IN_USE = re.compile(r"raptr_ds: ConfigError: another run works in")  # raptr_ds/runtime/run_lock.py
+_NO_SCRIPT = re.compile(r"can't open file")  # Python, with exit code 2
 
 
 class StopRequests:
@@ -55,21 +56,22 @@ class StopRequests:
 
 
 class Reports:
-    """What a launcher and its tasks printed: the failed tasks, in this order, whether a port was taken, messages.
+    """What a launcher and its tasks printed: the failed tasks, in this order, and causes that no exit code shows.
 
-    messages: the first lines of the errors that ranks printed for their user.
+    folder_in_use: by another run; no_script: Python could not open the file that it was to run.
     """
 
     def __init__(self) -> None:
         self.failures: list[Failure] = []
         self.port_taken = False
-        self.messages: list[str] = []
+        self.folder_in_use = False
+        self.no_script = False
 
     def read(self, line: str) -> None:
         """Take note of one line of standard error."""
         self.port_taken = self.port_taken or _PORT_TAKEN.search(line) is not None
-        if match := _MESSAGE.search(line):
-            self.messages.append(match[0])
+        self.folder_in_use = self.folder_in_use or _FOLDER_IN_USE.search(line) is not None
+        self.no_script = self.no_script or _NO_SCRIPT.search(line) is not None
         if match := _SRUN.search(line):
             code = int(match[2]) if match[2] else None
             self.failures.append(Failure(_one(match[1]), code, match[3] or f"exit code {code}"))
@@ -110,7 +112,9 @@ def run_command(
             on_stop(child, asked)
     copier.join(5)  # a process that outlives the launcher may hold the pipe open
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    return Ending(code, tuple(reports.failures), stops.requested, reports.port_taken, tuple(reports.messages))
+    return Ending(
+        code, tuple(reports.failures), stops.requested, reports.port_taken, reports.folder_in_use, reports.no_script
+    )
 
 
 def print_error(content: bytes) -> None:
@@ -128,8 +132,11 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def await_orphans(seconds: float) -> int:
-    """Wait until no adopted process is left, or for the time; return the number of those that are."""
+def await_orphans(seconds: float, stops: StopRequests) -> int:
+    """Wait until no adopted process is left, or for the time; return the number of those that are.
+
+    A request to stop is passed on to them.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -140,15 +147,17 @@ def await_orphans(seconds: float) -> int:
             continue
         if time.monotonic() > deadline:
             return len(_children())
-        time.sleep(0.1)
+        if (asked := stops.wait(0.1)) is not None:
+            for child in _children():
+                os.kill(child, asked)  # not reaped yet, so the number is still its own
 
 
-def end_orphans(seconds: float) -> int:
+def end_orphans(seconds: float, stops: StopRequests) -> int:
     """Wait until no adopted process is left; kill those that stay longer, and return their number."""
     killed: set[int] = set()
-    while await_orphans(0.1 if killed else seconds):
+    while await_orphans(0.1 if killed else seconds, stops):
         for child in _children():
-            os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            os.kill(child, signal.SIGKILL)
             killed.add(child)
     return len(killed)
 

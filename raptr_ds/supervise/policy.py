@@ -8,7 +8,6 @@ from enum import StrEnum
 from raptr_ds.errors import Exit
 
 KILLED = 128 + signal.SIGKILL
-_OCCUPIED = "another run works in"  # raptr_ds/runtime/run_lock.py
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before
 
@@ -39,15 +38,16 @@ class Failure:
 class Ending:
     """How one try ended.
 
-    code: the launcher's. failures: the tasks that it reported as failed, in this order. messages: the first lines
-    of the errors that ranks printed for their user.
+    code: the launcher's. failures: the tasks that it reported as failed, in this order. port_taken, folder_in_use,
+    no_script: what was printed on the way (command.py, Reports).
     """
 
     code: int
     failures: Sequence[Failure] = ()
     stop_requested: bool = False
     port_taken: bool = False
-    messages: Sequence[str] = ()
+    folder_in_use: bool = False
+    no_script: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ def cause_of(ending: Ending) -> Cause:
     """Return why a try ended.
 
     The launcher's own code is no more than the largest of all tasks', or 1 whatever they were (torchrun), so that of
-    the task that failed first comes before it. USER_ERROR alone is no mistake: a Python that cannot open its file,
-    since the file system is away, ends with 2 as well; but the run prints what is wrong.
+    the task that failed first comes before it. A Python that cannot open its file, since the file system is away,
+    ends with USER_ERROR as well, and has made no mistake.
     """
     culprit = first_by_itself(ending)
     codes = [ending.code] if culprit is None or culprit.code is None else [culprit.code, ending.code]
     if ending.code == Exit.DONE:
         return Cause.DONE
-    if Exit.USER_ERROR in codes and ending.messages:
-        return Cause.OCCUPIED if any(_OCCUPIED in message for message in ending.messages) else Cause.MISTAKE
+    if Exit.USER_ERROR in codes and not ending.no_script:
+        return Cause.OCCUPIED if ending.folder_in_use else Cause.MISTAKE
     if Exit.CONTINUE_LATER in codes or (ending.stop_requested and ending.code > 128):
         return Cause.STOPPED  # by a signal even: it met tasks that were still starting, and the last checkpoint stands
     if ending.port_taken:

@@ -21,6 +21,7 @@ _PORTS_OF_A_JOB = 61
 _PORT_TRIES = 5
 _PATIENCE_SECONDS = 1800.0  # with a controller that does not answer
 _ASK_AGAIN_SECONDS = 5.0
+_HOST_PAUSES = (1.0, 5.0, 20.0)
 _QUEUED = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 _FAILURES = {"TimeLimit", "JobLaunchFailure", "NonZeroExitCode", "OutOfMemory"}
 
@@ -138,10 +139,10 @@ def supervise_job(
 
     is_stopped: the job was asked to stop before the step.
     """
-    asked = map(hosts, (job.node_list for _ in _back_off("scontrol show hostnames")))
-    address = next((found[0] for found in asked if found), None)
+    address = _first_host(job, stops)
     if address is None:
         say(f"scontrol does not show the first host of {job.node_list}.")
+        run.write("give_up", start=job.start, cause="no host", why=f"scontrol does not show it in {job.node_list}")
         return Exit.USER_ERROR
     beginning = run.begin(job.start, nodes=job.node_list)
     say(f"job {job.number}, start {job.start} on {job.node_list}; the run's folder is {run.folder}")
@@ -170,6 +171,18 @@ def supervise_job(
     return _go_back(job, run, decision, suspect if suspect in run.failed_nodes else None, ending.code)
 
 
+def _first_host(job: Job, stops: StopRequests) -> str | None:
+    """Return the first host of the job; scontrol, which needs no controller for that, is given some time."""
+    for pause in (0.0, *_HOST_PAUSES):
+        if pause:
+            say(f"scontrol does not show the hosts of {job.node_list}, again in {pause:g} s")
+            if not stops.sleep(pause):
+                return None
+        if found := hosts(job.node_list):
+            return found[0]
+    return None
+
+
 class _Asking:
     """Asks srun's tasks to stop, again and again: an srun that has not started its tasks yet drops the signal.
 
@@ -190,8 +203,14 @@ class _Asking:
         # bring a checkpoint for that, it is judged when they have.
         if asked == signal.SIGTERM and not self._job.is_requeued and self._job.show().get("Reason") == "TimeLimit":
             decision = self._run.decide_on(self._job.start, Cause.STOPPED)
-            problem = self._job.requeue() if decision.retry else "first a new checkpoint, without which it ends"
-            say(f"the time limit is reached: {f'not requeued: {problem}' if problem else 'back to the queue'}")
+            what = "back to the queue"
+            if not decision.retry:
+                what = (
+                    "the retries are used up, so the job goes back to the queue only if a checkpoint is still written"
+                )
+            elif problem := self._job.requeue():
+                what = f"not requeued: {problem}"
+            say(f"the time limit is reached: {what}")
 
 
 def _go_back(

@@ -132,7 +132,7 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
         counted = {**env, _RESTART_COUNT: str(earlier + number), _SUPERVISOR: env.get(_SUPERVISOR, run.job)}
         ending = run.confirmed(run_command(words, counted, stops, _pass_on))
         if ending.code != Exit.DONE:
-            _leave_orphans_time_to_save()
+            _leave_orphans_time_to_save(stops)
         _, decision = run.judge(number, ending)
         say(f"exit code {ending.code}{whose(ending)}: {decision.why}")
         if stops.requested and decision.retry:
@@ -144,11 +144,11 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
         number += 1
 
 
-def _leave_orphans_time_to_save() -> None:
+def _leave_orphans_time_to_save(stops: StopRequests) -> None:
     """Wait for processes that outlived the launcher: a run without one saves, or ends itself when it cannot."""
-    if left := await_orphans(_ORPHANS_AT_ONCE_SECONDS):
+    if left := await_orphans(_ORPHANS_AT_ONCE_SECONDS, stops):
         say(f"processes that outlive the command: {left}, which get {LONG_WORK_SECONDS:g} s to save and leave")
-        if killed := end_orphans(LONG_WORK_SECONDS):
+        if killed := end_orphans(LONG_WORK_SECONDS, stops):
             say(f"killed {killed} of them")
 
 

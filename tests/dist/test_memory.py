@@ -127,7 +127,8 @@ def test_layers_keep_what_the_formula_says(architecture, recompute, sequence_par
 
 
 def bytes_of_buckets(shape: ModelSection, layout: Layout, bucket: int) -> float:
-    """Return what the formula counts for a buffer of gradients of so many elements."""
+    """Return what the formula counts for a buffer of gradients of so many elements, which are summed as they are."""
+    layout = replace(layout, summed_bytes_per_value=layout.bytes_per_value)
     with_bucket, without = (
         rank_memory(Setting(shape, replace(layout, reduce_bucket=size), ON_CPU, 2), 0, 5).gradients
         for size in (bucket, 0)

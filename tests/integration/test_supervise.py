@@ -16,7 +16,7 @@ from tests.integration.test_kills import TIMES, _num_lines, _tree
 
 SUPERVISE = [sys.executable, "tools/supervise.py"]
 # Counts its tries in a file and ends with the next of the codes that it was given; 9 kills itself. -1 is the 0 of a
-# launcher whose run has not come to its end, and -2 the 2 of a command that prints no mistake.
+# launcher whose run has not come to its end, and -2 the 2 of a Python without its file.
 CODES = """\
 import os, pathlib, sys
 from raptr_ds.supervise.record import append_event
@@ -30,8 +30,8 @@ if code == 9:
     os.kill(os.getpid(), 9)
 if code == 0:
     append_event(tried.parent, "end", exit_code=0)
-if code == 2:
-    print("raptr_ds: ConfigError: no", file=sys.stderr)
+if code == -2:
+    print("python: can't open file 'pretrain.py'", file=sys.stderr)
 sys.exit(2 if code == -2 else max(code, 0))
 """
 
@@ -187,13 +187,35 @@ def test_processes_that_outlive_the_launcher_end_before_the_next_try(tmp_path: P
     assert "killed" not in done.stderr
 
 
+def test_a_signal_reaches_the_processes_that_are_waited_for_and_ends_the_tries(tmp_path: Path) -> None:
+    program = (
+        "import signal, subprocess, sys\n"
+        "wait = 'import signal; signal.signal(15, lambda *_: print(\"left\", flush=True) or exit(1)); signal.pause()'\n"
+        "subprocess.Popen([sys.executable, '-c', wait], start_new_session=True)\n"
+        "sys.exit(1)\n"
+    )
+    words = [*SUPERVISE, "--folder", str(tmp_path), "--", sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=REPOSITORY, env=ENV, stdout=pipe, stderr=pipe, text=True) as supervisor:
+        assert supervisor.stderr is not None
+        for line in supervisor.stderr:
+            if "outlive the command" in line:
+                break
+        supervisor.send_signal(signal.SIGTERM)
+        printed, errors = supervisor.communicate(timeout=30)
+    assert printed == "left\n"
+    assert "start again to continue from the last checkpoint" in errors
+    assert ": try 1," not in errors
+
+
 def test_processes_that_do_not_end_are_killed() -> None:
     program = (
         "import subprocess\n"
-        "from raptr_ds.supervise.command import adopt_orphans, end_orphans\n"
+        "from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans\n"
+        "stops = StopRequests()\n"
         "adopt_orphans()\n"
         "subprocess.run(['bash', '-c', 'setsid sleep 300 & setsid sleep 300 &'])\n"
-        "print(end_orphans(0.2), end_orphans(0))\n"
+        "print(end_orphans(0.2, stops), end_orphans(0, stops))\n"
     )
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=30, check=False)

@@ -71,11 +71,12 @@ signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), save(10), os._exit(75
 wait()
 """
 WAITING = "sys.exit() if start else wait()\n"
-# Right after the step it answers nothing, and then once more not to the requeue itself.
+# Right after the step it does not show the job, once, and then does not requeue it, once.
 DEAF_SCONTROL = """\
 #!/bin/bash
-if [ -e stopped ] && { ! [ -e once ] || { [ "$1" = requeue ] && ! [ -e twice ]; }; }; then
-    if [ -e once ]; then touch twice; else touch once; fi
+case "$1 $2" in "show job") refused=once ;; requeue*) refused=twice ;; *) refused= ;; esac
+if [ -e stopped ] && [ -n "$refused" ] && ! [ -e "$refused" ]; then
+    touch "$refused"
     echo "Unable to contact slurm controller (connect failure)" >&2
     exit 1
 fi

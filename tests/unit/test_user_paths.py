@@ -11,7 +11,7 @@ from raptr_ds.checkpoint.folder import checkpoints_at, checkpoints_in
 from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.data.loader import are_prepared
 from raptr_ds.data.manifest import Manifest
-from raptr_ds.errors import Exit
+from raptr_ds.errors import Exit, StorageError
 from raptr_ds.hf.export import export
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
@@ -82,6 +82,19 @@ def test_whoever_reads_a_path_raises_it(reader: str, closed_folder: Path) -> Non
     for path in (closed_folder / "run.json", TOO_LONG / "run.json"):
         with pytest.raises(PathError, match=r"cannot be used: (Permission denied|File name too long)"):
             READERS[reader](path)
+
+
+@pytest.mark.parametrize("reader", [checkpoints_at, checkpoints_in])
+@pytest.mark.parametrize("method", ["stat", "iterdir"])
+def test_a_file_system_that_is_away_is_not_the_users_mistake(
+    reader: Callable[[Path], object], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, method, away)
+    with pytest.raises(StorageError, match=r"cannot be read: Stale file handle\. Its file system is away"):
+        reader(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_layouts_and_preparation(tmp_path: Path) -> None:
     assert "tokenizing and indexing on one core: raptr_ds" in done.stdout
 
 
+def test_what_checks_a_text_leaves_megatrons_fused_functions_to_be_compiled() -> None:
+    """Whatever imports the trainer's layers first switches their compiler off, and the rival's row would be slower."""
+    program = "import sys, raptr_ds.bench.preparation; print([name for name in sys.modules if 'megatron' in name])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def run_file(*overrides: str, world_size: int = 1) -> RunConfig:
     return load_run_config(ROOT / "deepspeed_configs" / "bert_quickstart.json", overrides, world_size)
 

@@ -1,5 +1,7 @@
 """Keys that only some methods, architectures, stages or other values use; what --set makes of those of the file."""
 
+import json
+
 import pytest
 
 from raptr_ds.config.path_sections import FullSection
@@ -94,6 +96,15 @@ SWITCHED_OFF = {
         {"checkpoint": {"interval": 10, "export_interval": 20, "export_precision": "bf16"}},
         f"{CHECKPOINT}export_interval=null",
         [f"{CHECKPOINT}export_precision"],
+    ),
+    "exports by null of the section": (
+        {
+            "model": {"architecture": "ul2"},
+            "checkpoint": {"interval": 10, "export_interval": 20},
+            "eval": {"tasks": ["boolq"]},
+        },
+        f"{CHECKPOINT[:-1]}=null",
+        [f"{EVAL}tasks"],
     ),
     "exports that tasks need": (
         {
@@ -207,6 +218,32 @@ def test_run_files_made_for_deepspeed_may_hold_its_defaults_at_any_stage(load, s
     small_run["zero_optimization"] |= {"contiguous_gradients": True, "allgather_bucket_size": 5e8}
     assert load().zero_stage == 0
     assert load(f"{Z}stage=3").zero_stage == 3
+
+
+HARMLESS = {
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "zero_optimization.allgather_partitions": True,
+    "zero_optimization.load_from_fp32_weights": True,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": True,
+}
+
+
+def test_what_run_files_made_for_deepspeed_ask_for_in_vain_is_left_out_with_a_line(load):
+    config = load(*[f"{key}={json.dumps(value)}" for key, value in HARMLESS.items()])
+    assert config.deepspeed == {**load().deepspeed, "zero_optimization": {}}
+    lines = [f"{key}={json.dumps(value)}: left out, as it changes nothing here" for key, value in HARMLESS.items()]
+    assert sorted(line for line in config.derived if "changes nothing" in line) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "asked", ["prescale_gradients=true", "gradient_predivide_factor=2", f"{Z}allgather_partitions=false"]
+)
+def test_what_they_would_change_is_refused(load, asked):
+    with pytest.raises(ConfigError, match=r"is not supported by raptr_ds\. .*Remove it"):
+        load(asked)
 
 
 def test_another_stage_from_the_command_line_leaves_keys_of_the_file_out(load, small_run):

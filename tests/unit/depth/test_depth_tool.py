@@ -100,6 +100,9 @@ def test_a_table_of_other_text_does_not_count_wherever_it_lies(
         shutil.copytree(data_folder, folder)
     table, _ = depth_table(source, read_held_out(source, first, 4))
     assert depth_table(source, read_held_out(source, second, 4)) == (table, f"found in {source.folder / 'depth.json'}")
+    for file in second.glob("train.*"):
+        file.unlink()
+    assert depth_table(source, read_held_out(source, second, 4))[0] == table, "it is not read"
     tokens = np.fromfile(first / "validation.bin", np.uint16)
     is_text = tokens >= tokens.max() // 2  # special tokens and ends of documents stay
     tokens[is_text] = np.roll(tokens[is_text], 1)

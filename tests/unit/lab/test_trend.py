@@ -111,15 +111,16 @@ def test_the_tool_prints_a_table_and_draws(lab):
     assert width > height > 300
 
 
-def test_points_at_the_same_tokens_stay_close_whatever_their_number(lab, monkeypatch):
-    """A neighbour at twice the tokens is nowhere near: all of one place are within a tenth of it."""
+@pytest.mark.parametrize(("count", "least"), [(1, 1.0), (2, 0.98), (14, 0.9)])
+def test_points_at_the_same_tokens_stay_close_whatever_their_number(lab, monkeypatch, count, least):
+    """A neighbour at twice the tokens is nowhere near: all of one place are around it, within a tenth of it."""
     (point,) = trend([load_comparison(at_equal_steps(lab, "one", 20))])
-    points = [replace(point, contestant=f"c{number}", tokens=1e6) for number in range(14)]
+    points = [replace(point, contestant=f"c{number}", tokens=1e6) for number in range(count)]
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda axes, places, *_, **__: drawn.append(places[0]))
     trend_picture(points)
-    assert len(set(drawn)) == 14
-    assert 0.9 <= min(drawn) < max(drawn) <= 1.1
+    assert len(set(drawn)) == count
+    assert (min(drawn), max(drawn)) == (pytest.approx(least), pytest.approx(2 - least))
 
 
 def test_a_folder_without_a_comparison_is_a_users_mistake(tmp_path):

@@ -1,6 +1,7 @@
 """Launch detection: what each launcher sets decides the rank, and a half-set launch is refused."""
 
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -19,6 +20,8 @@ _READ_OR_SET = (
         "SLURM_JOB_NODELIST",
         "SLURM_RESTART_COUNT",
         "RAPTR_SIGNAL_LEAD",
+        "RAPTR_SUPERVISOR",
+        "RAPTR_RESTART_COUNT",
         "TORCHINDUCTOR_CACHE_DIR",
     ),
 )
@@ -55,6 +58,10 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="1", TORCHELASTIC_RUN_ID="x"
     )
     assert (found.launcher, found.begun_by) == ("torchrun", "x")
+    # torchrun's own name for runs without one: its agent is the parent of every try.
+    assert launch(monkeypatch, TORCHELASTIC_RUN_ID="none").begun_by == f"{socket.gethostname()}:{os.getppid()}"
+    assert launch(monkeypatch, RAPTR_SUPERVISOR="host:7").begun_by == "host:7"
+    assert launch(monkeypatch, SLURM_JOB_ID="5").begun_by == "5"
 
 
 def test_ranks_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

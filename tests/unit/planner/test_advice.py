@@ -67,9 +67,9 @@ def test_without_a_pipeline_nothing_is_wasted():
     assert advised() == []
 
 
-def plan(monkeypatch, capsys, *arguments):
+def plan(monkeypatch, capsys, *arguments, run_file=RUN_FILE):
     """Run tools/plan.py in this process and return its exit code, output and errors."""
-    monkeypatch.setattr(sys, "argv", ["plan.py", str(RUN_FILE), *arguments])
+    monkeypatch.setattr(sys, "argv", ["plan.py", str(run_file), *arguments])
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     code = 0
     try:
@@ -145,6 +145,17 @@ def test_the_tool_warns_of_a_device_that_is_too_small(monkeypatch, capsys, gib, 
     fits = gib == 90
     assert ("**Warning.** By the plan the fullest rank needs" not in out) is fits
     assert ("activation_checkpointing=true (a third more work)" not in out) is fits
+
+
+@pytest.mark.parametrize(("gib", "holds"), [(8, "hold"), (4, "do not hold")])
+def test_micro_batches_of_phases_are_held_or_not(monkeypatch, capsys, gib, holds):
+    """The table's peak, 7.4 GiB, is of no phase with the full path and the largest micro batch."""
+    settings = ["train_micro_batch_size_per_gpu=64", "raptr_ds.parallel.micro_batches=[64,32,32,16]"]
+    settings += ["raptr_ds.path.full_warmup_ratio=0", NOT_PREPARED]
+    arguments = ["--processes", "1", "--device-memory", str(gib), "--set", *settings]
+    code, out, _ = plan(monkeypatch, capsys, *arguments, run_file=RUN_FILE.with_name("bert_base_raptr.json"))
+    assert code == 0
+    assert f"- {gib} GiB {holds} the run's micro_batches" in out
 
 
 def test_as_many_layers_as_the_tool_says_are_kept_in_a_devices_memory():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raptr_ds.planner.memory import activation_bytes, layer_activation_bytes
+from raptr_ds.planner.memory import activation_bytes, layer_activation_bytes, rank_memory
 from raptr_ds.planner.step_time import Device, Layout, Setting
 
 # Longer than what attention on a CPU computes in fp32 in place of 16 bits, which the formula leaves out.
@@ -20,6 +20,20 @@ from tests.kept_tensors import (
     kept_bytes,
     model_of,
 )
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(1, 0), (2, 1), (3, 2)])
+def test_sums_of_another_type_than_the_working_one_take_copies_of_a_bucket(stage, copies):
+    layout = Layout((LAYERS,), 1, 4, data=2, zero_stage=stage, gradient_bytes_per_value=4, reduce_bucket=1000)
+    in_fp32, in_bf16 = (
+        rank_memory(
+            Setting(model_of("bert", (0.0, 0.0)), replace(layout, summed_bytes_per_value=size), Device(), PREDICTED),
+            0,
+            LAYERS,
+        )
+        for size in (4, 2)
+    )
+    assert in_fp32.gradients - in_bf16.gradients == copies * 1000 * 4
 
 
 @pytest.mark.parametrize("architecture", ["bert", "ul2"])

@@ -19,7 +19,6 @@ from raptr_ds.supervise.policy import (
 KILLED = Failure("node2", None, "Killed")
 LOST = Failure("node1", 77, "exit code 77")
 MISTAKEN = Failure("node1", 2, "exit code 2")
-WRONG = ["raptr_ds: ConfigError: raptr_ds.train.steps=-1"]
 
 
 @pytest.mark.parametrize(
@@ -32,26 +31,27 @@ WRONG = ["raptr_ds: ConfigError: raptr_ds.train.steps=-1"]
         (Ending(137), Cause.FAULT),
         (Ending(137, [KILLED]), Cause.FAULT),
         (Ending(127), Cause.FAULT),
-        (Ending(2, messages=WRONG), Cause.MISTAKE),
-        (Ending(137, [MISTAKEN], messages=WRONG), Cause.MISTAKE),  # the others were killed for waiting
-        (Ending(1, [MISTAKEN], messages=WRONG), Cause.MISTAKE),  # torchrun
-        (Ending(2), Cause.FAULT),  # Python cannot open its file
-        (Ending(1, [MISTAKEN]), Cause.FAULT),
-        (Ending(1, messages=WRONG), Cause.FAULT),
+        (Ending(2), Cause.MISTAKE),
+        (Ending(137, [MISTAKEN]), Cause.MISTAKE),  # the others were killed for waiting
+        (Ending(1, [MISTAKEN]), Cause.MISTAKE),  # torchrun
+        (Ending(2, no_script=True), Cause.FAULT),
+        (Ending(1, [MISTAKEN], no_script=True), Cause.FAULT),
+        (Ending(2, folder_in_use=True), Cause.OCCUPIED),
+        (Ending(1, folder_in_use=True), Cause.FAULT),
         (Ending(1, [Failure("here", 75, "exit code 75")]), Cause.STOPPED),
         (Ending(75), Cause.STOPPED),
         (Ending(138, stop_requested=True), Cause.STOPPED),
         (Ending(138), Cause.FAULT),
         (Ending(1, stop_requested=True), Cause.FAULT),
         (Ending(1, port_taken=True), Cause.PORT),
-        (Ending(2, port_taken=True, messages=WRONG), Cause.MISTAKE),
+        (Ending(2, port_taken=True), Cause.MISTAKE),
         (Ending(75, port_taken=True), Cause.STOPPED),
         (Ending(74), Cause.STORAGE),
         (Ending(76), Cause.HUNG),
         (Ending(137, [Failure("node1", 76, "exit code 76")]), Cause.HUNG),
         (Ending(137, [LOST, KILLED]), Cause.FAULT),
         (Ending(77, [LOST]), Cause.FAULT),
-        (Ending(77, [LOST, Failure("node2", 2, "exit code 2")], messages=WRONG), Cause.MISTAKE),
+        (Ending(77, [LOST, Failure("node2", 2, "exit code 2")]), Cause.MISTAKE),
         (Ending(137, [LOST, Failure("node2", 76, "exit code 76"), KILLED]), Cause.HUNG),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_folder_that_the_try_before_has_not_left_yet_is_waited_for(tmp_path: P
     run = Supervised(tmp_path, "1", Limits(delay_seconds=7))
     for number in range(start + 1):
         run.begin(number)
-    cause, decision = run.judge(start, Ending(2, [Failure("node1", 2, "")], messages=reports.messages))
+    cause, decision = run.judge(start, Ending(2, [Failure("node1", 2, "")], folder_in_use=reports.folder_in_use))
     assert (cause, decision.retry) == (Cause.OCCUPIED if retry else Cause.MISTAKE, retry)
     assert decision.delay_seconds == (7 * 4 if retry else 0)
     assert "node1" not in run.failed_nodes | Supervised(tmp_path, "1", Limits()).failed_nodes

@@ -137,7 +137,7 @@ def test_a_scontrol_that_fails_once_is_asked_again_where_the_ranks_meet(slurm: P
     command = [*words, "--", "bash", "-c", "echo $MASTER_ADDR; exit 75"]
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (75, "node1\n"), done.stderr
-    assert "scontrol show hostnames: no success yet, again in 1 s" in done.stderr
+    assert "scontrol does not show the hosts of node[1-2], again in 1 s" in done.stderr
 
 
 def test_a_time_limit_without_progress_ends_the_job_as_other_stops_do(slurm: Path) -> None:
