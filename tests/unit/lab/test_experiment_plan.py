@@ -29,7 +29,7 @@ RIVALS = [
 ]
 _FOLDER = Path(__file__).parents[3] / "experiments"
 EXPERIMENTS = sorted([*_FOLDER.glob("*.json"), *_FOLDER.glob("*/*.json")])
-ONE_SEED = {"quickstart_twins", "ul2_125m", "bert_base_raptr", "ul2_28m_one_rate"}  # for minutes, a GPU's, or hours
+ONE_SEED = {"quickstart_twins", "ul2_125m", "bert_base_raptr"}  # for minutes, or a GPU's
 
 
 def summed_flops(lab, settings):

@@ -91,10 +91,10 @@ def test_the_repositorys_runs_speak_for_half_where_they_are_and_for_neither_outs
     """That of docs/results.md."""
     law = fit_law(read_results("ul2"))
     assert law.models == ("12 layers x 64", "24 layers x 64", "12 layers x 128", "12 layers x 128, WarmupStableDecayLR")
-    assert law.at_equal_flops(law.longest_model, 1.2, 0.449).mean == pytest.approx(-0.268, abs=5e-4)
+    assert law.at_equal_flops(law.longest_model, 1.2, 0.449).mean == pytest.approx(-0.255, abs=5e-4)
     assert law.best_saving(law.longest_model, 1.2, (0.224, 0.449)) == 0.449
     far = law.at_equal_flops(law.longest_model, 20.0, 0.449)
-    assert (far.mean, far.most) == (pytest.approx(-0.038, abs=5e-4), pytest.approx(0.028, abs=5e-4))
+    assert (far.mean, far.most) == (pytest.approx(0.004, abs=5e-4), pytest.approx(0.080, abs=5e-4))
     assert law.best_saving(law.longest_model, 20.0, (0.224, 0.449)) is None
 
 
