@@ -3,10 +3,9 @@
 COMMAND is what starts the run by hand, for example
     python tools/supervise.py -- deepspeed raptr_ds/pretrain.py --deepspeed_config FILE --set KEY=VALUE
 or the same with torchrun or mpirun. It is tried again at once as long as the run's newest checkpoint advances, and with
-growing delays a few times without. A mistake (exit code 2) is not tried again. SIGUSR1, SIGTERM, SIGINT
-and SIGHUP are passed on, and end the tries. What happened stands in events.jsonl in the run's folder. The exit code is
-that of the last try. In Slurm jobs slurm/training_job.sh starts this with --slurm, and the job is requeued for the next
-try.
+growing delays a few times without. A mistake (exit code 2) is not tried again. SIGUSR1, SIGTERM, SIGINT and SIGHUP are
+passed on, and end the tries. What happened stands in events.jsonl in the run's folder. The exit code is that of the
+last try. In Slurm jobs slurm/training_job.sh starts this with --slurm, and the job is requeued for the next try.
 """
 
 import argparse

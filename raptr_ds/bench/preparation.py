@@ -19,7 +19,7 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
-from raptr_ds.prepare.readers import ReadingOptions
+from raptr_ds.prepare.readers import ReadingOptions, parse_row
 from raptr_ds.user_paths import is_file
 
 
@@ -41,13 +41,11 @@ def check_text(text: Path) -> None:
     number = 0
     with text.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                found = json.loads(line.decode())["text"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                found = None
-            if isinstance(found, str):
-                continue
-            raise DataError(f'{text}, line {number}: not a JSON object with a "text". Correct or remove it.')
+            row = parse_row(line)
+            if isinstance(row, str):
+                raise DataError(f"{text}, line {number}: {row}. Correct or remove it.")
+            if not isinstance(row.get("text"), str):
+                raise DataError(f'{text}, line {number} has no "text". Correct or remove it.')
     if not number:
         raise DataError(f'{text} is empty. Name a JSONL file with a "text" in each line.')
 

@@ -53,9 +53,10 @@ def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
     return sorted(allowed, key=steps.__getitem__, reverse=True)
 
 
-def checkpoints_at(where: Path) -> list[Path]:
+def checkpoints_at(where: Path, of_run_file: bool = False) -> list[Path]:
     """Return the checkpoints at a folder that a user gives, newest first: a run's, or the folder itself if it is one.
 
+    of_run_file: the folder is raptr_ds.checkpoint.load.
     Raises: CheckpointError if there is none; PathError if the folder cannot be read.
     """
     if is_file(where / MANIFEST) or (step_of(where) is not None and is_folder(where)):
@@ -63,9 +64,10 @@ def checkpoints_at(where: Path) -> list[Path]:
     found = checkpoints_in(where / CHECKPOINTS) or checkpoints_in(where)
     if not found:
         state = "there is no checkpoint in it" if is_folder(where) else "there is no such folder"
+        key, others = ("raptr_ds.checkpoint.load=", ", or set it to auto or none") if of_run_file else ("", "")
         raise CheckpointError(
-            f"raptr_ds.checkpoint.load={where}: {state}. Set it to a run's folder, its {CHECKPOINTS} folder, one "
-            "step-... folder, auto or none."
+            f"{key}{where}: {state}. Name a run that has saved one, its {CHECKPOINTS} folder or one step-... folder"
+            f"{others}."
         )
     return found
 

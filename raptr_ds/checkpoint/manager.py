@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,8 @@ from raptr_ds.errors import CheckpointError
 from raptr_ds.parallel.agreement import on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.user_paths import is_folder, make_folder, writing
+
+T = TypeVar("T")
 
 _WAIT_SECONDS = 0.02
 
@@ -118,12 +120,17 @@ class Checkpoints:
         self.held: set[int] = set()
         self._sweeper: threading.Thread | None = None
         check_writable(self.folder, groups)
-        for done in on_first_rank(groups, self._tidied):
+        for done in self._changed_by(lambda: tidy(self.folder)):
             self._report(f"checkpoints: {done}")
 
-    def _tidied(self) -> list[str]:
-        with writing(self.folder):
-            return tidy(self.folder)
+    def _changed_by(self, action: Callable[[], T]) -> T:
+        """Return what an action that changes the folder returns; on the first rank. Raises: as `check_writable`."""
+
+        def act() -> T:
+            with writing(self.folder):
+                return action()
+
+        return on_first_rank(self.groups, act)
 
     def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> None:
         """Copy the state after `step` steps and begin to write it.
@@ -272,7 +279,7 @@ class Checkpoints:
         if where == "auto":
             candidates = on_first_rank(self.groups, lambda: checkpoints_in(self.folder, not_after))
         else:
-            candidates = on_first_rank(self.groups, lambda: checkpoints_at(Path(where)))[:1]
+            candidates = on_first_rank(self.groups, lambda: checkpoints_at(Path(where), of_run_file=True))[:1]
         damages = []
         for folder in candidates:
             try:
@@ -305,12 +312,7 @@ class Checkpoints:
 
     def _set_aside(self, after: int, source: Path | None = None) -> None:
         """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
-
-        def move() -> Path | None:
-            with writing(self.folder):
-                return set_aside(self.folder, after)
-
-        moved = on_first_rank(self.groups, move)
+        moved = self._changed_by(lambda: set_aside(self.folder, after))
         if moved is None or self.groups.rank > 0:
             return
         loaded = () if source is None else source.resolve().parents

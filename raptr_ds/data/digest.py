@@ -8,10 +8,9 @@ from raptr_ds.data.indexed import reading
 
 _BLOCK_BYTES = 1 << 14
 _MAX_BLOCKS = 512
-SPLITS = ("train", "validation")
 
 
-def corpus_digest(folders: Mapping[str, float], splits: Sequence[str] = SPLITS) -> str:
+def corpus_digest(folders: Mapping[str, float], splits: Sequence[str] = ("train", "validation")) -> str:
     """Return the hexadecimal digest of a run's data: its folders' tokens, their weights and their order.
 
     Of each file its size and at most 512 blocks of 16 KiB, spread evenly, the first and the last among them: all of a

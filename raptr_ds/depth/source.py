@@ -10,12 +10,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.checkpoint.folder import checkpoints_at
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.errors import CheckpointError, ConfigError, DataError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.hf.source import exported_kind, load_model, needed_tokenizer, read_run_data, run_folder, settings_of
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.raptr import residual_scale_of
@@ -76,21 +75,9 @@ def open_model(where: Path, tokenizer: str | None = None) -> ModelSource:
     Raises: ConfigError, DataError or CheckpointError for a folder that holds no such model, or no tokenizer.
     """
     is_exported = exported_kind(where) is not None
-    if not is_exported and not _has_checkpoint(where):
-        raise CheckpointError(
-            f"{where} has no checkpoint yet. Name a run that has saved one (raptr_ds.checkpoint.interval), a "
-            "checkpoint, or an exported folder."
-        )
     source = _of_exported(where, tokenizer) if is_exported else source_of(load_model(where), tokenizer, where)
     assert source.tokenizer.vocab_size == source.trained.model.vocab_size
     return source
-
-
-def _has_checkpoint(where: Path) -> bool:
-    try:
-        return bool(checkpoints_at(where))
-    except CheckpointError:
-        return False
 
 
 def labelled(sources: Sequence[ModelSource], paths: Sequence[Path]) -> list[ModelSource]:

@@ -175,10 +175,10 @@ def _activity(path: LayerPath) -> np.ndarray:
 
 def _recomputed_in_stages(paths: Iterable[LayerPath], setting: Setting) -> np.ndarray:
     """Return how many layers of each pipeline stage run forward once more, (paths, stages); of several, the mean."""
-    stages, rows = setting.layout.stage_layers, []
+    layout, rows = setting.layout, []
     for path in paths:
-        active = active_in_stages(np.array([_activity(draw) for draw in path.draws]), stages)
-        recomputes = setting.layout.recompute & (active > setting.keep_up_to)
+        active = active_in_stages(np.array([_activity(draw) for draw in path.draws]), layout.stage_layers)
+        recomputes = layout.recompute & (active > setting.keep_up_to)
         rows.append((active * recomputes).mean(axis=0))
     return np.array(rows)
 

@@ -248,7 +248,7 @@ def _where_from(
 
 
 def _origin(load: str, launch: Launch) -> str:
-    """Return what tells a run that was begun as `load` asks from others in its folder."""
+    """Return what distinguishes a run that was begun as `load` asks from others in its folder."""
     if load == "auto":
         return load
     return f"none, by {launch.begun_by}" if load == "none" else str(Path(load).absolute())

@@ -45,7 +45,7 @@ def load_checked(file: Path, overrides: Sequence[str], layout: JobLayout) -> Run
     config = config.with_vocab_size(tokenizer.vocab_size)
     build_objective(config.objective, config.model, tokenizer, config.data.packing)
     if config.checkpoint.load not in ("auto", "none"):
-        checkpoints_at(Path(config.checkpoint.load))
+        checkpoints_at(Path(config.checkpoint.load), of_run_file=True)
     return config
 
 

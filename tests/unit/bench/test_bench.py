@@ -155,7 +155,7 @@ def test_a_layout_that_runs_out_of_memory_has_a_row(monkeypatch: pytest.MonkeyPa
         (["--plot", "picture.txt"], "--plot picture.txt: a picture's file ends in"),
         (["--tokenizer", "x.model"], "--tokenizer goes with --text"),
         (["--text", "no/such.jsonl"], "no/such.jsonl does not exist"),
-        (["--text", "README.md"], "README.md, line 1: not a JSON object"),
+        (["--text", "README.md"], "README.md, line 1: not JSON"),
     ],
 )
 def test_what_cannot_be_measured_is_a_mistake(arguments: list[str], says: str) -> None:
@@ -173,4 +173,4 @@ def test_a_bad_tokenizer_is_found_before_anything_is_measured(tmp_path: Path, gi
     assert (done.returncode, done.stdout) == (2, "")
     assert given in done.stderr
     text.write_text('{"text": "one"}\n{"text": 2}\n')
-    assert "text.jsonl, line 2: not a JSON object" in bench("bert", "--text", str(text)).stderr
+    assert 'text.jsonl, line 2 has no "text"' in bench("bert", "--text", str(text)).stderr

@@ -86,6 +86,7 @@ def test_stages_to_balance_over_are_for_balanced_sampling(load, small_run):
     assert any(line.startswith(f"{P}balance_stages: left out") for line in config.derived)
 
 
+EXPORTED_UL2 = {"model": {"architecture": "ul2"}, "checkpoint": {"interval": 10, "export_interval": 20}}
 SWITCHED_OFF = {
     "exports": (
         {"checkpoint": {"interval": 10, "export_interval": 20, "export_precision": "bf16"}},
@@ -98,38 +99,22 @@ SWITCHED_OFF = {
         [f"{CHECKPOINT}export_precision"],
     ),
     "exports by null of the section": (
-        {
-            "model": {"architecture": "ul2"},
-            "checkpoint": {"interval": 10, "export_interval": 20},
-            "eval": {"tasks": ["boolq"]},
-        },
+        {**EXPORTED_UL2, "eval": {"tasks": ["boolq"]}},
         f"{CHECKPOINT[:-1]}=null",
         [f"{EVAL}tasks"],
     ),
     "exports that tasks need": (
-        {
-            "model": {"architecture": "ul2"},
-            "checkpoint": {"interval": 10, "export_interval": 20},
-            "eval": {"tasks": ["boolq"], "task_limit": 5},
-        },
+        {**EXPORTED_UL2, "eval": {"tasks": ["boolq"], "task_limit": 5}},
         f"{CHECKPOINT}export_interval=0",
         [f"{EVAL}tasks", f"{EVAL}task_limit"],
     ),
     "tasks": (
-        {
-            "model": {"architecture": "ul2"},
-            "checkpoint": {"interval": 10, "export_interval": 20},
-            "eval": {"tasks": ["boolq"], "task_interval": 40, "task_device": "cuda"},
-        },
+        {**EXPORTED_UL2, "eval": {"tasks": ["boolq"], "task_interval": 40, "task_device": "cuda"}},
         f"{EVAL}tasks=[]",
         [f"{EVAL}task_interval", f"{EVAL}task_device"],
     ),
     "the architecture of tasks": (
-        {
-            "model": {"architecture": "ul2"},
-            "checkpoint": {"interval": 10, "export_interval": 20},
-            "eval": {"tasks": ["boolq"], "task_shots": 2},
-        },
+        {**EXPORTED_UL2, "eval": {"tasks": ["boolq"], "task_shots": 2}},
         f"{M}architecture=bert",
         [f"{EVAL}tasks", f"{EVAL}task_shots"],
     ),

@@ -60,7 +60,7 @@ def test_a_run_without_a_checkpoint_is_named_as_such(tool: Tool, tmp_path: Path,
     (tmp_path / "metrics.jsonl").write_text("")
     done = tool(name, tmp_path)
     assert (done.code, done.printed) == (2, "")
-    assert f"{tmp_path} has no checkpoint yet. Name a run that has saved one" in done.error
+    assert f"{tmp_path}: there is no checkpoint in it. Name a run that has saved one" in done.error
     assert "raptr_ds.checkpoint.load" not in done.error
 
 

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what torch and DeepSpeed are told of it; torch sees no GPU here and is pretended to."""
+"""Which GPU a rank takes, and which one torch and DeepSpeed then use; what torch sees of GPUs is made up here."""
 
 import os
 from typing import Any
