@@ -1,6 +1,6 @@
 """Check a run and submit it to Slurm: python tools/submit.py RUN_FILE --nodes N [--gpus-per-node G] [--time LIMIT] ...
 
-    tools/submit.py deepspeed_configs/bert_base_raptr.json --nodes 4 --gpus-per-node 8 --time 2-0 \\
+    tools/submit.py deepspeed_configs/ul2_1b_raptr.json --nodes 4 --gpus-per-node 8 --time 2-0 \\
         --set raptr_ds.train.save=runs/mine -- --account=NAME --cpus-per-task=12
 
 Checked before anything is submitted: the run file at that size, its data, the memory plan, room on the disk for its

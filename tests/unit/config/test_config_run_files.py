@@ -1,5 +1,6 @@
 """The run files of the repository: complete, with a standard twin, and alive under other depths and layouts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.config.load import load_run_config
 
-FILES = sorted((Path(__file__).parents[3] / "deepspeed_configs").glob("*.json"))
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 NAMES = {file.stem for file in FILES}
 TWINS = {
     "bert_quickstart": "bert_quickstart_full",
@@ -43,6 +45,23 @@ def test_the_file_as_it_is(file):
     assert config.train.save == f"runs/{file.stem}"
     assert config.model.architecture == file.stem.split("_")[0]
     assert config.path.method == ("full" if file.stem.endswith("full") else "raptr")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/slurm.md", "slurm/bert_raptr.sbatch", "slurm/ul2_raptr.sbatch", "tools/submit.py"]
+)
+def test_cluster_commands_of_the_pages_fit_their_run_files(page):
+    text = (ROOT / page).read_text()
+    lines = [line for line in text.splitlines() if re.search(r"--nodes[= ]\d+ --gpus-per-node[= ]\d", line)]
+    lines = [line for line in lines if re.search(r"_raptr\.(?:sbatch|json)", line)]
+    assert lines
+    for line in lines:
+        nodes, gpus = (re.findall(rf"--{option}[= ](\d+)", line)[0] for option in ("nodes", "gpus-per-node"))
+        name = re.findall(r"(\w+_raptr)\.(?:sbatch|json)", line)[0]
+        if name not in NAMES:  # a batch file, which names its run file
+            batch = (ROOT / "slurm" / f"{name}.sbatch").read_text()
+            name = re.findall(r"deepspeed_configs/(\w+)\.json", batch)[0]
+        load_run_config(file_of(name), [], int(nodes) * int(gpus))
 
 
 def test_schedules_and_warm_up():
