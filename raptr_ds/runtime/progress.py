@@ -129,10 +129,13 @@ class RichProgress(Progress):
 
 
 def build_progress(kind: str, stream: TextIO | None = None) -> Progress:
-    """Return the progress that `raptr_ds.log.progress` names; auto is rich on a terminal and plain elsewhere."""
+    """Return the progress that `raptr_ds.log.progress` names; auto is rich on a terminal and plain elsewhere.
+
+    Open MPI's mpirun gives each rank a pseudo-terminal, wherever its own output goes: auto is plain there.
+    """
     output: TextIO = sys.stdout if stream is None else stream
     if kind == "none":
         return Progress()
-    if kind == "rich" or (kind == "auto" and output.isatty()):
+    if kind == "rich" or (kind == "auto" and output.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ):
         return RichProgress(output)
     return PlainProgress(output)
