@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from raptr_ds.config.deepspeed_keys import (
     HARMLESS,
@@ -259,13 +259,19 @@ def _value_of(selector: str, tree: dict[str, Any]) -> Any:
         return None
 
 
+class _Selector(Section):
+    """Looks for no description in source text, which would take most of the time that a run file is loaded in."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
+
+
 @cache
 def _reader(selector: str) -> type[Section]:
     """Return a section of one `value`, which may be what the selector's may be."""
     field = field_of(selector)
     assert field is not None, selector
     value: Any = (field.annotation, field)
-    return create_model("Selector", __base__=Section, value=value)
+    return create_model("Selector", __base__=_Selector, value=value)
 
 
 def _written(value: Any) -> str:
