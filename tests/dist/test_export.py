@@ -5,11 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from raptr_ds.checkpoint.manager import Checkpoints
-from raptr_ds.hf.export import export
-from raptr_ds.hf.model import from_hugging_face
 from raptr_ds.parallel.launch import Launch
 from tests.dist.trajectory import Case, batch_at, build_engine, full_weights, model_of, path_method, process_groups
 from tests.dist.workers import run_distributed
@@ -37,6 +34,12 @@ def train_and_save(launch: Launch, case: Case, folder: str) -> dict[str, np.ndar
     ids=["ul2-tp2-sp-zero3-bf16", "bert-tp2-pp2-untied"],
 )
 def test_the_export_of_any_layout_is_the_trained_model(ranks: int, case: Case, tmp_path: Path) -> None:
+    # Not for the whole file, which the ranks import too: transformers takes a second of CPU.
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from raptr_ds.hf.export import export
+    from raptr_ds.hf.model import from_hugging_face
+
     trained = run_distributed(train_and_save, ranks, case, str(tmp_path / "checkpoints"))[0]
     export(tmp_path, tmp_path / "out", torch.float32, "none")
     loader = AutoModelForMaskedLM if case.architecture == "bert" else AutoModelForCausalLM

@@ -12,19 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from raptr_ds.checkpoint.folder import checkpoints_in
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.hf.model import hugging_face_inputs
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.runtime import side_process
 from tests import export_tools
 from tests.integration.conftest import PATIENCE, forked, lines_of, tiny_run, training_lines
-from tests.unit.hf.test_exported_models import batch_of, log_probabilities
 
 UL2 = {"architecture": "ul2"}
 TASKS = {"tasks": ["boolq"], "task_limit": 7, "task_shots": 1, "task_files": "files"}
@@ -89,6 +86,12 @@ def assert_gone(tools: Path, name: str) -> None:
 
 
 def test_an_export_is_its_checkpoint_whatever_layout_trains(data_folder: Path, tmp_path: Path) -> None:
+    # Not for the whole file: the ranks of the other tests import it too, and transformers takes a second of CPU.
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from raptr_ds.hf.model import hugging_face_inputs
+    from tests.unit.hf.test_exported_models import batch_of, log_probabilities
+
     run = run_with(tmp_path, data_folder, model=UL2, path={"schedule": "2-4"}, train={"steps": 4})  # the last step's
     done = forked(run, "raptr_ds.parallel.tensor_model_parallel_size=2", processes=2)
     assert done.returncode == 0, done.stderr
