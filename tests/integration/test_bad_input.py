@@ -100,8 +100,8 @@ def test_too_few_sentinels(data_folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
-    """Both kinds of mistake through the launcher: before the processes meet, and after."""
-    world = call(deepspeed_command(run_file, "raptr_ds.parallel.tensor_model_parallel_size=4"))
+    """Both kinds of mistake: before the processes meet, and, through the launcher, after."""
+    world = forked(run_file, "raptr_ds.parallel.tensor_model_parallel_size=4", processes=2)
     assert world.returncode == 2, world.stderr
     assert (world.stdout + world.stderr).count("raptr_ds: ConfigError") == 1
     data = call(deepspeed_command(run_file, "raptr_ds.data.path=/nowhere"))

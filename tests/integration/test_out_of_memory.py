@@ -1,56 +1,42 @@
 """A rank's device runs out of memory: it explains, no other hangs, and the exit code says whether steps are lost."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from tests.integration.conftest import call, deepspeed_command, forked, training_lines
-
-FAILING = """
-import os, sys
-sys.path.insert(0, {repository!r})
 import torch
-from raptr_ds import pretrain
-from raptr_ds.parallel.launch import prepare_imports
 
-prepare_imports(False)
-import raptr_ds.runtime.setup as session
 from raptr_ds.engine.zero import ZeroEngine
+from raptr_ds.parallel.launch import Launch
+from raptr_ds.runtime import setup
+from tests.integration.conftest import forked, training_lines
 
-RANKS, STEP = {ranks!r}, {step!r}
-build, train = session.build_engine, ZeroEngine.train_step
 
-def fail():
-    if int(os.environ["RANK"]) in RANKS:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def find_no_memory(launch: Launch, ranks: tuple[int, ...], step: int | None) -> None:
+    """Let some ranks find no memory in a 0-based step, or None: when the engine is built."""
+    build, train = setup.build_engine, ZeroEngine.train_step
 
-def build_engine(config, groups):
-    if STEP is None:
-        fail()
-    return build(config, groups)
+    def fail() -> None:
+        if launch.rank in ranks:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-def train_step(self, batch, path, step, learning_rate):
-    if step == STEP:
-        fail()
-    return train(self, batch, path, step, learning_rate)
+    def build_engine(*arguments: Any) -> Any:
+        if step is None:
+            fail()
+        return build(*arguments)
 
-session.build_engine, ZeroEngine.train_step = build_engine, train_step
-code = int(pretrain.main(sys.argv[1:]))
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code)
-"""
+    def train_step(engine: ZeroEngine, batch: Any, path: Any, number: int, learning_rate: float) -> Any:
+        if number == step:
+            fail()
+        return train(engine, batch, path, number, learning_rate)
+
+    setup.build_engine, ZeroEngine.train_step = build_engine, train_step  # type: ignore[method-assign]
 
 
 def run_short_of_memory(run_file: Path, ranks: tuple[int, ...], step: int | None, *settings: str) -> tuple[int, str]:
-    """Run on two processes, of which some find no memory in a 0-based step, or None: when the engine is built."""
-    script = run_file.parent / "short_of_memory.py"
-    repository = str(Path(__file__).parents[2])
-    script.write_text(FAILING.format(repository=repository, ranks=ranks, step=step))
-    command = [
-        str(script) if part == "raptr_ds/pretrain.py" else part for part in deepspeed_command(run_file, *settings)
-    ]
-    done = call(command)
+    """Run on two processes, of which some find no memory; both end by themselves, with the same exit code."""
+    done = forked(run_file, *settings, processes=2, spoil=partial(find_no_memory, ranks=ranks, step=step))
     return done.returncode, done.stdout + done.stderr
 
 
