@@ -35,10 +35,10 @@ LAYOUTS = {
     "dp2-zero1": (2, Case(zero=1)),
     "dp2-zero2": (2, Case(zero=2)),
     "dp2-zero3": (2, Case(zero=3)),
-    "tp2": (2, Case(tensor=2)),
-    "tp2-sp-zero3": (2, Case(tensor=2, sequence_parallel=True, zero=3)),
+    "tp2": (2, Case(tensor=2, micro_batch=4)),
+    "tp2-sp-zero3": (2, Case(tensor=2, sequence_parallel=True, zero=3, micro_batch=4)),
     "pp2-zero1": (4, Case(pipeline=2, zero=1)),
-    "tp2-pp2": (4, Case(tensor=2, pipeline=2)),
+    "tp2-pp2": (4, Case(tensor=2, pipeline=2, micro_batch=4)),
 }
 
 

@@ -20,10 +20,10 @@ LAYOUTS = {
     "DP2": (2, {}),
     "DP2 ZeRO 1": (2, {"zero": 1}),
     "DP2 ZeRO 3": (2, {"zero": 3}),
-    "TP2": (2, {"tensor": 2}),
+    "TP2": (2, {"tensor": 2, "micro_batch": 4}),
     "PP2": (2, {"pipeline": 2}),
     "PP2 DP2 ZeRO 1": (4, {"pipeline": 2, "zero": 1}),
-    "PP2 TP2": (4, {"pipeline": 2, "tensor": 2}),
+    "PP2 TP2": (4, {"pipeline": 2, "tensor": 2, "micro_batch": 4}),
 }
 
 
@@ -31,7 +31,9 @@ def compare(case: Case, layouts: tuple[str, ...], model: PlainModel, losses: lis
     """Compare a run in each layout with what a direct implementation has lost and become."""
     for layout in layouts:
         world_size, changes = LAYOUTS[layout]
-        found = run_distributed(run_case, world_size, replace(case, **changes))[0]
+        placed = replace(case, **changes)
+        placed = replace(placed, micro_batch=min(placed.micro_batch, case.global_batch // case.paths_per_step))
+        found = run_distributed(run_case, world_size, placed)[0]
         assert found.losses == pytest.approx(losses, rel=LOSS), layout
         assert found.grad_norms == pytest.approx(norms, rel=NORM), layout
         assert weights_differ(found.weights, model.named()) < WEIGHT * case.learning_rate, layout
