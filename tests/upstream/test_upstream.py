@@ -145,21 +145,25 @@ def test_zero_3_learns_that_a_layer_reads_anothers_weight_when_it_first_does() -
 
 
 MEGATRON_CORE = "from megatron.core import parallel_state"
+MUON = "import deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def loads(code: str, module: str = "torch._inductor.compile_fx") -> bool:
     """Return whether a fresh process that runs `code` has loaded a module then."""
-    return module in loaded_by(code)
+    return module in loaded_after(code)[0]
 
 
 @cache
-def loaded_by(code: str) -> frozenset[str]:
-    """Return the modules that a fresh process has loaded after it has run `code`."""
-    program = f"import sys\n{code}\nprint(sys.modules['torch'].compile)\nprint(*sys.modules)"
+def loaded_after(*codes: str) -> list[frozenset[str]]:
+    """Return the modules that a fresh process has loaded after each of `codes`, which it runs one after another."""
+    shown = "print('loaded', *sys.modules)\n"
+    program = "import sys\n" + "".join(f"{code}\n{shown}" for code in codes) + "print(sys.modules['torch'].compile)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    compiler, names = done.stdout.splitlines()[-2:]
-    assert compiler.startswith("<function compile ")
-    return frozenset(names.split(" "))
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("<function compile ")
+    found = [frozenset(line.split(" ")) for line in lines if line.startswith("loaded ")]
+    assert len(found) == len(codes)
+    return found
 
 
 def test_deepspeed_makes_groups_without_a_time_out() -> None:
@@ -170,13 +174,12 @@ def test_deepspeed_makes_groups_without_a_time_out() -> None:
 def test_importing_megatron_core_loads_the_inductor() -> None:
     """Fixed: parallel/megatron_core.py need not import without_compiler."""
     assert loads(MEGATRON_CORE)
-    assert not loads("import raptr_ds.parallel.megatron_core")
     assert not loads("import raptr_ds.runtime.setup")
 
 
 def test_importing_deepspeed_imports_mlflow() -> None:
     """Fixed: parallel/launch.py need not hide it."""
-    assert loads("import deepspeed", "mlflow.version")
+    assert "mlflow.version" in loaded_after("import deepspeed", MUON)[0]
     ours = "from raptr_ds.parallel.launch import prepare_imports\nprepare_imports(False)\nimport raptr_ds.runtime.setup"
     assert not loads(ours, "mlflow.version")
 
@@ -188,10 +191,15 @@ def test_importing_a_module_of_megatron_core_loads_all_of_it_and_sympy() -> None
 
 
 def test_megatron_core_is_whole_after_we_imported_a_part_of_it() -> None:
-    ours = "import raptr_ds.parallel.megatron_core\nimport megatron.core\n"
-    assert not loads(ours, "megatron.core.distributed")
     names = "from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy"
-    assert loads(f"{ours}{names}\nmegatron.core.DistributedDataParallel", "megatron.core.distributed")
+    ours, core, rest = loaded_after(
+        "import raptr_ds.parallel.megatron_core",
+        "import megatron.core",
+        f"{names}\nmegatron.core.DistributedDataParallel",
+    )
+    assert "torch._inductor.compile_fx" not in ours
+    assert "megatron.core.distributed" not in core
+    assert "megatron.core.distributed" in rest
 
 
 def test_the_first_step_of_an_optimizer_loads_the_compiler() -> None:
@@ -213,9 +221,10 @@ assert weight.item() < 0
 def test_the_first_reduction_of_zero_1_and_2_loads_the_inductor() -> None:
     """Fixed: engine/path_zero.py need not import Muon."""
     assert "import MuonWithAuxAdam" in inspect.getsource(DeepSpeedZeroOptimizer.average_tensor)
-    muon = "import deepspeed.runtime.zero.muon.muon_optimizer"
-    assert loads(muon)
-    assert not loads(f"import raptr_ds.engine.path_zero\n{muon}")
+    deepspeed, muon = loaded_after("import deepspeed", MUON)
+    assert "torch._inductor.compile_fx" not in deepspeed
+    assert "torch._inductor.compile_fx" in muon
+    assert not loads(f"import raptr_ds.engine.path_zero\n{MUON}")
 
 
 def test_inductor_does_not_define_overflow() -> None:

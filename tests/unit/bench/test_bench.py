@@ -35,12 +35,11 @@ def rows_of(report: str) -> list[list[str]]:
     return rows[2:]
 
 
-@pytest.mark.parametrize(("architecture", "precision"), [("bert", "fp32"), ("ul2", "bf16")])
-def test_a_table_with_our_paths_and_the_others(tmp_path: Path, architecture: str, precision: str) -> None:
-    report, plot = tmp_path / "report.md", tmp_path / "plot.png"
-    done = bench(
-        architecture, "--precision", precision, "--output", str(report), "--plot", str(plot), "--set", *TINY, *SMALL
-    )
+def check_table(folder: Path, architecture: str, precision: str, *more: str, layouts: tuple[str, ...] = ()) -> str:
+    """Make a report and a plot, check both, and return the report."""
+    report, plot = folder / "report.md", folder / "plot.png"
+    options = ["--precision", precision, "--output", str(report), "--plot", str(plot), *more]
+    done = bench(architecture, *options, "--set", *TINY, *SMALL)
     assert done.returncode == 0, done.stderr
     text = report.read_text()
     assert [row[:3] for row in rows_of(text)] == [
@@ -49,6 +48,7 @@ def test_a_table_with_our_paths_and_the_others(tmp_path: Path, architecture: str
         ["raptr_ds", "one process", "2"],
         ["Hugging Face + DeepSpeed", "one process", "4"],
         ["megatron-core layers + DeepSpeed", "one process", "4"],
+        *(["raptr_ds", layout, length] for layout in layouts for length in "432"),
     ]
     assert all(float(row[3]) > 0 for row in rows_of(text))
     losses = re.search(r"raptr_ds ([\d.]+), Hugging Face \+ DeepSpeed ([\d.]+), megatron-core.* ([\d.]+)$", text, re.M)
@@ -58,10 +58,15 @@ def test_a_table_with_our_paths_and_the_others(tmp_path: Path, architecture: str
     assert all(abs(ours - theirs) < (2e-5 if precision == "fp32" else 2e-2) for theirs in others)
     assert f"precision {precision}" in text
     assert 0 < plot.stat().st_size < 150_000
+    return text
+
+
+def test_a_table_with_our_paths_and_the_others(tmp_path: Path) -> None:
+    check_table(tmp_path, "ul2", "bf16")
 
 
 @pytest.mark.slow
-def test_layouts_and_preparation(tmp_path: Path) -> None:
+def test_a_table_with_layouts_and_preparation(tmp_path: Path) -> None:
     """Several processes are started from here; tokenizing is compared on a text of one's own."""
     from raptr_ds.prepare.corpus import FileSource
     from raptr_ds.prepare.readers import ReadingOptions
@@ -73,14 +78,8 @@ def test_layouts_and_preparation(tmp_path: Path) -> None:
     source = FileSource(text, ReadingOptions())
     train_tokenizer([source], TokenizerSettings(vocab_size=300, num_sentinels=2)).save(tokenizer)
     more = ["--layouts", "TP2", "PP2", "--text", str(text), "--tokenizer", str(tokenizer)]
-    done = bench("bert", *more, "--set", *TINY, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert [row[1] for row in rows_of(done.stdout) if row[0] == "raptr_ds"] == [
-        *["one process"] * 3,
-        *["TP2"] * 3,
-        *["PP2"] * 3,
-    ]
-    assert "tokenizing and indexing on one core: raptr_ds" in done.stdout
+    report = check_table(tmp_path, "bert", "fp32", *more, layouts=("TP2", "PP2"))
+    assert "tokenizing and indexing on one core: raptr_ds" in report
 
 
 def test_what_checks_a_text_leaves_megatrons_fused_functions_to_be_compiled() -> None:
