@@ -111,6 +111,7 @@ LAYOUTS = {
     "PP4": (4, {"pipeline": 4}),
     "PP4, four micro batches": (4, {"pipeline": 4, "micro_batch": 3}),
 }
+
 # For the long run, which is about steps: as few micro batches as there can be.
 LONG_LAYOUTS = {
     "DP2 ZeRO 1, one micro batch": (2, {"zero": 1, "micro_batch": 6}),
