@@ -16,7 +16,7 @@ from raptr_ds.runtime.progress import Progress, build_progress
 from raptr_ds.runtime.throughput import peak_flops
 
 
-def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> Progress:
+def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod, launcher: str) -> Progress:
     """Print what the run is, on rank 0 alone; return what prints from now on."""
     attention, compilation = attention_of(config, groups), compilation_of(config, groups)  # collective
     if groups.rank:
@@ -40,7 +40,7 @@ def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod) -> P
     ]
     if config.parallel.micro_batches:
         lines.append(f"micro batches of the phases: {', '.join(map(str, micro_batches_of(config, method)))} sequences")
-    progress = build_progress(config.log.progress)
+    progress = build_progress(config.log.progress, launcher=launcher)
     for line in lines:
         progress.say(line)
     return progress

@@ -128,7 +128,7 @@ class RichProgress(Progress):
             self._bar.stop()
 
 
-def build_progress(kind: str, stream: TextIO | None = None) -> Progress:
+def build_progress(kind: str, stream: TextIO | None = None, *, launcher: str = "none") -> Progress:
     """Return the progress that `raptr_ds.log.progress` names; auto is rich on a terminal and plain elsewhere.
 
     Open MPI's mpirun gives each rank a pseudo-terminal, wherever its own output goes: auto is plain there.
@@ -136,6 +136,6 @@ def build_progress(kind: str, stream: TextIO | None = None) -> Progress:
     output: TextIO = sys.stdout if stream is None else stream
     if kind == "none":
         return Progress()
-    if kind == "rich" or (kind == "auto" and output.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ):
+    if kind == "rich" or (kind == "auto" and output.isatty() and launcher != "mpirun"):
         return RichProgress(output)
     return PlainProgress(output)

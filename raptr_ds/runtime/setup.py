@@ -111,7 +111,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         config = fitted_to_memory(config, groups, launch, print)
         method = together(groups, lambda: path_method_of(config))
         batches = stack.enter_context(_open_batches(config, groups, tokenizer, method))
-        progress = introduce(config, groups, method)
+        progress = introduce(config, groups, method, launch.launcher)
         on_first_rank(groups, lambda: _lock(folder, launch, stack, progress.say))
         checkpoints = Checkpoints(folder / CHECKPOINTS, groups, config.checkpoint.keep, progress.say)
         stack.callback(checkpoints.close)

@@ -81,11 +81,9 @@ def test_kinds():
 def test_the_pseudo_terminal_of_a_rank_under_mpirun_is_no_terminal(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
-    assert isinstance(build_progress("auto", terminal), RichProgress)
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    assert isinstance(build_progress("auto", terminal), PlainProgress)
-    assert isinstance(build_progress("rich", terminal), RichProgress)
+    assert isinstance(build_progress("auto", terminal, launcher="torchrun"), RichProgress)
+    assert isinstance(build_progress("auto", terminal, launcher="mpirun"), PlainProgress)
+    assert isinstance(build_progress("rich", terminal, launcher="mpirun"), RichProgress)
 
 
 def test_a_terminal_gets_a_live_line_and_messages_above_it(monkeypatch):
