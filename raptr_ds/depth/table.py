@@ -115,7 +115,8 @@ def check_comparable(sources: Sequence[ModelSource], texts: Sequence[HeldOut]) -
             ("held-out text", *({key: texts[key] for key in differing} for texts in (text, other_text))),
         ):
             if one != other:
-                fix = "Give both the same text with --data FOLDER, or draw" if "corpus" in one else "Draw"
+                is_text_alone = what == "held-out text" and "objective" not in differing
+                fix = "Give both the same text with --data FOLDER, or draw" if is_text_alone else "Draw"
                 raise ConfigError(
                     f"{first.label} and {source.label} have different {what} ({one} and {other}): their losses do not "
                     f"compare. {fix} them one by one."
