@@ -59,7 +59,7 @@ def checkpoints_at(where: Path, of_run_file: bool = False) -> list[Path]:
     of_run_file: the folder is raptr_ds.checkpoint.load.
     Raises: CheckpointError if there is none; PathError if the folder cannot be read.
     """
-    if is_file(where / MANIFEST) or (step_of(where) is not None and is_folder(where)):
+    if _is_checkpoint(where):
         return [where]
     found = checkpoints_in(where / CHECKPOINTS) or checkpoints_in(where)
     if not found:
@@ -70,6 +70,18 @@ def checkpoints_at(where: Path, of_run_file: bool = False) -> list[Path]:
             f"{others}."
         )
     return found
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, perhaps damaged, by its name or manifest; data folders have another one."""
+    if step_of(folder) is not None and is_folder(folder):
+        return True
+    if not is_file(folder / MANIFEST):
+        return False
+    try:
+        return b'"text_bytes"' not in (folder / MANIFEST).read_bytes()
+    except OSError:
+        return True  # whoever reads it gets the reason
 
 
 def tidy(folder: Path) -> list[str]:

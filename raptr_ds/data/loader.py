@@ -1,5 +1,6 @@
 """The loader: a step's batch is a pure function of (seed, step, data-parallel rank), prepared ahead in threads."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,9 +149,9 @@ def load_tokenizer(data: DataSection) -> Tokenizer:
     for folder, manifest in manifests.items():
         if manifest.tokenizer_digest != tokenizer.digest:
             raise DataError(
-                f"{folder} was prepared with another tokenizer (vocabulary {manifest.vocab_size}) than "
-                f"{tokenizer.origin} (vocabulary {tokenizer.vocab_size}). Prepare it again: python "
-                f"tools/prepare_data.py --tokenizer {tokenizer.origin} --output {folder} --overwrite --input TEXT"
+                f"{folder} was prepared with another tokenizer (digest {manifest.tokenizer_digest}) than "
+                f"{tokenizer.origin} (digest {tokenizer.digest}). Prepare it again: python tools/prepare_data.py "
+                f"--tokenizer {shlex.quote(tokenizer.origin)} --output {shlex.quote(folder)} --overwrite --input TEXT"
             )
     return tokenizer
 

@@ -1,6 +1,7 @@
 """The manifest of a data folder: what it was made of, and with which tokenizer."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Manifest:
         Raises: DataError if the folder or the manifest is missing or damaged.
         """
         path = folder / MANIFEST
-        fix = f"Prepare it: python tools/prepare_data.py --input TEXT --output {folder}"
+        fix = f"Prepare it: python tools/prepare_data.py --input TEXT --output {shlex.quote(str(folder))}"
         if not is_folder(folder):
             raise DataError(f"the data folder {folder} does not exist. {fix}")
         try:

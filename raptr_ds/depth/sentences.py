@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.depth.held_out import HeldOut
 from raptr_ds.rng import stream
 
+T = TypeVar("T")
+
 _END = re.compile(r"(?<=[.!?])\s+")
-_PROSE = re.compile(r"[A-Z][\w\s,;:'\"()/-]+[.!?]")
+_PROSE = re.compile(r"[^\W\d_][\w\s,;:'\"()/-]+[.!?]")
 _FEWEST_WORDS, _MOST_WORDS = 7, 22
 _TRIED_DOCUMENTS = 400
 _WINDOW_TOKENS = 24
@@ -25,17 +28,29 @@ _INCOMPLETE = "\ufffd"  # what bytes decode to that are a part of a character
 def held_out_sentences(
     held_out: HeldOut, tokenizer: Tokenizer, number: int, most_tokens: int, seed: int = 0
 ) -> list[np.ndarray]:
-    """Return the tokens of sentences, each of another document, drawn by the seed; stretches where there is no prose.
+    """Return the tokens of sentences, drawn by the seed; stretches where there is no prose.
 
-    Shapes: (n,) int64 each, n <= most_tokens. There may be fewer than asked for in a small corpus.
+    A document is in use again only after every other one. Shapes: (n,) int64 each, n <= most_tokens. There may be fewer
+    than asked for in a small corpus.
     """
     documents = [open_indexed(Path(folder) / "validation", tokenizer.vocab_size) for folder in held_out.folders]
     texts = list(_documents(documents, seed))
-    prose = (sentence for tokens in texts for sentence in islice(_sentences(tokenizer.decode(tokens), seed), 1))
+    prose = _by_turns(_sentences(tokenizer, tokens, seed) for tokens in texts)
     found = (tokenizer.encode(sentence).astype(np.int64) for sentence in prose)
     sentences = list(islice((tokens for tokens in found if len(tokens) <= most_tokens), number))
-    stretches = (tokens[: min(_WINDOW_TOKENS, most_tokens)] for tokens in texts)
+    stretches = _by_turns(_stretches(tokens, min(_WINDOW_TOKENS, most_tokens)) for tokens in texts)
     return sentences + list(islice((part for part in stretches if len(part) > 2), number - len(sentences)))
+
+
+def _by_turns(documents: Iterable[Iterator[T]]) -> Iterator[T]:
+    """Yield the first part of each document, then the second of each that has one, and so on."""
+    rest = list(documents)
+    while rest:
+        used, rest = rest, []
+        for document in used:
+            for part in islice(document, 1):
+                yield part
+                rest.append(document)
 
 
 def _documents(corpora: Sequence[IndexedTokens], seed: int) -> Iterator[np.ndarray]:
@@ -47,14 +62,22 @@ def _documents(corpora: Sequence[IndexedTokens], seed: int) -> Iterator[np.ndarr
         yield corpus.document(index)[:-1].astype(np.int64)
 
 
-def _sentences(text: str, seed: int) -> Iterator[str]:
+def _stretches(tokens: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Yield a document's tokens, so many at a time."""
+    return (tokens[first : first + length] for first in range(0, len(tokens), length))
+
+
+def _sentences(tokenizer: Tokenizer, tokens: np.ndarray, seed: int) -> Iterator[str]:
     """Yield the sentences of a document's paragraphs that read as prose, from a drawn place on."""
+    text = tokenizer.decode(tokens)
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*#:.])", text))
     found = [
         sentence
         for paragraph in paragraphs
         for sentence in _END.split(paragraph)
-        if _PROSE.fullmatch(sentence) and _FEWEST_WORDS <= len(sentence.split()) <= _MOST_WORDS
+        if _PROSE.fullmatch(sentence)
+        and not sentence[0].islower()
+        and _FEWEST_WORDS <= len(sentence.split()) <= _MOST_WORDS
     ]
     first = int(stream(seed, "shown sentence", len(text)).integers(max(1, len(found))))
     yield from found[first:] + found[:first]

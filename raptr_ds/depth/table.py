@@ -106,15 +106,18 @@ def read_table(file: Path, source: ModelSource) -> DepthTable | None:
 def check_comparable(sources: Sequence[ModelSource], texts: Sequence[HeldOut]) -> None:
     """Check that losses of several models are of the same predictions. Raises: ConfigError if one's are not."""
     for source, held_out in zip(sources[1:], texts[1:], strict=True):
-        first, text = sources[0], texts[0]
+        first, text, other_text = sources[0], texts[0].to_dict(), held_out.to_dict()
+        differing = [key for key in text if text[key] != other_text[key]]
         for what, one, other in (
             ("architectures", first.trained.model.architecture, source.trained.model.architecture),
             ("tokenizers", first.tokenizer.digest, source.tokenizer.digest),
             ("sequence lengths", first.trained.model.seq_length, source.trained.model.seq_length),
-            ("held-out text", text.to_dict(), held_out.to_dict()),
+            ("held-out text", *({key: texts[key] for key in differing} for texts in (text, other_text))),
         ):
             if one != other:
+                is_text_alone = what == "held-out text" and "objective" not in differing
+                fix = "Give both the same text with --data FOLDER, or draw" if is_text_alone else "Draw"
                 raise ConfigError(
                     f"{first.label} and {source.label} have different {what} ({one} and {other}): their losses do not "
-                    "compare. Give both the same text with --data FOLDER, or draw them one by one."
+                    f"compare. {fix} them one by one."
                 )

@@ -107,7 +107,8 @@ class Curves:
 def load_curves(folder: Path) -> Curves:
     """Read the metrics of a run's folder.
 
-    Raises: DataError if there is no metrics.jsonl, it is damaged before its last line, or has no training line.
+    Raises: DataError if there is no metrics.jsonl, it is damaged before its last line, has no training line, or is of
+    something else than a run.
     """
     file = folder / METRICS
     if not is_file(file):
@@ -115,6 +116,12 @@ def load_curves(folder: Path) -> Curves:
     metrics = read_metrics(file)
     if not metrics.training:
         raise DataError(f"{file} has no training line yet. Wait for the run's first step.")
+    for step, line in metrics.training.items():
+        if "path" not in line:
+            raise DataError(
+                f"{file}: the line of step {step} has a loss and no path, which a run's lines have. Name the folder of "
+                "a run (raptr_ds.train.save)."
+            )
     return curves_of(folder, metrics)
 
 

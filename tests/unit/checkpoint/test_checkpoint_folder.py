@@ -58,6 +58,11 @@ def test_a_folder_may_be_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Path)
     assert checkpoints_at(copied) == [copied]
 
 
+def test_a_data_folder_is_no_checkpoint(data_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint in it"):
+        checkpoints_at(data_folder)
+
+
 @pytest.mark.parametrize(("name", "why"), [("", "no checkpoint in it"), ("typo", "no such folder")])
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, name: str, why: str) -> None:
     with pytest.raises(CheckpointError, match=why) as caught:

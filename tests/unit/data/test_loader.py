@@ -219,11 +219,13 @@ def test_errors_come_before_the_first_step(data_folder: Path, tmp_path: Path) ->
 
 
 def test_another_tokenizer_than_the_data_were_prepared_with(data_folder: Path, tmp_path: Path) -> None:
-    folder = copy_of(data_folder, tmp_path)
+    (tmp_path / "my data").mkdir()
+    folder = copy_of(data_folder, tmp_path / "my data")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_digest": "0" * 32}))
-    with pytest.raises(DataError, match="prepared with another tokenizer"):
+    with pytest.raises(DataError, match=r"prepared with another tokenizer .digest 0{32}.") as refused:
         loader(folder)
+    assert f"--output '{folder}' --overwrite" in str(refused.value)  # for a shell
     with pytest.raises(DataError, match="prepared with another tokenizer"):
         loader({str(data_folder): 1, str(folder): 1})
 

@@ -68,8 +68,10 @@ def test_models_that_do_not_compare(make_run: MakeRun, tool: Tool) -> None:
         make_run("ul2", "b")[0],
         make_run("bert", "c", objective={"mask_rate": 0.5})[0],
     )
-    assert is_refused(tool("depth.py", bert.folder, ul2.folder), "different architectures")
-    assert is_refused(tool("depth.py", bert.folder, other.folder), "different held-out text", "0.5")
+    assert is_refused(tool("depth.py", bert.folder, ul2.folder), "different architectures", "compare. Draw them")
+    refused = tool("depth.py", bert.folder, other.folder)
+    assert is_refused(refused, "different held-out text", "0.5", "compare. Draw them")
+    assert "corpus" not in refused.error  # which is the same
 
 
 def test_a_table_of_other_weights_does_not_count(make_run: MakeRun) -> None:

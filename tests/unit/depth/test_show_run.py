@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from raptr_ds.config.sections import Denoiser
 from raptr_ds.data.batch import Sample, collate
+from raptr_ds.data.indexed import token_dtype, write_index
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.depth.guesses import Blank, continued_sentence, infilled_sentence, masked_sentence
 from raptr_ds.depth.held_out import read_held_out
@@ -39,6 +41,13 @@ def log_probabilities(stage: Stage, tokens: list[int], at: int, prefix: int) -> 
     batch = collate([Sample(np.array(tokens), np.full(len(every), at), every, prefix)], [0], len(tokens), 0)
     with torch.no_grad():
         return -stage(batch.tokens, batch, PATH, None)
+
+
+def write_document(folder: Path, tokenizer: Tokenizer, text: str) -> None:
+    """Write a validation split of one document."""
+    tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], token_dtype(tokenizer.vocab_size))
+    (folder / "validation.bin").write_bytes(tokens.tobytes())
+    write_index(folder / "validation.idx", np.array([len(tokens)]), tokens.dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +81,21 @@ def test_it_needs_no_transformers(make_run: MakeRun) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "half 3 layers" in done.stdout
+
+
+def test_one_document_and_any_alphabet_give_as_many_sentences_as_asked_for(make_run: MakeRun, tmp_path: Path) -> None:
+    source, _ = make_run("bert")
+    tokenizer = source.tokenizer
+    english = "The value of a name is the name of a value here."
+    russian = " ".join(["\u0438\u043c\u044f"] * 8).capitalize() + "."
+    arabic = " ".join(["\u0627\u0633\u0645"] * 8) + "."
+    prose = f"not a sentence because it begins with no capital. {english} {russian}\n\n{arabic}"
+    write_document(tmp_path, tokenizer, prose)
+    held_out = replace(read_held_out(source), folders={str(tmp_path): 1.0})
+    found = held_out_sentences(held_out, tokenizer, 3, 200)
+    assert {tokenizer.decode(tokens) for tokens in found} == {english, russian, arabic}
+    write_document(tmp_path, tokenizer, "x = [1]\n" * 200)
+    assert len(held_out_sentences(held_out, tokenizer, 5, 20)) == 5
 
 
 def test_masked_words_have_the_models_probabilities(make_run: MakeRun) -> None:

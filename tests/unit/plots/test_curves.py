@@ -97,6 +97,9 @@ def test_missing_or_empty_metrics_are_the_users_mistake(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="no training line"):
         load_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    with pytest.raises(DataError, match="line of step 4 has a loss and no path"):
+        load_curves(tmp_path)
 
 
 def test_null_is_nan_and_the_last_line_of_a_step_counts(folder):
