@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.checkpoint.manifest import MANIFEST
+from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.errors import CheckpointError
 from raptr_ds.user_paths import is_file, is_folder, path_error
 
@@ -59,7 +60,8 @@ def checkpoints_at(where: Path, of_run_file: bool = False) -> list[Path]:
     of_run_file: the folder is raptr_ds.checkpoint.load.
     Raises: CheckpointError if there is none; PathError if the folder cannot be read.
     """
-    if _is_checkpoint(where):
+    has_manifest = is_file(where / MANIFEST) and not is_file(where / TOKENIZER)  # data folders have both
+    if has_manifest or (step_of(where) is not None and is_folder(where)):
         return [where]
     found = checkpoints_in(where / CHECKPOINTS) or checkpoints_in(where)
     if not found:
@@ -70,18 +72,6 @@ def checkpoints_at(where: Path, of_run_file: bool = False) -> list[Path]:
             f"{others}."
         )
     return found
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one checkpoint, perhaps damaged, by its name or manifest; data folders have another one."""
-    if step_of(folder) is not None and is_folder(folder):
-        return True
-    if not is_file(folder / MANIFEST):
-        return False
-    try:
-        return b'"text_bytes"' not in (folder / MANIFEST).read_bytes()
-    except OSError:
-        return True  # whoever reads it gets the reason
 
 
 def tidy(folder: Path) -> list[str]:

@@ -59,7 +59,8 @@ def read_held_out(source: ModelSource, folder: Path | None = None, num_sequences
         folders = loader.folders_of(data.path)
         samples = loader.Samples(folders, "validation", maker, tokenizer, loader.VALIDATION_SEED)
     except DataError as error:
-        raise DataError(f"no held-out text: {error} Or name a prepared folder with --data FOLDER.") from error
+        what = str(error).removesuffix(".")  # it may end with a command
+        raise DataError(f"no held-out text: {what}. Or name a prepared folder with --data FOLDER.") from error
     if tokenizer.digest != source.tokenizer.digest:
         raise DataError(
             f"{data.path} was prepared with another tokenizer (digest {tokenizer.digest}) than the model's (digest "

@@ -8,11 +8,12 @@ import torch
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
 from raptr_ds.checkpoint.manager import Checkpoints
+from raptr_ds.config.optimization import OPTIMIZERS, canonical
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.reference import ReferenceEngine
-from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.errors import ConfigError, DataError, nearest
 from raptr_ds.hf.load import load_exported
 from raptr_ds.hf.model import from_hugging_face
 from raptr_ds.hf.source import exported_kind
@@ -41,14 +42,17 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
     """Write the model of a transformers folder as the checkpoint of step 0 of a run.
 
     optimizer: the type that the run file names; it has no state yet.
-    Raises: ConfigError for a folder that holds no model that one of ours computes the same as, or an output that holds
-    a run; PathError or StorageError for an output that cannot be written.
+    Raises: ConfigError for a folder that holds no model that one of ours computes the same as, an output that holds
+    a run, or an optimizer that no run can have; PathError or StorageError for an output that cannot be written.
     """
     if exists(output / CHECKPOINTS):
         raise ConfigError(f"{output} holds checkpoints already. Name another folder.")
+    if (known := canonical(optimizer, OPTIMIZERS)) is None:
+        guess = nearest(optimizer, OPTIMIZERS) or "."
+        raise ConfigError(f"--optimizer {optimizer} must be one of {', '.join(OPTIMIZERS)}{guess}")
     kind, model, weights = read_exported(folder)
     tokenizer = _tokenizer_in(folder, model)
-    state = {**asdict(RunState()), OPTIMIZER: optimizer}
+    state = {**asdict(RunState()), OPTIMIZER: known}
     if tokenizer is not None:
         state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
     _write(output, model, weights, state)

@@ -82,7 +82,7 @@ def test_foreign_models_compute_the_same_once_they_are_ours(tmp_path: Path, name
         for parameter in theirs.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    done = import_hf(tmp_path / "theirs", tmp_path / "run", "--optimizer", "Adam")
+    done = import_hf(tmp_path / "theirs", tmp_path / "run", "--optimizer", "adam")  # as run files may spell it
     assert done.code == 0, done.error
     trained = load_trained_model(tmp_path / "run")
     back = to_hugging_face(trained.model, trained.weights)
@@ -91,6 +91,13 @@ def test_foreign_models_compute_the_same_once_they_are_ours(tmp_path: Path, name
     assert trained.step == 0
     assert trained.run_state[OPTIMIZER] == "Adam"
     assert RunState.from_dict(trained.run_state, 8) == RunState()
+
+
+def test_an_optimizer_that_no_run_has_is_refused(tmp_path: Path, import_hf: Tool) -> None:
+    done = import_hf(tmp_path / "theirs", tmp_path / "run", "--optimizer", "AdmW")
+    assert (done.code, list(tmp_path.iterdir())) == (2, [])
+    assert "--optimizer AdmW must be one of AdamW, Adam, Lion, SGD" in done.error
+    assert done.error.rstrip().endswith("did you mean 'AdamW'?")
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
