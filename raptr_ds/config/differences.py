@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raptr_ds.config.sections import field_of
+from raptr_ds.config.usage import without_harmless
 
 
 def differences(
@@ -13,9 +14,9 @@ def differences(
     """Return (there, here) by dotted key, of keys that begin with none of `ignored`; None for a value that is not set.
 
     there: as `RunConfig.resolved` gave it, of this version or of an earlier one that did not have all keys: it then ran
-    with their defaults. here: as it gives it now.
+    with their defaults, and kept DeepSpeed keys that change nothing. here: as it gives it now.
     """
-    old, new = leaves(there), leaves(json.loads(json.dumps(here)))
+    old, new = leaves(without_harmless(dict(there))[0]), leaves(json.loads(json.dumps(here)))
     old = {key: _default_of(key) for key in new} | old
     keys = sorted(key for key in old.keys() | new.keys() if not key.startswith(tuple(ignored)))
     return {key: (old[key], new.get(key)) for key in keys if old[key] != new.get(key)}

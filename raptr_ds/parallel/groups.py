@@ -75,7 +75,7 @@ def initialize_process_groups(
     timeout: of each step of the start, and of every collective on these groups afterwards, in whole minutes.
 
     Raises: ConfigError if the ranks' devices do not fit together;
-    AbsentRankError if a rank does not come.
+    AbsentRankError if a rank does not come; LostRankError if one ends meanwhile.
     """
     topology = Topology.of(launch.world_size, tensor, pipeline)
     device = local_device(launch)
@@ -140,7 +140,7 @@ def warm_up(groups: ProcessGroups, timeout: timedelta) -> None:
 
     All ranks go through the kinds of groups in one order, and groups of a kind share no rank: none waits in a circle.
 
-    Raises: AbsentRankError.
+    Raises: AbsentRankError, LostRankError.
     """
     if groups.topology.world_size == 1:
         return

@@ -1,6 +1,7 @@
 """Which ranks of a run have started, and on which devices: checked before the first collective, which would hang."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from raptr_ds.errors import AbsentRankError, ConfigError
+from raptr_ds.errors import AbsentRankError, ConfigError, LostRankError
 from raptr_ds.parallel.launch import Launch
 
 _KEY, _DONE = "raptr_ds/rank/{}", "raptr_ds/done/{}"
+_MOST_OF_IT = 0.9  # of a timeout: what fails sooner has not waited for it
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,16 @@ def device_problem(devices: Sequence[RankDevice]) -> str | None:
 
 
 def meet(group: dist.ProcessGroup, timeout: timedelta, where: str) -> None:
-    """Wait for all ranks of a gloo group to come here. Raises: AbsentRankError, on rank 0 naming those that do not."""
+    """Wait for all ranks of a gloo group to come here.
+
+    Raises: AbsentRankError, on rank 0 naming those that do not; LostRankError where one has ended on its way.
+    """
+    began, seconds = time.monotonic(), timeout.total_seconds()
     try:
         dist.monitored_barrier(group, timeout, wait_all_ranks=True)
     except RuntimeError as error:
-        seconds = timeout.total_seconds()
+        if time.monotonic() - began < _MOST_OF_IT * seconds:  # a connection broke, whatever torch's text for rank 0
+            raise LostRankError(f"a rank has ended, or its host cannot be reached, before {where}: {error}") from error
         raise AbsentRankError(f"not every rank came to {where} within {seconds:g} s: {error}") from error
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from raptr_ds import pretrain
-from raptr_ds.errors import AbsentRankError, ConfigError, Exit
+from raptr_ds.errors import AbsentRankError, ConfigError, Exit, LostRankError
 from raptr_ds.parallel.groups import initialize_process_groups, make_process_groups, warm_up
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.parallel.roll_call import RankDevice, call_roll
+from raptr_ds.parallel.roll_call import RankDevice, call_roll, meet
 from raptr_ds.parallel.topology import Topology
 from tests.dist.trajectory import Case, build_engine
 from tests.dist.workers import run_distributed
@@ -64,6 +64,27 @@ def test_a_rank_that_is_lost_before_the_first_collective_is_named() -> None:
     text = run_distributed(warm_up_without_rank_1, 2, timeout=60.0)[0]
     assert text.startswith("not every rank came to the first collective within 3 s")
     assert "Ranks 1 failed" in text
+
+
+def meet_without(launch: Launch, ended: int) -> tuple[str, Exit, float]:
+    """Meet on all ranks but one, which has gone; return the error's text, its exit code and the seconds it took."""
+    groups = initialize_process_groups(launch, 1, 1)
+    if launch.rank == ended:
+        dist.destroy_process_group()
+        return "", Exit.DONE, 0.0
+    begin = time.monotonic()
+    with pytest.raises(LostRankError) as caught:
+        meet(groups.control, timedelta(minutes=1), "the end of the run")
+    return str(caught.value), caught.value.exit_code, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_rank_that_ends_before_the_others_meet_is_lost(ended: int) -> None:
+    text, exit_code, seconds = run_distributed(meet_without, 2, ended, timeout=60.0)[1 - ended]
+    assert text.startswith("a rank has ended, or its host cannot be reached, before the end of the run: ")
+    assert (f"Ranks {ended} failed" if ended else f"from rank {ended}") in text
+    assert exit_code == Exit.LOST_RANK
+    assert seconds < 30
 
 
 def collectives_of_the_start(launch: Launch, tensor: int, pipeline: int) -> list[tuple[int, ...]]:

@@ -54,6 +54,13 @@ def test_a_key_that_an_earlier_version_did_not_have_had_its_default() -> None:
     assert changes_since(recorded(config=there), here, FOLDER).keys == {}
 
 
+def test_a_key_without_effect_that_an_earlier_version_kept_is_no_change() -> None:
+    kept = {"zero_allow_untested_optimizer": True, "gradient_predivide_factor": 1.0}
+    assert changes_since(recorded(config={**CONFIG, **kept}), HERE, FOLDER).keys == {}
+    there = {**CONFIG, **kept, "prescale_gradients": True}
+    assert changes_since(recorded(config=there), HERE, FOLDER).keys == {"prescale_gradients": (True, None)}
+
+
 def test_a_checkpoint_of_an_earlier_version_is_not_compared_and_that_is_printed() -> None:
     (line,) = changes_since({"step": 3}, HERE, FOLDER).lines
     assert "does not record its tokenizer and corpus" in line
