@@ -19,14 +19,14 @@ from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 _OF_THE_LAW = {"raptr_ds.path.method=full", "raptr_ds.path.method=raptr"}
 _SCHEDULE = "raptr_ds.path.schedule="
-_LINEAR = "WarmupDecayLR"
+_LINEAR, _TEXT = "WarmupDecayLR", "data/small"
 
 
 def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
     """Return the means over seeds of an objective's runs: standard training, and RaPTr by any schedule.
 
-    A model whose learning rate does not fall linearly counts as another model. Left out: comparisons without standard
-    training, RaPTr with other options than its schedule, losses not finite.
+    A model whose learning rate does not fall linearly, or that reads another text, counts as another model. Left out:
+    comparisons without standard training, RaPTr with other options than its schedule, losses not finite.
     Raises: DataError if metrics are damaged.
     """
     measured = []
@@ -61,6 +61,9 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     rate = config.get("scheduler", {"type": "constant rate"})["type"]
     if rate != _LINEAR:
         name_of_model += f", {rate}"
+    if (text := config["raptr_ds"]["data"]["path"]) != _TEXT:
+        blend = text if isinstance(text, dict) else {text: ""}
+        name_of_model += "".join(f", {folder} {weight}".rstrip() for folder, weight in blend.items())
     parameters = model.num_layers * layer_parameters(model)
     full_flops = _flops_of_a_step(ends[standard])
     for name, of in settings.items():

@@ -76,7 +76,7 @@ def test_the_law_reads_it(lab, tmp_path):
     assert not read_results("ul2", folder.parent)
     # A layer of width 32: four projections and an MLP of 32 x 128, with biases, and two norms.
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 128 + 128 + 32 + 2 * 2 * 32
-    assert standard.model == raptr.model == "6 layers x 32, constant rate"
+    assert standard.model == raptr.model == "6 layers x 32, constant rate, nowhere"
     assert standard.tokens == raptr.tokens == 128 * 40 / (6 * layer)
     files = {name: folder / f"runs/{name}/seed-1/metrics.jsonl" for name in ("standard", "raptr")}
     lines = {name: read_metrics(file).training[40] for name, file in files.items()}

@@ -87,6 +87,16 @@ def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
     assert [run.model for run in results[::3]] == [f"12 layers x 128{name}" for name in names]
 
 
+def test_another_text_makes_another_model(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS / "ul2_1m_one_rate", tmp_path / "other")
+    for file in tmp_path.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config["raptr_ds"]["data"]["path"] = {"data/small": 3, "data/code": 1}
+        file.write_text(json.dumps(config))
+    names = {run.model for run in read_results("ul2", tmp_path)}
+    assert names == {"12 layers x 128, data/small 3, data/code 1"}
+
+
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_for_neither_outside() -> None:
     """That of docs/results.md."""
     law = fit_law(read_results("ul2"))
