@@ -114,7 +114,7 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     assert "- paths: raptr 4-6-14-24" in out
     assert "a standard run of 1e+09 tokens sees 0.654 for each" in out
     assert (
-        "by a law fitted to 40 mean losses of 4 small models (residual 0.035; docs/results.md); numbers are for" in out
+        "by a law fitted to 43 mean losses of 5 small models (residual 0.035; docs/results.md); numbers are for" in out
     )
     assert "12 layers of width 128. Here the layers have 1,529M parameters" in out
     assert "the largest model measured has 2.6M parameters in its layers, this one 597 times as many" in out

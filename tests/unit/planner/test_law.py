@@ -100,7 +100,14 @@ def test_another_text_makes_another_model(tmp_path: Path) -> None:
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_for_neither_outside() -> None:
     """That of docs/results.md."""
     law = fit_law(read_results("ul2"))
-    assert law.models == ("12 layers x 64", "24 layers x 64", "12 layers x 128", "12 layers x 128, WarmupStableDecayLR")
+    wide = "12 layers x 128"
+    assert law.models == (
+        "12 layers x 64",
+        "24 layers x 64",
+        wide,
+        f"{wide}, WarmupStableDecayLR",
+        f"{wide}, data/code",
+    )
     assert law.at_equal_flops(law.longest_model, 1.2, 0.449).mean == pytest.approx(-0.255, abs=5e-4)
     assert law.best_saving(law.longest_model, 1.2, (0.224, 0.449)) == 0.449
     far = law.at_equal_flops(law.longest_model, 20.0, 0.449)
