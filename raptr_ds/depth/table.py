@@ -105,18 +105,19 @@ def read_table(file: Path, source: ModelSource) -> DepthTable | None:
 
 def check_comparable(sources: Sequence[ModelSource], texts: Sequence[HeldOut]) -> None:
     """Check that losses of several models are of the same predictions. Raises: ConfigError if one's are not."""
+    first, text = sources[0], texts[0].to_dict()
     for source, held_out in zip(sources[1:], texts[1:], strict=True):
-        first, text, other_text = sources[0], texts[0].to_dict(), held_out.to_dict()
+        other_text = held_out.to_dict()
         differing = [key for key in text if text[key] != other_text[key]]
-        for what, one, other in (
-            ("architectures", first.trained.model.architecture, source.trained.model.architecture),
-            ("tokenizers", first.tokenizer.digest, source.tokenizer.digest),
-            ("sequence lengths", first.trained.model.seq_length, source.trained.model.seq_length),
-            ("held-out text", *({key: texts[key] for key in differing} for texts in (text, other_text))),
+        here, there = ({key: one[key] for key in differing} for one in (text, other_text))
+        for what, one, other, text_helps in (
+            ("architectures", first.trained.model.architecture, source.trained.model.architecture, False),
+            ("tokenizers", first.tokenizer.digest, source.tokenizer.digest, False),
+            ("sequence lengths", first.trained.model.seq_length, source.trained.model.seq_length, False),
+            ("held-out text", here, there, "objective" not in differing),
         ):
             if one != other:
-                is_text_alone = what == "held-out text" and "objective" not in differing
-                fix = "Give both the same text with --data FOLDER, or draw" if is_text_alone else "Draw"
+                fix = "Give both the same text with --data FOLDER, or draw" if text_helps else "Draw"
                 raise ConfigError(
                     f"{first.label} and {source.label} have different {what} ({one} and {other}): their losses do not "
                     f"compare. {fix} them one by one."

@@ -14,7 +14,7 @@ from raptr_ds.errors import AbsentRankError, ConfigError, LostRankError
 from raptr_ds.parallel.launch import Launch
 
 _KEY, _DONE = "raptr_ds/rank/{}", "raptr_ds/done/{}"
-_MOST_OF_IT = 0.9  # of a timeout: what fails sooner has not waited for it
+_TIMED_OUT = 0.9  # of a timeout: what fails sooner has not waited for it
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def meet(group: dist.ProcessGroup, timeout: timedelta, where: str) -> None:
     try:
         dist.monitored_barrier(group, timeout, wait_all_ranks=True)
     except RuntimeError as error:
-        if time.monotonic() - began < _MOST_OF_IT * seconds:  # a connection broke, whatever torch's text for rank 0
+        if time.monotonic() - began < _TIMED_OUT * seconds:  # a connection broke, whatever torch's text for rank 0
             raise LostRankError(f"a rank has ended, or its host cannot be reached, before {where}: {error}") from error
         raise AbsentRankError(f"not every rank came to {where} within {seconds:g} s: {error}") from error
 

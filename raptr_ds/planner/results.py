@@ -62,8 +62,7 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     if rate != _LINEAR:
         name_of_model += f", {rate}"
     if (text := config["raptr_ds"]["data"]["path"]) != _TEXT:
-        blend = text if isinstance(text, dict) else {text: ""}
-        name_of_model += "".join(f", {folder} {weight}".rstrip() for folder, weight in blend.items())
+        name_of_model += f", {text}"
     parameters = model.num_layers * layer_parameters(model)
     full_flops = _flops_of_a_step(ends[standard])
     for name, of in settings.items():

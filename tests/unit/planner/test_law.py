@@ -91,10 +91,10 @@ def test_another_text_makes_another_model(tmp_path: Path) -> None:
     shutil.copytree(RESULTS / "ul2_1m_one_rate", tmp_path / "other")
     for file in tmp_path.rglob("config.json"):
         config = json.loads(file.read_text())
-        config["raptr_ds"]["data"]["path"] = {"data/small": 3, "data/code": 1}
+        config["raptr_ds"]["data"]["path"] = "data/mine"
         file.write_text(json.dumps(config))
     names = {run.model for run in read_results("ul2", tmp_path)}
-    assert names == {"12 layers x 128, data/small 3, data/code 1"}
+    assert names == {"12 layers x 128, data/mine"}
 
 
 def test_the_repositorys_runs_speak_for_half_where_they_are_and_for_neither_outside() -> None:
