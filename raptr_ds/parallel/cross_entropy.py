@@ -6,6 +6,7 @@ in the backward pass. On GPUs two kernels do the same in one pass each (cross_en
 same, to rounding.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def cross_entropy(
     real_rows = max(0, min(len(weight), vocab_size - first_row))
     local = targets - first_row
     local = torch.where((local >= 0) & (local < real_rows), local, -1)  # -1: another rank has it
-    form = _ByKernel if _has_kernel(hidden) else _InPieces
+    form = _ByKernel if _has_kernel(hidden, groups.tensor) else _InPieces
     return form.apply(hidden, weight, bias, local, real_rows, groups.tensor)
 
 
@@ -131,8 +132,22 @@ class _ByKernel(torch.autograd.Function):
         return _gradients(logits, hidden, weight, ctx.has_bias)
 
 
-def _has_kernel(hidden: torch.Tensor) -> bool:
-    return hidden.is_cuda and hidden.dtype != torch.float64 and triton_obstacle() is None
+def _has_kernel(hidden: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    return hidden.is_cuda and hidden.dtype != torch.float64 and all_have_triton(group, hidden.device)
+
+
+@cache
+def all_have_triton(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether Triton runs kernels on every rank of a group. Its first call is collective.
+
+    The two forms reduce different numbers over the ranks that share a vocabulary, so all of these take the same one.
+    """
+    runs = triton_obstacle() is None
+    if group.size() == 1:
+        return runs
+    everywhere = torch.tensor(float(runs), device=device)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
+    return bool(everywhere)
 
 
 def _logits(

@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_torchs(
 def test_the_kernels_losses_and_gradients_are_torchs(
     monkeypatch: pytest.MonkeyPatch, groups: ProcessGroups, dtype: torch.dtype, has_bias: bool, padding: int, block: int
 ) -> None:
-    monkeypatch.setattr(module, "_has_kernel", lambda _hidden: True)
+    monkeypatch.setattr(module, "_has_kernel", lambda _hidden, _group: True)
     monkeypatch.setattr(cross_entropy_kernel, "_BLOCK", block)
     check_against_torch(groups, dtype, has_bias, padding)
 
@@ -74,7 +74,7 @@ def test_a_sure_prediction_keeps_its_gradient_in_bf16(
     monkeypatch: pytest.MonkeyPatch, groups: ProcessGroups, by_kernel: bool
 ) -> None:
     """The gradient at a target of probability p is p - 1: 0.999 in bf16 is 1, and would leave none."""
-    monkeypatch.setattr(module, "_has_kernel", lambda _hidden: by_kernel)
+    monkeypatch.setattr(module, "_has_kernel", lambda _hidden, _group: by_kernel)
     hidden = torch.ones(1, 1, dtype=torch.bfloat16)
     weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
     cross_entropy(hidden, weight, None, torch.tensor([0]), vocab_size=2, groups=groups).sum().backward()
@@ -85,7 +85,7 @@ def test_a_sure_prediction_keeps_its_gradient_in_bf16(
 
 @pytest.mark.parametrize("by_kernel", [False, True], ids=["pieces", "kernel"])
 def test_no_predictions_are_no_losses(monkeypatch: pytest.MonkeyPatch, groups: ProcessGroups, by_kernel: bool) -> None:
-    monkeypatch.setattr(module, "_has_kernel", lambda _hidden: by_kernel)
+    monkeypatch.setattr(module, "_has_kernel", lambda _hidden, _group: by_kernel)
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
     losses = cross_entropy(hidden, weight, None, torch.zeros(0).long(), vocab_size=5, groups=groups)
     losses.sum().backward()
