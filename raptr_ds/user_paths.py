@@ -28,7 +28,8 @@ _AWAY = {
     errno.EHOSTUNREACH,
     errno.ESHUTDOWN,
 }
-_PASSING = _AWAY | {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_FULL = {errno.ENOSPC, errno.EDQUOT}  # which nobody meets who reads
+_PASSING = _AWAY | _FULL | {errno.EROFS, errno.EIO}
 
 FIX_SAVE = "Set raptr_ds.train.save to a folder that this user may create or write."
 
@@ -70,12 +71,19 @@ def open_to_all(folder: str | Path) -> str | None:
 def path_error(path: str | Path, error: OSError | ValueError) -> RaptrError:
     """Return the error to raise where the operating system refuses a path that the user named."""
     if isinstance(error, OSError):
+        if is_full(error):
+            return write_error(path, error, "")
         if (away := read_error(path, error)) is not None:
             return away
         why, fix = error.strerror or str(error), _FIXES.get(error.errno or 0, "")
     else:
         why, fix = "it holds a NUL byte, which no path may hold", "Name another path."
     return PathError(f"{_printable(path)} cannot be used: {why}. {fix}".rstrip())
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether the disk, or the user's part of it, has no room for what was written."""
+    return error.errno in _FULL
 
 
 def make_folder(folder: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from raptr_ds.errors import Exit, RaptrError
-from raptr_ds.user_paths import path_error
+from raptr_ds.errors import RaptrError
+from raptr_ds.user_paths import is_full, path_error
 
 
 def package_cache() -> Path:
@@ -40,10 +40,11 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
         sys.exit(141)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not is_full(error):  # which writing to an open file raises without its name
             raise
-        print(f"error: {path_error(error.filename, error)}", file=sys.stderr)
-        sys.exit(int(Exit.USER_ERROR))
+        refused = path_error(error.filename or "the output", error)
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(int(refused.exit_code))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,11 +5,12 @@ during a run too.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import _command_line
 
-from raptr_ds.plots.curves import load_all_curves
+from raptr_ds.plots.curves import incomparable, load_all_curves
 from raptr_ds.plots.pictures import check_picture
 from raptr_ds.plots.runs import plot_runs
 
@@ -25,7 +26,10 @@ def main() -> None:
     check_picture(arguments.output, "--output")
     name = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     output = arguments.output or arguments.runs[0] / name
-    plot_runs(load_all_curves(arguments.runs), output)
+    curves = load_all_curves(arguments.runs)
+    if why := incomparable(arguments.runs):
+        print(f"warning: {why}", file=sys.stderr)
+    plot_runs(curves, output)
     print(f"wrote {output}")
 
 

@@ -16,27 +16,22 @@ from rich.console import Console
 
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.tokenizer_training import train_tokenizer
-from raptr_ds.user_paths import is_folder
+from raptr_ds.user_paths import is_folder, writing
+
+_FIX = "Choose another --output."
 
 
 def check_output(path: Path) -> None:
     """Make the folder of the file to be written, before any work that could be lost.
 
-    Raises: DataError if the file cannot be written there, PathError if there can be no such path.
+    Raises: DataError for a folder; PathError or StorageError if the file cannot be written there.
     """
     if is_folder(path):
         raise DataError(f"--output {path} is a folder. Name the .model file to write.")
-    try:
+    with writing(path, _FIX):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> DataError:
-    """Return the error for an --output that cannot be written."""
-    return DataError(f"cannot write {path}: {error.strerror or error}. Choose another --output.")
 
 
 def main() -> None:
@@ -52,10 +47,8 @@ def main() -> None:
     check_output(arguments.output)
     begin = time.monotonic()
     tokenizer = train_tokenizer(sources, settings)
-    try:
+    with writing(arguments.output, _FIX):
         tokenizer.save(arguments.output)
-    except OSError as error:
-        raise unwritable(arguments.output, error) from error
     console.print(
         f"{arguments.output}: {tokenizer.vocab_size:,} pieces, {len(tokenizer.sentinel_ids)} sentinels, "
         f"{time.monotonic() - begin:.1f} s"

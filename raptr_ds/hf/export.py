@@ -38,7 +38,7 @@ from raptr_ds.hf.source import (
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.hf.twins import twin_of
 from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
-from raptr_ds.user_paths import exists
+from raptr_ds.user_paths import exists, write_error
 
 _COMPARED_DOCUMENTS = 300  # of each data folder, and of each document the beginning
 _COMPARED_TOKENS = 1000
@@ -71,7 +71,8 @@ def export(
     tokenizer: a file, `none` for the weights alone, or None for the one that the run's data have. It is written if it
     gives the same ids as ours: for difficult texts, and for validation documents of the run as far as its data folder
     is there. max_shard_size: of a file of weights, as 500MB or 5GB. choose: the layers of a shallower model.
-    Raises: ConfigError, DataError or CheckpointError for what cannot be read, exported or written.
+    Raises: ConfigError, DataError or CheckpointError for what cannot be read or exported; PathError or StorageError for
+    what cannot be written.
     """
     _check_size(max_shard_size)
     for name in ("config.json", CARD):
@@ -94,9 +95,7 @@ def export(
     try:
         _write(output, model, max_shard_size, ours, theirs, card)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"cannot write {output}: {getattr(error, 'strerror', None) or error}. Name another folder."
-        ) from error
+        raise write_error(output, _system_error(error), "Name another folder.") from error
     return Exported(type(model).__name__, trained.folder, trained.step, ours is not None, kept)
 
 
@@ -141,6 +140,14 @@ def _validation_texts(data: RunData | None, tokenizer: Tokenizer) -> Iterator[st
             continue
         for index in range(min(_COMPARED_DOCUMENTS, len(documents.lengths))):
             yield tokenizer.decode(documents.document(index)[:_COMPARED_TOKENS])
+
+
+def _system_error(error: OSError | SafetensorError) -> OSError:
+    """Return what the operating system refused, which safetensors has in its text alone: `... (os error 28)`."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _write(

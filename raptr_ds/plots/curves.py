@@ -136,6 +136,16 @@ def load_all_curves(folders: Sequence[Path]) -> list[Curves]:
     return curves if names is None else [replace(one, name=name) for one, name in zip(curves, names, strict=True)]
 
 
+def incomparable(folders: Sequence[Path]) -> str | None:
+    """Return why the losses of these runs cannot be compared, as far as their config.json shows; None if they can."""
+    models = [model for folder in folders if (model := _model(folder))]
+    for key, name in (("architecture", "objectives"), ("vocab_size", "vocabularies")):
+        values = dict.fromkeys(str(model[key]) for model in models if key in model)
+        if len(values) > 1:
+            return f"these runs have different {name} ({', '.join(values)}): their losses cannot be compared"
+    return None
+
+
 def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
     """Return a run's metrics, with at least one training line, as curves."""
     training, evaluations = metrics.training, metrics.evaluations
@@ -185,14 +195,14 @@ def _task_curves(metrics: RunMetrics) -> Iterator[TaskCurve]:
         yield TaskCurve(task, metric, steps, _column(scores, metric), _column(scores, f"{metric}{STDERR}"))
 
 
-def _model(folder: Path) -> dict[str, int]:
-    """Return the numbers of layers and heads in the run's config.json; nothing without one."""
+def _model(folder: Path) -> dict[str, Any]:
+    """Return raptr_ds.model of the run's config.json, with its number of layers; nothing without one."""
     config = folder / "config.json"
     if is_file(config):
         try:
             model = json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]
-            heads = {"num_attention_heads": int(model["num_attention_heads"])} if "num_attention_heads" in model else {}
-            return {"num_layers": int(model["num_layers"]), **heads}
+            numbers = ("num_layers", "num_attention_heads") if "num_attention_heads" in model else ("num_layers",)
+            return {**model, **{key: int(model[key]) for key in numbers}}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{config} is damaged: raptr_ds.model.num_layers cannot be read ({type(error).__name__}: {error}). "

@@ -74,7 +74,7 @@ class Preparation:
         if finished is not None:
             self.report(f"{self.output} is up to date: nothing to do.")
             return finished
-        with working_folder(self.output, fingerprint) as work:
+        with working_folder(self.output, fingerprint, self.report) as work:
             if note:
                 self.report(note)
             if work.done.documents:

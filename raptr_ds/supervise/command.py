@@ -153,7 +153,12 @@ def await_orphans(seconds: float, stops: StopRequests) -> int:
 
 
 def end_orphans(seconds: float, stops: StopRequests) -> int:
-    """Wait until no adopted process is left; kill those that stay longer, and return their number."""
+    """Wait until no adopted process is left; kill those that stay longer, and return their number.
+
+    Those that are stopped (SIGSTOP) are continued first: they can neither save nor leave.
+    """
+    for child in _children():
+        os.kill(child, signal.SIGCONT)
     killed: set[int] = set()
     while await_orphans(0.1 if killed else seconds, stops):
         for child in _children():

@@ -222,6 +222,21 @@ def test_processes_that_do_not_end_are_killed() -> None:
     assert done.stdout == "2 0\n", done.stderr
 
 
+def test_a_stopped_process_is_continued_so_that_it_can_save_and_leave() -> None:
+    program = (
+        "import subprocess, time\n"
+        "from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans\n"
+        "stops = StopRequests()\n"
+        "adopt_orphans()\n"
+        "subprocess.run(['bash', '-c', 'setsid bash -c \"kill -STOP \\$\\$; echo saved\" &'])\n"
+        "time.sleep(0.5)\n"
+        "print(end_orphans(20, stops))\n"
+    )
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "saved\n0\n", done.stderr
+
+
 def test_a_number_of_retries_that_is_not_whole_is_a_mistake(tmp_path: Path) -> None:
     done, tries = _supervise(tmp_path, 0, RAPTR_MAX_RETRIES="2.5")
     assert (done.returncode, tries) == (2, 0)

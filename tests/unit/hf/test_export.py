@@ -1,11 +1,15 @@
 """From a checkpoint to a transformers folder, through the tool itself: the model and the tokenizer that come back."""
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from raptr_ds.checkpoint.weights import load_trained_model
@@ -13,6 +17,7 @@ from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
 from raptr_ds.data.indexed import write_index
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.hf.export import _system_error
 from raptr_ds.hf.model import hugging_face_inputs
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.parallel.groups import ProcessGroups
@@ -254,8 +259,20 @@ def test_what_may_not_be_read_is_refused(run: Path, export: Tool, monkeypatch: p
 @ONLY_BPE
 def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Tool) -> None:
     (run.parent / "file").write_text("")
-    assert is_refused(export(run, run.parent / "file"), "cannot write")
-    assert is_refused(export(run, run.parent / "file" / "out"), "cannot write")
+    assert is_refused(export(run, run.parent / "file"), "cannot be written")
+    assert is_refused(export(run, run.parent / "file" / "out"), "cannot be written")
+
+
+def test_what_the_disk_refuses_is_known_by_the_text_of_safetensors(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(SafetensorError) as caught:
+            save_file({"weights": torch.zeros(100_000)}, tmp_path / "weights.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _system_error(caught.value).errno == errno.EFBIG
+    assert _system_error(SafetensorError("a header that is too long")).errno is None
 
 
 @ONLY_BPE

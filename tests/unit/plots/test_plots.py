@@ -74,6 +74,19 @@ def test_several_runs_become_one_picture(tmp_path):
     result = plot(raptr, full, "--output", tmp_path / "pictures" / "both.png")
     assert result.returncode == 0, result.stderr
     assert png_size(tmp_path / "pictures" / "both.png")[1] == round((5.6 + 6.0) * 120)
+    assert result.stderr == ""
+
+
+def test_runs_whose_losses_do_not_compare_are_drawn_with_a_warning(tmp_path):
+    runs = [write_run(tmp_path / name, 5, method="full") for name in ("bert", "ul2")]
+    for run in runs:
+        model = {"architecture": run.name, "num_layers": 12, "vocab_size": 1024}
+        (run / "config.json").write_text(json.dumps({"raptr_ds": {"model": model}}))
+    result = plot(*runs)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (
+        "warning: these runs have different objectives (bert, ul2): their losses cannot be compared\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["half.txt", "half", "half.npy", ".png"])

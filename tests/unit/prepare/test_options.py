@@ -89,7 +89,7 @@ def test_both_commands_refuse(
         ("--tokenizer t.model --tokenizer-sample-bytes 9", "--tokenizer-sample-bytes is for training a tokenizer"),
         ("--validation-fraction nan", "--validation-fraction nan must lie between 0 and 1"),
         ("--output=", "argument --output: the value is empty"),
-        ("--output text.txt", "cannot write to text.txt"),
+        ("--output text.txt", "text.txt cannot be written"),
         (f"--output {TOO_LONG}", "cannot be used: File name too long"),
         (f"--overwrite --output {TOO_LONG}/x", "cannot be used: File name too long"),
     ],
@@ -107,7 +107,7 @@ def test_prepare_data_refuses(
     [
         ("", "argument --output: the value is empty"),
         (".", "is a folder. Name the .model file"),
-        ("text.txt/a.model", "cannot write text.txt/a.model"),
+        ("text.txt/a.model", "text.txt/a.model cannot be written"),
         (TOO_LONG, "cannot be used: File name too long"),
     ],
 )

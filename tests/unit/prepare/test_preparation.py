@@ -1,5 +1,6 @@
 """Preparing a folder: restart after a kill, reuse, splits, counts, and clear refusals."""
 
+import errno
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import pytest
 from raptr_ds.data.indexed import IndexedTokens, open_indexed
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.data.tokenizer import Tokenizer
-from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.errors import ConfigError, DataError, Exit, StorageError
 from raptr_ds.prepare import encoding, indexing, working_folder
 from raptr_ds.prepare.corpus import FileSource
 from raptr_ds.prepare.encoding import is_validation
@@ -131,16 +132,18 @@ def test_resuming_after_an_interruption_gives_the_same_bytes(
 
 
 def test_unfinished_work_of_other_settings_is_thrown_away(
-    sources: list[FileSource], data_folder: Path, tmp_path: Path
+    sources: list[FileSource], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(documents: int, text_bytes: int) -> None:
-        raise KeyboardInterrupt
-
-    output = tmp_path / "data"
-    with pytest.raises(KeyboardInterrupt):
-        Preparation(sources[:9], output, SMALL, report=quiet, progress=stop).run()
-    Preparation(sources, output, SETTINGS, report=quiet).run()
+    monkeypatch.setattr(indexing, "BATCHES_PER_CHECKPOINT", 1)
+    output, lines = tmp_path / "data", []
+    with monkeypatch.context() as patched:
+        patched.setattr(working_folder, "write_index", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Preparation(sources[:9], output, SMALL, report=quiet).run()
+    Preparation(sources, output, SETTINGS, report=lines.append).run()
     assert contents(output) == contents(data_folder)
+    thrown_away = f"starting again: the unfinished work in {output / '.prepare'}, 9 documents, was for other text or"
+    assert lines[0] == f"{thrown_away} other settings."
 
 
 def test_workers_do_not_change_the_bytes(
@@ -245,6 +248,33 @@ def test_two_at_once_are_refused(tmp_path: Path, sources: list[FileSource]) -> N
     Preparation(sources[:3], tmp_path / "data", SMALL, report=quiet, progress=again).run()
 
 
+def test_a_full_disk_is_not_the_users_mistake_and_loses_nothing(
+    tmp_path: Path, sources: list[FileSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as from write(): without a file's name
+
+    monkeypatch.setattr(indexing, "BATCHES_PER_CHECKPOINT", 1)
+    preparation = Preparation(sources, tmp_path / "data", SMALL, report=quiet)
+    with monkeypatch.context() as patched:
+        patched.setattr(working_folder, "write_index", full)
+        with pytest.raises(StorageError, match=r"No space left on device\. Make room"):
+            preparation.run()
+    lines: list[str] = []
+    manifest = replace(preparation, report=lines.append).run()
+    assert lines[0] == f"resuming: {manifest.documents} documents are already encoded."
+
+
+def test_what_the_disk_of_the_output_does_not_take_ends_without_a_traceback(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 200)
+    command = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", text, "--output", tmp_path / "data"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (Exit.STORAGE, 1), done.stderr
+    assert done.stderr.startswith("error: the output cannot be written: No space left on device.")
+
+
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "tools" / "prepare_data.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -265,7 +295,7 @@ def test_command_line(tmp_path: Path, text_files: list[Path]) -> None:
 
 def test_unwritable_output(tmp_path: Path, sources: list[FileSource]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write to"):
+    with pytest.raises(PathError, match=r"cannot be written: Not a directory\. Choose an --output folder"):
         Preparation(sources, tmp_path / "file", SMALL, report=quiet).run()
     folder = tmp_path / "folder"
     folder.mkdir()
