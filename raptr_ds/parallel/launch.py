@@ -65,7 +65,7 @@ def detect_launch() -> Launch:
         found = _mpirun_launch()
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         found = _slurm_launch()  # before PMI_SIZE: srun sets that too where a site's default is PMI
-    elif "PMI_SIZE" in env:
+    elif _count("PMI_SIZE") > 1:  # a lone task of such a site's srun, which has mpi4py or not, is a run of one
         found = _mpirun_launch()
     else:
         found = Launch(0, 0, 1, "127.0.0.1", free_port(), "none")

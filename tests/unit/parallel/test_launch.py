@@ -12,7 +12,7 @@ from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 
 _READ_OR_SET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
-    *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
+    *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
     *(
@@ -93,8 +93,12 @@ def test_srun_without_scontrol_says_what_to_set(monkeypatch: pytest.MonkeyPatch,
         launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="node1")
 
 
-def test_a_single_task_in_an_allocation_is_a_run_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="1").launcher == "none"
+@pytest.mark.parametrize("by_pmi", [{}, {"PMI_SIZE": "1", "PMI_RANK": "0"}], ids=["plain", "pmi"])
+def test_a_single_task_in_an_allocation_is_a_run_of_one(
+    monkeypatch: pytest.MonkeyPatch, by_pmi: dict[str, str]
+) -> None:
+    """by_pmi: what srun sets besides where that is a site's default."""
+    assert launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="1", **by_pmi).launcher == "none"
 
 
 def test_ranks_of_deepspeed_win_inside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
