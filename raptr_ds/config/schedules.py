@@ -15,11 +15,12 @@ from raptr_ds.errors import nearest
 NAMED_SCHEDULES = {
     "paper": (6, 8, 10, 12),
     "half": (2, 3, 7, 12),
+    "late": (3, 3, 3, 3, 12),
     "gradual": (6, 9, 12),
     "doubling": (3, 6, 12),
 }
-"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work (docs/results.md has what that is worth);
-gradual and progressive stacking."""
+"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work, and paths that stay short until the last
+fifth (docs/results.md has what these are worth); gradual and progressive stacking."""
 
 
 def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:

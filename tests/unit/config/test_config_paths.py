@@ -20,6 +20,8 @@ M, P = "raptr_ds.model.", "raptr_ds.path."
         (f"{P}schedule=half", "2-3-7-12"),
         (f"{P}schedule=half {M}num_layers=24", "4-6-14-24"),
         (f"{P}schedule=half {M}num_layers=5", "2-2-3-5"),
+        (f"{P}schedule=late", "3-3-3-3-12"),
+        (f"{P}schedule=late {M}num_layers=24", "6-6-6-6-24"),
         (f"{P}schedule=doubling {P}fixed_layers=[0,1,2,-2,-1]", "5-6-12"),
         (f"{P}schedule=doubling {M}num_layers=5", "2-3-5"),
         (f"{P}method=stacking {P}schedule=doubling {M}num_layers=24", "6-12-24"),
