@@ -93,19 +93,16 @@ class ReplicatedOptimizer:
         """Average the gradients over the data-parallel ranks; skipped layers have none, so nothing is sent for them."""
         if self.groups.topology.data == 1:
             return
+        found = [gradient for working, _, _ in self.pairs if (gradient := gradient_of(working)) is not None]
         bucket: list[torch.Tensor] = []
         elements = 0
         with self.clock.waiting():
-            for gradient in (gradient_of(working) for working, _, _ in self.pairs):
-                if gradient is None:
-                    continue
+            for gradient in found:
                 bucket.append(gradient)
                 elements += gradient.numel()
-                if elements >= _BUCKET_ELEMENTS:
+                if elements >= _BUCKET_ELEMENTS or gradient is found[-1]:
                     self._reduce(bucket)
                     bucket, elements = [], 0
-            if bucket:
-                self._reduce(bucket)
 
     def _reduce(self, bucket: list[torch.Tensor]) -> None:
         flat = torch.cat([gradient.flatten() for gradient in bucket])
