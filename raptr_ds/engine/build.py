@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.run import RunConfig
@@ -17,7 +16,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.model.attention_backend import AttentionBackend, choose_attention, kernel_obstacle
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import build_stage
-from raptr_ds.parallel.agreement import together
+from raptr_ds.parallel.agreement import gathered, together
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.stages import stage_layers
 
@@ -62,8 +61,7 @@ def _anywhere(groups: ProcessGroups, obstacle: str | None) -> str | None:
     """Return the obstacle of the first rank that has one, else None: all ranks must compute in the same way."""
     if groups.topology.world_size == 1:
         return obstacle
-    found: list[str | None] = [None] * groups.topology.world_size
-    dist.all_gather_object(found, obstacle, group=groups.control)
+    found = gathered(obstacle, groups.control)
     return next((f"{text}, on rank {rank}" for rank, text in enumerate(found) if text is not None), None)
 
 

@@ -91,17 +91,6 @@ class PathAware:
         # DeepSpeed raises when a dynamic loss scale reaches 1; raptr_ds.train.on_non_finite decides what happens then.
         self.optimizer.loss_scaler.raise_error_at_min_scale = False
 
-    def _do_sanity_check(self: Any) -> None:
-        """Check as DeepSpeed does, but accept fp16 on any CPU: torch computes it there, slowly."""
-        accelerator: Any = get_accelerator()
-        is_supported = accelerator.is_fp16_supported
-        if accelerator.device_name() == "cpu":
-            accelerator.is_fp16_supported = lambda: True
-        try:
-            super()._do_sanity_check()  # type: ignore[misc]
-        finally:
-            accelerator.is_fp16_supported = is_supported
-
     def allreduce_gradients(self: Any, *args: Any, **more: Any) -> None:
         """Reduce gradients at the accumulation boundary; nothing is sent for skipped layers."""
         if self.zero_optimization_stage() > 0:
@@ -175,6 +164,9 @@ def build_deepspeed_engine(
     clock = WorkClock(groups.device, is_on=groups.topology.world_size > 1)
     engine.__dict__.update(process_groups=groups, stage=stage, clock=clock)
     start_deepspeed_comm()
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True  # torch computes it on any CPU, slowly
     config = _summing_as_it_accumulates(_with_fitting_bucket(without_idle_zero(config, groups.topology.data), stage))
     parsed = DeepSpeedConfig(config, unit)
     engine.__init__(args=None, model=module, mpu=unit, config=config, config_class=parsed, dist_init_required=False)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from raptr_ds.engine.fragments import WEIGHT, Holder, create_state, fragments_of, step_counts
 from raptr_ds.engine.parameter_groups import layer_of
 from raptr_ds.model.initialization import ends_branch
+from raptr_ds.parallel.agreement import gathered
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.growth import Growth
 
@@ -25,13 +26,13 @@ def grow_layers(
     sources = growth.sources
     involved = {*growth.new_layers, *sources.values()}
     holders = [holder for holder in holders if holder.group["layer"] in involved]
-    stages = _gathered({holder.group["layer"]: groups.pipeline_rank for holder in holders}, groups)
+    stages = _of_all_stages({holder.group["layer"]: groups.pipeline_rank for holder in holders}, groups)
     new = [holder for holder in holders if holder.group["layer"] in growth.new_layers]
     kinds, counts = {}, {}
     if growth.copies_optimizer_state:
         for fragment in fragments_of(holders, optimizer):
             kinds.setdefault(fragment.name, set()).add(fragment.kind)
-        kinds, counts = _gathered(kinds, groups), _gathered(step_counts(holders, optimizer), groups)
+        kinds, counts = _of_all_stages(kinds, groups), _of_all_stages(step_counts(holders, optimizer), groups)
         originals = {name: _in_layer(name, sources[layer_of(name)]) for holder in new for name in holder.names}
         kinds = {name: kinds[original] for name, original in originals.items() if original in kinds}
         counts = {name: counts[original] for name, original in originals.items() if original in counts}
@@ -67,10 +68,8 @@ def _in_layer(name: str, layer: int) -> str:
     return f"layers.{layer}.{name.split('.', 2)[2]}"
 
 
-def _gathered(values: dict[Any, Any], groups: ProcessGroups) -> dict[Any, Any]:
+def _of_all_stages(values: dict[Any, Any], groups: ProcessGroups) -> dict[Any, Any]:
     """Return the entries of all pipeline stages."""
     if groups.topology.pipeline == 1:
         return values
-    parts: list[Any] = [None] * groups.topology.pipeline
-    dist.all_gather_object(parts, values, group=groups.pipeline)
-    return {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in gathered(values, groups.pipeline) for key, value in part.items()}

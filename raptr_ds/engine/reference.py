@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from raptr_ds.data.batch import StepBatch
-from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
+from raptr_ds.engine.fragments import Holder
 from raptr_ds.engine.parameter_groups import is_decayed, layer_of
-from raptr_ds.engine.protocol import StepResult
+from raptr_ds.engine.protocol import Engine, StepResult
 from raptr_ds.model.initialization import ends_branch
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
@@ -22,7 +22,7 @@ from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import LayerPath
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """AdamW in fp32, each parameter in its own group."""
 
     def __init__(
@@ -41,11 +41,10 @@ class ReferenceEngine:
             {"params": [p], "layer": layer_of(name), "weight_decay": weight_decay if is_decayed(p) else 0.0}
             for name, p in self.parameters.items()
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+        self.inner_optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
 
     def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
-        """Train step `step` along `path`."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.inner_optimizer.zero_grad(set_to_none=True)
         total = 0.0
         keys = dropout_keys(self.seed, step, self.stage.model.num_layers, batch.micro_batches[0].tokens.device)
         for number, micro in enumerate(batch.micro_batches):
@@ -64,12 +63,14 @@ class ReferenceEngine:
                 parameter.grad = torch.zeros_like(parameter)
         if self.max_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
-        for group in self.optimizer.param_groups:
+        for group in self.inner_optimizer.param_groups:
             group["lr"] = learning_rate
         before = {}
         if self.skipped_update == "freeze" and path.parts is not None:
-            before = {p: (p.detach().clone(), copy.deepcopy(self.optimizer.state[p])) for p in self.parameters.values()}
-        self.optimizer.step()  # torch does not change parameters without a gradient, which is what freeze means
+            before = {
+                p: (p.detach().clone(), copy.deepcopy(self.inner_optimizer.state[p])) for p in self.parameters.values()
+            }
+        self.inner_optimizer.step()  # torch does not change parameters without a gradient, which is what freeze means
         self._restore_idle_parts(path, before)
         return StepResult(total, norm, batch.num_predictions)
 
@@ -89,12 +90,11 @@ class ReferenceEngine:
             weight, state = before[parameter]
             parameter[is_idle] = weight[is_idle]
             for moment in ("exp_avg", "exp_avg_sq"):
-                now = self.optimizer.state[parameter][moment]
+                now = self.inner_optimizer.state[parameter][moment]
                 now[is_idle] = state[moment][is_idle] if state else 0.0
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
-        """Return the mean loss over all predicted positions of `batches` along `path`."""
         total, count = 0.0, 0
         for batch in batches:
             for micro in batch.micro_batches:
@@ -104,49 +104,22 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def grow(self, growth: Growth) -> None:
-        """Give the new layers the weights and the optimizer state that they begin with."""
         for layer in growth.new_layers:
             for name, parameter in self.stage.layers[str(layer)].named_parameters(prefix=f"layers.{layer}"):
                 if layer not in growth.sources:
-                    self.optimizer.state.pop(parameter, None)
+                    self.inner_optimizer.state.pop(parameter, None)
                     if growth.init == "zero" and ends_branch(name):
                         parameter.zero_()
                     continue
                 original = self.parameters[name.replace(f"layers.{layer}.", f"layers.{growth.sources[layer]}.", 1)]
                 parameter.copy_(original)
-                self.optimizer.state.pop(parameter, None)
-                if growth.copies_optimizer_state and original in self.optimizer.state:
-                    self.optimizer.state[parameter] = copy.deepcopy(self.optimizer.state[original])
+                self.inner_optimizer.state.pop(parameter, None)
+                if growth.copies_optimizer_state and original in self.inner_optimizer.state:
+                    self.inner_optimizer.state[parameter] = copy.deepcopy(self.inner_optimizer.state[original])
 
     def _holders(self) -> list[Holder]:
-        groups = self.optimizer.param_groups
+        groups = self.inner_optimizer.param_groups
         return [
             Holder.of_whole(name, parameter, parameter, group)
             for group, (name, parameter) in zip(groups, self.parameters.items(), strict=True)
         ]
-
-    def fragments(self) -> list[Fragment]:
-        """Return views of all weights and optimizer states."""
-        return fragments_of(self._holders(), self.optimizer)
-
-    def owns(self, fragment: Fragment) -> bool:
-        """Return True: there is no other rank."""
-        return True
-
-    def step_counts(self) -> dict[str, float]:
-        """Return how many steps the optimizer has made on each parameter."""
-        return step_counts(self._holders(), self.optimizer)
-
-    def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
-        """Replace the optimizer's state by zeros of these kinds and by these step counts."""
-        create_state(self._holders(), self.optimizer, kinds, counts)
-
-    def refresh_weights(self) -> None:
-        """Do nothing: the fp32 weights are the working ones."""
-
-    def loss_scaler_state(self) -> dict[str, float]:
-        """Return nothing: fp32 needs no loss scale."""
-        return {}
-
-    def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Do nothing."""

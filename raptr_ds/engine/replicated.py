@@ -5,8 +5,7 @@ _get_gradients_for_reduction) and clips by another norm than its ZeRO stages (ru
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from raptr_ds.parallel.layers import is_owner
 from raptr_ds.paths.path import LayerPath, Parts
 
 _BUCKET_ELEMENTS = 1 << 26
-_OWN_OF_A_GROUP = ("params", "layer", "names")
 
 
 class ReplicatedOptimizer:
@@ -51,10 +49,15 @@ class ReplicatedOptimizer:
         self.decides_on_device = _skips_on_device(inner, groups.device)
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.pairs: list[tuple[nn.Parameter, torch.Tensor, int]] = []
-        for group in inner.param_groups:
+        self._layer_groups = inner.param_groups
+        for group in self._layer_groups:
             working = group["params"]
             group["params"] = [self._master(parameter) for parameter in working]
             self.pairs += [(w, m, group["layer"]) for w, m in zip(working, group["params"], strict=True)]
+        # torch counts steps by parameter and passes over those without a gradient, so one call can step layers whose
+        # counts differ. DeepSpeed's fused optimizers count by group (ops/adam/fused_adam.py).
+        if type(inner).__module__.startswith("torch."):
+            inner.param_groups = _merged(self._layer_groups)
         if accumulate_in_fp32:
             for parameter, _, _ in self.pairs:
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to_fp32)
@@ -90,19 +93,16 @@ class ReplicatedOptimizer:
         """Average the gradients over the data-parallel ranks; skipped layers have none, so nothing is sent for them."""
         if self.groups.topology.data == 1:
             return
+        found = [gradient for working, _, _ in self.pairs if (gradient := gradient_of(working)) is not None]
         bucket: list[torch.Tensor] = []
         elements = 0
         with self.clock.waiting():
-            for gradient in (gradient_of(working) for working, _, _ in self.pairs):
-                if gradient is None:
-                    continue
+            for gradient in found:
                 bucket.append(gradient)
                 elements += gradient.numel()
-                if elements >= _BUCKET_ELEMENTS:
+                if elements >= _BUCKET_ELEMENTS or gradient is found[-1]:
                     self._reduce(bucket)
                     bucket, elements = [], 0
-            if bucket:
-                self._reduce(bucket)
 
     def _reduce(self, bucket: list[torch.Tensor]) -> None:
         flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -132,7 +132,7 @@ class ReplicatedOptimizer:
                 return
         accumulated = self._hand_over(gradients)
         factor = clip_factor(norm, self.max_norm) / scale
-        with idle_parts_kept(self.inner, moving, self.kept_parts, self.groups), self._merged_groups():
+        with idle_parts_kept(self.inner, moving, self.kept_parts, self.groups):
             if self.decides_on_device:
                 self._step_if_finite(norm, factor)
             else:
@@ -181,21 +181,6 @@ class ReplicatedOptimizer:
         finally:
             del inner.found_inf, inner.grad_scale
 
-    @contextmanager
-    def _merged_groups(self) -> Iterator[None]:
-        """Show the inner optimizer only the groups that move, those with equal hyperparameters merged into one.
-
-        torch keeps step counts by parameter, so one call can step layers whose counts differ. DeepSpeed's fused
-        optimizers count steps by group (ops/adam/fused_adam.py), so their groups are not merged.
-        """
-        every = self.inner.param_groups
-        moving = [group for group in every if self.moves(group["layer"])]
-        self.inner.param_groups = _merged(moving) if type(self.inner).__module__.startswith("torch.") else moving
-        try:
-            yield
-        finally:
-            self.inner.param_groups = every
-
     @torch.no_grad()
     def refresh(self, is_wanted: Callable[[int], bool]) -> None:
         """Copy the fp32 weights of the wanted layers to the working weights, unless they are the same tensors."""
@@ -204,7 +189,7 @@ class ReplicatedOptimizer:
 
     def holders(self, names: Mapping[nn.Parameter, str]) -> list[Holder]:
         """Return where weights and states lie: each parameter has its own fp32 tensor."""
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        groups = [group for group in self._layer_groups for _ in group["params"]]
         return [
             Holder.of_whole(names[working], working, master, group)
             for group, (working, master, _) in zip(groups, self.pairs, strict=True)
@@ -218,17 +203,12 @@ class ReplicatedOptimizer:
 
 
 def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return new groups, one for all of `groups` that differ only in their parameters."""
-    merged: list[dict[str, Any]] = []
+    """Return one group for all layers of each weight decay, the only option in which layers' groups differ."""
+    merged: dict[float, dict[str, Any]] = {}
     for group in groups:
-        options = {key: value for key, value in group.items() if key not in _OWN_OF_A_GROUP}
-        for other in merged:
-            if {key: value for key, value in other.items() if key != "params"} == options:
-                other["params"] += group["params"]
-                break
-        else:
-            merged.append({**options, "params": list(group["params"])})
-    return merged
+        options = {key: value for key, value in group.items() if key not in ("params", "layer", "names")}
+        merged.setdefault(group["weight_decay"], {**options, "params": []})["params"] += group["params"]
+    return list(merged.values())
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

@@ -9,10 +9,10 @@ from torch import nn
 
 from raptr_ds.data.batch import StepBatch
 from raptr_ds.engine.deepspeed_engine import build_deepspeed_engine
-from raptr_ds.engine.fragments import Fragment, Holder, create_state, fragments_of, step_counts
+from raptr_ds.engine.fragments import Fragment, Holder
 from raptr_ds.engine.grow import grow_layers
 from raptr_ds.engine.parameter_groups import every_layer
-from raptr_ds.engine.protocol import StepResult
+from raptr_ds.engine.protocol import Engine, StepResult
 from raptr_ds.engine.replicated import ReplicatedOptimizer
 from raptr_ds.engine.work_clock import WorkClock
 from raptr_ds.model.stage import Stage
@@ -25,7 +25,7 @@ from raptr_ds.paths.path import LayerPath
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """Trains the model, whole or tensor-parallel, on each data-parallel rank.
 
     Pipeline stages change only how DeepSpeed runs a batch: `_prepare`, `_run` and `_losses`.
@@ -44,14 +44,14 @@ class ZeroEngine:
         self.stage, self.groups, self.seed = stage, groups, seed
         self.engine: Any = build_deepspeed_engine(config, stage, stage if module is None else module, groups)
         self.optimizer: Any = self.engine.optimizer
+        self.inner_optimizer = self.engine.basic_optimizer
         self.clock: WorkClock = self.engine.clock
         self.names = {parameter: name for name, parameter in stage.named_parameters()}
         self.parameters = {name: parameter for parameter, name in self.names.items()}
         self.freezes = skipped_update == "freeze"
 
     def train_step(self, batch: StepBatch, path: LayerPath, step: int, learning_rate: float) -> StepResult:
-        """Train step `step` along `path`; only the weights of its layers are gathered."""
-        for group in self.engine.basic_optimizer.param_groups:
+        for group in self.inner_optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.follow(path, self.freezes)
         self._prepare(batch)
@@ -129,7 +129,6 @@ class ZeroEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[StepBatch], path: LayerPath) -> float:
-        """Return the mean loss over all predicted positions of `batches` along `path`."""
         self.optimizer.follow_forward(path)
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         count = 0
@@ -148,42 +147,25 @@ class ZeroEngine:
     def _holders(self) -> list[Holder]:
         return self.optimizer.holders(self.names)
 
-    def fragments(self) -> list[Fragment]:
-        """Return views of all fp32 weights and optimizer states that this rank holds."""
-        return fragments_of(self._holders(), self.engine.basic_optimizer)
-
     def grow(self, growth: Growth) -> None:
-        """Give the new layers the weights and the optimizer state that they begin with."""
-        grow_layers(self._holders(), self.engine.basic_optimizer, growth, self.groups)
+        grow_layers(self._holders(), self.inner_optimizer, growth, self.groups)
         self.optimizer.refresh(growth.new_layers.__contains__)
 
     def owns(self, fragment: Fragment) -> bool:
-        """Whether this rank writes the fragment: ZeRO's partitions have one owner each; of replicas it is rank 0."""
         if isinstance(self.optimizer, ReplicatedOptimizer) and self.groups.data_rank > 0:
-            return False
+            return False  # rank 0 writes replicas; ZeRO's partitions have one owner each
         return is_owner(self.parameters[fragment.name], self.groups)
 
-    def step_counts(self) -> dict[str, float]:
-        """Return how many steps the optimizer has made on each parameter of this rank."""
-        return step_counts(self._holders(), self.engine.basic_optimizer)
-
-    def create_state(self, kinds: Mapping[str, set[str]], counts: Mapping[str, float]) -> None:
-        """Replace the optimizer's state by zeros of these kinds and by these step counts."""
-        create_state(self._holders(), self.engine.basic_optimizer, kinds, counts)
-
     def refresh_weights(self) -> None:
-        """Copy the fp32 weights to the working weights."""
         self.optimizer.refresh(every_layer)
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Return a dynamic loss scale and its counters; a static one is in the run file."""
         scaler = self.optimizer.loss_scaler
         if not scaler.dynamic:
-            return {}
+            return {}  # a static one is in the run file
         return {key: float(getattr(scaler, key)) for key in _LOSS_SCALER_FIELDS}
 
     def load_loss_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Restore what `loss_scaler_state` returned, if the loss scale is dynamic here."""
         scaler = self.optimizer.loss_scaler
         if not scaler.dynamic:
             return

@@ -120,6 +120,13 @@ class PathAgreement(Generic[PathT]):
         return Agreed(self._decode(leader.numpy()[1:]), bool(table[:, 1].any()), table[:, 2:])
 
 
+def gathered(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Return the value of each rank of the group, in their order. Collective: all of them call it."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
     """Run `action` on every rank and return its result; if it fails anywhere for a user's reason, fail everywhere.
 
@@ -130,9 +137,7 @@ def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
         result = action()
     except RaptrError as caught:
         error = caught
-    errors: list[Any] = [None] * groups.topology.world_size
-    dist.all_gather_object(errors, error, group=groups.control)
-    first = next((found for found in errors if found is not None), None)
+    first = next((found for found in gathered(error, groups.control) if found is not None), None)
     if first is not None:
         raise first
     return result  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.protocol import Engine
 from raptr_ds.errors import DeviceMemoryError, RaptrError
-from raptr_ds.parallel.agreement import PathAgreement, on_first_rank, together
+from raptr_ds.parallel.agreement import PathAgreement, gathered, on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.roll_call import meet
@@ -152,7 +152,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         exports = Exports(config, written, checkpoints, metrics, events)
         stack.callback(exports.close)
         together(groups, lambda: exports.begin(state.step, begun.is_own))
-        hosts = _hosts(groups)
+        hosts = gathered(socket.gethostname(), groups.control)
         times.done("metrics")
         _record_start(events, hosts, groups, launch, begun, metrics, times)
         agreement = PathAgreement(
@@ -306,13 +306,6 @@ def _write_config(folder: Path, config: RunConfig) -> None:
 def _open_sinks(log: LogSection, folder: Path, resume_step: int) -> list[Sink]:
     trackers = open_trackers(log, folder, resume_step)
     return [*trackers, TensorBoardSink(folder, resume_step)] if log.tensorboard else [*trackers]
-
-
-def _hosts(groups: ProcessGroups) -> list[str]:
-    """Return the host of each rank; all ranks call it."""
-    hosts: list[Any] = [None] * groups.topology.world_size
-    dist.all_gather_object(hosts, socket.gethostname(), group=groups.control)
-    return hosts
 
 
 def _record_start(
