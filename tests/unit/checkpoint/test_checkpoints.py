@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from raptr_ds.checkpoint import write as checkpoint_write
 from raptr_ds.checkpoint.manager import check_writable
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.errors import CheckpointError, Exit
+from raptr_ds.errors import CheckpointError, Exit, StorageError
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.user_paths import PathError
 from tests.unprivileged import closed
@@ -341,3 +341,12 @@ def test_old_checkpoints_whose_file_system_is_away_stay_with_a_line(run: Any, mo
     assert run.steps() == ["3", "2", "1"]
     assert run.save(4) == [None]
     assert run.steps() == ["4", "3"]
+
+
+def test_abandoned_branches_whose_file_system_is_away_end_the_run_on_every_rank(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(1)
+    monkeypatch.setattr("raptr_ds.checkpoint.manager.outdated_branches", stale)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        run.restore("none")
