@@ -201,7 +201,6 @@ def test_random_parts_are_paths_of_whose_layers_parts_run():
     alone = build("raptr", num_layers=4, num_steps=100, num_heads=4, **keys)
     paths = [both.path_at(step) for step in range(100)]
     assert paths == [both.path_at(step) for step in range(100)]
-    assert all(LayerPath.decode(path.encode()) == path for path in paths)
     for step, path in enumerate(paths):
         length, width = (4, 4) if step < 10 else (2 + (step - 10) // 30, (1, 2, 4)[(step - 10) // 30])
         assert path.layers == alone.path_at(step).layers
