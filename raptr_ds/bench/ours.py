@@ -131,7 +131,7 @@ def measured_path(config: RunConfig, work: float, generator: np.random.Generator
     num_layers, heads = config.model.num_layers, config.model.num_attention_heads
     if config.path.method != "width":
         assert config.parallel.pipeline_layers is not None, "not derived"
-        stages = BalancedStages.of(config.parallel.pipeline_layers)
+        stages = BalancedStages(config.parallel.pipeline_layers)
         return LayerPath(draw_balanced(generator, stages, round(work), ()), num_layers)
     width = round(work / num_layers * heads)
     drawn = [tuple(draw_uniform(generator, heads, width, ()) for _ in range(num_layers)) for _ in range(2)]

@@ -1,11 +1,12 @@
 """Peak: the most that a rank holds, over all phases of a run and all paths that these can draw."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raptr_ds.paths.balance import stage_counts
+from raptr_ds.paths.balance import mean_counts
 from raptr_ds.paths.methods import SeveralPaths
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
@@ -99,11 +100,11 @@ def _balanced_range(method: RandomPaths, length: int, layers: range) -> tuple[in
     """Return the fewest and the most of some layers that balanced paths can have, by what each stage gets."""
     assert method.stages is not None
     fixed = set(method.fixed_layers)
-    counts = stage_counts(method.stages, method.fixed_layers, length)
+    means = mean_counts(method.stages, method.fixed_layers, length)
     least = most = 0
-    for stage, few, extra in zip(method.stages.layers(), counts.least, counts.extra, strict=True):
+    for stage, mean in zip(method.stages.layers(), means, strict=True):
         shared = set(stage).intersection(layers)
         free, all_free = len(shared - fixed), len(set(stage) - fixed)
-        least += len(shared & fixed) + max(0, few - (all_free - free))
-        most += len(shared & fixed) + min(free, few + (extra > 0))
+        least += len(shared & fixed) + max(0, math.floor(mean) - (all_free - free))
+        most += len(shared & fixed) + min(free, math.ceil(mean))
     return least, most

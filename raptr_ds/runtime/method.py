@@ -83,4 +83,4 @@ def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedSt
     if len(layers) != section.balance_stages:
         layers = derive_pipeline_layers(config.model.num_layers, section.balance_stages)
     head = head_cost_in_layers(config.model, predictions_per_sequence(config))
-    return BalancedStages.of(layers, head_cost=head)
+    return BalancedStages(layers, head)

@@ -74,7 +74,7 @@ def test_paths_are_equal_in_another_process_and_differ_by_seed_and_step():
         ("pld", {"residual_scale": "inverse", "paths_per_step": 2}),
         ("layerdrop", {"residual_scale": "sqrt"}),
         ("raptr", {"residual_scale": "sqrt", "sampling": "bernoulli"}),
-        ("raptr", {"residual_scale": "inverse", "sampling": "balanced", "stages": BalancedStages.of((5, 7), 0.5)}),
+        ("raptr", {"residual_scale": "inverse", "sampling": "balanced", "stages": BalancedStages((5, 7), 0.5)}),
         ("raptr", {"residual_scale": "sqrt", "width_schedule": "1-2-3-4"}),
         ("width", {"schedule": "1-2-4"}),
     ],

@@ -42,7 +42,7 @@ RECOMPUTED = ("raptr_ds.parallel.activation_checkpointing=true", "raptr_ds.paral
 )
 def test_paths_have_on_each_stage_from_the_fewest_to_the_most_layers(keys, stages):
     """Both ends are reached, in 4,000 steps: a path at an end has a probability above 1/400 in all of these."""
-    balanced = BalancedStages.of((3, 3)) if keys.get("sampling") == "balanced" else None
+    balanced = BalancedStages((3, 3)) if keys.get("sampling") == "balanced" else None
     method = path_method(num_layers=6, num_steps=4000, seed=1, stages=balanced, **keys)
     for phase in method.phases.phases:
         paths = [draw for step in range(phase.first_step, phase.end_step) for draw in method.path_at(step).draws]
