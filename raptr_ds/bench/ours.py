@@ -134,7 +134,7 @@ def measured_path(config: RunConfig, work: float, generator: np.random.Generator
         stages = BalancedStages(config.parallel.pipeline_layers)
         return LayerPath(draw_balanced(generator, stages, round(work), ()), num_layers)
     width = round(work / num_layers * heads)
-    drawn = [tuple(draw_uniform(generator, heads, width, ()) for _ in range(num_layers)) for _ in range(2)]
+    drawn = [tuple(draw_uniform(generator, heads, width) for _ in range(num_layers)) for _ in range(2)]
     return LayerPath(tuple(range(num_layers)), num_layers, parts=Parts(heads, *drawn))
 
 

@@ -112,7 +112,7 @@ def draw_balanced(
 ) -> tuple[int, ...]:
     """Return exactly path_length layers: the fixed ones, and in each stage its count of free ones, drawn uniformly.
 
-    Over a single stage these are, layer for layer, the paths of uniform sampling.
+    Over a single stage this is uniform sampling.
     """
     means = mean_counts(stages, fixed_layers, path_length)
     num_layers = sum(stages.num_layers)

@@ -37,7 +37,7 @@ class RandomParts(PathMethod):
         """Return the path of a step, a pure function of (seed, step)."""
         path, generator = self.depth.path_at(step), stream(self.seed, "width", step)
         width, num_heads = self.widths[path.phase], self.sizes.num_heads
-        drawn = [[draw_uniform(generator, num_heads, width, ()) for _ in range(self.num_layers)] for _ in range(2)]
+        drawn = [[draw_uniform(generator, num_heads, width) for _ in range(self.num_layers)] for _ in range(2)]
         heads, blocks = (
             tuple(chosen if path.is_active(layer) else () for layer, chosen in enumerate(of_layers))
             for of_layers in drawn

@@ -89,20 +89,20 @@ def active_range(method: PathMethod, phase: Phase, layers: range) -> tuple[int, 
     if not isinstance(method, RandomPaths) or method.section.sampling == "bernoulli":
         return least, most
     length = phase.fixed_length
-    ranges = [(length - (int(possible.sum()) - most), length - (int(sure.sum()) - least)), (least, most)]
-    if method.section.sampling == "balanced":
-        assert method.stages is not None
-        ranges.append(_balanced_range(method, length, layers))
+    ranges = [
+        (least, most),
+        (length - (int(possible.sum()) - most), length - (int(sure.sum()) - least)),
+        _balanced_range(method, length, layers),
+    ]
     return max(first for first, _ in ranges), min(last for _, last in ranges)
 
 
 def _balanced_range(method: RandomPaths, length: int, layers: range) -> tuple[int, int]:
     """Return the fewest and the most of some layers that balanced paths can have, by what each stage gets."""
-    assert method.stages is not None
-    fixed = set(method.fixed_layers)
-    means = mean_counts(method.stages, method.fixed_layers, length)
+    fixed, stages = set(method.fixed_layers), method.balanced_over
+    means = mean_counts(stages, method.fixed_layers, length)
     least = most = 0
-    for stage, mean in zip(method.stages.layers(), means, strict=True):
+    for stage, mean in zip(stages.layers(), means, strict=True):
         shared = set(stage).intersection(layers)
         free, all_free = len(shared - fixed), len(set(stage) - fixed)
         least += len(shared & fixed) + max(0, math.floor(mean) - (all_free - free))
