@@ -46,7 +46,7 @@ class Peak:
 def run_peak(method: PathMethod, setting: Setting, stages: Iterable[int] | None = None) -> Peak:
     """Return the peak of a run's fullest rank, of all pipeline stages or of some."""
     stages = range(setting.layout.num_stages) if stages is None else tuple(stages)
-    peaks = [phase_peak(method, phase, setting, stages) for phase in method.phases.phases if phase.num_steps]
+    peaks = [phase_peak(method, phase, setting, stages) for phase in method.phases if phase.num_steps]
     return max(peaks, key=lambda peak: peak.memory.total)
 
 
