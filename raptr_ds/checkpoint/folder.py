@@ -11,12 +11,12 @@ from collections.abc import Container
 from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.errors import CheckpointError
 from raptr_ds.user_paths import is_file, is_folder, path_error
 
 CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED, _REPLACED, _DELETED = ".unfinished-", ".replaced-", ".deleted-"
 _SET_ASIDE = "set-aside-"

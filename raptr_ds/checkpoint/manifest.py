@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.checkpoint.folder import MANIFEST
 from raptr_ds.checkpoint.reshard import num_real_elements
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 << 20
 
 # Fields that may change when a run is continued; all others change what the weights mean.
