@@ -85,7 +85,7 @@ def train(session: Session) -> Exit:
     if session.has_open_evaluation and not evaluate(session, state):
         return Exit.CONTINUE_LATER
     while state.step < config.train.steps:
-        path, stop = session.agreed_path(state.step)  # broadcast and checked; step n + 1 is under way while n runs
+        path, stop = session.agreed_path(state.step)  # the same on all ranks; step n + 1 is under way while n runs
         if stop:
             session.save(state)
             return Exit.CONTINUE_LATER

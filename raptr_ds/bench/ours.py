@@ -58,8 +58,8 @@ class OurEntrant(Entrant):
         self.rows[0].loss = engine.evaluate([self._batch], LayerPath.full(self._config.model.num_layers))
         self._engine, self._step = engine, 0
         # Its thread never ends: what it calls must not refer to this object, which has the weights.
-        words_at = partial(_words_at, self._config, [row.path_length for row in self.rows])
-        self._agreement = PathAgreement(self._groups, words_at, LayerPath.decode, lambda: False, _STEPS_AHEAD)
+        path_at = partial(_path_at, self._config, [row.path_length for row in self.rows])
+        self._agreement = PathAgreement(self._groups, path_at, lambda: False, _STEPS_AHEAD)
         self._probe = DeviceProbe(self._config, self._groups)
 
     def initial_weights(self) -> dict[str, torch.Tensor]:
@@ -117,9 +117,9 @@ def _row_number(step: int, num_rows: int) -> int:
     return int(stream(0, "bench order", number).permutation(num_rows)[turn])
 
 
-def _words_at(config: RunConfig, works: Sequence[float], step: int) -> np.ndarray:
+def _path_at(config: RunConfig, works: Sequence[float], step: int) -> LayerPath:
     work = works[_row_number(step, len(works))]
-    return measured_path(config, work, stream(0, "bench", step)).encode()
+    return measured_path(config, work, stream(0, "bench", step))
 
 
 def measured_path(config: RunConfig, work: float, generator: np.random.Generator) -> LayerPath:
@@ -131,10 +131,10 @@ def measured_path(config: RunConfig, work: float, generator: np.random.Generator
     num_layers, heads = config.model.num_layers, config.model.num_attention_heads
     if config.path.method != "width":
         assert config.parallel.pipeline_layers is not None, "not derived"
-        stages = BalancedStages.of(config.parallel.pipeline_layers)
+        stages = BalancedStages(config.parallel.pipeline_layers)
         return LayerPath(draw_balanced(generator, stages, round(work), ()), num_layers)
     width = round(work / num_layers * heads)
-    drawn = [tuple(draw_uniform(generator, heads, width, ()) for _ in range(num_layers)) for _ in range(2)]
+    drawn = [tuple(draw_uniform(generator, heads, width) for _ in range(num_layers)) for _ in range(2)]
     return LayerPath(tuple(range(num_layers)), num_layers, parts=Parts(heads, *drawn))
 
 

@@ -11,12 +11,12 @@ from collections.abc import Container
 from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.errors import CheckpointError
 from raptr_ds.user_paths import is_file, is_folder, path_error
 
 CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _UNFINISHED, _REPLACED, _DELETED = ".unfinished-", ".replaced-", ".deleted-"
 _SET_ASIDE = "set-aside-"
@@ -47,9 +47,13 @@ def checkpoints_in(folder: Path, not_after: int | None = None) -> list[Path]:
     if not is_folder(folder):
         return []
     try:
-        steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+        return _newest_first(folder, not_after)
     except OSError as error:
         raise path_error(folder, error) from error
+
+
+def _newest_first(folder: Path, not_after: int | None = None) -> list[Path]:
+    steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
     allowed = [path for path, step in steps.items() if not_after is None or step <= not_after]
     return sorted(allowed, key=steps.__getitem__, reverse=True)
 
@@ -123,8 +127,9 @@ def outdated(folder: Path, step: int, keep: int, held: Container[int] = ()) -> l
 
     Checkpoints after `step` belong to an abandoned branch of the run and are not counted. held: steps whose checkpoints
     stay in any case.
+    Raises: OSError.
     """
-    older = [path for path in checkpoints_in(folder, not_after=step)[keep:] if (step_of(path) or 0) not in held]
+    older = [path for path in _newest_first(folder, not_after=step)[keep:] if (step_of(path) or 0) not in held]
     deleted = [path.rename(path.with_name(_DELETED + path.name)) for path in older]
     return deleted + sorted(folder.glob(_REPLACED + "step-*"))
 
@@ -134,8 +139,9 @@ def set_aside(folder: Path, after: int) -> Path | None:
 
     In place they would later be taken for the newest ones. Returns the new folder, None if there was nothing to move.
     A few of these folders are kept: see `outdated_branches`.
+    Raises: OSError.
     """
-    later = [path for path in checkpoints_in(folder) if (step_of(path) or 0) > after]
+    later = [path for path in _newest_first(folder) if (step_of(path) or 0) > after]
     if not later:
         return None
     aside = folder / f"{_SET_ASIDE}{max(_branches(folder), default=0) + 1}"

@@ -312,14 +312,17 @@ class Checkpoints:
 
     def _set_aside(self, after: int, source: Path | None = None) -> None:
         """Set the checkpoints after a step aside, and delete those set aside long before, but what was loaded."""
-        moved = self._changed_by(lambda: set_aside(self.folder, after))
-        if moved is None or self.groups.rank > 0:
-            return
-        loaded = () if source is None else source.resolve().parents
-        earlier = [branch for branch in outdated_branches(self.folder) if branch.resolve() not in loaded]
-        also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
-        self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
-        self._delete(earlier)
+
+        def move() -> None:
+            if (moved := set_aside(self.folder, after)) is None:
+                return
+            loaded = () if source is None else source.resolve().parents
+            earlier = [branch for branch in outdated_branches(self.folder) if branch.resolve() not in loaded]
+            also = f"; deleted: {', '.join(path.name for path in earlier)}" if earlier else ""
+            self._report(f"checkpoints that this run does not continue from were moved to {moved}{also}")
+            self._delete(earlier)
+
+        self._changed_by(move)
 
 
 def _completed(manifest: Manifest, writes: list[RankWrite]) -> Manifest:

@@ -14,31 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.checkpoint.folder import MANIFEST
 from raptr_ds.checkpoint.reshard import num_real_elements
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 << 20
 
-# Fields that change what the weights mean. Dropout and the initial scale may change when a run is continued, and so may
-# the sequence length if positions are not learned.
-_SHAPE_FIELDS = (
-    "architecture",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "vocab_size",
-    "ffn_hidden_size",
-    "activation",
-    "normalization",
-    "norm_epsilon",
-    "position_embedding",
-    "add_bias_linear",
-    "tie_word_embeddings",
-)
+# Fields that may change when a run is continued; all others change what the weights mean.
+_MAY_CHANGE = {"hidden_dropout", "attention_dropout", "init_method_std"}
+_MAY_CHANGE_UNLESS = {"seq_length": "learned", "rotary_base": "rotary"}  # positions are of this kind
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -153,10 +140,9 @@ def check_complete(entries: Iterable[Entry]) -> None:
 def check_model(manifest: Manifest, model: ModelSection, folder: Path) -> None:
     """Check that a checkpoint is of this model. Raises: CheckpointError with each field that differs."""
     ours, theirs = model.model_dump(mode="json"), manifest.model
-    fields: list[str] = list(_SHAPE_FIELDS)
-    if ours["position_embedding"] == theirs.get("position_embedding"):
-        fields.append("seq_length" if ours["position_embedding"] == "learned" else "rotary_base")
-    different = [name for name in fields if ours[name] != theirs.get(name)]
+    positions = {values.get("position_embedding") for values in (ours, theirs)}
+    may_change = _MAY_CHANGE | {name for name, kind in _MAY_CHANGE_UNLESS.items() if positions != {kind}}
+    different = [name for name in ours if name not in may_change and ours[name] != theirs.get(name)]
     if not different:
         return
     what = ", ".join(

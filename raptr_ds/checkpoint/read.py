@@ -11,14 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from raptr_ds.checkpoint.manifest import (
-    CHUNK_BYTES,
-    MANIFEST,
-    DamagedCheckpointError,
-    Entry,
-    Manifest,
-    checksum,
-)
+from raptr_ds.checkpoint.folder import MANIFEST
+from raptr_ds.checkpoint.manifest import CHUNK_BYTES, DamagedCheckpointError, Entry, Manifest, checksum
 from raptr_ds.checkpoint.reshard import num_real_elements, transfers
 from raptr_ds.engine.fragments import Fragment
 from raptr_ds.engine.protocol import Engine

@@ -1,12 +1,13 @@
 """Agreement: all ranks train the same path in a step, stop at the same step and fail together."""
 
+import hashlib
 import queue
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,25 +16,25 @@ import torch.distributed as dist
 from raptr_ds.errors import AgreementError, RaptrError
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.roll_call import listed
+from raptr_ds.paths.path import LayerPath
 
 T = TypeVar("T")
-PathT = TypeVar("PathT")
 
 
 @dataclass(frozen=True)
-class Agreed(Generic[PathT]):
+class Agreed:
     """What all ranks will do in a step: the path that they train, and whether to stop before it.
 
     reports: what each rank passed on with the request of this step, (world size, num_reported).
     """
 
-    path: PathT
+    path: LayerPath
     stop: bool
     reports: np.ndarray
 
 
-class PathAgreement(Generic[PathT]):
-    """Broadcasts rank 0's path of each step and has every rank check it against its own.
+class PathAgreement:
+    """Broadcasts a digest of rank 0's path of each step and has every rank check it against its own.
 
     Paths are pure functions of (seed, step), so a difference means that ranks run different code, configuration or
     libraries; training on would mix up gradient buckets without an error. The exchange for step n + 1 runs in a thread
@@ -43,27 +44,22 @@ class PathAgreement(Generic[PathT]):
     def __init__(
         self,
         groups: ProcessGroups,
-        words_at: Callable[[int], np.ndarray],
-        decode: Callable[[np.ndarray], PathT],
+        path_at: Callable[[int], LayerPath],
         stop_requested: Callable[[], bool],
         num_steps: int,
         num_reported: int = 0,
     ) -> None:
-        """words_at: this rank's own encoded path of a 0-based step, int64, of one fixed size; decode: its inverse.
-
-        num_reported: how many numbers each rank passes on with a step's exchange.
-        """
+        """path_at: this rank's own path of a 0-based step. num_reported: numbers each rank passes on with a step."""
         self._num_reported = num_reported
         self._rank, self._world_size = groups.rank, groups.topology.world_size
-        self._words_at, self._decode = words_at, decode
-        self._stop_requested, self._num_steps = stop_requested, num_steps
+        self._path_at, self._stop_requested, self._num_steps = path_at, stop_requested, num_steps
         self._group = dist.new_group(backend="gloo")
-        self._wanted: queue.SimpleQueue[tuple[Future[Agreed[PathT]], int, Sequence[float]]] = queue.SimpleQueue()
-        self._under_way: tuple[int, Future[Agreed[PathT]]] | None = None
+        self._wanted: queue.SimpleQueue[tuple[Future[Agreed], int, Sequence[float]]] = queue.SimpleQueue()
+        self._under_way: tuple[int, Future[Agreed]] | None = None
         # A daemon: a rank that leaves must not wait for an exchange whose other side is gone.
         threading.Thread(target=self._serve, name="path-agreement", daemon=True).start()
 
-    def at(self, step: int, report: Sequence[float] = ()) -> Agreed[PathT]:
+    def at(self, step: int, report: Sequence[float] = ()) -> Agreed:
         """Return what was agreed for `step` (0-based), and start on the next one.
 
         report: numbers that all ranks get with what is agreed for the next step, zeros if left out.
@@ -88,8 +84,8 @@ class PathAgreement(Generic[PathT]):
             (_, exchange), self._under_way = self._under_way, None
             exchange.result()
 
-    def _begin(self, step: int, report: Sequence[float]) -> tuple[int, Future[Agreed[PathT]]]:
-        exchange: Future[Agreed[PathT]] = Future()
+    def _begin(self, step: int, report: Sequence[float]) -> tuple[int, Future[Agreed]]:
+        exchange: Future[Agreed] = Future()
         self._wanted.put((exchange, step, report))
         return step, exchange
 
@@ -101,8 +97,9 @@ class PathAgreement(Generic[PathT]):
             except Exception as error:  # handed to the loop, which raises it
                 exchange.set_exception(error)
 
-    def _agree(self, step: int, report: Sequence[float]) -> Agreed[PathT]:
-        own = torch.from_numpy(np.concatenate([[step], self._words_at(step)]).astype(np.int64))
+    def _agree(self, step: int, report: Sequence[float]) -> Agreed:
+        path = self._path_at(step)
+        own = torch.tensor(list(hashlib.sha256(f"{step} {path!r}".encode()).digest()))
         leader = own.clone()
         dist.broadcast(leader, src=0, group=self._group)
         # A row for each rank: whether its path differs, whether it asks to stop, its report.
@@ -117,7 +114,7 @@ class PathAgreement(Generic[PathT]):
                 "All ranks must run the same code, run file, seed and library versions. Compare them on these ranks; "
                 "nothing of this step has been trained."
             )
-        return Agreed(self._decode(leader.numpy()[1:]), bool(table[:, 1].any()), table[:, 2:])
+        return Agreed(path, bool(table[:, 1].any()), table[:, 2:])
 
 
 def gathered(value: T, group: dist.ProcessGroup) -> list[T]:

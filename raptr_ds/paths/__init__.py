@@ -3,6 +3,6 @@
 from raptr_ds.paths.methods import build_path_method
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
-from raptr_ds.paths.schedule import Phase, Phases
+from raptr_ds.paths.schedule import Phase
 
-__all__ = ["LayerPath", "PathMethod", "Phase", "Phases", "build_path_method"]
+__all__ = ["LayerPath", "PathMethod", "Phase", "build_path_method"]

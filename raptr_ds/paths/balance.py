@@ -26,56 +26,20 @@ _TOLERANCE = 1e-9  # of a layer, for comparing loads
 class BalancedStages:
     """The stages that paths are balanced over.
 
-    num_layers: layers of each stage, in order. costs: what each stage does in addition to its layers (embedding,
-    head), in units of one layer.
+    num_layers: layers of each stage, in order. head_cost: what the last stage does besides, in units of one layer.
     """
 
     num_layers: tuple[int, ...]
-    costs: tuple[float, ...]
-
-    @classmethod
-    def of(cls, num_layers: Sequence[int], head_cost: float = 0.0) -> "BalancedStages":
-        """Return the stages with the head's cost on the last."""
-        return cls(tuple(num_layers), (*(0.0 for _ in num_layers[1:]), head_cost))
+    head_cost: float = 0.0
 
     def layers(self) -> list[range]:
         """Return each stage's layers, 0-based and global."""
         return stage_layers(self.num_layers)
 
 
-@dataclass(frozen=True)
-class StageCounts:
-    """The distribution of the number of active free layers of each stage, for one path length.
-
-    Stage s has least[s] of them, and one more with probability extra[s] / denominator. The extras add up to a whole
-    number, and exactly that number of stages get one more in every draw.
-    """
-
-    least: tuple[int, ...]
-    extra: tuple[int, ...]
-    denominator: int
-
-    def means(self) -> tuple[Fraction, ...]:
-        """Return the expected number of active free layers of each stage, exactly."""
-        return tuple(n + Fraction(e, self.denominator) for n, e in zip(self.least, self.extra, strict=True))
-
-    def draw(self, order: Sequence[int], offset: int) -> tuple[int, ...]:
-        """Return counts by systematic sampling along `order`, a permutation of the stages.
-
-        offset: uniform in 0..denominator-1. Laid end to end, the extras of the stages cover a line of whole length; the
-        stages under the points offset, offset + denominator, ... get one more: each with its own probability, and their
-        number is always the same.
-        """
-        counts, end = list(self.least), offset
-        for stage in order:
-            start, end = end, end + self.extra[stage]
-            counts[stage] += end // self.denominator - start // self.denominator
-        return tuple(counts)
-
-
 @lru_cache(maxsize=1024)
-def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_length: int) -> StageCounts:
-    """Return how path_length layers, the fixed ones among them, are shared out to the stages.
+def mean_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_length: int) -> tuple[Fraction, ...]:
+    """Return the expected number of active free layers of each stage, exactly, on paths of path_length layers.
 
     A stage may hold what keeps its load at the least possible maximum. Under that cap all free layers get the same
     probability (water-filling), which is the fairest choice: none could get more but at the cost of one with less.
@@ -85,16 +49,27 @@ def stage_counts(stages: BalancedStages, fixed_layers: tuple[int, ...], path_len
     wanted = path_length - len(fixed_layers)
     assert 0 <= wanted <= sum(free), f"path_length={path_length}, {len(fixed_layers)} of {sum(stages.num_layers)} fixed"
     caps = [most - f for most, f in zip(_most_active(stages, fixed, path_length), fixed, strict=True)]
-    means = _water_filled(caps, free, wanted)
-    denominator = math.lcm(*(mean.denominator for mean in means))
-    least = tuple(math.floor(mean) for mean in means)
-    extra = tuple(int((mean - floor) * denominator) for mean, floor in zip(means, least, strict=True))
-    return StageCounts(least, extra, denominator)
+    return tuple(_water_filled(caps, free, wanted))
+
+
+def systematic_counts(means: Sequence[Fraction], order: Sequence[int], offset: Fraction) -> list[int]:
+    """Return a count for each stage by systematic sampling: its mean rounded up or down, all with one sum.
+
+    From `offset` on the means are laid end to end, in `order`, a permutation of the stages; each stage's count is that
+    of the whole numbers on its part, the end included. offset: uniform over the multiples of one over the means' common
+    denominator from 0 to less than 1, so that a count is its mean in expectation.
+    """
+    counts, end = [0] * len(means), offset
+    for stage in order:
+        start, end = end, end + means[stage]
+        counts[stage] = math.floor(end) - math.floor(start)
+    return counts
 
 
 def _most_active(stages: BalancedStages, fixed: Sequence[int], path_length: int) -> list[int]:
     """Return the most layers of each stage that keep the load of the fullest one as small as it can be."""
-    sizes = list(zip(stages.num_layers, fixed, stages.costs, strict=True))
+    costs = (*(0.0 for _ in fixed[1:]), stages.head_cost)
+    sizes = list(zip(stages.num_layers, fixed, costs, strict=True))
     least = max(f + cost for _, f, cost in sizes)
     loads = {count + cost for num_layers, f, cost in sizes for count in range(f, num_layers + 1)}
     for limit in sorted(load for load in loads if load >= least):
@@ -124,7 +99,7 @@ def balanced_marginals(stages: BalancedStages, fixed_layers: tuple[int, ...], pa
     It is 1 for a fixed layer, else the expected number of active free layers of its stage over all its free layers:
     within a stage all subsets of one size are equally likely.
     """
-    means = stage_counts(stages, fixed_layers, path_length).means()
+    means = mean_counts(stages, fixed_layers, path_length)
     marginals = []
     for layers, mean in zip(stages.layers(), means, strict=True):
         free = sum(layer not in fixed_layers for layer in layers)
@@ -137,16 +112,17 @@ def draw_balanced(
 ) -> tuple[int, ...]:
     """Return exactly path_length layers: the fixed ones, and in each stage its count of free ones, drawn uniformly.
 
-    Over a single stage these are, layer for layer, the paths of uniform sampling.
+    Over a single stage this is uniform sampling.
     """
-    counts = stage_counts(stages, fixed_layers, path_length)
+    means = mean_counts(stages, fixed_layers, path_length)
     num_layers = sum(stages.num_layers)
     fixed = set(fixed_layers)
     free = [layer for layer in range(num_layers) if layer not in fixed]
     keys = dict(zip(free, generator.random(len(free)).tolist(), strict=True))
     order = np.argsort(generator.random(len(stages.num_layers)), kind="stable").tolist()
-    offset = int(generator.random() * counts.denominator)
+    denominator = math.lcm(*(mean.denominator for mean in means))
+    offset = Fraction(int(generator.random() * denominator), denominator)
     path = list(fixed_layers)
-    for layers, count in zip(stages.layers(), counts.draw(order, offset), strict=True):
+    for layers, count in zip(stages.layers(), systematic_counts(means, order, offset), strict=True):
         path += sorted((layer for layer in layers if layer in keys), key=keys.__getitem__)[:count]
     return tuple(sorted(path))

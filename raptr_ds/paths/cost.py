@@ -102,7 +102,7 @@ class StepFlops:
 
     def flops_left(self, method: PathMethod, step: int, num_predicted: int) -> float:
         """Return the FLOPs expected from a 0-based step on, from the method's expected path lengths."""
-        return sum(self.phase_flops(method, phase, step, num_predicted) for phase in method.phases.phases)
+        return sum(self.phase_flops(method, phase, step, num_predicted) for phase in method.phases)
 
     def phase_flops(self, method: PathMethod, phase: Phase, step: int, num_predicted: int) -> float:
         """Return the FLOPs expected of a phase's steps from a 0-based step on."""

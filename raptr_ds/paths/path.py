@@ -1,11 +1,7 @@
-"""A path: the layers that run in one step, as an immutable value that ranks can compare and send."""
+"""A path: the layers that run in one step, as an immutable value that ranks can compare."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-
-_HEADER = 5  # phase, length, bits of the residual scale, parts of a layer, draws
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Parts:
 class LayerPath:
     """The active layers of one training step; every other layer is the identity.
 
+    Its repr holds all of it, in plain Python numbers: ranks compare digests of that.
     layers: 0-based global indices, strictly increasing. phase: 0-based index of the schedule's phase, for metrics.
     residual_scale: factor on the output of each active residual branch. A path may be empty (a Bernoulli draw can be).
     layer_scales: such a factor for each layer of the model, where layers differ; empty: residual_scale for all.
@@ -113,70 +110,3 @@ class LayerPath:
         """Return those of `layers` (a pipeline stage's range, say) that are active, in their order."""
         active = set(self.layers)
         return tuple(layer for layer in layers if layer in active)
-
-    def encode(self) -> np.ndarray:
-        """Return the path as int64 numbers: phase, layers, residual scale's bits, parts of a layer, shares, and flags.
-
-        Shape: (5 + 2 * num_layers,), one flag per layer and the bits of its own scale, 0 for none, and with parts as
-        many flags for each head and block of every layer besides; the same again for each share. The size is one for
-        all paths of a method, so that a broadcast needs no size beforehand.
-        """
-        parts = self.parts or Parts(0, (), ())
-        flags = np.zeros((1 + 2 * parts.number, self.num_layers), dtype=np.int64)
-        flags[0, list(self.layers)] = 1
-        for first, chosen in ((1, parts.heads), (1 + parts.number, parts.blocks)):
-            for layer, numbers in enumerate(chosen):
-                flags[[first + number for number in numbers], layer] = 1
-        scale = int(np.float64(self.residual_scale).view(np.int64))
-        header = np.array([self.phase, self.length, scale, parts.number, len(self.shares)])
-        scales = np.array(self.layer_scales or (0.0,) * self.num_layers, dtype=np.float64).view(np.int64)
-        return np.concatenate([header, flags.ravel(), scales, *(share.encode() for share in self.shares)])
-
-    @classmethod
-    def decode(cls, words: np.ndarray) -> "LayerPath":
-        """Return the path that `encode` wrote as `words`.
-
-        Raises: ValueError if the words are not a path's (a damaged or foreign message).
-        """
-        if words.dtype == np.int64 and words.ndim == 1 and words.size > _HEADER and words[4] != 0:
-            return cls._decode_shares(words, int(words[4]))
-        if words.dtype != np.int64 or words.ndim != 1 or words.size <= _HEADER:
-            raise ValueError(f"not an encoded path: {words!r}")
-        rows, number = words[_HEADER:], int(words[3])
-        if number < 0 or rows.size % (2 + 2 * number):
-            raise ValueError(f"encoded path has {number} parts of a layer in {rows.size} numbers")
-        *flags, scales = rows.reshape(2 + 2 * number, -1)
-        flags = np.stack(flags)
-        if not np.isin(flags, (0, 1)).all():
-            raise ValueError(f"not an encoded path: {words!r}")
-        if int(words[1]) != int(flags[0].sum()):
-            raise ValueError(f"encoded path has {int(words[1])} layers and flags {int(flags[0].sum())}")
-        scale = float(words[2:3].view(np.float64)[0])
-        if not 0.0 < scale < float("inf"):
-            raise ValueError(f"encoded path has residual scale {scale}")
-        parts = None
-        if number:
-            heads, blocks = (
-                tuple(_numbers(flags[first : first + number, layer]) for layer in range(flags.shape[1]))
-                for first in (1, 1 + number)
-            )
-            parts = Parts(number, heads, blocks)
-        layer_scales = tuple(scales.view(np.float64).tolist()) if scales.any() else ()
-        if not all(0.0 < scale < float("inf") for scale in layer_scales):
-            raise ValueError(f"encoded path has layer scales {layer_scales}")
-        layers, num_layers = _numbers(flags[0]), flags.shape[1]
-        return cls(layers, num_layers, int(words[0]), scale, parts, layer_scales=layer_scales)
-
-    @classmethod
-    def _decode_shares(cls, words: np.ndarray, number: int) -> "LayerPath":
-        if number < 0 or words.size % (1 + number):
-            raise ValueError(f"encoded path has {number} shares in {words.size} numbers")
-        own, *shares = words.reshape(1 + number, -1)
-        path = cls.of_shares([cls.decode(share) for share in shares])
-        if not np.array_equal(path.encode()[: own.size], own):
-            raise ValueError(f"encoded path's layers are not those of its {number} shares")
-        return path
-
-
-def _numbers(flags: np.ndarray) -> tuple[int, ...]:
-    return tuple(np.flatnonzero(flags).tolist())

@@ -9,7 +9,7 @@ import numpy as np
 from raptr_ds.config.path_sections import AnyPathSection, RunSizes
 from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import LayerPath
-from raptr_ds.paths.schedule import Phase, Phases, phases_of
+from raptr_ds.paths.schedule import Phase, phase_at, phases_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class PathMethod(ABC):
     seed: int
 
     @cached_property
-    def phases(self) -> Phases:
-        """The phases over the steps of the run."""
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases over the steps of the run, in order."""
         return phases_of(self.section, self.sizes)
 
     @property
@@ -54,12 +54,11 @@ class PathMethod(ABC):
 
         This is the sum of the expected numbers of active layers, unless layers run in parts.
         """
-        phases = self.phases.phases
-        return float(sum(phase.fixed_length * phase.steps_from(step) for phase in phases))
+        return float(sum(phase.fixed_length * phase.steps_from(step) for phase in self.phases))
 
     def phase_at(self, step: int) -> Phase:
-        """Return the phase of a step."""
-        return self.phases.at(step)
+        """Return the phase of a step; the last one for a step beyond the end."""
+        return phase_at(self.phases, step)
 
     def model_at(self, step: int) -> LayerPath:
         """Return the path through all layers that the model has at a step: every layer, unless it still grows."""

@@ -63,53 +63,46 @@ class RandomPaths(DrawnPaths):
         assert self.stages is None or sum(self.stages.num_layers) == self.num_layers
 
     @cached_property
+    def balanced_over(self) -> BalancedStages:
+        """The stages that paths are balanced over; a single one, which is uniform sampling, unless it is balanced."""
+        if self.section.sampling == "balanced" and self.stages is not None:
+            return self.stages
+        return BalancedStages((self.num_layers,))
+
+    @cached_property
     def fixed_layers(self) -> tuple[int, ...]:
         """The layers in every path, 0-based, sorted."""
         return self.section.fixed_in(self.num_layers)
 
     def marginals_at(self, step: int) -> np.ndarray:
         """Return each layer's exact probability of being in the path of a 0-based step, (num_layers,) float64."""
-        length = self.phase_at(step).fixed_length
-        if self.section.sampling == "balanced":
-            assert self.stages is not None
-            return balanced_marginals(self.stages, self.fixed_layers, length)
-        marginals = np.full(self.num_layers, _free_share(self.num_layers, length, self.fixed_layers))
-        marginals[list(self.fixed_layers)] = 1.0
-        return marginals
+        return balanced_marginals(self.balanced_over, self.fixed_layers, self.phase_at(step).fixed_length)
 
     def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
         """Return the layers of a 0-based step: of the phase's length, in expectation under Bernoulli sampling."""
         length = self.phase_at(step).fixed_length
         if length == self.num_layers:
             return tuple(range(length))
-        if self.section.sampling == "balanced":
-            assert self.stages is not None
-            return draw_balanced(generator, self.stages, length, self.fixed_layers)
-        draw = draw_uniform if self.section.sampling == "uniform" else draw_bernoulli
-        return draw(generator, self.num_layers, length, self.fixed_layers)
+        if self.section.sampling == "bernoulli":
+            return draw_bernoulli(generator, self.marginals_at(step), self.fixed_layers)
+        return draw_balanced(generator, self.balanced_over, length, self.fixed_layers)
 
 
-def draw_uniform(
-    generator: np.random.Generator, num_layers: int, path_length: int, fixed_layers: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Return exactly path_length layers: the fixed ones, and free ones drawn uniformly without replacement."""
-    free = _free_layers(num_layers, fixed_layers)
+def draw_uniform(generator: np.random.Generator, number: int, count: int) -> tuple[int, ...]:
+    """Return `count` of the numbers 0..number-1 in order, drawn uniformly without replacement."""
     # The order of uniform keys is a uniform permutation. Generator.choice could change between NumPy versions
     # (NEP 19), and with it the paths of a resumed run; plain uniform numbers are the stable part of its stream.
-    order = np.argsort(generator.random(free.size), kind="stable")
-    return tuple(sorted((*fixed_layers, *free[order[: path_length - len(fixed_layers)]].tolist())))
+    order = np.argsort(generator.random(number), kind="stable")
+    return tuple(sorted(order[:count].tolist()))
 
 
 def draw_bernoulli(
-    generator: np.random.Generator, num_layers: int, path_length: int, fixed_layers: tuple[int, ...]
+    generator: np.random.Generator, marginals: np.ndarray, fixed_layers: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Return the fixed layers and each free layer with the probability p that makes path_length the expected length.
-
-    p solves p (L - |I|) + |I| = path_length, where I are the fixed layers. Without fixed layers a path can be empty.
-    """
-    free = _free_layers(num_layers, fixed_layers)
-    keep_probability = _free_share(num_layers, path_length, fixed_layers)
-    return tuple(sorted((*fixed_layers, *free[generator.random(free.size) < keep_probability].tolist())))
+    """Return the fixed layers and each free one with its probability. Without fixed layers a path can be empty."""
+    free = np.delete(np.arange(len(marginals)), fixed_layers)
+    drawn = free[generator.random(free.size) < marginals[free]]
+    return tuple(sorted((*fixed_layers, *drawn.tolist())))
 
 
 def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:
@@ -122,12 +115,3 @@ def residual_scale_of(rule: str, path_length: int, num_layers: int) -> float:
     if rule == "none" or not path_length:
         return 1.0
     return num_layers / path_length if rule == "inverse" else math.sqrt(num_layers / path_length)
-
-
-def _free_share(num_layers: int, path_length: int, fixed_layers: tuple[int, ...]) -> float:
-    """Return the share of the free layers that a path holds in expectation."""
-    return (path_length - len(fixed_layers)) / max(num_layers - len(fixed_layers), 1)
-
-
-def _free_layers(num_layers: int, fixed_layers: tuple[int, ...]) -> np.ndarray:
-    return np.setdiff1d(np.arange(num_layers), np.array(fixed_layers, dtype=np.int64))

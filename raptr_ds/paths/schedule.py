@@ -43,43 +43,29 @@ class Phase:
         return max(0, self.end_step - max(self.first_step, step))
 
 
-@dataclass(frozen=True)
-class Phases:
-    """The phases of a run in order, covering steps 0..num_steps-1 exactly."""
-
-    phases: tuple[Phase, ...]
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps that the phases cover."""
-        return self.phases[-1].end_step
-
-    def at(self, step: int) -> Phase:
-        """Return the phase of a 0-based step; the last phase for a step beyond the end.
-
-        Raises: ValueError for a negative step.
-        """
-        if step < 0:
-            raise ValueError(f"step={step} is negative; steps are 0-based")
-        if step >= self.num_steps:
-            return self.phases[-1]
-        return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.first_step) - 1]
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """Return the phase of a 0-based step; the last one for a step beyond the end."""
+    assert step >= 0, step
+    return phases[bisect_right(phases, step, key=lambda phase: phase.first_step) - 1]
 
 
-def phases_of(section: AnyPathSection, sizes: RunSizes) -> Phases:
-    """Return the phases of a completed section's schedule, or a single one over all steps for methods without one."""
+def phases_of(section: AnyPathSection, sizes: RunSizes) -> tuple[Phase, ...]:
+    """Return the phases of a completed section's schedule, or a single one over all steps for methods without one.
+
+    Together they cover the steps of the run exactly, in order.
+    """
     num_layers, num_steps = sizes.num_layers, sizes.num_steps
     if isinstance(section, ScheduledSection):
         warmup = section.full_warmup_steps if isinstance(section, WarmedUpSection) else 0
         phases = split_phases(section.phase_lengths, num_layers, num_steps, section.split, warmup)
         if section.parts == "layers":
             return phases
-        return Phases(tuple(replace(phase, path_length=num_layers) for phase in phases.phases))  # a schedule of heads
+        return tuple(replace(phase, path_length=num_layers) for phase in phases)  # a schedule of heads
     if isinstance(section, FullSection):
         length = num_layers
     else:
         length = section.constant_length if isinstance(section, ConstantSection) else None
-    return Phases((Phase(0, length, 0, num_steps),))
+    return (Phase(0, length, 0, num_steps),)
 
 
 def split_phases(
@@ -88,7 +74,7 @@ def split_phases(
     num_steps: int,
     split: str | Sequence[float] = "uniform",
     full_warmup_steps: int = 0,
-) -> Phases:
+) -> tuple[Phase, ...]:
     """Divide a run's steps among a full-model warm-up, if any, and the schedule's phases.
 
     The warm-up is a phase of its own before the schedule's, and no longer than the run.
@@ -99,4 +85,4 @@ def split_phases(
     for length, count in zip(lengths, steps_of_phases(lengths, num_steps - warmup_steps, split), strict=True):
         phases.append(Phase(len(phases), length, first_step, first_step + count))
         first_step += count
-    return Phases(tuple(phases))
+    return tuple(phases)

@@ -23,7 +23,7 @@ class Stacking(FullPaths):
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each phase, by their places in the full model."""
-        return layers_of_phases([phase.fixed_length for phase in self.phases.phases], self.section.growth_position)
+        return layers_of_phases([phase.fixed_length for phase in self.phases], self.section.growth_position)
 
     def model_at(self, step: int) -> LayerPath:
         """Return the path through the layers that the model has at a step."""
@@ -46,7 +46,7 @@ class Stacking(FullPaths):
 
     def learning_rate_factor_at(self, step: int) -> float:
         """Return the share of the schedule's learning rate at a step: less than 1 while it rises after a growth."""
-        grown = [phase.first_step for phase in self.phases.phases if self.growth_at(phase.first_step)]
+        grown = [phase.first_step for phase in self.phases if self.growth_at(phase.first_step)]
         warmup = self.section.growth_warmup_steps
         since = min((step - first for first in grown if first <= step), default=warmup)
         return min(1.0, (since + 1) / warmup) if warmup else 1.0

@@ -31,13 +31,13 @@ class RandomParts(PathMethod):
         """Active heads of each layer in each phase, all of them in a warm-up."""
         section = self.section
         widths = section.phase_widths if isinstance(section, RaptrSection) else section.phase_lengths
-        return (self.sizes.num_heads,) * (len(self.phases.phases) - len(widths)) + widths
+        return (self.sizes.num_heads,) * (len(self.phases) - len(widths)) + widths
 
     def path_at(self, step: int) -> LayerPath:
         """Return the path of a step, a pure function of (seed, step)."""
         path, generator = self.depth.path_at(step), stream(self.seed, "width", step)
         width, num_heads = self.widths[path.phase], self.sizes.num_heads
-        drawn = [[draw_uniform(generator, num_heads, width, ()) for _ in range(self.num_layers)] for _ in range(2)]
+        drawn = [[draw_uniform(generator, num_heads, width) for _ in range(self.num_layers)] for _ in range(2)]
         heads, blocks = (
             tuple(chosen if path.is_active(layer) else () for layer, chosen in enumerate(of_layers))
             for of_layers in drawn
@@ -56,6 +56,6 @@ class RandomParts(PathMethod):
 
     def expected_layers_from(self, step: int) -> float:
         """Return the work of this step and all later ones in whole layers."""
-        phases = zip(self.widths, self.phases.phases, strict=True)
+        phases = zip(self.widths, self.phases, strict=True)
         heads = sum(width * phase.fixed_length * phase.steps_from(step) for width, phase in phases)
         return heads / self.sizes.num_heads

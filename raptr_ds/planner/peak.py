@@ -1,11 +1,12 @@
 """Peak: the most that a rank holds, over all phases of a run and all paths that these can draw."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raptr_ds.paths.balance import stage_counts
+from raptr_ds.paths.balance import mean_counts
 from raptr_ds.paths.methods import SeveralPaths
 from raptr_ds.paths.protocol import PathMethod
 from raptr_ds.paths.raptr import RandomPaths
@@ -45,7 +46,7 @@ class Peak:
 def run_peak(method: PathMethod, setting: Setting, stages: Iterable[int] | None = None) -> Peak:
     """Return the peak of a run's fullest rank, of all pipeline stages or of some."""
     stages = range(setting.layout.num_stages) if stages is None else tuple(stages)
-    peaks = [phase_peak(method, phase, setting, stages) for phase in method.phases.phases if phase.num_steps]
+    peaks = [phase_peak(method, phase, setting, stages) for phase in method.phases if phase.num_steps]
     return max(peaks, key=lambda peak: peak.memory.total)
 
 
@@ -88,22 +89,22 @@ def active_range(method: PathMethod, phase: Phase, layers: range) -> tuple[int, 
     if not isinstance(method, RandomPaths) or method.section.sampling == "bernoulli":
         return least, most
     length = phase.fixed_length
-    ranges = [(length - (int(possible.sum()) - most), length - (int(sure.sum()) - least)), (least, most)]
-    if method.section.sampling == "balanced":
-        assert method.stages is not None
-        ranges.append(_balanced_range(method, length, layers))
+    ranges = [
+        (least, most),
+        (length - (int(possible.sum()) - most), length - (int(sure.sum()) - least)),
+        _balanced_range(method, length, layers),
+    ]
     return max(first for first, _ in ranges), min(last for _, last in ranges)
 
 
 def _balanced_range(method: RandomPaths, length: int, layers: range) -> tuple[int, int]:
     """Return the fewest and the most of some layers that balanced paths can have, by what each stage gets."""
-    assert method.stages is not None
-    fixed = set(method.fixed_layers)
-    counts = stage_counts(method.stages, method.fixed_layers, length)
+    fixed, stages = set(method.fixed_layers), method.balanced_over
+    means = mean_counts(stages, method.fixed_layers, length)
     least = most = 0
-    for stage, few, extra in zip(method.stages.layers(), counts.least, counts.extra, strict=True):
+    for stage, mean in zip(stages.layers(), means, strict=True):
         shared = set(stage).intersection(layers)
         free, all_free = len(shared - fixed), len(set(stage) - fixed)
-        least += len(shared & fixed) + max(0, few - (all_free - free))
-        most += len(shared & fixed) + min(free, few + (extra > 0))
+        least += len(shared & fixed) + max(0, math.floor(mean) - (all_free - free))
+        most += len(shared & fixed) + min(free, math.ceil(mean))
     return least, most

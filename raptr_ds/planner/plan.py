@@ -81,7 +81,7 @@ class RunPlan:
 def plan_run(method: PathMethod, setting: Setting) -> RunPlan:
     """Return the plan of a run."""
     full = LayerPath.full(method.num_layers)
-    phases = [phase for phase in method.phases.phases if phase.num_steps]
+    phases = [phase for phase in method.phases if phase.num_steps]
     return RunPlan(
         tuple(_plan_phase(method, phase, setting) for phase in phases),
         setting.flops(method.num_layers),

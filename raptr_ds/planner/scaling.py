@@ -18,7 +18,7 @@ def sampled_paths(
     """Return random paths of a model whose first and last layer are fixed; balanced ones over these stages."""
     num_layers = sum(stage_layers)
     section = ConstantSection.model_validate({"constant_length": path_length, "sampling": sampling})
-    stages = BalancedStages.of(stage_layers, head_cost=head_cost)
+    stages = BalancedStages(tuple(stage_layers), head_cost)
     method = build_path_method(section, RunSizes(num_layers, num_paths), seed=1, stages=stages)
     return [method.path_at(step) for step in range(num_paths)]
 

@@ -63,7 +63,7 @@ def kept_whole(zero_optimization: Mapping[str, Any], layer: float, recompute: bo
 
 def scheduled_lengths(config: RunConfig) -> list[int]:
     """Return the path length of each phase of the schedule, a full-model warm-up left out."""
-    phases = path_method_of(config).phases.phases
+    phases = path_method_of(config).phases
     path = config.path
     scheduled = phases[1:] if isinstance(path, WarmedUpSection) and path.full_warmup_steps else phases
     lengths = [phase.path_length for phase in scheduled]

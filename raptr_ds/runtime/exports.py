@@ -29,6 +29,7 @@ from raptr_ds.checkpoint.manifest import DamagedCheckpointError
 from raptr_ds.checkpoint.read import read_manifest
 from raptr_ds.config.run import RunConfig
 from raptr_ds.config.sections import EvalSection, passes_multiple
+from raptr_ds.errors import RaptrError
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
@@ -165,7 +166,7 @@ class Exports:
         self._scoring.drop_after(step)
         try:
             self._set_aside(step)
-        except OSError as error:
+        except (OSError, RaptrError) as error:
             self._metrics.say(f"exports after step {step} stay where they are: {error}")
 
     def close(self) -> None:
@@ -211,7 +212,11 @@ class Exports:
             self._checkpoints.release(step)
 
     def _queue(self, step: int) -> None:
-        if exists(step_folder(self._folder, step)):
+        try:
+            is_there = exists(step_folder(self._folder, step))
+        except RaptrError:  # its file system is away: what the export does not find then is an event and a line
+            is_there = False
+        if is_there:
             self._let_go(step)
         else:
             self._exporting.add(step)

@@ -39,7 +39,7 @@ def step_cost_of(config: RunConfig) -> StepCost:
 
 def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
     """Return the sequences of a micro batch in each phase of the run, a full-model warm-up included."""
-    num_phases = len(method.phases.phases)
+    num_phases = len(method.phases)
     sizes = config.parallel.micro_batches
     return (config.batch.micro_batch,) * (num_phases - len(sizes)) + sizes
 
@@ -47,7 +47,7 @@ def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
 def left_out_layers(method: PathMethod) -> list[str]:
     """Return a line for each set of layers of the model that is never active in some phases, with the reason."""
     phases_of: dict[tuple[tuple[int, ...], bool], list[Phase]] = {}
-    for phase in method.phases.phases:
+    for phase in method.phases:
         marginals = method.marginals_at(phase.first_step)
         layers = method.model_at(phase.first_step).active_in(np.flatnonzero(marginals == 0.0).tolist())
         if layers and phase.num_steps:
@@ -83,4 +83,4 @@ def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedSt
     if len(layers) != section.balance_stages:
         layers = derive_pipeline_layers(config.model.num_layers, section.balance_stages)
     head = head_cost_in_layers(config.model, predictions_per_sequence(config))
-    return BalancedStages.of(layers, head_cost=head)
+    return BalancedStages(layers, head)

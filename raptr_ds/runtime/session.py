@@ -46,7 +46,7 @@ class Session:
     cost: StepCost
     engine: Engine
     batches: Loader
-    agreement: PathAgreement[LayerPath]
+    agreement: PathAgreement
     ranks: Ranks
     checkpoints: Checkpoints
     exports: Exports

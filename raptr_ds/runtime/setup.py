@@ -31,7 +31,7 @@ from raptr_ds.parallel.agreement import PathAgreement, gathered, on_first_rank, 
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.parallel.roll_call import meet
-from raptr_ds.paths import LayerPath, PathMethod
+from raptr_ds.paths import PathMethod
 from raptr_ds.runtime.elastic_memory import fitted_to_memory
 from raptr_ds.runtime.events import EventLog, code_revision
 from raptr_ds.runtime.export_check import ExportCheck
@@ -155,14 +155,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         hosts = gathered(socket.gethostname(), groups.control)
         times.done("metrics")
         _record_start(events, hosts, groups, launch, begun, metrics, times)
-        agreement = PathAgreement(
-            groups,
-            lambda step: method.path_at(step).encode(),
-            LayerPath.decode,
-            lambda: signals.requested,
-            config.train.steps,
-            NUM_REPORTED,
-        )
+        agreement = PathAgreement(groups, method.path_at, lambda: signals.requested, config.train.steps, NUM_REPORTED)
         signals.progressed()
         watchdog.moved("starting", START_SECONDS)
         yield Session(

@@ -1,20 +1,16 @@
 """What a supervisor knows of a run: its folder, its newest checkpoint, and the events of its earlier starts."""
 
-import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.checkpoint.folder import CHECKPOINTS, MANIFEST, checkpoints_in, step_of
 from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.config.overrides import apply_overrides
 from raptr_ds.errors import ConfigError, RaptrError
 from raptr_ds.runtime.events import EVENTS, EventLog
-from raptr_ds.user_paths import make_folder
-
-# As in raptr_ds.checkpoint.folder and .manifest, whose imports would take longer than all the rest here.
-_STEP = re.compile(r"step-(\d{8,})")
-_CHECKPOINTS, _MANIFEST = "checkpoints", "manifest.json"
+from raptr_ds.user_paths import is_file, make_folder
 
 
 def run_folder(command: Sequence[str]) -> Path | None:
@@ -46,11 +42,10 @@ def run_folder(command: Sequence[str]) -> Path | None:
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, manifest) of a run's complete checkpoints, newest first; none if the folder cannot be read."""
     try:
-        matches = [(path, match) for path in (folder / _CHECKPOINTS).iterdir() if (match := _STEP.fullmatch(path.name))]
-        found = [(int(match[1]), path / _MANIFEST) for path, match in matches if (path / _MANIFEST).is_file()]
-    except (OSError, ValueError):
+        found = [path for path in checkpoints_in(folder / CHECKPOINTS) if is_file(path / MANIFEST)]
+    except RaptrError:
         return []
-    return sorted(found, reverse=True)
+    return [(step_of(path) or 0, path / MANIFEST) for path in found]
 
 
 def newest_step(folder: Path | None) -> int:

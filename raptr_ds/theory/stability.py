@@ -69,7 +69,7 @@ def loss_gap(network: ResidualNetwork, x: torch.Tensor, labels: torch.Tensor, pa
 def paths_without_one_layer(num_layers: int, num_paths: int, seed: int) -> list[LayerPath]:
     """Return random paths of L - 1 layers, drawn as RaPTr draws them, no layer fixed."""
     drawn = (stream(seed, "stability", index) for index in range(num_paths))
-    return [LayerPath(draw_uniform(generator, num_layers, num_layers - 1, ()), num_layers) for generator in drawn]
+    return [LayerPath(draw_uniform(generator, num_layers, num_layers - 1), num_layers) for generator in drawn]
 
 
 def initial_gaps(settings: StabilitySettings, variant: str) -> list[Gap]:

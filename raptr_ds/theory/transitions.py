@@ -64,7 +64,7 @@ def transitions_of(run: Path, num_paths: int, num_batches: int) -> list[Transiti
     method = path_method_of(config)
     if config.path.method == "stacking":
         raise ConfigError(f"{run} is a stacked run: its new layers do not exist before a transition. Give another run.")
-    phases = [phase for phase in method.phases.phases if phase.num_steps]
+    phases = [phase for phase in method.phases if phase.num_steps]
     pairs = [
         (before, after)
         for before, after in pairwise(phases)

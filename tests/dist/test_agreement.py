@@ -1,6 +1,5 @@
 """Agreement: a rank with another path, another wish to stop or another error never makes others hang or go astray."""
 
-import numpy as np
 import pytest
 
 from raptr_ds.errors import AgreementError, ConfigError
@@ -12,11 +11,10 @@ from tests.dist.workers import run_distributed
 
 
 def _paths(rank: int, odd_ranks: tuple[int, ...], odd_step: int):
-    def words_at(step: int) -> np.ndarray:
-        layers = (0, 2, 3) if rank in odd_ranks and step == odd_step else (0, 1, 3)
-        return LayerPath(layers, 4).encode()
+    def path_at(step: int) -> LayerPath:
+        return LayerPath((0, 2, 3) if rank in odd_ranks and step == odd_step else (0, 1, 3), 4)
 
-    return words_at
+    return path_at
 
 
 def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, stop_rank: int, steps: int):
@@ -27,7 +25,6 @@ def agree_for_steps(launch: Launch, odd_ranks: tuple[int, ...], odd_step: int, s
     agreement = PathAgreement(
         groups,
         _paths(launch.rank, odd_ranks, odd_step),
-        LayerPath.decode,
         lambda: launch.rank == stop_rank and len(done) >= stop_at,
         steps,
     )
@@ -72,7 +69,7 @@ def agree_after_a_restart(launch: Launch, stop_rank: int) -> list[tuple[int, boo
     """Agree on steps 0 to 4, go back to step 2 and on to the end; a rank asks to stop just before it goes back."""
     groups = initialize_process_groups(launch, 1, 1)
     asked, done = [False], []
-    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), LayerPath.decode, lambda: asked[0], 8)
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), lambda: asked[0], 8)
     for step in range(5):
         done.append((step, agreement.at(step).stop))
     asked[0] = launch.rank == stop_rank
@@ -116,7 +113,7 @@ def test_a_failure_anywhere_is_a_failure_everywhere() -> None:
 def agree_with_reports(launch: Launch) -> list[list[list[float]]]:
     """Return the reports that came with steps 0 to 3; each rank passes on (its rank, the step) at each."""
     groups = initialize_process_groups(launch, 1, 1)
-    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), LayerPath.decode, lambda: False, 6, 2)
+    agreement = PathAgreement(groups, _paths(launch.rank, (), -1), lambda: False, 6, 2)
     found = [agreement.at(step, (launch.rank, step)).reports.tolist() for step in range(4)]
     agreement.restart()
     return [*found, agreement.at(1).reports.tolist()]

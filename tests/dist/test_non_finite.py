@@ -233,14 +233,7 @@ def open_loop(
         cost=StepCost(model_of(case), case.global_batch, recompute=False),
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
-        agreement=PathAgreement(
-            groups,
-            lambda step: method.path_at(step).encode(),
-            LayerPath.decode,
-            lambda: False,
-            case.steps,
-            NUM_REPORTED,
-        ),
+        agreement=PathAgreement(groups, method.path_at, lambda: False, case.steps, NUM_REPORTED),
         ranks=Ranks(groups.topology, ["here"] * groups.topology.world_size, groups.device, 1),
         checkpoints=checkpoints,
         exports=Exports(config, folder if groups.rank == 0 else None, checkpoints, metrics, events),

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
-from raptr_ds.checkpoint.manifest import MANIFEST
+from raptr_ds.checkpoint.folder import CHECKPOINTS, MANIFEST, step_folder
 from tests.slurm.lab import SlurmLab
 from tests.slurm.stand_in import Job
 

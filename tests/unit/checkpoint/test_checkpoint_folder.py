@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.checkpoint.folder import (
+    MANIFEST,
     checkpoints_at,
     checkpoints_in,
     outdated,
@@ -15,7 +16,6 @@ from raptr_ds.checkpoint.folder import (
     tidy,
     unfinished_folder,
 )
-from raptr_ds.checkpoint.manifest import MANIFEST
 from raptr_ds.errors import CheckpointError
 
 

@@ -1,6 +1,7 @@
 """Saving and restoring in one process: during training, completely or not at all, and never from a damaged file."""
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from raptr_ds.checkpoint import write as checkpoint_write
 from raptr_ds.checkpoint.manager import check_writable
 from raptr_ds.config.sections import ModelSection
-from raptr_ds.errors import CheckpointError, Exit
+from raptr_ds.errors import CheckpointError, Exit, StorageError
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.user_paths import PathError
 from tests.unprivileged import closed
@@ -322,3 +323,30 @@ def test_a_held_checkpoint_stays_until_it_is_released(run):
     assert run.steps() == ["5", "4"]
     run.checkpoints.release(5)  # one of the newest
     assert run.steps() == ["5", "4"]
+
+
+def stale(*_: object) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_old_checkpoints_whose_file_system_is_away_stay_with_a_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.checkpoints.held.add(1)
+    run.save(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", stale)
+        assert run.save(3) == [None]
+        run.checkpoints.release(1)
+    line = f"cannot delete old checkpoints in {run.folder}: {os.strerror(errno.ESTALE)}"
+    assert run.said[-2:] == [line, line]
+    assert run.steps() == ["3", "2", "1"]
+    assert run.save(4) == [None]
+    assert run.steps() == ["4", "3"]
+
+
+def test_abandoned_branches_whose_file_system_is_away_end_the_run_on_every_rank(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(1)
+    monkeypatch.setattr("raptr_ds.checkpoint.manager.outdated_branches", stale)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        run.restore("none")

@@ -11,6 +11,8 @@ import pytest
 
 from raptr_ds.config.path_sections import RaptrSection, RunSizes
 from raptr_ds.paths import LayerPath, build_path_method
+from raptr_ds.paths.balance import BalancedStages
+from raptr_ds.paths.path import Parts
 from tests.path_methods import path_method
 
 REPOSITORY = Path(__file__).parents[3]
@@ -61,6 +63,28 @@ def test_paths_are_equal_in_another_process_and_differ_by_seed_and_step():
     assert json.loads(run.stdout) == [list(method.path_at(step).layers) for step in range(0, 400, 7)]
     assert len({method.path_at(step) for step in range(100)}) > 50
     assert [raptr(seed=8).path_at(s) for s in range(20)] != [method.path_at(s) for s in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("full", {}),
+        ("stacking", {"schedule": "6-12", "growth_position": "middle"}),
+        ("layer_dropout", {}),
+        ("pld", {"residual_scale": "inverse", "paths_per_step": 2}),
+        ("layerdrop", {"residual_scale": "sqrt"}),
+        ("raptr", {"residual_scale": "sqrt", "sampling": "bernoulli"}),
+        ("raptr", {"residual_scale": "inverse", "sampling": "balanced", "stages": BalancedStages((5, 7), 0.5)}),
+        ("raptr", {"residual_scale": "sqrt", "width_schedule": "1-2-3-4"}),
+        ("width", {"schedule": "1-2-4"}),
+    ],
+)
+def test_the_repr_of_a_path_restores_it_whatever_the_libraries(method, keys):
+    """Agreement compares paths by their repr: NumPy's numbers would print its version's way."""
+    built = path_method(method, num_layers=12, num_steps=40, num_heads=4, **keys)
+    for step in range(40):
+        path = built.path_at(step)
+        assert eval(repr(path), {"LayerPath": LayerPath, "Parts": Parts}) == path
 
 
 def test_a_path_does_not_depend_on_the_length_of_the_run_within_its_phase():

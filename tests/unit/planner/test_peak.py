@@ -42,9 +42,9 @@ RECOMPUTED = ("raptr_ds.parallel.activation_checkpointing=true", "raptr_ds.paral
 )
 def test_paths_have_on_each_stage_from_the_fewest_to_the_most_layers(keys, stages):
     """Both ends are reached, in 4,000 steps: a path at an end has a probability above 1/400 in all of these."""
-    balanced = BalancedStages.of((3, 3)) if keys.get("sampling") == "balanced" else None
+    balanced = BalancedStages((3, 3)) if keys.get("sampling") == "balanced" else None
     method = path_method(num_layers=6, num_steps=4000, seed=1, stages=balanced, **keys)
-    for phase in method.phases.phases:
+    for phase in method.phases:
         paths = [draw for step in range(phase.first_step, phase.end_step) for draw in method.path_at(step).draws]
         for layers in stage_layers(stages):
             seen = [len(path.active_in(layers)) for path in paths]
@@ -56,7 +56,7 @@ def test_of_several_paths_in_a_step_gradients_are_those_of_all():
     setting = Setting(SHAPE, Layout((6,), 2, 8, zero_stage=0), Device(is_gpu=False), 5.0)
     for draws, trained in ((1, 2), (2, 4), (4, 6)):
         method = path_method("raptr", num_layers=6, num_steps=40, schedule="2-6", paths_per_step=draws)
-        peak = phase_peak(method, method.phases.phases[0], setting)
+        peak = phase_peak(method, method.phases[0], setting)
         assert peak.memory.gradients == rank_memory(setting, 0, trained).gradients
         assert peak.memory.activations == rank_memory(setting, 0, 2).activations
 

@@ -88,7 +88,7 @@ def test_layers_of_the_later_rivals_cost_what_they_do_by_hand(keys, share):
 
 def test_balanced_paths_save_more_time_than_uniform_ones():
     uniform = plan_run(raptr(), setting_of())
-    balanced = plan_run(raptr(sampling="balanced", stages=BalancedStages.of((3, 3, 3, 3))), setting_of())
+    balanced = plan_run(raptr(sampling="balanced", stages=BalancedStages((3, 3, 3, 3))), setting_of())
     assert balanced.flops_saved == uniform.flops_saved
     assert balanced.seconds < uniform.seconds < 400 * uniform.full_step_seconds
 

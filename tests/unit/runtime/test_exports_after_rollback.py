@@ -1,5 +1,7 @@
 """What a rollback does to exports: work on later steps ends, their folders are set aside, earlier ones stay."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,3 +117,25 @@ def test_a_rollback_ends_later_work_and_sets_later_exports_aside(
     assert exports.pending == ""
     assert _save(exports, 4) == {"export": "plain"}
     assert exports.pending == "the export of step 4"
+
+
+def test_exports_whose_file_system_is_away_end_nothing(
+    tmp_path: Path, processes: dict[int, _Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports, _ = _exports(tmp_path)
+    stat, lines = Path.stat, list[str]()
+
+    def away(path: Path, **how: Any) -> os.stat_result:
+        if EXPORTS in path.parts:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", away)
+        patch.setattr(exports._metrics, "say", lines.append)
+        _save(exports, 2)
+        exports.go_back(0)
+    assert processes[2].is_stopped
+    [line] = lines
+    assert line.startswith("exports after step 0 stay where they are: ")
+    assert os.strerror(errno.ESTALE) in line

@@ -63,7 +63,7 @@ def test_the_head_is_weighed_by_the_objective(load):
     # 10 of the 64 text positions; BERT's head: 2 h^2 + 2 h V each. A layer: 8 T h^2 + 4 T^2 h + 16 T h^2.
     layer, head = 24 * 66 * 32**2 + 4 * 66**2 * 32, 10 * (2 * 32**2 + 2 * 32 * 640)
     assert stages is not None
-    assert stages.costs == (0.0, pytest.approx(head / layer, rel=1e-12))
+    assert stages.head_cost == pytest.approx(head / layer, rel=1e-12)
     assert stages.num_layers == (6, 6)
 
 

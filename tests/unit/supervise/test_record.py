@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, set_aside, step_folder, step_of, unfinished_folder
-from raptr_ds.checkpoint.manifest import MANIFEST
+from raptr_ds.checkpoint.folder import (
+    CHECKPOINTS,
+    MANIFEST,
+    checkpoints_in,
+    set_aside,
+    step_folder,
+    step_of,
+    unfinished_folder,
+)
 from raptr_ds.config.load import load_run_config
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch
