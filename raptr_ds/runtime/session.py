@@ -20,6 +20,7 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath, PathMethod
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
+from raptr_ds.runtime.lost_ranks import ending_alone
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
@@ -76,9 +77,10 @@ class Session:
         return scheduled * self.method.learning_rate_factor_at(step)
 
     def load(self, state: RunState) -> StepBatch:
-        """Return this rank's share of the next step's batch."""
+        """Return this rank's share of the next step's batch. Raises: DataError, on ranks that cannot read theirs."""
         started = time.perf_counter()
-        batch = self.batches.at(state.step, state.next_sample)
+        with ending_alone():
+            batch = self.batches.at(state.step, state.next_sample)
         self.ranks.loaded(time.perf_counter() - started)
         return batch
 
@@ -218,6 +220,7 @@ def evaluate(session: Session, state: RunState) -> bool:
 
     The full model, whatever path was trained; where the method grows it, all layers that the last step had.
     Returns whether it came to the end; if a rank is asked to stop meanwhile, nothing is recorded.
+    Raises: DataError, on the ranks that cannot read their data.
     """
     session.long_work_ahead("evaluating")
     model, stopped = session.method.model_at(state.step - 1), session.agree_to_stop()
@@ -228,7 +231,9 @@ def evaluate(session: Session, state: RunState) -> bool:
             if index and (stopped := session.agree_to_stop()):
                 return
             session.watchdog.moved("evaluating")
-            yield session.batches.validation(index)
+            with ending_alone():
+                batch = session.batches.validation(index)
+            yield batch
 
     started = time.perf_counter()
     loss = 0.0 if stopped else session.engine.evaluate(batches(), model)

@@ -26,7 +26,7 @@ from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.protocol import Engine
-from raptr_ds.errors import DeviceMemoryError, RaptrError
+from raptr_ds.errors import RaptrError
 from raptr_ds.parallel.agreement import PathAgreement, on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
@@ -128,8 +128,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         together(groups, check.finish)
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
-        if groups.rank == 0 and state.step:
-            progress.say(standing(config, folder, state.step))
+        if state.step:
+            progress.say(on_first_rank(groups, lambda: standing(config, folder, state.step)))
         cost = step_cost_of(config)
         num_predicted = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
         metrics = together(
@@ -362,6 +362,6 @@ def _leave(groups: ProcessGroups, error: BaseException | None) -> None:
         return
     if error is None:
         meet(groups.control, _MEETING, "the end of the run")
-    # Where a device has no memory left the other ranks do not come, and NCCL would wait for them.
-    if not isinstance(error, DeviceMemoryError):
+    # Where this rank ends alone the others do not come, and NCCL would wait for them.
+    if error is None or (isinstance(error, RaptrError) and not error.is_of_one_rank):
         dist.destroy_process_group()
