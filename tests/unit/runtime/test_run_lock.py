@@ -166,3 +166,11 @@ def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_one_message(tmp_path: Path) -> None:
     with closed(tmp_path, 0o500), pytest.raises(PathError, match=r"Permission denied.*raptr_ds\.train\.save"):
         lock(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0], ids=["read-only", "away"])
+def test_a_lock_that_cannot_be_removed_does_not_change_how_the_run_ends(mode: int, tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    with closed(tmp_path, mode):
+        held.release()
+    assert (tmp_path / LOCK).exists()
