@@ -25,11 +25,13 @@ TRAINING_KEYS = [
 ]  # fmt: skip
 
 
-def training_step(step, loss=1 / 3, grad_norm=0.7, skipped=False, skipped_steps=0, path=None, **values):
+def training_step(
+    step, loss=1 / 3, grad_norm=0.7, skipped=False, skipped_steps=0, path=None, seconds=0.5, flops=3000, **values
+):
     state = RunState(step, 100 * step, 3000 * step, 4000 * step, skipped_steps)
     result = StepResult(loss, grad_norm, 9, skipped)
     path = path or LayerPath((0, 2, 5), 6, phase=1)
-    return TrainingStep(state, result, path, lr=1e-3, seconds=0.5, tokens=100, flops=3000, **values)
+    return TrainingStep(state, result, path, lr=1e-3, seconds=seconds, tokens=100, flops=flops, **values)
 
 
 def lines_of(folder):
@@ -131,6 +133,17 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
         "step 1/5  loss 0.3333  phase 1  path 3/6  200 tok/s  saved 25.0%  left 0:10\n"
         "step 1/5  eval loss 1.5000  path 6\n"
     )
+
+
+def test_the_speed_is_that_of_the_last_steps(tmp_path):
+    output = io.StringIO()
+    metrics = Metrics(tmp_path, num_steps=51, progress=PlainProgress(output), flops_left=lambda step: 60000.0)
+    metrics.record_step(training_step(1, seconds=50.0, flops=10**6))
+    for step in range(2, 52, 2):
+        metrics.record_step(training_step(step, seconds=1.0, flops=1000))
+        metrics.record_step(training_step(step + 1, seconds=3.0, flops=3000))
+    metrics.close()
+    assert output.getvalue().endswith("50 tok/s  saved 25.0%  left 1:00\n")
 
 
 def test_progress_names_a_slow_rank_and_lost_checkpoints(tmp_path):
