@@ -22,7 +22,6 @@ from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.lost_ranks import ending_alone
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import LONG_WORK_SECONDS, StopSignals
@@ -55,7 +54,6 @@ class Session:
     signals: StopSignals
     watchdog: Watchdog
     events: EventLog
-    non_finite: NonFinitePolicy
     state: RunState
     recorded: dict[str, Any]
     saved: RunState | None = None

@@ -41,7 +41,6 @@ from raptr_ds.runtime.introduction import device_peak, introduce, standing
 from raptr_ds.runtime.method import micro_batches_of, path_method_of, step_cost_of
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
@@ -180,9 +179,6 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             signals=signals,
             watchdog=watchdog,
             events=events,
-            non_finite=NonFinitePolicy(
-                config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
-            ),
             state=state,
             recorded=begun.recorded,
             saved=state if begun.own_step else None,

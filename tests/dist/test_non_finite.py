@@ -25,7 +25,6 @@ from raptr_ds.pretrain import train
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.metrics import Metrics
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signals import StopSignals
@@ -247,9 +246,6 @@ def open_loop(
         metrics=metrics,
         signals=StopSignals(watch_launcher=False),
         watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
-        non_finite=NonFinitePolicy(
-            config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
-        ),
         events=events,
         state=RunState(),
         recorded={OPTIMIZER: config.optimizer["type"]},

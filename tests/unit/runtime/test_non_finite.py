@@ -1,4 +1,4 @@
-"""Steps that are not finite: when the policy acts, what it says, and how the run's state counts and rolls back."""
+"""Steps that are not finite: when a run recovers, what it prints, and how the run's state counts and rolls back."""
 
 from dataclasses import asdict, replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from raptr_ds.engine.protocol import StepResult
 from raptr_ds.paths import LayerPath
-from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, NonFinitePolicy, what_happened
+from raptr_ds.runtime.non_finite import MAX_ROLLBACKS_TO_ONE_STEP, may_roll_back, must_recover, what_happened
 from raptr_ds.runtime.state import RunState, StepCost
 from tests.model_shapes import model_shape
 
@@ -27,12 +27,12 @@ def after(cost: StepCost, state: RunState, skipped: str) -> RunState:
     return state
 
 
-def exhausted_at(cost: StepCost, skipped: str, max_steps: int) -> list[int]:
-    """Return the steps after which the policy acts."""
-    policy, state, found = NonFinitePolicy(max_steps, rolls_back=False), RunState(), []
+def recovered_at(cost: StepCost, skipped: str, max_steps: int) -> list[int]:
+    """Return the steps after which a run recovers."""
+    state, found = RunState(), []
     for mark in skipped:
         state = after(cost, state, mark)
-        if policy.is_exhausted(state):
+        if must_recover(state, max_steps):
             found.append(state.step)
     return found
 
@@ -49,10 +49,10 @@ def exhausted_at(cost: StepCost, skipped: str, max_steps: int) -> list[int]:
         ("xxxxxxxxx", 0, []),  # never
     ],
 )
-def test_the_policy_acts_after_so_many_in_a_row(
+def test_a_run_recovers_after_so_many_in_a_row(
     cost: StepCost, skipped: str, max_steps: int, expected: list[int]
 ) -> None:
-    assert exhausted_at(cost, skipped, max_steps) == expected
+    assert recovered_at(cost, skipped, max_steps) == expected
 
 
 def test_the_state_counts_skipped_steps_and_where_the_row_began(cost: StepCost) -> None:
@@ -84,18 +84,17 @@ def test_what_rollbacks_to_different_places_leave_out_adds_up(cost: StepCost) ->
 
 
 def test_rollbacks_to_one_place_are_limited_and_to_another_are_not(cost: StepCost) -> None:
-    policy = NonFinitePolicy(1, rolls_back=True)
     place = after(cost, RunState(), "....")
     state, rollbacks = after(cost, place, "x"), 0
-    while policy.may_roll_back(state, place.step):
+    while may_roll_back(state, place.step):
         # What is restored is the state as it was saved right after the last rollback: the counts are in it.
         place = state.rolled_back(place)
         state, rollbacks = after(cost, place, "x"), rollbacks + 1
     assert rollbacks == MAX_ROLLBACKS_TO_ONE_STEP
     assert state.next_sample == 2 * (4 + rollbacks + 1)
-    assert policy.may_roll_back(state, 3)
+    assert may_roll_back(state, 3)
     further = after(cost, place, "..")
-    assert policy.may_roll_back(after(cost, further, "x"), further.step)
+    assert may_roll_back(after(cost, further, "x"), further.step)
 
 
 def test_a_state_survives_its_dictionary_and_old_ones_are_read(cost: StepCost) -> None:
