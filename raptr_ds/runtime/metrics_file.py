@@ -109,6 +109,18 @@ class RunMetrics:
     evaluations: dict[tuple[int, int], float | None] = field(default_factory=dict)
     tasks: dict[int, dict[str, dict[str, float | None]]] = field(default_factory=dict)
 
+    def last_evaluation(self, path_length: int | None, until: float = math.inf) -> tuple[int, float] | None:
+        """Return (step, loss) of the newest finite evaluation up to a step; None without one.
+
+        path_length: of the paths that were evaluated; None for any.
+        """
+        losses = {
+            step: loss
+            for (step, length), loss in self.evaluations.items()
+            if path_length in (None, length) and step <= until and loss is not None
+        }
+        return max(losses.items(), default=None)
+
 
 def read_metrics(path: Path) -> RunMetrics:
     """Read a metrics file, also that of a run in progress; a missing file has no lines.
@@ -132,16 +144,6 @@ def read_metrics(path: Path) -> RunMetrics:
             elif "loss" in record:
                 metrics.training[record["step"]] = record
     return metrics
-
-
-def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float] | None:
-    """Return (step, loss) of the newest finite evaluation of paths of a length, up to a step; None without one."""
-    losses = {
-        at: loss
-        for (at, length), loss in read_metrics(path).evaluations.items()
-        if length == path_length and at <= step and loss is not None
-    }
-    return max(losses.items(), default=None)
 
 
 def score_names(scores: Mapping[str, float | None]) -> list[str]:
