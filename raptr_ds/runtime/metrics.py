@@ -18,7 +18,6 @@ several paths (path.paths_per_step), "paths" are these, "path" the layers of any
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class TrainingStep:
     ranks: Ranks | None = None
 
 
-class Metrics(AbstractContextManager["Metrics"]):
+class Metrics:
     """Records training steps and evaluations of a run; on ranks other than 0 (`folder` None) it does nothing.
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
@@ -135,10 +134,6 @@ class Metrics(AbstractContextManager["Metrics"]):
                 self.say(f"{sink.failure}: it has not all of the run's metrics; {METRICS} has")
         self._progress.close()
         self._sinks = []
-
-    def __exit__(self, *exception: object) -> None:
-        """Close, whatever happened."""
-        self.close()
 
     def _training_line(self, step: TrainingStep) -> dict[str, Any]:
         state, result, path = step.state, step.result, step.path

@@ -53,7 +53,6 @@ class MetricsFile(LinesFile):
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step:
                 drop_lines_after(path, resume_step)
             else:
@@ -83,18 +82,17 @@ class MetricsFile(LinesFile):
         self.close()  # the file has been replaced: the next line opens it
 
 
-def drop_lines_after(path: Path, step: int) -> int:
-    """Remove the lines after a 1-based step, and damaged lines, from a metrics file.
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines after a 1-based step, and damaged lines, from a metrics file; a missing one has none.
 
-    A crash leaves the old file or the new one. Returns how many lines were dropped; a missing file has none.
+    A crash leaves the old file or the new one.
     """
     if not path.exists():
-        return 0
+        return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (record := _record_of(line)) is not None and record["step"] <= step]
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))
-    return len(lines) - len(kept)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signal_lead import SignalLead
-from raptr_ds.runtime.signals import StopSignals, exit_now
+from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
@@ -188,10 +188,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
 
 
 def _lock(folder: Path, launch: Launch, stack: ExitStack, report: Callable[[str], None]) -> None:
-    def end_at_once(why: str) -> None:
-        exit_now(RaptrError.exit_code, f"{why}: ending at once, without writing anything")
-
-    stack.callback(RunLock(folder, launch, end_at_once).release)
+    stack.callback(RunLock(folder, launch).release)
     if warning := open_to_all(folder):
         report(f"warning: {warning}")
 

@@ -350,7 +350,7 @@ def test_a_stop_while_the_model_grows_is_noticed_one_step_later(
 
 def test_a_second_run_in_the_folder_is_refused(data_folder: Path, tmp_path: Path) -> None:
     run = run_with(tmp_path, data_folder)
-    held = RunLock(tmp_path / "run", Launch(0, 0, 1, "", 1, "none"), print)
+    held = RunLock(tmp_path / "run", Launch(0, 0, 1, "", 1, "none"))
     refused = forked(run, processes=2)
     held.release()
     assert refused.returncode == 2
