@@ -95,7 +95,7 @@ def train(session: Session) -> Exit:
         learning_rate = session.learning_rate_at(state.step)
         batch = session.load(state)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
-        before, state = state, session.cost.after(state, result, path)
+        before, state = state, state.after(session.cost, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)
         if must_recover(state, config.train.max_non_finite_steps):
             state = recover(session, state, result)

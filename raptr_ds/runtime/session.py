@@ -18,6 +18,7 @@ from raptr_ds.errors import Exit
 from raptr_ds.parallel.agreement import PathAgreement, on_first_rank
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath, PathMethod
+from raptr_ds.paths.cost import StepFlops
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.lost_ranks import ending_alone
@@ -25,7 +26,7 @@ from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import LONG_WORK_SECONDS, StopSignals
-from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
 _WAIT_SECONDS = 0.1
@@ -43,7 +44,7 @@ class Session:
     config: RunConfig
     groups: ProcessGroups
     method: PathMethod
-    cost: StepCost
+    cost: StepFlops
     engine: Engine
     batches: Loader
     agreement: PathAgreement[LayerPath]
