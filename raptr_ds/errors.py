@@ -20,15 +20,16 @@ class Exit(IntEnum):
 class RaptrError(Exception):
     """Base of all errors that are shown to the user as a message, without a traceback.
 
-    is_of_one_rank: each rank raises its own one, and not the same as all others.
+    is_of_one_rank: not all ranks raise the same one. is_first: whether this rank then prints its own.
     """
 
-    exit_code = Exit.FAULT
+    exit_code: Exit = Exit.FAULT
     is_of_one_rank = False
+    is_first = True
 
     def is_printed_by(self, rank: int) -> bool:
-        """Whether this rank prints the error: of one that all ranks raise, the first."""
-        return self.is_of_one_rank or rank == 0
+        """Whether this rank prints the error: of one that all ranks raise, the first rank."""
+        return self.is_first if self.is_of_one_rank else rank == 0
 
 
 class ConfigError(RaptrError):
@@ -64,14 +65,6 @@ class DeviceMemoryError(RaptrError):
 
     Its exit code is USER_ERROR before the first step is trained, FAULT later.
     """
-
-    def __init__(self, message: str, exit_code: Exit, is_first: bool) -> None:
-        super().__init__(message)
-        self.exit_code, self._is_first = exit_code, is_first
-
-    def is_printed_by(self, rank: int) -> bool:
-        """Whether this is the rank that ran out of memory first."""
-        return self._is_first
 
 
 class AbsentRankError(RaptrError):

@@ -78,7 +78,7 @@ def train(session: Session) -> Exit:
 
     Raises: NonFiniteError, on all ranks, if too many steps in a row were skipped and the run may not go on.
     """
-    from raptr_ds.runtime.non_finite import recover
+    from raptr_ds.runtime.non_finite import must_recover, recover
     from raptr_ds.runtime.session import evaluate
 
     config, state = session.config, session.state
@@ -95,9 +95,9 @@ def train(session: Session) -> Exit:
         learning_rate = session.learning_rate_at(state.step)
         batch = session.load(state)
         result = session.engine.train_step(batch, path, state.step, learning_rate)
-        before, state = state, session.cost.after(state, result, path)
+        before, state = state, state.after(session.cost, result, path)
         session.record(state, result, path, learning_rate, time.perf_counter() - started)
-        if session.non_finite.is_exhausted(state):
+        if must_recover(state, config.train.max_non_finite_steps):
             state = recover(session, state, result)
             continue
         done = state.step == config.train.steps

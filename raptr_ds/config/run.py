@@ -98,7 +98,12 @@ class RunConfig:
             ACCUMULATION: accumulation,
         }
         batch = replace(self.batch, micro_batch=micro_batch, accumulation=accumulation)
-        return replace(self, batch=batch, deepspeed=deepspeed)
+        changed = {
+            f"{MICRO}={self.batch.micro_batch}": f"{MICRO}={micro_batch}",
+            f"{ACCUMULATION}={self.batch.accumulation}": f"{ACCUMULATION}={accumulation}",
+        }
+        derived = [" ".join([changed.get(value, value), *why]) for value, *why in map(str.split, self.derived)]
+        return replace(self, batch=batch, deepspeed=deepspeed, derived=derived)
 
     def compiles(self, on_gpu: bool) -> bool:
         """Return whether to compile layers on such a device: as the run file says, else on GPUs that can."""

@@ -37,7 +37,7 @@ from raptr_ds.hf.source import (
 )
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.hf.twins import twin_of
-from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.user_paths import exists, write_error
 
 _COMPARED_DOCUMENTS = 300  # of each data folder, and of each document the beginning
@@ -126,7 +126,8 @@ def _check_size(text: str) -> None:
 def _held_out(trained: TrainedModel) -> tuple[int, float] | None:
     """Return step and loss of the last evaluation before the checkpoint, where it still lies in its run's folder."""
     try:
-        return last_evaluation(run_folder(trained.folder) / METRICS, trained.model.num_layers, trained.step)
+        metrics = read_metrics(run_folder(trained.folder) / METRICS)
+        return metrics.last_evaluation(trained.model.num_layers, trained.step)
     except (DataError, OSError):  # damaged or unreadable measurements are no reason not to export
         return None
 

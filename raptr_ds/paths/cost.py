@@ -75,6 +75,11 @@ class StepFlops:
     keep_up_to: int = 0
     stages: tuple[range, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Positions of a global batch."""
+        return self.num_sequences * self.shape.seq_length
+
     def flops(self, path: LayerPath, num_predicted: int) -> int:
         """Return the FLOPs of a step along `path`."""
         recomputed = sum(map(self._recomputed_work, path.draws)) / len(path.draws)

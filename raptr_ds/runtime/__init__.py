@@ -1,1 +1,1 @@
-"""What surrounds training: metrics and their sinks, throughput, signals, state and checkpoints."""
+"""What surrounds training: metrics and their sinks, signals, state and checkpoints."""

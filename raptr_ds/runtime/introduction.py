@@ -11,7 +11,7 @@ from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import PathMethod
 from raptr_ds.paths.cost import num_parameters
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of
-from raptr_ds.runtime.metrics_file import METRICS, last_evaluation
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.progress import Progress, build_progress
 from raptr_ds.runtime.throughput import peak_flops
 
@@ -50,7 +50,7 @@ def standing(config: RunConfig, folder: Path, step: int) -> str:
     """Return what a restored run prints: that it continues, or that nothing is left to do, and how it ended."""
     if step < config.train.steps:
         return f"continuing after step {step}"
-    evaluation = last_evaluation(folder / METRICS, config.model.num_layers, step)
+    evaluation = read_metrics(folder / METRICS).last_evaluation(config.model.num_layers, step)
     loss = "" if evaluation is None else f"; held-out loss {evaluation[1]:.4f} after step {evaluation[0]}"
     return (
         f"this run is complete: {step} of {config.train.steps} steps are trained{loss}. Raise "

@@ -1,4 +1,4 @@
-"""A file that lines are appended to while a run trains: a full or failing disk delays them and ends nothing."""
+"""A file that a run appends lines or records to as it trains: a full or failing disk delays them, and ends nothing."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ class LinesFile:
         self._waiting = bytearray(b"\n" if is_torn else b"")
         self.failure: str | None = None
 
-    def append(self, line: str) -> None:
-        """Hand a line, which ends with a newline, to the operating system, or keep it."""
-        self._waiting += line.encode()
+    def append(self, line: str | bytes) -> None:
+        """Hand a line, which ends with a newline, or a record to the operating system, or keep it."""
+        self._waiting += line.encode() if isinstance(line, str) else line
         self._write()
 
     def sync(self) -> None:

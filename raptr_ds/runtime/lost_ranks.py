@@ -1,24 +1,70 @@
-"""A connection to another rank that breaks: an exit code of its own, as this rank was not the first to fail."""
+"""A rank that ends alone: its error is printed once, and the ranks that lose their connection to it end as it does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from raptr_ds.errors import LostRankError
+import torch.distributed as dist
+
+from raptr_ds.errors import Exit, LostRankError, RaptrError
 
 # gloo's and the store's words for a closed socket, and NCCL's for a process that is gone (torch has no class for them).
 _SIGNS = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "likely closed", "ncclRemoteError")
+_RANKS, _CODE = "raptr_ds/ended_alone/ranks", "raptr_ds/ended_alone/code"
 
 
 @contextmanager
 def lost_ranks_explained() -> Iterator[None]:
-    """Turn an error of a connection that another rank has closed into LostRankError."""
+    """Turn an error of a connection that another rank has closed into LostRankError.
+
+    Where that rank has left its exit code it has printed why it ended: this one takes the code and prints nothing.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.distributed's errors are
-        if any(sign in str(error) for sign in _SIGNS):
-            reason = str(error).strip().splitlines()[0]
-            raise LostRankError(
-                "a connection to another rank broke: that rank has ended, or its host cannot be reached. Why it ended "
-                f"is in its own output, or in the launcher's ({reason})"
-            ) from error
+        code = _code_of_another_rank()
+        if code is None and not any(sign in str(error) for sign in _SIGNS):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        lost = LostRankError(
+            "a connection to another rank broke: that rank has ended, or its host cannot be reached. Why it ended "
+            f"is in its own output, or in the launcher's ({reason})"
+        )
+        if code is not None:
+            lost.exit_code, lost.is_first = code, False
+        raise lost from error
+
+
+@contextmanager
+def ending_alone() -> Iterator[None]:
+    """Have an error that some ranks alone may raise in the block printed by the first of them."""
+    try:
+        yield
+    except RaptrError as error:
+        mark_as_alone(error)
         raise
+
+
+def mark_as_alone(error: RaptrError) -> None:
+    """Leave the exit code of an error that not all ranks raise to those that will miss this one."""
+    error.is_of_one_rank, error.is_first = True, False
+    store = _store()
+    try:
+        store.set(_CODE, str(int(error.exit_code)))
+        error.is_first = store.add(_RANKS, 1) == 1
+    except RuntimeError:  # rank 0, which keeps it, is gone: the run has ended, for a reason that it has printed
+        return
+
+
+def _code_of_another_rank() -> Exit | None:
+    if not dist.is_initialized():
+        return None
+    store = _store()
+    try:
+        return Exit(int(store.get(_CODE))) if store.check([_CODE]) else None
+    except RuntimeError:
+        return None
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

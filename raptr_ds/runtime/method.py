@@ -11,9 +11,8 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
 from raptr_ds.paths import PathMethod, Phase, build_path_method
 from raptr_ds.paths.balance import BalancedStages
-from raptr_ds.paths.cost import head_cost_in_layers
+from raptr_ds.paths.cost import StepFlops, head_cost_in_layers
 from raptr_ds.paths.stages import stage_layers
-from raptr_ds.runtime.state import StepCost
 
 
 def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> PathMethod:
@@ -25,10 +24,10 @@ def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> Pat
     return build_path_method(section, config.sizes, config.train.seed, balanced_stages_of(config, section))
 
 
-def step_cost_of(config: RunConfig) -> StepCost:
+def step_cost_of(config: RunConfig) -> StepFlops:
     """Return what the run's steps cost; the vocabulary's size must be known."""
     parallel = config.parallel
-    return StepCost(
+    return StepFlops(
         config.model,
         config.batch.global_batch,
         parallel.activation_checkpointing,

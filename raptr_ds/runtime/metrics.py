@@ -16,8 +16,8 @@ Where parts of layers run (path.method width), "width" is the number of heads of
 several paths (path.paths_per_step), "paths" are these, "path" the layers of any, "path_length" the mean.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from raptr_ds.runtime.progress import Progress, short_number, short_time
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import RunState
-from raptr_ds.runtime.throughput import Throughput, model_flops_utilization
+from raptr_ds.runtime.throughput import model_flops_utilization
+
+_NUM_TIMED = 50  # last steps that the printed speed is a mean of
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainingStep:
     ranks: Ranks | None = None
 
 
-class Metrics(AbstractContextManager["Metrics"]):
+class Metrics:
     """Records training steps and evaluations of a run; on ranks other than 0 (`folder` None) it does nothing.
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
@@ -77,7 +79,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._interval = interval
         self._progress = progress if progress is not None and folder is not None else Progress()
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
-        self._throughput = Throughput()
+        self._last_steps: deque[TrainingStep] = deque(maxlen=_NUM_TIMED)
         self._is_delayed = False
         self._sinks: list[Sink] = [] if folder is None else [MetricsFile(folder / METRICS, resume_step), *sinks]
 
@@ -85,7 +87,7 @@ class Metrics(AbstractContextManager["Metrics"]):
         """Record one training step."""
         if not self._sinks:
             return
-        self._throughput.record(step.tokens, step.flops, step.seconds)
+        self._last_steps.append(step)
         done = step.state.step
         if done % self._interval == 0 or done == self._num_steps:
             self._record(self._training_line(step))
@@ -133,10 +135,6 @@ class Metrics(AbstractContextManager["Metrics"]):
         self._progress.close()
         self._sinks = []
 
-    def __exit__(self, *exception: object) -> None:
-        """Close, whatever happened."""
-        self.close()
-
     def _training_line(self, step: TrainingStep) -> dict[str, Any]:
         state, result, path = step.state, step.result, step.path
         line = {
@@ -167,7 +165,8 @@ class Metrics(AbstractContextManager["Metrics"]):
     def _words(self, step: TrainingStep) -> str:
         """Return what a progress line shows after the step's number."""
         state, path = step.state, step.path
-        tokens_per_second, flops_per_second = self._throughput.rates()
+        seconds = sum(last.seconds for last in self._last_steps)  # without evaluation and saving
+        tokens_per_second = sum(last.tokens for last in self._last_steps) / seconds
         words = [
             f"loss {step.result.loss:.4f}",
             f"phase {path.phase}",
@@ -176,6 +175,7 @@ class Metrics(AbstractContextManager["Metrics"]):
             f"saved {1 - state.flops / state.full_flops:.1%}",
         ]
         if self._flops_left is not None:
+            flops_per_second = sum(last.flops for last in self._last_steps) / seconds
             words.append(f"left {short_time(self._flops_left(state.step) / flops_per_second)}")
         if step.ranks is not None and (slow := step.ranks.slow) is not None:
             words.append(f"rank {slow.rank} slow ({slow.ratio:.1f} x)")

@@ -53,7 +53,6 @@ class MetricsFile(LinesFile):
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step:
                 drop_lines_after(path, resume_step)
             else:
@@ -83,18 +82,17 @@ class MetricsFile(LinesFile):
         self.close()  # the file has been replaced: the next line opens it
 
 
-def drop_lines_after(path: Path, step: int) -> int:
-    """Remove the lines after a 1-based step, and damaged lines, from a metrics file.
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines after a 1-based step, and damaged lines, from a metrics file; a missing one has none.
 
-    A crash leaves the old file or the new one. Returns how many lines were dropped; a missing file has none.
+    A crash leaves the old file or the new one.
     """
     if not path.exists():
-        return 0
+        return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (record := _record_of(line)) is not None and record["step"] <= step]
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))
-    return len(lines) - len(kept)
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,18 @@ class RunMetrics:
     training: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[tuple[int, int], float | None] = field(default_factory=dict)
     tasks: dict[int, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+
+    def last_evaluation(self, path_length: int | None, until: float = math.inf) -> tuple[int, float] | None:
+        """Return (step, loss) of the newest finite evaluation up to a step; None without one.
+
+        path_length: of the paths that were evaluated; None for any.
+        """
+        losses = {
+            step: loss
+            for (step, length), loss in self.evaluations.items()
+            if path_length in (None, length) and step <= until and loss is not None
+        }
+        return max(losses.items(), default=None)
 
 
 def read_metrics(path: Path) -> RunMetrics:
@@ -132,16 +142,6 @@ def read_metrics(path: Path) -> RunMetrics:
             elif "loss" in record:
                 metrics.training[record["step"]] = record
     return metrics
-
-
-def last_evaluation(path: Path, path_length: int, step: int) -> tuple[int, float] | None:
-    """Return (step, loss) of the newest finite evaluation of paths of a length, up to a step; None without one."""
-    losses = {
-        at: loss
-        for (at, length), loss in read_metrics(path).evaluations.items()
-        if length == path_length and at <= step and loss is not None
-    }
-    return max(losses.items(), default=None)
 
 
 def score_names(scores: Mapping[str, float | None]) -> list[str]:

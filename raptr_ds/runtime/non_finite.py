@@ -6,7 +6,6 @@ by the same numbers and come to the same end without asking each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raptr_ds.engine.protocol import StepResult
@@ -27,20 +26,14 @@ _FIX = (
 )
 
 
-@dataclass(frozen=True)
-class NonFinitePolicy:
-    """How many skipped steps in a row a run accepts (0: any number), and whether it then rolls back or stops."""
+def must_recover(state: RunState, max_steps: int | None) -> bool:
+    """Return whether the run must roll back or stop after `state`; max_steps: skipped in a row, 0 for any number."""
+    return 0 < (max_steps or 0) <= state.skipped_in_row
 
-    max_steps: int
-    rolls_back: bool
 
-    def is_exhausted(self, state: RunState) -> bool:
-        """Return whether the run must roll back or stop after `state`."""
-        return 0 < self.max_steps <= state.skipped_in_row
-
-    def may_roll_back(self, state: RunState, to_step: int) -> bool:
-        """Return whether one more rollback to the checkpoint of `to_step` may help."""
-        return state.rolled_back_to != to_step or state.rollbacks_there < MAX_ROLLBACKS_TO_ONE_STEP
+def may_roll_back(state: RunState, to_step: int) -> bool:
+    """Return whether one more rollback to the checkpoint of `to_step` may help."""
+    return state.rolled_back_to != to_step or state.rollbacks_there < MAX_ROLLBACKS_TO_ONE_STEP
 
 
 def what_happened(state: RunState, loss: float, grad_norm: float) -> str:
@@ -64,11 +57,11 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     continues it and does not meet the same data again.
     Raises: NonFiniteError, on all ranks, if the run is to stop or cannot roll back; checkpoints stay.
     """
-    happened = what_happened(state, result.loss, result.grad_norm)
+    happened, train = what_happened(state, result.loss, result.grad_norm), session.config.train
     session.agreement.restart()  # the step that is being agreed on will not be the next
     session.finish_saving()
-    if not session.non_finite.rolls_back:
-        raise NonFiniteError(f"{happened} (raptr_ds.train.max_non_finite_steps={session.non_finite.max_steps}). {_FIX}")
+    if train.on_non_finite == "stop":
+        raise NonFiniteError(f"{happened} (raptr_ds.train.max_non_finite_steps={train.max_non_finite_steps}). {_FIX}")
     try:
         before = state.last_finite_step
         restored = session.checkpoints.restore(session.engine, "auto", session.config.model, not_after=before)
@@ -77,7 +70,7 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
         there = run_state_of(restored, session.config)
     except CheckpointError as error:
         raise NonFiniteError(f"{happened}, and there is no way back: {error} {_FIX}") from error
-    if not session.non_finite.may_roll_back(state, there.step):
+    if not may_roll_back(state, there.step):
         raise NonFiniteError(
             f"{happened}, and {state.rollbacks_there} rollbacks to step {there.step}, each with other data, did not "
             f"help. {_FIX}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import DeviceMemoryError, Exit
+from raptr_ds.runtime.lost_ranks import mark_as_alone
 from raptr_ds.runtime.planner_process import PlannerError, ask_planner
 
 if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's import
@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's imp
 
 # Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
 _SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_RANKS, _CODE = "raptr_ds/out_of_memory/ranks", "raptr_ds/out_of_memory/code"
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,15 @@ def memory_errors_explained(
 ) -> Iterator[None]:
     """Turn an error of a device without free memory into DeviceMemoryError, on the rank that has it.
 
-    The other ranks then wait in a collective, which their launcher ends when this rank exits; where they notice that a
-    rank is gone (gloo), they exit with the same code and print nothing. steps_trained: by this process so far.
+    steps_trained: by this process so far.
     Raises: DeviceMemoryError.
     """
     try:
         yield
     except RuntimeError as error:  # torch's OutOfMemoryError is one
-        if is_out_of_memory(error):
-            raise _explained(config, groups, steps_trained(), error) from error
-        if (code := _code_of_another_rank()) is not None:
-            raise DeviceMemoryError("another rank ran out of memory", code, is_first=False) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise _explained(config, groups, steps_trained(), error) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,7 +83,6 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
 
 
 def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: RuntimeError) -> DeviceMemoryError:
-    code = Exit.FAULT if trained else Exit.USER_ERROR
     when = f"after {trained} steps of this start" if trained else "before the end of the first step: nothing is trained"
     lines = [
         f"rank {groups.rank} ({groups.device}) ran out of memory {when}. {str(error).strip().splitlines()[0]}",
@@ -95,26 +90,7 @@ def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: Ru
     ]
     if trained:
         lines.append("With a change that fits, start it again: the run goes on from its newest checkpoint, if any.")
-    return DeviceMemoryError("\n".join(lines), code, is_first=_tell_the_others(code))
-
-
-def _tell_the_others(code: Exit) -> bool:
-    """Leave word for ranks that will miss this one; return whether it is the first to have no memory left."""
-    store = _store()
-    try:
-        store.set(_CODE, str(int(code)))
-        return store.add(_RANKS, 1) == 1
-    except RuntimeError:  # rank 0, which keeps it, is gone: the run has ended, for a reason that it has printed
-        return False
-
-
-def _code_of_another_rank() -> Exit | None:
-    store = _store()
-    try:
-        return Exit(int(store.get(_CODE))) if store.check([_CODE]) else None
-    except RuntimeError:
-        return None
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    explained = DeviceMemoryError("\n".join(lines))
+    explained.exit_code = Exit.FAULT if trained else Exit.USER_ERROR
+    mark_as_alone(explained)
+    return explained

@@ -11,15 +11,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.runtime.signals import exit_now
 from raptr_ds.user_paths import make_folder, writing
 
 LOCK = "run.lock"
@@ -76,15 +76,15 @@ class Holder:
 class RunLock:
     """Holds a run's folder from its making to `release`.
 
-    lost: called, from a thread, with a message when another run has taken the lock over, as it may after this one stood
-    still: nothing more may be written then.
+    Ends the process when another run has taken the lock over, as it may after this one stood still: nothing more may be
+    written then.
     Raises: ConfigError naming the holder if another run works in the folder; PathError or StorageError if the folder
     cannot be written.
     """
 
-    def __init__(self, folder: Path, launch: Launch, lost: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, launch: Launch) -> None:
         self._path = folder / LOCK
-        self._holder, self._beat, self._lost = Holder.of(launch), 0, lost
+        self._holder, self._beat = Holder.of(launch), 0
         make_folder(folder)
         with writing(folder):
             self._acquire()
@@ -93,12 +93,13 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; where the disk does not let go of the lock, later runs see that its holder is gone."""
         self._released.set()
         self._thread.join()
-        found = _read(self._path)
-        if found is not None and found[0] == self._holder:
-            self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            found = _read(self._path)
+            if found is not None and found[0] == self._holder:
+                self._path.unlink(missing_ok=True)
 
     def _acquire(self) -> None:
         while not self._create():
@@ -152,8 +153,8 @@ class RunLock:
             try:
                 found = _read(self._path)
                 if found is not None and found[0] is not None and found[0] != self._holder:
-                    self._lost(f"{found[0]} has taken {self._path.parent} over while this run stood still")
-                    return
+                    taken = f"{found[0]} has taken {self._path.parent} over while this run stood still"
+                    exit_now(Exit.FAULT, f"{taken}: ending at once, without writing anything")
                 self._beat += 1
                 write_atomically(self._path, self._content())
             except OSError:  # a full disk: whoever watches sees no beat, and this process if it is on its machine

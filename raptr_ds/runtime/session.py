@@ -18,14 +18,15 @@ from raptr_ds.errors import Exit
 from raptr_ds.parallel.agreement import PathAgreement, on_first_rank
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath, PathMethod
+from raptr_ds.paths.cost import StepFlops
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
+from raptr_ds.runtime.lost_ranks import ending_alone
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signal_lead import SignalLead
 from raptr_ds.runtime.signals import LONG_WORK_SECONDS, StopSignals
-from raptr_ds.runtime.state import RunState, StepCost
+from raptr_ds.runtime.state import RunState
 from raptr_ds.runtime.watchdog import SAVE_SECONDS, Watchdog
 
 _WAIT_SECONDS = 0.1
@@ -43,7 +44,7 @@ class Session:
     config: RunConfig
     groups: ProcessGroups
     method: PathMethod
-    cost: StepCost
+    cost: StepFlops
     engine: Engine
     batches: Loader
     agreement: PathAgreement
@@ -54,7 +55,6 @@ class Session:
     signals: StopSignals
     watchdog: Watchdog
     events: EventLog
-    non_finite: NonFinitePolicy
     state: RunState
     recorded: dict[str, Any]
     saved: RunState | None = None
@@ -76,9 +76,10 @@ class Session:
         return scheduled * self.method.learning_rate_factor_at(step)
 
     def load(self, state: RunState) -> StepBatch:
-        """Return this rank's share of the next step's batch."""
+        """Return this rank's share of the next step's batch. Raises: DataError, on ranks that cannot read theirs."""
         started = time.perf_counter()
-        batch = self.batches.at(state.step, state.next_sample)
+        with ending_alone():
+            batch = self.batches.at(state.step, state.next_sample)
         self.ranks.loaded(time.perf_counter() - started)
         return batch
 
@@ -218,6 +219,7 @@ def evaluate(session: Session, state: RunState) -> bool:
 
     The full model, whatever path was trained; where the method grows it, all layers that the last step had.
     Returns whether it came to the end; if a rank is asked to stop meanwhile, nothing is recorded.
+    Raises: DataError, on the ranks that cannot read their data.
     """
     session.long_work_ahead("evaluating")
     model, stopped = session.method.model_at(state.step - 1), session.agree_to_stop()
@@ -228,7 +230,9 @@ def evaluate(session: Session, state: RunState) -> bool:
             if index and (stopped := session.agree_to_stop()):
                 return
             session.watchdog.moved("evaluating")
-            yield session.batches.validation(index)
+            with ending_alone():
+                batch = session.batches.validation(index)
+            yield batch
 
     started = time.perf_counter()
     loss = 0.0 if stopped else session.engine.evaluate(batches(), model)

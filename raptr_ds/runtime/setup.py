@@ -26,7 +26,7 @@ from raptr_ds.data.loader import Loader, build_loader, load_tokenizer
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.protocol import Engine
-from raptr_ds.errors import DeviceMemoryError, RaptrError
+from raptr_ds.errors import RaptrError
 from raptr_ds.parallel.agreement import PathAgreement, gathered, on_first_rank, together
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
@@ -41,13 +41,12 @@ from raptr_ds.runtime.introduction import device_peak, introduce, standing
 from raptr_ds.runtime.method import micro_batches_of, path_method_of, step_cost_of
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signal_lead import SignalLead
-from raptr_ds.runtime.signals import StopSignals, exit_now
+from raptr_ds.runtime.signals import StopSignals
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
@@ -128,8 +127,8 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         together(groups, check.finish)
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
-        if groups.rank == 0 and state.step:
-            progress.say(standing(config, folder, state.step))
+        if state.step:
+            progress.say(on_first_rank(groups, lambda: standing(config, folder, state.step)))
         cost = step_cost_of(config)
         num_predicted = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
         metrics = together(
@@ -173,9 +172,6 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             signals=signals,
             watchdog=watchdog,
             events=events,
-            non_finite=NonFinitePolicy(
-                config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
-            ),
             state=state,
             recorded=begun.recorded,
             saved=state if begun.own_step else None,
@@ -185,10 +181,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
 
 
 def _lock(folder: Path, launch: Launch, stack: ExitStack, report: Callable[[str], None]) -> None:
-    def end_at_once(why: str) -> None:
-        exit_now(RaptrError.exit_code, f"{why}: ending at once, without writing anything")
-
-    stack.callback(RunLock(folder, launch, end_at_once).release)
+    stack.callback(RunLock(folder, launch).release)
     if warning := open_to_all(folder):
         report(f"warning: {warning}")
 
@@ -348,6 +341,6 @@ def _leave(groups: ProcessGroups, error: BaseException | None) -> None:
         return
     if error is None:
         meet(groups.control, _MEETING, "the end of the run")
-    # Where a device has no memory left the other ranks do not come, and NCCL would wait for them.
-    if not isinstance(error, DeviceMemoryError):
+    # Where this rank ends alone the others do not come, and NCCL would wait for them.
+    if error is None or (isinstance(error, RaptrError) and not error.is_of_one_rank):
         dist.destroy_process_group()

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from raptr_ds.errors import Exit
 
@@ -173,7 +174,7 @@ class StopSignals:
             )
 
 
-def exit_now(code: int, message: str) -> None:
+def exit_now(code: int, message: str) -> NoReturn:
     """End this process without waiting for anybody or anything, with a message on standard error."""
     with contextlib.suppress(OSError):  # the other end of stderr may be gone with the launcher
         os.write(2, f"raptr_ds: process {os.getpid()}: {message}\n".encode())

@@ -44,6 +44,19 @@ class RunState:
         """The steps done when the last row of skipped steps, which may be empty, began."""
         return self.step - self.skipped_in_row
 
+    def after(self, cost: StepFlops, result: StepResult, path: LayerPath) -> RunState:
+        """Return where the run stands after a step along `path`. cost: of the run's steps."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + cost.tokens,
+            flops=self.flops + cost.flops(path, result.num_predictions),
+            full_flops=self.full_flops + cost.flops(LayerPath.full(path.num_layers), result.num_predictions),
+            skipped_steps=self.skipped_steps + int(result.skipped),
+            skipped_in_row=self.skipped_in_row + 1 if result.skipped else 0,
+            next_sample=self.next_sample + cost.num_sequences,
+        )
+
     def rolled_back(self, restored: RunState) -> RunState:
         """Return how the run goes on from a checkpoint's state: with the first sample that it has not seen yet."""
         is_same_place = restored.step == self.rolled_back_to
@@ -76,25 +89,3 @@ def run_state_of(restored: RestoredState, config: RunConfig) -> RunState:
             f"optimizer.type to {saved} to continue, or raptr_ds.checkpoint.load to none to start afresh."
         )
     return RunState.from_dict(restored.run_state, config.batch.global_batch)
-
-
-class StepCost(StepFlops):
-    """What steps of this run cost, and where the run stands after one."""
-
-    @property
-    def tokens(self) -> int:
-        """Positions of a global batch."""
-        return self.num_sequences * self.shape.seq_length
-
-    def after(self, state: RunState, result: StepResult, path: LayerPath) -> RunState:
-        """Return where the run stands after a step along `path`."""
-        return replace(
-            state,
-            step=state.step + 1,
-            tokens=state.tokens + self.tokens,
-            flops=state.flops + self.flops(path, result.num_predictions),
-            full_flops=state.full_flops + self.flops(LayerPath.full(path.num_layers), result.num_predictions),
-            skipped_steps=state.skipped_steps + int(result.skipped),
-            skipped_in_row=state.skipped_in_row + 1 if result.skipped else 0,
-            next_sample=state.next_sample + self.num_sequences,
-        )

@@ -1,21 +1,22 @@
 """TensorBoard events of a run."""
 
-import contextlib
+import io
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import ConfigError
+from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.runtime.sinks import scalars_of
 from raptr_ds.user_paths import writing
 
-_MAX_UNFLUSHED = 2000  # scalars
 
+class TensorBoardSink(LinesFile):
+    """Appends the numbers of metrics.jsonl's lines to an event file of this start; unknown ones (null) are left out.
 
-class TensorBoardSink:
-    """Writes the numbers of metrics.jsonl's lines as scalars; unknown ones (null) are left out.
-
-    Scalars that the disk does not take are kept, and written to another event file when it takes them again.
     folder: the run's. resume_step: events after it, written before a crash or by an earlier run, are purged.
     Raises: ConfigError if TensorBoard is not installed; PathError or StorageError if its folder cannot be written.
     """
@@ -24,65 +25,37 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise ConfigError(
                 "raptr_ds.log.tensorboard=true needs the tensorboard package. Install it (pip install tensorboard), or "
                 "set raptr_ds.log.tensorboard to false."
             ) from error
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        self._record_writer: Any = RecordWriter
         events = folder / "tensorboard"
-        self._open = lambda purge_step=None: SummaryWriter(str(events), purge_step=purge_step)
         with writing(events, "Give this user permission to write there."):
-            self._writer: SummaryWriter | None = self._open(resume_step + 1 if resume_step else 0)
-        self._unflushed: list[tuple[str, float, int]] = []
-        self.failure: str | None = None
+            events.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads the files in the order of their names.
+            super().__init__(events / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}")
+        self._add(file_version="brain.Event:2")
+        self.rewind(resume_step or -1)
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Write the scalars of a line."""
-        scalars = [(tag, value, line["step"]) for tag, value in scalars_of(line).items()]
-        self._unflushed += scalars
-        try:
-            self._write(scalars)
-        except OSError as error:
-            self._give_up(error)
-        if len(self._unflushed) % _MAX_UNFLUSHED < len(scalars):
-            self.sync()
+        summary = self._summaries.Summary()
+        for tag, value in scalars_of(line).items():
+            summary.value.add(tag=tag, simple_value=value)
+        if summary.value:
+            self._add(step=line["step"], summary=summary)
 
     def rewind(self, step: int) -> None:
         """Purge the events after a 1-based step."""
-        self.close()
-        self._unflushed = [scalar for scalar in self._unflushed if scalar[2] <= step]
-        try:
-            self._writer = self._open(step + 1)
-        except OSError as error:
-            self._give_up(error)
+        self._add(step=step + 1, session_log=self._events.SessionLog(status=self._events.SessionLog.START))
 
-    def sync(self) -> None:
-        """Write all events to disk, as far as it takes them."""
-        try:
-            if self._writer is None:  # in a new file: the earlier one may end in a part of an event
-                self._writer = self._open()
-                self._write(self._unflushed)
-            self._writer.flush()
-        except OSError as error:
-            self._give_up(error)
-        else:
-            self._unflushed, self.failure = [], None
-
-    def close(self) -> None:
-        """Write the remaining events, as far as possible, and close."""
-        self.sync()
-        if self._writer is not None:
-            self._writer.close()
-
-    def _write(self, scalars: list[tuple[str, float, int]]) -> None:
-        if self._writer is not None:
-            for tag, value, step in scalars:
-                self._writer.add_scalar(tag, value, step)
-
-    def _give_up(self, error: OSError) -> None:
-        self.failure = error.strerror or str(error)
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-        self._writer = None
+    def _add(self, **fields: Any) -> None:
+        record, event = io.BytesIO(), self._events.Event(wall_time=time.time(), **fields)
+        self._record_writer(record).write(event.SerializeToString())
+        self.append(record.getvalue())

@@ -1,7 +1,6 @@
-"""Throughput: tokens and FLOPs per second over the last steps, utilization of the devices' peak."""
+"""Utilization: executed FLOPs per second as a fraction of what the devices can do."""
 
 import re
-from collections import deque
 
 # Peak dense bf16 (V100, T4: fp16) FLOP/s of one device, without sparsity, from the vendors' data sheets. The first
 # pattern found in the device's name counts, so the special forms stand before the plain ones.
@@ -43,19 +42,3 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
 def model_flops_utilization(flops_per_second: float, peak: float | None, num_devices: int) -> float | None:
     """Return executed FLOP/s of the whole job as a fraction of its devices' peak; None where the peak is not known."""
     return None if peak is None else flops_per_second / (peak * num_devices)
-
-
-class Throughput:
-    """Speed of the last 50 steps, over the time that they took (evaluation and saving not included)."""
-
-    def __init__(self) -> None:
-        self._steps: deque[tuple[int, int, float]] = deque(maxlen=50)
-
-    def record(self, tokens: int, flops: int, seconds: float) -> None:
-        """Add one step of the whole job: its tokens, its executed FLOPs and its wall time."""
-        self._steps.append((tokens, flops, seconds))
-
-    def rates(self) -> tuple[float, float]:
-        """Return tokens and executed FLOPs per second of the whole job, after the first step."""
-        tokens, flops, seconds = map(sum, zip(*self._steps, strict=True))
-        return tokens / seconds, flops / seconds

@@ -12,7 +12,7 @@ from typing import Any
 
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.runtime.events import EVENTS, read_events
-from raptr_ds.runtime.metrics_file import METRICS, RunMetrics, read_metrics, task_words
+from raptr_ds.runtime.metrics_file import METRICS, read_metrics, task_words
 from raptr_ds.runtime.run_lock import LOCK, holder_in
 from raptr_ds.supervise.record import complete_checkpoints
 from raptr_ds.user_paths import is_file, is_folder
@@ -108,7 +108,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
         path_length=last.get("path_length"),
         num_layers=num_layers,
         losses=[line["loss"] for line in lines],
-        evaluation=_last_evaluation(metrics, num_layers),
+        evaluation=metrics.last_evaluation(num_layers),
         tasks=max(metrics.tasks.items(), key=lambda item: item[0], default=None),
         tokens_per_second=_median(line.get("tokens_per_second") for line in recent),
         step_seconds=step_seconds,
@@ -244,15 +244,6 @@ def _event_words(event: dict[str, Any]) -> str:
     rest = {key: value for key, value in event.items() if key not in {"time", "event"} and value not in (None, {}, [])}
     words = ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
     return f"{at}  {event.get('event')}: {words if len(words) <= 160 else words[:157] + '...'}"
-
-
-def _last_evaluation(metrics: RunMetrics, num_layers: int | None) -> tuple[int, float] | None:
-    finite = {
-        step: loss
-        for (step, length), loss in metrics.evaluations.items()
-        if loss is not None and num_layers in (None, length)
-    }
-    return max(finite.items(), default=None)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

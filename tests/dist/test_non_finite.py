@@ -21,15 +21,15 @@ from raptr_ds.parallel.agreement import PathAgreement
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups, launch_store
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.paths import LayerPath
+from raptr_ds.paths.cost import StepFlops
 from raptr_ds.pretrain import train
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.metrics import Metrics
-from raptr_ds.runtime.non_finite import NonFinitePolicy
 from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signals import StopSignals
-from raptr_ds.runtime.state import OPTIMIZER, RunState, StepCost, run_state_of
+from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
 from raptr_ds.runtime.watchdog import Watchdog
 from tests.dist.trajectory import HIDDEN, SEQ_LENGTH, Case, batch_at, build_engine, model_of, path_method
 from tests.dist.workers import run_distributed
@@ -230,7 +230,7 @@ def open_loop(
         config=replace(config, model=model),
         groups=groups,
         method=method,
-        cost=StepCost(model_of(case), case.global_batch, recompute=False),
+        cost=StepFlops(model_of(case), case.global_batch, recompute=False),
         engine=engine,
         batches=batches,  # type: ignore[arg-type]
         agreement=PathAgreement(groups, method.path_at, lambda: False, case.steps, NUM_REPORTED),
@@ -240,9 +240,6 @@ def open_loop(
         metrics=metrics,
         signals=StopSignals(watch_launcher=False),
         watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
-        non_finite=NonFinitePolicy(
-            config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
-        ),
         events=events,
         state=RunState(),
         recorded={OPTIMIZER: config.optimizer["type"]},

@@ -1,13 +1,18 @@
 """Mistakes in run files and data: exit code 2, one message with what is wrong and how to fix it, nothing trained."""
 
 import json
+import os
 import shutil
 import subprocess
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raptr_ds.data.loader import Loader
+from raptr_ds.parallel.launch import Launch
 from tests.integration.conftest import (
     ENV,
     PATIENCE,
@@ -107,6 +112,29 @@ def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
     data = call(deepspeed_command(run_file, "raptr_ds.data.path=/nowhere"))
     assert data.returncode == 2, data.stderr
     assert (data.stdout + data.stderr).count("raptr_ds: DataError") == 1
+
+
+def _lose_tokens(launch: Launch, ranks: tuple[int, ...], split: str) -> None:
+    """Let a split's file end at its beginning for some ranks, once they train."""
+    at = Loader.at
+
+    def losing(loader: Loader, step: int, first_sample: int | None = None) -> Any:
+        if step == 4:
+            samples = loader.training_samples if split == "train" else loader.validation_samples
+            samples._streams[0].tokens._file = FileIO(os.devnull)
+        return at(loader, step, first_sample)
+
+    if launch.rank in ranks:
+        Loader.at = losing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("split", "ranks"), [("train", (1,)), ("train", (0, 1)), ("validation", (1,))])
+def test_data_that_some_ranks_lose_are_named_once(split: str, ranks: tuple[int, ...], run_file: Path) -> None:
+    done = forked(run_file, processes=2, spoil=partial(_lose_tokens, ranks=ranks, split=split))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("raptr_ds: ") == done.stderr.count("raptr_ds: DataError") == 1
+    assert f"{split}.bin has become shorter while it was read" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_exit_code_needs_no_reader_and_no_disk(run_file: Path, tmp_path: Path) -> None:

@@ -273,6 +273,16 @@ def test_no_rank_of_a_finished_run_leaves_before_all_are_there(data_folder: Path
     assert times["0", "left"] > times["1", "made"]
 
 
+def test_metrics_of_a_finished_run_that_are_damaged_are_named_once(data_folder: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, data_folder)
+    assert forked(run, processes=2).returncode == 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("\n" + metrics.read_text())
+    again = forked(run, processes=2)
+    assert again.returncode == 2, again.stderr
+    assert again.stderr.count("raptr_ds: ") == again.stderr.count("metrics.jsonl, line 1 is not a JSON object") == 1
+
+
 def _stop_in_an_evaluation(launch: Launch) -> None:
     validation, asked = Loader.validation, []
 
@@ -340,7 +350,7 @@ def test_a_stop_while_the_model_grows_is_noticed_one_step_later(
 
 def test_a_second_run_in_the_folder_is_refused(data_folder: Path, tmp_path: Path) -> None:
     run = run_with(tmp_path, data_folder)
-    held = RunLock(tmp_path / "run", Launch(0, 0, 1, "", 1, "none"), print)
+    held = RunLock(tmp_path / "run", Launch(0, 0, 1, "", 1, "none"))
     refused = forked(run, processes=2)
     held.release()
     assert refused.returncode == 2

@@ -65,6 +65,7 @@ def test_the_changed_run_is_the_one_that_its_file_would_give():
     loaded = run("zero_optimization.stage=2", "train_micro_batch_size_per_gpu=4")
     assert changed == loaded
     assert changed.resolved() == loaded.resolved()
+    assert changed.derived == loaded.derived
 
 
 def test_the_trainer_asks_in_a_process_of_its_own():

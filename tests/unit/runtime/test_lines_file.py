@@ -106,6 +106,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """Return a file that takes all the room of a disk."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(free))
+    return disk / "ballast"
+
+
 class Said(Progress):
     """Keeps what is printed."""
 
@@ -116,15 +123,12 @@ class Said(Progress):
         self.lines.append(message)
 
 
-@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own, which ends by the error
 def test_metrics_survive_a_full_disk(small_disk: Path) -> None:
     """All lines and all events, with a message when it begins and when it is over."""
     said = Said()
     metrics = Metrics(small_disk, num_steps=300, sinks=[TensorBoardSink(small_disk, 0)], progress=said)
-    ballast = small_disk / "ballast"
     metrics.record_evaluation(1, 1.5, 4)
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast.write_bytes(bytes(free))
+    ballast = fill(small_disk)
     for step in range(2, 200):
         metrics.record_evaluation(step, 1.0 + step, 4)
     assert metrics.finish_writing() == "No space left on device"
@@ -164,3 +168,17 @@ def test_events_after_a_rollback_are_purged(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("eval/loss_of_4_layers")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_rollback_on_a_full_disk_loses_no_event(small_disk: Path) -> None:
+    sink = TensorBoardSink(small_disk, 0)
+    ballast = fill(small_disk)
+    for step in range(1, 201):
+        sink.record({"step": step, "eval_loss": float(step), "path_length": 4})
+    assert sink.failure == "No space left on device"
+    sink.rewind(150)
+    ballast.unlink()
+    sink.record({"step": 151, "eval_loss": 0.5, "path_length": 4})
+    sink.close()
+    assert sink.failure is None
+    assert scalars_in(small_disk / "tensorboard") == {**{step: float(step) for step in range(1, 151)}, 151: 0.5}

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -25,11 +26,13 @@ TRAINING_KEYS = [
 ]  # fmt: skip
 
 
-def training_step(step, loss=1 / 3, grad_norm=0.7, skipped=False, skipped_steps=0, path=None, **values):
+def training_step(
+    step, loss=1 / 3, grad_norm=0.7, skipped=False, skipped_steps=0, path=None, seconds=0.5, flops=3000, **values
+):
     state = RunState(step, 100 * step, 3000 * step, 4000 * step, skipped_steps)
     result = StepResult(loss, grad_norm, 9, skipped)
     path = path or LayerPath((0, 2, 5), 6, phase=1)
-    return TrainingStep(state, result, path, lr=1e-3, seconds=0.5, tokens=100, flops=3000, **values)
+    return TrainingStep(state, result, path, lr=1e-3, seconds=seconds, tokens=100, flops=flops, **values)
 
 
 def lines_of(folder):
@@ -37,7 +40,7 @@ def lines_of(folder):
 
 
 def test_lines_have_exactly_the_contracts_keys(tmp_path):
-    with Metrics(tmp_path, num_steps=2, num_devices=2, peak=12e3) as metrics:
+    with closing(Metrics(tmp_path, num_steps=2, num_devices=2, peak=12e3)) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_evaluation(1, 0.25, 6)
     training, evaluation = lines_of(tmp_path)
@@ -51,7 +54,7 @@ def test_lines_have_exactly_the_contracts_keys(tmp_path):
 
 
 def test_not_finite_and_missing_values(tmp_path):
-    with Metrics(tmp_path, num_steps=2, progress=PlainProgress(io.StringIO())) as metrics:
+    with closing(Metrics(tmp_path, num_steps=2, progress=PlainProgress(io.StringIO()))) as metrics:
         metrics.record_step(training_step(1, loss=math.nan, grad_norm=math.inf))
         metrics.record_step(training_step(2))
     first, second = lines_of(tmp_path)
@@ -61,7 +64,7 @@ def test_not_finite_and_missing_values(tmp_path):
 
 
 def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
-    with Metrics(tmp_path, num_steps=3) as metrics:
+    with closing(Metrics(tmp_path, num_steps=3)) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_step(training_step(2, skipped=True, skipped_steps=1))
         metrics.record_step(training_step(3, skipped_steps=1))
@@ -72,7 +75,7 @@ def test_a_skipped_step_is_marked_whatever_its_numbers_are(tmp_path):
 
 def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
     parts = Parts(4, ((0, 2, 3),) * 2, ((0, 1, 2),) * 2)
-    with Metrics(tmp_path, num_steps=2) as metrics:
+    with closing(Metrics(tmp_path, num_steps=2)) as metrics:
         metrics.record_step(training_step(1, path=LayerPath((0, 1), 2, parts=parts)))
         metrics.record_step(training_step(2))
     assert [(line["path"], line.get("width")) for line in lines_of(tmp_path)] == [([0, 1], 3), ([0, 2, 5], None)]
@@ -80,14 +83,14 @@ def test_the_width_of_layers_that_run_in_parts_is_told(tmp_path):
 
 def test_the_paths_of_a_step_that_takes_several_are_told(tmp_path):
     shares = LayerPath((0, 1, 5), 6), LayerPath((0, 3), 6)
-    with Metrics(tmp_path, num_steps=1) as metrics:
+    with closing(Metrics(tmp_path, num_steps=1)) as metrics:
         metrics.record_step(training_step(1, path=LayerPath.of_shares(shares)))
     (line,) = lines_of(tmp_path)
     assert (line["path"], line["path_length"], line["paths"]) == ([0, 1, 3, 5], 2.5, [[0, 1, 5], [0, 3]])
 
 
 def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_path):
-    with Metrics(tmp_path, num_steps=8, interval=3) as metrics:
+    with closing(Metrics(tmp_path, num_steps=8, interval=3)) as metrics:
         for step in range(1, 9):
             metrics.record_step(training_step(step))
             if step == 4:
@@ -98,7 +101,7 @@ def test_interval_thins_training_lines_but_for_the_last_and_no_evaluation(tmp_pa
 def test_scores_on_tasks(tmp_path, events):
     output, sink = io.StringIO(), TensorBoardSink(tmp_path, 0)
     scores = {"boolq": {"shots": 5, "acc": 0.625, "acc_stderr": 0.0123, "f1": None}, "copa": {"bits": 2.0}}
-    with Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output)) as metrics:
+    with closing(Metrics(tmp_path, num_steps=9, sinks=[sink], progress=PlainProgress(output))) as metrics:
         metrics.record_step(training_step(8))
         metrics.record_tasks(4, scores)
     assert lines_of(tmp_path)[1] == {"step": 4, "tasks": scores}
@@ -111,7 +114,7 @@ def test_scores_on_tasks(tmp_path, events):
 def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = io.StringIO()
-    with Metrics(None, num_steps=2, progress=PlainProgress(output)) as metrics:
+    with closing(Metrics(None, num_steps=2, progress=PlainProgress(output))) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_evaluation(1, 1.0, 6)
         metrics.say("hello")
@@ -124,7 +127,7 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
     output = io.StringIO()
     progress = PlainProgress(output)
     flops_left = {1: 60000.0}.__getitem__
-    with Metrics(tmp_path, num_steps=5, progress=progress, flops_left=flops_left) as metrics:
+    with closing(Metrics(tmp_path, num_steps=5, progress=progress, flops_left=flops_left)) as metrics:
         metrics.record_step(training_step(1))
         metrics.record_evaluation(1, 1.5, 6)
     assert output.getvalue() == (
@@ -133,18 +136,29 @@ def test_progress_shows_savings_and_the_time_that_longer_paths_will_take(tmp_pat
     )
 
 
+def test_the_speed_is_that_of_the_last_steps(tmp_path):
+    output = io.StringIO()
+    metrics = Metrics(tmp_path, num_steps=51, progress=PlainProgress(output), flops_left=lambda step: 60000.0)
+    metrics.record_step(training_step(1, seconds=50.0, flops=10**6))
+    for step in range(2, 52, 2):
+        metrics.record_step(training_step(step, seconds=1.0, flops=1000))
+        metrics.record_step(training_step(step + 1, seconds=3.0, flops=3000))
+    metrics.close()
+    assert output.getvalue().endswith("50 tok/s  saved 25.0%  left 1:00\n")
+
+
 def test_progress_names_a_slow_rank_and_lost_checkpoints(tmp_path):
     output, ranks = io.StringIO(), Ranks(Topology(1, 1, 2), ["a", "b"], torch.device("cpu"), 1)
     for _ in range(20):
         ranks.receive(np.array([[1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
-    with Metrics(tmp_path, num_steps=1, progress=PlainProgress(output)) as metrics:
+    with closing(Metrics(tmp_path, num_steps=1, progress=PlainProgress(output))) as metrics:
         metrics.record_step(training_step(1, failed_saves=3, ranks=ranks))
     assert output.getvalue().endswith("saved 25.0%  rank 1 slow (2.0 x)  3 checkpoints NOT written\n")
     assert lines_of(tmp_path)[0]["failed_saves"] == 3
 
 
 def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
+    with closing(Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)])) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step), skipped_steps=step))
         metrics.record_evaluation(3, 8.0, 6)
@@ -164,7 +178,7 @@ def test_rewinding_moves_lines_and_purges_events(tmp_path, events):
 
 def test_other_ranks_rewind_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Metrics(None, num_steps=2) as metrics:
+    with closing(Metrics(None, num_steps=2)) as metrics:
         metrics.rewind(1)
     assert list(tmp_path.iterdir()) == []
 
@@ -182,12 +196,12 @@ def events():
 
 
 def test_resume_continues_file_and_events_as_if_the_lost_steps_had_not_been(tmp_path, events):
-    with Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)]) as metrics:
+    with closing(Metrics(tmp_path, num_steps=6, sinks=[TensorBoardSink(tmp_path, 0)])) as metrics:
         for step in range(1, 6):
             metrics.record_step(training_step(step, loss=float(step)))
         metrics.record_evaluation(5, 9.0, 6)
         metrics.sync()
-    with Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[TensorBoardSink(tmp_path, 3)]) as metrics:
+    with closing(Metrics(tmp_path, num_steps=6, resume_step=3, sinks=[TensorBoardSink(tmp_path, 3)])) as metrics:
         for step in range(4, 7):
             metrics.record_step(training_step(step, loss=float(10 * step)))
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raptr_ds.errors import DataError
-from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, last_evaluation, read_metrics, to_line
+from raptr_ds.runtime.metrics_file import MetricsFile, drop_lines_after, read_metrics, to_line
 from raptr_ds.user_paths import PathError
 
 
@@ -55,21 +55,22 @@ def test_resume_drops_later_and_torn_lines_and_appends_after_them(tmp_path, tail
 def test_a_torn_line_is_dropped_even_if_its_step_would_be_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2], '{"step": 3, "loss": 0.125}')  # whole but for its newline: the next line would join it
-    assert drop_lines_after(path, 10) == 1
+    drop_lines_after(path, 10)
     assert steps_of(path) == [1, 2]
 
 
 def test_nothing_to_drop_leaves_the_file_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert drop_lines_after(path, 3) == 0
+    drop_lines_after(path, 3)
+    assert not path.exists()
     write(path, [1, 2, 3])
     before = path.stat().st_ino
-    assert drop_lines_after(path, 3) == 0
+    drop_lines_after(path, 3)
     assert path.stat().st_ino == before
 
 
 def test_a_new_run_sets_old_metrics_aside(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
+    path = tmp_path / "metrics.jsonl"
     for loss in (1.0, 2.0, 3.0):
         metrics = MetricsFile(path)
         metrics.record({"step": 1, "loss": loss})
@@ -131,15 +132,15 @@ def test_a_new_run_sets_what_an_earlier_one_rolled_back_aside(tmp_path):
 
 def test_the_last_evaluation_is_the_newest_whole_finite_one_of_the_full_model(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert last_evaluation(path, 4, 9) is None
+    assert read_metrics(path).last_evaluation(4, 9) is None
     write(path, [1, 2])
-    assert last_evaluation(path, 4, 9) is None
+    assert read_metrics(path).last_evaluation(4, 9) is None
     evaluations = [(3, 2.5, 4), (6, 2.25, 4), (6, 7.0, 2), (7, math.nan, 4), (9, 1.0, 4)]
     lines = [to_line({"step": step, "eval_loss": loss, "path_length": length}) for step, loss, length in evaluations]
     write(path, [1, 2, 3], tail="".join(lines) + lines[-1].rstrip())
-    assert last_evaluation(path, 4, 9) == (9, 1.0)
-    assert last_evaluation(path, 4, 8) == (6, 2.25)
-    assert last_evaluation(path, 2, 9) == (6, 7.0)
+    assert read_metrics(path).last_evaluation(4, 9) == (9, 1.0)
+    assert read_metrics(path).last_evaluation(4, 8) == (6, 2.25)
+    assert read_metrics(path).last_evaluation(2, 9) == (6, 7.0)
 
 
 def test_readers_get_whole_lines_and_of_several_for_a_step_the_last(tmp_path):

@@ -5,10 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -29,12 +28,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_LOOK_SECONDS", 0.02)
 
 
-def never(message: str) -> None:
-    raise AssertionError(message)
-
-
-def lock(folder: Path, launch: Launch = LAUNCH, lost: Callable[[str], None] = never) -> RunLock:
-    return RunLock(folder, launch, lost)
+def lock(folder: Path, launch: Launch = LAUNCH) -> RunLock:
+    return RunLock(folder, launch)
 
 
 def write(folder: Path, holder: Holder, beat: int = 0) -> None:
@@ -95,7 +90,7 @@ def test_a_killed_process_of_this_machine_is_known_to_be_gone(tmp_path: Path, mo
     program = (
         "import sys, time; from pathlib import Path; from raptr_ds.parallel.launch import Launch\n"
         "from raptr_ds.runtime.run_lock import RunLock\n"
-        "lock = RunLock(Path(sys.argv[1]), Launch(0, 0, 1, '', 1, 'none'), print)\n"
+        "lock = RunLock(Path(sys.argv[1]), Launch(0, 0, 1, '', 1, 'none'))\n"
         "print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -134,15 +129,23 @@ def test_a_second_run_of_a_job_is_refused_however_often_each_was_restarted(tmp_p
     held.release()
 
 
-def test_who_stood_still_hears_that_it_lost_the_folder(tmp_path: Path) -> None:
-    heard: list[str] = []
-    held = lock(tmp_path, lost=heard.append)
+def test_who_stood_still_ends_when_it_has_lost_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[int, str]] = []
+
+    def end(code: int, message: str) -> NoReturn:
+        ended.append((code, message))
+        raise OSError  # which the thread takes for a failing disk: it writes nothing, and looks again
+
+    monkeypatch.setattr(run_lock, "exit_now", end)
+    held = lock(tmp_path)
     write(tmp_path, elsewhere())
     deadline = time.monotonic() + 10
-    while not heard and time.monotonic() < deadline:
+    while not ended and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert "node7" in heard[0]
-    assert "taken" in heard[0]
+    code, message = ended[0]
+    assert code == 1
+    assert "on node7" in message
+    assert f"has taken {tmp_path} over while this run stood still: ending at once, without writing" in message
     held.release()
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node7"  # it is the other's
 
@@ -166,3 +169,11 @@ def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_one_message(tmp_path: Path) -> None:
     with closed(tmp_path, 0o500), pytest.raises(PathError, match=r"Permission denied.*raptr_ds\.train\.save"):
         lock(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0], ids=["read-only", "away"])
+def test_a_lock_that_cannot_be_removed_does_not_change_how_the_run_ends(mode: int, tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    with closed(tmp_path, mode):
+        held.release()
+    assert (tmp_path / LOCK).exists()

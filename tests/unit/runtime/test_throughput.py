@@ -1,17 +1,8 @@
-"""Throughput and utilization, against sums done by hand."""
+"""Peaks of devices, and utilization against sums done by hand."""
 
 import pytest
 
-from raptr_ds.runtime.throughput import Throughput, model_flops_utilization, peak_flops
-
-
-def test_rates_are_those_of_the_last_steps():
-    throughput = Throughput()
-    throughput.record(100, 1000, 50.0)
-    for _ in range(25):
-        throughput.record(100, 1000, 1.0)
-        throughput.record(100, 3000, 3.0)
-    assert throughput.rates() == pytest.approx((200 / 4, 4000 / 4))
+from raptr_ds.runtime.throughput import model_flops_utilization, peak_flops
 
 
 @pytest.mark.parametrize(

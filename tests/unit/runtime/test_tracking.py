@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_a_run_that_ends_during_an_outage_says_so_and_is_complete(kind: str, ser
     server.is_away = True
     progress = io.StringIO()
     sinks = open_trackers(LogSection.model_validate({kind: SECTIONS[kind]}), tmp_path, 0)
-    with Metrics(tmp_path, num_steps=2, sinks=sinks, progress=PlainProgress(progress)) as metrics:
+    with closing(Metrics(tmp_path, num_steps=2, sinks=sinks, progress=PlainProgress(progress))) as metrics:
         metrics.record_step(training_step(1))
         until(lambda: sinks[0].failure)
         metrics.record_step(training_step(2))

@@ -170,9 +170,9 @@ def test_a_port_is_not_to_blame_once_the_ranks_have_met(tmp_path: Path, events: 
 @pytest.mark.parametrize(("start", "retry"), [(0, False), (1, True)])
 def test_a_folder_that_the_try_before_has_not_left_yet_is_waited_for(tmp_path: Path, start: int, retry: bool) -> None:
     launch = Launch(0, 0, 1, "127.0.0.1", 1, "none")
-    held = RunLock(tmp_path, launch, lost=print)
+    held = RunLock(tmp_path, launch)
     with pytest.raises(ConfigError) as refusal:
-        RunLock(tmp_path, launch, lost=print)
+        RunLock(tmp_path, launch)
     held.release()
     reports = Reports()
     reports.read(f"raptr_ds: ConfigError: {refusal.value}")
