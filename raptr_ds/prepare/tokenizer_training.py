@@ -9,11 +9,11 @@ from typing import Literal
 
 import sentencepiece
 
-from raptr_ds.data.sentencepiece_model import NUM_BYTES
 from raptr_ds.data.tokenizer import BOS, EOS, NAMED_SPECIALS, PAD, UNK, Tokenizer, special_pieces
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare.corpus import DistinctParagraphs, Source
 from raptr_ds.prepare.readers import ReadingCounts
+from raptr_ds.sentencepiece_model import NUM_BYTES
 
 # Fixed, because sentencepiece's result depends on the number of threads.
 NUM_THREADS = 4
