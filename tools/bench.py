@@ -211,7 +211,7 @@ def _batch(
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
     """Return the run with its vocabulary, a step's batch, the loader and their origin; prepared data if possible."""
     from raptr_ds.data.loader import are_prepared, build_loader, folders_of, load_tokenizer
-    from raptr_ds.data.random_batch import random_step_batch
+    from raptr_ds.planner.random_batch import random_step_batch
 
     if random_vocab_size is None and are_prepared(config.data.path):
         tokenizer = load_tokenizer(config.data)

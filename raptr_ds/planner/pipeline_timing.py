@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from raptr_ds.config.run import RunConfig
-from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.measure import slowest_seconds
+from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.planner.simulator import pipeline_seconds
 from raptr_ds.planner.step_time import active_in_stages, activity_table
 
