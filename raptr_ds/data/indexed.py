@@ -1,9 +1,8 @@
-"""Indexed tokens on disk: megatron-core's .bin/.idx format, written by appending and checked before it is read.
+"""Indexed tokens on disk: megatron-core's .bin/.idx format, checked before it is read.
 
 The format (megatron-core 0.16, datasets/indexed_dataset.py): .bin is the tokens, one document after the other; .idx is
-a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). It is written here rather than
-by megatron's builder so that an interrupted preparation can resume by truncating the .bin, and to avoid seven seconds
-of imports; the tests compare both byte by byte.
+a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). It is written by
+raptr_ds/prepare/index_writer.py.
 """
 
 import os
@@ -22,28 +21,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-LARGEST_UINT16_VOCAB = 65500
 CHECKED_TOKENS, _BLOCK_TOKENS = 1 << 20, 1 << 10
 
 FIX = "Prepare it again: tools/prepare_data.py --overwrite."
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype for this vocabulary, the same as megatron-core chooses."""
-    return np.dtype(np.uint16 if vocab_size < LARGEST_UINT16_VOCAB else np.int32)
-
-
-def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Write the .idx of documents of these lengths in tokens (num_documents,), each one sequence."""
-    lengths = np.asarray(lengths, np.int32)
-    offsets = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1] * np.int64(dtype.itemsize), out=offsets[1:])
-    boundaries = np.arange(len(lengths) + 1, dtype=np.int64)
-    with path.open("wb") as stream:
-        stream.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(boundaries)))
-        for array in (lengths, offsets, boundaries):
-            stream.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
 @contextmanager

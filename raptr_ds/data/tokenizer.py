@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -188,8 +188,3 @@ def missing_specials(processor: sentencepiece.SentencePieceProcessor) -> list[st
 def lacks_bytes(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Return whether a model has no byte pieces, for the newline and for characters beyond its vocabulary."""
     return not processor.is_byte(processor.piece_to_id(NEWLINE))
-
-
-def special_pieces(num_sentinels: int) -> Sequence[str]:
-    """Return the control pieces besides the four that sentencepiece itself knows (pad, unk, bos, eos), in id order."""
-    return [CLS, SEP, MASK, *MODES, *(sentinel_name(i) for i in range(num_sentinels))]

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.data.indexed import HEADER, open_indexed, token_dtype, write_index
+from raptr_ds.data.indexed import HEADER, open_indexed
 from raptr_ds.errors import DataError
+from raptr_ds.prepare.index_writer import token_dtype, write_index
 from tests.made_up_text import documents_of
 
 VOCAB_SIZE = 800
