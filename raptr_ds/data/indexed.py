@@ -114,37 +114,38 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
-    """Return (lengths, token dtype) of an .idx after checking its parts against each other."""
-    with reading(path):
-        size = path.stat().st_size
-        content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-    if size < HEADER.size:
-        raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
-    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
-    if magic != MAGIC or version != VERSION:
-        raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {FIX}")
-    if code not in DTYPES:
-        raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {FIX}")
-    expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
-    if size != expected:
-        raise DataError(
-            f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
-            f"{num_boundaries:,} boundaries, needs {expected:,}. {FIX}"
-        )
-    start = HEADER.size
-    lengths = np.frombuffer(content, "<i4", num_sequences, start)
-    offsets = np.frombuffer(content, "<i8", num_sequences, start + 4 * num_sequences)
-    boundaries = np.frombuffer(content, "<i8", num_boundaries, start + 12 * num_sequences)
-    dtype = DTYPES[code]
-    if num_sequences == 0:
-        raise DataError(f"{path} is empty: it lists no document. Add text. {FIX}")
-    if (lengths < 0).any():
-        raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {FIX}")
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1]):
-        raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {FIX}")
-    if num_boundaries == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
-        raise DataError(
-            f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
-        )
+    """Return (lengths, token dtype) of an .idx after checking its parts against each other.
+
+    It is read part by part, and not mapped, for the reason that TokenFile gives.
+    """
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+        if magic != MAGIC or version != VERSION:
+            raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {FIX}")
+        if code not in DTYPES:
+            raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {FIX}")
+        expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
+        if size != expected:
+            raise DataError(
+                f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
+                f"{num_boundaries:,} boundaries, needs {expected:,}. {FIX}"
+            )
+        dtype = DTYPES[code]
+        if num_sequences == 0:
+            raise DataError(f"{path} is empty: it lists no document. Add text. {FIX}")
+        lengths = np.fromfile(file, "<i4", num_sequences)
+        if (lengths < 0).any():
+            raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {FIX}")
+        starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+        if not np.array_equal(np.fromfile(file, "<i8", num_sequences), starts):
+            raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {FIX}")
+        bounds = np.fromfile(file, "<i8", num_boundaries)
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
+            raise DataError(
+                f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
+            )
     return lengths, dtype
