@@ -64,5 +64,5 @@ class Manifest:
             ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {fix} --overwrite") from error

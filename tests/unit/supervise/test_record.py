@@ -80,7 +80,7 @@ def test_events_survive_torn_lines_and_other_writers(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     assert append_event(folder, "launch", start=0, step=0, job="1") is None
     with (folder / EVENTS).open("a") as file:
-        file.write('{"event": "saved", "step": 3}\n[1]\n"x"\n{"time": "2026-')
+        file.write('{"event": "saved", "step": 3}\n[1]\n"x"\n' + "[" * 100_000 + '\n{"time": "2026-')
     assert append_event(folder, "restart", job="1") is None
     assert [event["event"] for event in read_events(folder)] == ["launch", "saved", "restart"]
 
