@@ -72,7 +72,7 @@ USES = (
         why="the new layers are no copies",
         idle=("fresh",),
     ),
-    _one_of("raptr_ds.parallel.micro_batches", METHOD, "raptr", "constant", "stacking"),
+    _one_of("raptr_ds.parallel.micro_batches", METHOD, "raptr", "constant", "stacking", idle=([],)),
     Use(
         "raptr_ds.parallel.sequence_parallel",
         _TENSOR,
