@@ -284,12 +284,12 @@ class CheckpointSection(Section):
         """Whether the end of the run has a checkpoint."""
         return self.save_on_exit or self.export_interval > 0
 
-    def due(self, step: int, since: int | None = None) -> bool:
+    def due(self, step: int, since: int) -> bool:
         """Return whether to save after `step` steps; the end of the run is not counted.
 
-        since: the last step at which saving was possible, if not the one before; what came due after it is due now.
+        since: the last step at which saving was possible; what came due after it is due now.
         """
-        return passes_multiple(self.interval, max(0, step - 1) if since is None else since, step)
+        return passes_multiple(self.interval, since, step)
 
 
 class WandbSection(Section):
