@@ -75,7 +75,7 @@ def load_run_config(
     notes = harmless + replaced + unused
     sections["train"] = derive_train(sections["train"], tree.get("fp16", {}), path.stem)
     if is_restart:
-        folder, paths_per_step = Path(str(sections["train"].save)), sections["path"].paths_per_step
+        folder, paths_per_step = Path(sections["train"].save), sections["path"].paths_per_step
         tree, sections["parallel"], fitted = keep_global_batch(
             tree, folder, sections["parallel"], paths_per_step, world_size
         )

@@ -87,7 +87,7 @@ def time_steps(
             step = warmup_steps + repetition * len(paths) + number
             seconds = slowest_seconds(groups, partial(engine.train_step, batch, path, step, 1e-4))
             measured[number] = min(measured[number], seconds)
-    active = active_in_stages(activity_table(paths), config.parallel.pipeline_layers or ())
+    active = active_in_stages(activity_table(paths), config.parallel.pipeline_layers)
     simulated = pipeline_seconds(
         active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
     )

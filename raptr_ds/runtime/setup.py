@@ -100,7 +100,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         sequence_parallel=config.parallel.sequence_parallel,
     )
     times.done("rendezvous")
-    folder = Path(str(config.train.save))
+    folder = Path(config.train.save)
     written = folder if groups.rank == 0 else None  # the run's folder, where this rank writes metrics, events, exports
     with ExitStack() as stack:
         stack.push(lambda _, error, __: _leave(groups, error))
@@ -180,9 +180,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             signals=signals,
             watchdog=watchdog,
             events=events,
-            non_finite=NonFinitePolicy(
-                config.train.max_non_finite_steps or 0, config.train.on_non_finite == "rollback"
-            ),
+            non_finite=NonFinitePolicy(config.train.max_non_finite_steps, config.train.on_non_finite == "rollback"),
             state=state,
             recorded=begun.recorded,
             saved=state if begun.own_step else None,

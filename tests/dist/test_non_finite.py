@@ -248,7 +248,7 @@ def open_loop(
         signals=StopSignals(watch_launcher=False),
         watchdog=Watchdog(launch_store(), groups.rank, groups.topology.world_size, folder, 0.0),
         non_finite=NonFinitePolicy(
-            config.train.max_non_finite_steps or 0, rolls_back=config.train.on_non_finite == "rollback"
+            config.train.max_non_finite_steps, rolls_back=config.train.on_non_finite == "rollback"
         ),
         events=events,
         state=RunState(),

@@ -42,7 +42,7 @@ def test_the_folder_is_the_one_that_the_run_itself_derives(
 ) -> None:
     words = [*launcher, "raptr_ds/pretrain.py", *(word.format(QUICKSTART) for word in option), *settings]
     overrides = [word.removeprefix("--set=") for word in settings if word != "--set"]
-    assert run_folder(words) == Path(load_run_config(QUICKSTART, overrides).train.save or "")
+    assert run_folder(words) == Path(load_run_config(QUICKSTART, overrides).train.save)
 
 
 def test_without_a_save_folder_it_has_the_files_name(tmp_path: Path) -> None:
