@@ -62,11 +62,13 @@ def _tokenizer_of(config: RunConfig, options: argparse.Namespace) -> Path:
     from raptr_ds.bench.preparation import check_text
     from raptr_ds.data.loader import folders_of
     from raptr_ds.data.tokenizer import Tokenizer
+    from raptr_ds.sentencepiece_model import read_sentencepiece_model
 
     check_text(options.text)
     path = Path(options.tokenizer or config.data.tokenizer or next(iter(folders_of(config.data.path))))
     path = path / TOKENIZER if is_folder(path) else path
-    Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    read_sentencepiece_model(tokenizer.model, tokenizer.origin)
     return path
 
 
