@@ -1,8 +1,9 @@
 """The errors that users see: each says what is wrong, the values, the rule, and how to fix it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -82,6 +83,14 @@ class LostRankError(RaptrError):
 
 class NonFiniteError(RaptrError):
     """Too many steps in a row had a loss or gradient that is not finite; the weights are those from before them."""
+
+
+def refused(file: Path, problems: Sequence[str]) -> ConfigError:
+    """Return the error of a file that has these problems, at least one: several are numbered, a line each."""
+    if len(problems) == 1:
+        return ConfigError(f"{file}: {problems[0]}")
+    listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+    return ConfigError(f"{file}: {len(problems)} problems:\n{listed}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

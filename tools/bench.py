@@ -62,11 +62,13 @@ def _tokenizer_of(config: RunConfig, options: argparse.Namespace) -> Path:
     from raptr_ds.bench.preparation import check_text
     from raptr_ds.data.loader import folders_of
     from raptr_ds.data.tokenizer import Tokenizer
+    from raptr_ds.sentencepiece_model import read_sentencepiece_model
 
     check_text(options.text)
     path = Path(options.tokenizer or config.data.tokenizer or next(iter(folders_of(config.data.path))))
     path = path / TOKENIZER if is_folder(path) else path
-    Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    read_sentencepiece_model(tokenizer.model, tokenizer.origin)
     return path
 
 
@@ -211,7 +213,7 @@ def _batch(
 ) -> tuple[RunConfig, StepBatch, Loader | None, str]:
     """Return the run with its vocabulary, a step's batch, the loader and their origin; prepared data if possible."""
     from raptr_ds.data.loader import are_prepared, build_loader, folders_of, load_tokenizer
-    from raptr_ds.data.random_batch import random_step_batch
+    from raptr_ds.planner.random_batch import random_step_batch
 
     if random_vocab_size is None and are_prepared(config.data.path):
         tokenizer = load_tokenizer(config.data)

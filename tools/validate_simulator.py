@@ -46,7 +46,7 @@ def main() -> None:
     if launch.world_size < 2:
         raise ConfigError("one process has no pipeline. Start with torchrun --nproc-per-node 2 (or 4).")
     config = _config(arguments, launch.world_size)
-    stages = config.parallel.pipeline_layers or ()
+    stages = config.parallel.pipeline_layers
     of_kind = {("full", arguments.layers): [LayerPath.full(arguments.layers)] * arguments.steps}
     for length in arguments.lengths:
         for sampling in SAMPLINGS:
@@ -89,7 +89,7 @@ def _report(config: RunConfig, of_kind: dict[tuple[str, int], list[TimedStep]], 
     whole = next(iter(of_kind.values()))
     full = median(step.measured_seconds for step in whole)
     full_simulated = layer * whole[0].simulated_seconds + rest
-    stages = len(config.parallel.pipeline_layers or ())
+    stages = len(config.parallel.pipeline_layers)
     title = f"{config.model.num_layers} layers, {stages} stages, {config.batch.accumulation} micro batches{fitted}"
     rows = []
     for (sampling, length), found in of_kind.items():

@@ -130,7 +130,6 @@ def measured_path(config: RunConfig, work: float, generator: np.random.Generator
     """
     num_layers, heads = config.model.num_layers, config.model.num_attention_heads
     if config.path.method != "width":
-        assert config.parallel.pipeline_layers is not None, "not derived"
         stages = BalancedStages(config.parallel.pipeline_layers)
         return LayerPath(draw_balanced(generator, stages, round(work), ()), num_layers)
     width = round(work / num_layers * heads)

@@ -14,10 +14,10 @@ import numpy as np
 import sentencepiece
 import torch
 
-from raptr_ds.data.indexed import token_dtype
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.corpus import FileSource
+from raptr_ds.prepare.index_writer import token_dtype
 from raptr_ds.prepare.indexing import Preparation, PreparationSettings
 from raptr_ds.prepare.readers import ReadingOptions, parse_row
 from raptr_ds.user_paths import is_file

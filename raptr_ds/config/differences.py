@@ -23,9 +23,10 @@ def differences(
 
 
 def _default_of(key: str) -> Any:
-    """Return the default of a dotted key of raptr_ds; None where it has none."""
+    """Return the default of a dotted key of raptr_ds, as JSON has it; None where it has none."""
     field = field_of(key)
-    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+    default = None if field is None or field.is_required() else field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

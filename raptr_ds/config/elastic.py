@@ -67,5 +67,5 @@ def _batch_in(config: Path) -> tuple[int, int, int] | None:
     try:
         tree = json.loads(config.read_text(encoding="utf-8"))
         return int(tree[GLOBAL]), int(tree[MICRO]), int(tree[ACCUMULATION])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -36,7 +36,7 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.config.schedules import idle_phases, steps_of_phases
 from raptr_ds.config.sections import BLOCK, ParallelSection, field_of
 from raptr_ds.config.usage import settle_overridden, settle_unused, without_harmless
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, refused
 
 DEFAULT_GRADIENT_CLIPPING = 1.0
 
@@ -70,17 +70,19 @@ def load_run_config(
     tree, replaced = settle_overridden(tree, touched, file)
     tree, errors, unused = settle_unused(tree, touched, place)
     sections, section_errors = parse_sections(tree, place)
-    _raise_all(errors + section_errors + _check_deepspeed(tree, place), path)
+    if errors := errors + section_errors + _check_deepspeed(tree, place):
+        raise refused(path, errors)
     notes = harmless + replaced + unused
     sections["train"] = derive_train(sections["train"], tree.get("fp16", {}), path.stem)
     if is_restart:
-        folder, paths_per_step = Path(str(sections["train"].save)), sections["path"].paths_per_step
+        folder, paths_per_step = Path(sections["train"].save), sections["path"].paths_per_step
         tree, sections["parallel"], fitted = keep_global_batch(
             tree, folder, sections["parallel"], paths_per_step, world_size
         )
         notes += fitted
     config, batch_errors = _complete(tree, sections, world_size, notes)
-    _raise_all(check_rules(config) + batch_errors, path)
+    if errors := check_rules(config) + batch_errors:
+        raise refused(path, errors)
     return replace(config, warnings=list(_warnings(config)))
 
 
@@ -166,11 +168,3 @@ def _without_nulls(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-
-
-def _raise_all(errors: list[str], path: Path) -> None:
-    if len(errors) == 1:
-        raise ConfigError(f"{path}: {errors[0]}")
-    if errors:
-        listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(errors, 1))
-        raise ConfigError(f"{path}: {len(errors)} problems:\n{listed}")

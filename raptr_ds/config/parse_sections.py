@@ -60,7 +60,7 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], 
         try:
             sections[name] = _parse_section(name, content)
         except ValidationError as error:
-            details = _causes(error)
+            details = causes(error)
             meant = misplaced | _misplaced(str(d["loc"][-1]) for d in details if d["type"] == "extra_forbidden")
             for detail in details:
                 if detail["type"] != "missing" or not meant & {name, str(detail["loc"][-1])}:
@@ -68,14 +68,11 @@ def parse_sections(tree: dict[str, Any], place: Place) -> tuple[dict[str, Any], 
     return sections, errors
 
 
-def _causes(error: ValidationError) -> list[ErrorDetails]:
+def causes(error: ValidationError) -> list[ErrorDetails]:
     """Return what is wrong, but for lists that pydantic finds too short because an item of them is wrong."""
     details = error.errors()
-
-    def has_wrong_item(key: tuple[int | str, ...]) -> bool:
-        return any(len(other["loc"]) > len(key) and other["loc"][: len(key)] == key for other in details)
-
-    return [one for one in details if one["type"] != "too_short" or not has_wrong_item(one["loc"])]
+    wrong = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong]
 
 
 def _misplaced(names: Iterable[str]) -> set[str]:

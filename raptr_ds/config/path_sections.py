@@ -20,7 +20,17 @@ from raptr_ds.config.schedules import (
     numbers_of,
     read_schedule,
 )
-from raptr_ds.config.section_types import Count, CountOrZero, OpenFraction, Parts, Positive, Probability, Section, Whole
+from raptr_ds.config.section_types import (
+    Count,
+    CountOrZero,
+    OpenFraction,
+    Parts,
+    Positive,
+    Probability,
+    Section,
+    Whole,
+    derived_key,
+)
 from raptr_ds.errors import ConfigError
 
 
@@ -308,7 +318,7 @@ class LayerDropSection(DrawingSection):
     """layerdrop: each layer is dropped with one probability, independently of the others."""
 
     method: Literal["layerdrop"] = "layerdrop"
-    layerdrop: OpenFraction | None = None
+    layerdrop: OpenFraction = derived_key()
     """Probability of dropping a layer. Derived: paths have the derived constant_length on average, in models of a few
     layers more, as a path without any is drawn again."""
 

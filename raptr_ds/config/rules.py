@@ -61,7 +61,7 @@ def _layout_rules(config: RunConfig) -> Iterator[str]:
             f"{model.num_layers} or less, or add layers."
         )
     counts = parallel.pipeline_layers
-    if counts is not None and (len(counts) != stages or sum(counts) != model.num_layers):
+    if len(counts) != stages or sum(counts) != model.num_layers:
         yield (
             f"raptr_ds.parallel.pipeline_layers={list(counts)} has {len(counts)} stages and {sum(counts)} layers; it "
             f"must have pipeline_model_parallel_size={stages} entries that add up to raptr_ds.model.num_layers="

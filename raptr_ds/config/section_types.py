@@ -30,6 +30,11 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+def derived_key(**keywords: Any) -> Any:
+    """Return the default of a key that is derived: None, which no complete run holds. keywords: of pydantic's Field."""
+    return Field(default=None, **keywords)
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no conversions but whole floats to integers."""
 

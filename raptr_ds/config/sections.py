@@ -19,6 +19,7 @@ from raptr_ds.config.section_types import (
     Seed,
     Text,
     Width,
+    derived_key,
 )
 
 BLOCK = "raptr_ds"
@@ -46,11 +47,6 @@ BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
 """What a model section that leaves these keys out gets."""
 
 
-def _derived() -> Any:
-    """Return the default of a key that is derived: None, which no complete section holds."""
-    return Field(default=None)
-
-
 def passes_multiple(interval: int, since: int, step: int) -> bool:
     """Return whether a multiple of an interval lies after `since` and not after `step`; of 0 none does."""
     return interval > 0 and step // interval > since // interval
@@ -72,23 +68,23 @@ class ModelSection(Section):
     """Tokens of a sequence, special tokens included."""
     vocab_size: CountOrZero = 0
     """Entries of the vocabulary; 0 or left out: the tokenizer's. If given, it must be the tokenizer's."""
-    ffn_hidden_size: Count = _derived()
+    ffn_hidden_size: Count = derived_key()
     """Width inside the MLP. Derived: gelu 4 x hidden_size; swiglu 8/3 x hidden_size, up to a multiple of 64."""
-    activation: Literal["gelu", "swiglu"] = _derived()
+    activation: Literal["gelu", "swiglu"] = derived_key()
     """Derived: gelu for bert, swiglu for ul2."""
-    normalization: Literal["layernorm", "rmsnorm"] = _derived()
+    normalization: Literal["layernorm", "rmsnorm"] = derived_key()
     """Derived: layernorm for bert, rmsnorm for ul2."""
-    position_embedding: Literal["learned", "rotary"] = _derived()
+    position_embedding: Literal["learned", "rotary"] = derived_key()
     """Derived: learned for bert, rotary for ul2."""
     rotary_base: Positive = 10000.0
     """Base of the rotary frequencies; used by position_embedding rotary only."""
-    add_bias_linear: bool = _derived()
+    add_bias_linear: bool = derived_key()
     """Biases in the linear layers. Derived: true for bert, false for ul2."""
     tie_word_embeddings: bool = True
     """Whether the output projection is the input embedding."""
-    hidden_dropout: Probability = _derived()
+    hidden_dropout: Probability = derived_key()
     """Dropout after attention, MLP and embedding. Derived: 0.1 for bert, 0.0 for ul2."""
-    attention_dropout: Probability = _derived()
+    attention_dropout: Probability = derived_key()
     """Dropout of attention probabilities. Derived: 0.1 for bert, 0.0 for ul2."""
     init_method_std: Positive = 0.02
     """Standard deviation of initial weights; output projections get it divided by sqrt(2 L)."""
@@ -126,7 +122,7 @@ class ParallelSection(Section):
     be a multiple of tensor_model_parallel_size."""
     pipeline_model_parallel_size: Parts = 1
     """Pipeline stages; more than one needs zero_optimization.stage <= 1."""
-    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = Field(default=None, examples=[[6, 6]])
+    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] = derived_key(examples=[[6, 6]])
     """Layers of each pipeline stage. Derived: as even as possible, larger stages in the middle."""
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass instead of keeping them."""
@@ -220,12 +216,12 @@ class TrainSection(Section):
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     """auto: on GPUs our Triton kernel for masks and dropout, torch's fused kernels where neither is; torch's on CPUs.
     sdpa: torch's scaled_dot_product_attention with dense masks, dropout spelled out. triton: as auto, or an error."""
-    save: Text | None = None
+    save: Text = derived_key()
     """The run's folder. Derived: runs/ and the run file's name."""
     watchdog_seconds: PositiveOrZero = 600.0
     """How long a rank may stand still, or ten times the median step if that is longer, before all ranks write down
     where they are and end with exit code 76; half an hour while the run starts or saves. 0: for ever."""
-    max_non_finite_steps: CountOrZero | None = None
+    max_non_finite_steps: CountOrZero = derived_key()
     """Steps in a row whose loss or gradient is not finite (each is skipped on all ranks) before on_non_finite acts;
     0: never. Derived: 20, or more if fp16's search for its loss scale could skip as many."""
     on_non_finite: Literal["stop", "rollback"] = "stop"
@@ -284,12 +280,12 @@ class CheckpointSection(Section):
         """Whether the end of the run has a checkpoint."""
         return self.save_on_exit or self.export_interval > 0
 
-    def due(self, step: int, since: int | None = None) -> bool:
+    def due(self, step: int, since: int) -> bool:
         """Return whether to save after `step` steps; the end of the run is not counted.
 
-        since: the last step at which saving was possible, if not the one before; what came due after it is due now.
+        since: the last step at which saving was possible; what came due after it is due now.
         """
-        return passes_multiple(self.interval, max(0, step - 1) if since is None else since, step)
+        return passes_multiple(self.interval, since, step)
 
 
 class WandbSection(Section):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from raptr_ds.config.deepspeed_keys import (
     HARMLESS,
@@ -18,7 +18,6 @@ from raptr_ds.config.deepspeed_keys import (
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
 from raptr_ds.config.overrides import Place, is_touched
 from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
-from raptr_ds.config.section_types import Section
 from raptr_ds.config.sections import BY_ARCHITECTURE, field_of, keys_of
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
@@ -72,7 +71,7 @@ USES = (
         why="the new layers are no copies",
         idle=("fresh",),
     ),
-    _one_of("raptr_ds.parallel.micro_batches", METHOD, "raptr", "constant", "stacking"),
+    _one_of("raptr_ds.parallel.micro_batches", METHOD, "raptr", "constant", "stacking", idle=([],)),
     Use(
         "raptr_ds.parallel.sequence_parallel",
         _TENSOR,
@@ -254,24 +253,17 @@ def _value_of(selector: str, tree: dict[str, Any]) -> Any:
     if value is None:
         return None if field.is_required() else field.default
     try:
-        return _reader(selector).model_validate({"value": value}).model_dump()["value"]
+        return _reader(selector).validate_python(value)
     except ValidationError:
         return None
 
 
-class _Selector(Section):
-    """Looks for no description in source text, which would take most of the time that a run file is loaded in."""
-
-    model_config = ConfigDict(use_attribute_docstrings=False)
-
-
 @cache
-def _reader(selector: str) -> type[Section]:
-    """Return a section of one `value`, which may be what the selector's may be."""
+def _reader(selector: str) -> TypeAdapter[Any]:
+    """Return what takes the values that a section takes for the selector."""
     field = field_of(selector)
     assert field is not None, selector
-    value: Any = (field.annotation, field)
-    return create_model("Selector", __base__=_Selector, value=value)
+    return TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=True))
 
 
 def _written(value: Any) -> str:

@@ -6,7 +6,9 @@ of mean_span tokens on average, are replaced by sentinels and follow after the i
 before it, except the first of all.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +44,7 @@ def denoisers_of(objective: ObjectiveSection) -> tuple[Denoiser, ...]:
 
 def num_spans(denoiser: Denoiser, text_length: int) -> int:
     """Return the number of sentinels that a text of this many tokens takes."""
-    return _span_counts(denoiser, text_length)[1] if denoiser.kind == "span" else 0
+    return count_spans(denoiser, text_length)[1] if denoiser.kind == "span" else 0
 
 
 def num_predictions(denoiser: Denoiser, text_length: int) -> int:
@@ -50,8 +52,8 @@ def num_predictions(denoiser: Denoiser, text_length: int) -> int:
     if denoiser.kind == "causal":
         return text_length - (denoiser.mode is None)
     if denoiser.kind == "prefix":
-        return _suffix_length(denoiser, text_length)
-    return sum(_span_counts(denoiser, text_length)) + 1
+        return _num_hidden(denoiser, text_length)
+    return sum(count_spans(denoiser, text_length)) + 1
 
 
 def total_length(denoiser: Denoiser, text_length: int) -> int:
@@ -71,17 +73,8 @@ def longest_text(denoiser: Denoiser, seq_length: int) -> int:
             f"raptr_ds.model.seq_length={seq_length} has no room for denoiser {denoiser.name!r}: two tokens of text "
             f"already take {total_length(denoiser, 2)}. Use a longer seq_length."
         )
-    # total_length never decreases as the text grows, so bisection finds the longest text that fits.
-    low, high = 2, seq_length
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if total_length(denoiser, middle) <= seq_length else (low, middle - 1)
-    return low
-
-
-def required_sentinels(seq_length: int, denoisers: Sequence[Denoiser]) -> int:
-    """Return the most sentinels that one sample can take."""
-    return max(num_spans(denoiser, longest_text(denoiser, seq_length)) for denoiser in denoisers)
+    lengths = range(2, seq_length + 1)  # total_length never decreases as the text grows
+    return lengths[bisect_right(lengths, seq_length, key=partial(total_length, denoiser)) - 1]
 
 
 def mean_predictions(seq_length: int, denoisers: Sequence[Denoiser]) -> float:
@@ -91,15 +84,20 @@ def mean_predictions(seq_length: int, denoisers: Sequence[Denoiser]) -> float:
     return sum(count * weight for count, weight in zip(counts, weights, strict=True)) / sum(weights)
 
 
-def _suffix_length(denoiser: Denoiser, text_length: int) -> int:
+def count_spans(denoiser: Denoiser, text_length: int) -> tuple[int, int]:
+    """Return (hidden tokens, spans) for a text of at least two tokens: round(hidden / mean_span) spans.
+
+    At least one, and at most as many as tokens that stay, since one stays before each span.
+    """
+    assert denoiser.mean_span is not None
+    num_hidden = _num_hidden(denoiser, text_length)
+    return num_hidden, min(max(round(num_hidden / denoiser.mean_span), 1), num_hidden, text_length - num_hidden)
+
+
+def _num_hidden(denoiser: Denoiser, text_length: int) -> int:
+    """Return round(text_length rate), but at least one token, and not all."""
     assert denoiser.rate is not None
     return min(max(round(text_length * denoiser.rate), 1), text_length - 1)
-
-
-def _span_counts(denoiser: Denoiser, text_length: int) -> tuple[int, int]:
-    assert denoiser.rate is not None
-    assert denoiser.mean_span is not None
-    return count_spans(text_length, denoiser.rate, denoiser.mean_span)
 
 
 class MixtureOfDenoisers:
@@ -119,7 +117,7 @@ class MixtureOfDenoisers:
         self.window = max(self._lengths)
         self.smallest_room = max(total_length(denoiser, 2) for denoiser in denoisers)
         tokenizer.require_sentinels(
-            required_sentinels(seq_length, denoisers),
+            max(map(num_spans, denoisers, self._lengths)),
             f"this mixture of denoisers at raptr_ds.model.seq_length={seq_length}",
         )
         self._sentinels = tokenizer.sentinel_ids
@@ -145,11 +143,9 @@ class MixtureOfDenoisers:
         if denoiser.kind == "causal":
             return _with_targets(np.concatenate([mode, text]), 1)
         if denoiser.kind == "prefix":
-            prefix_length = len(mode) + len(text) - _suffix_length(denoiser, len(text))
+            prefix_length = len(mode) + len(text) - _num_hidden(denoiser, len(text))
             return _with_targets(np.concatenate([mode, text]), prefix_length)
-        assert denoiser.rate is not None
-        assert denoiser.mean_span is not None
-        starts, lengths = random_spans(len(text), denoiser.rate, denoiser.mean_span, rng)
+        starts, lengths = random_spans(len(text), *count_spans(denoiser, len(text)), rng)
         inputs, targets = replace_spans(text, starts, lengths, self._sentinels)
         tokens = np.concatenate([mode, inputs, targets, [self._eos_id]])
         return _with_targets(tokens, len(mode) + len(inputs))
@@ -181,17 +177,6 @@ def _with_targets(tokens: np.ndarray, prefix_length: int) -> Sample:
     return Sample(tokens, positions, tokens[prefix_length:], prefix_length)
 
 
-def count_spans(num_tokens: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """Return (noise tokens, spans) for a text: round(num_tokens rate) tokens in round(noise / mean_span) spans.
-
-    At least one of each, and at most as many spans as tokens that stay, since one stays before each span.
-    num_tokens >= 2.
-    """
-    num_noise = min(max(round(num_tokens * rate), 1), num_tokens - 1)
-    num_spans = max(round(num_noise / mean_span), 1)
-    return num_noise, min(num_spans, num_noise, num_tokens - num_noise)
-
-
 def random_segments(num_items: int, num_segments: int, rng: np.random.Generator) -> np.ndarray:
     """Return the lengths (num_segments,) of a uniformly random cut of num_items into that many parts, none empty."""
     cuts = np.sort(rng.permutation(num_items - 1)[: num_segments - 1]) + 1
@@ -199,14 +184,13 @@ def random_segments(num_items: int, num_segments: int, rng: np.random.Generator)
 
 
 def random_spans(
-    num_tokens: int, rate: float, mean_span: float, rng: np.random.Generator
+    num_tokens: int, num_noise: int, num_spans: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose spans of a text, as (starts, lengths), each (num_spans,) in order.
+    """Choose spans of a text that hold num_noise tokens, as (starts, lengths), each (num_spans,) in order.
 
     The text begins with a token that stays, a token stays between any two spans, and the last span ends the text.
     Source: random_spans_noise_mask of T5 (Raffel et al. 2020, section 3.1.4), from its description.
     """
-    num_noise, num_spans = count_spans(num_tokens, rate, mean_span)
     lengths = random_segments(num_noise, num_spans, rng)
     gaps = random_segments(num_tokens - num_noise, num_spans, rng)
     starts = np.cumsum(gaps + lengths) - lengths

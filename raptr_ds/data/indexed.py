@@ -1,9 +1,8 @@
-"""Indexed tokens on disk: megatron-core's .bin/.idx format, written by appending and checked before it is read.
+"""Indexed tokens on disk: megatron-core's .bin/.idx format, checked before it is read.
 
 The format (megatron-core 0.16, datasets/indexed_dataset.py): .bin is the tokens, one document after the other; .idx is
-a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). It is written here rather than
-by megatron's builder so that an interrupted preparation can resume by truncating the .bin, and to avoid seven seconds
-of imports; the tests compare both byte by byte.
+a header, then lengths (int32), byte offsets (int64) and the document boundaries (int64). It is written by
+raptr_ds/prepare/index_writer.py.
 """
 
 import os
@@ -22,28 +21,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-LARGEST_UINT16_VOCAB = 65500
 CHECKED_TOKENS, _BLOCK_TOKENS = 1 << 20, 1 << 10
 
 FIX = "Prepare it again: tools/prepare_data.py --overwrite."
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype for this vocabulary, the same as megatron-core chooses."""
-    return np.dtype(np.uint16 if vocab_size < LARGEST_UINT16_VOCAB else np.int32)
-
-
-def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Write the .idx of documents of these lengths in tokens (num_documents,), each one sequence."""
-    lengths = np.asarray(lengths, np.int32)
-    offsets = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1] * np.int64(dtype.itemsize), out=offsets[1:])
-    boundaries = np.arange(len(lengths) + 1, dtype=np.int64)
-    with path.open("wb") as stream:
-        stream.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(boundaries)))
-        for array in (lengths, offsets, boundaries):
-            stream.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
 @contextmanager
@@ -134,37 +114,38 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedTokens:
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
-    """Return (lengths, token dtype) of an .idx after checking its parts against each other."""
-    with reading(path):
-        size = path.stat().st_size
-        content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-    if size < HEADER.size:
-        raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
-    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
-    if magic != MAGIC or version != VERSION:
-        raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {FIX}")
-    if code not in DTYPES:
-        raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {FIX}")
-    expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
-    if size != expected:
-        raise DataError(
-            f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
-            f"{num_boundaries:,} boundaries, needs {expected:,}. {FIX}"
-        )
-    start = HEADER.size
-    lengths = np.frombuffer(content, "<i4", num_sequences, start)
-    offsets = np.frombuffer(content, "<i8", num_sequences, start + 4 * num_sequences)
-    boundaries = np.frombuffer(content, "<i8", num_boundaries, start + 12 * num_sequences)
-    dtype = DTYPES[code]
-    if num_sequences == 0:
-        raise DataError(f"{path} is empty: it lists no document. Add text. {FIX}")
-    if (lengths < 0).any():
-        raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {FIX}")
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends[:-1]):
-        raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {FIX}")
-    if num_boundaries == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
-        raise DataError(
-            f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
-        )
+    """Return (lengths, token dtype) of an .idx after checking its parts against each other.
+
+    It is read part by part, and not mapped, for the reason that TokenFile gives.
+    """
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise DataError(f"{path} is truncated: {size} bytes, but its header alone takes {HEADER.size}. {FIX}")
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+        if magic != MAGIC or version != VERSION:
+            raise DataError(f"{path} is not an index of tokens: it begins with {magic!r}, version {version}. {FIX}")
+        if code not in DTYPES:
+            raise DataError(f"{path} holds tokens of kind {code}; 4 (int32) and 8 (uint16) are known. {FIX}")
+        expected = HEADER.size + num_sequences * 12 + num_boundaries * 8
+        if size != expected:
+            raise DataError(
+                f"{path} is damaged: {size:,} bytes where its header, with {num_sequences:,} sequences and "
+                f"{num_boundaries:,} boundaries, needs {expected:,}. {FIX}"
+            )
+        dtype = DTYPES[code]
+        if num_sequences == 0:
+            raise DataError(f"{path} is empty: it lists no document. Add text. {FIX}")
+        lengths = np.fromfile(file, "<i4", num_sequences)
+        if (lengths < 0).any():
+            raise DataError(f"{path} is damaged: document {int(np.argmax(lengths < 0))} has a negative length. {FIX}")
+        starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+        if not np.array_equal(np.fromfile(file, "<i8", num_sequences), starts):
+            raise DataError(f"{path} is damaged: its offsets do not follow from its lengths. {FIX}")
+        bounds = np.fromfile(file, "<i8", num_boundaries)
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
+            raise DataError(
+                f"{path} is damaged: its document boundaries do not cover its {num_sequences:,} sequences. {FIX}"
+            )
     return lengths, dtype

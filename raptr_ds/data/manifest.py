@@ -2,11 +2,10 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.user_paths import is_folder
 
@@ -65,15 +64,5 @@ class Manifest:
             ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {fix} --overwrite") from error
-
-    def save(self, folder: Path) -> None:
-        """Write the manifest, at once: a folder without one is not finished."""
-        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
-
-    def summary(self) -> str:
-        """Return a description in one line."""
-        tokens = sum(split.tokens for split in self.splits.values())
-        sources = ", ".join(self.sources[:3]) + (", ..." if len(self.sources) > 3 else "")
-        return f"{self.documents:,} documents, {tokens:,} tokens, vocabulary {self.vocab_size:,}, from {sources}"

@@ -2,14 +2,13 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from raptr_ds.data.sentencepiece_model import Role, read_sentencepiece_model
 from raptr_ds.errors import DataError
 
 PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
@@ -18,7 +17,7 @@ MODES = ("[NLU]", "[S2S]", "[NLG]")
 MODE_NAMES = tuple(mode.strip("[]") for mode in MODES)
 NAMED_SPECIALS = (PAD, UNK, BOS, EOS, CLS, SEP, MASK, *MODES)
 # Pieces that sentencepiece knows by what they are for, whatever their names; here those that we give them.
-ROLES: dict[Role, str] = {"pad": PAD, "bos": BOS, "eos": EOS}
+ROLES = {"pad": PAD, "bos": BOS, "eos": EOS}
 NEWLINE = "<0x0A>"
 WORD_BOUNDARY = "\u2581"
 
@@ -43,12 +42,10 @@ class Tokenizer:
     def __init__(self, model: bytes, origin: str = "memory") -> None:
         """Load a serialized sentencepiece model; `origin` names it in errors.
 
-        Raises: DataError if it is not a sentencepiece model, has options that are not supported or lacks a special
-            token.
+        Raises: DataError if it is not a sentencepiece model or lacks a special token.
         """
         self.model, self.origin = model, origin
         self._processor = processor = open_processor(model, origin)
-        self.content = read_sentencepiece_model(model, origin)
         missing = missing_specials(processor)
         if lacks_bytes(processor):
             missing.append(f"byte pieces such as {NEWLINE} (sentencepiece's byte_fallback)")
@@ -191,8 +188,3 @@ def missing_specials(processor: sentencepiece.SentencePieceProcessor) -> list[st
 def lacks_bytes(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Return whether a model has no byte pieces, for the newline and for characters beyond its vocabulary."""
     return not processor.is_byte(processor.piece_to_id(NEWLINE))
-
-
-def special_pieces(num_sentinels: int) -> Sequence[str]:
-    """Return the control pieces besides the four that sentencepiece itself knows (pad, unk, bos, eos), in id order."""
-    return [CLS, SEP, MASK, *MODES, *(sentinel_name(i) for i in range(num_sentinels))]

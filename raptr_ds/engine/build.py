@@ -28,7 +28,6 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     together(groups, lambda: check_device(config, groups.device))  # machines may have different GPUs
-    assert config.parallel.pipeline_layers is not None, "not derived"
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
         config.model,

@@ -22,6 +22,7 @@ from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY
 from raptr_ds.runtime.state import OPTIMIZER, RunState
+from raptr_ds.sentencepiece_model import read_sentencepiece_model
 from raptr_ds.user_paths import exists, is_file, is_folder
 
 
@@ -83,7 +84,8 @@ def _tokenizer_in(folder: Path, model: ModelSection) -> Tokenizer | None:
         return None
     try:
         tokenizer = Tokenizer.load(folder / TOKENIZER)
-    except DataError:  # another project's, which lacks our special tokens
+        read_sentencepiece_model(tokenizer.model, tokenizer.origin)
+    except DataError:  # another project's, which lacks our special tokens or has options that are not supported
         return None
     return tokenizer if tokenizer.vocab_size == model.vocab_size else None
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.hf.shallower import Kept
+from raptr_ds.sentencepiece_model import read_sentencepiece_model
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FILL_MASK = """\
@@ -138,5 +139,5 @@ def _training(
 def _tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
     if tokenizer is None:
         return {"tokenizer": "not in this folder"}
-    kind = tokenizer.content.model_type
+    kind = read_sentencepiece_model(tokenizer.model, tokenizer.origin).model_type
     return {"tokenizer": f"sentencepiece {kind} of {tokenizer.vocab_size:,} pieces, digest {tokenizer.digest}"}

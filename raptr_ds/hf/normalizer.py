@@ -19,6 +19,7 @@ from tokenizers import Regex, normalizers
 from tokenizers.normalizers import Normalizer
 
 from raptr_ds.data.tokenizer import WORD_BOUNDARY, Tokenizer
+from raptr_ds.sentencepiece_model import SentencepieceModel, read_sentencepiece_model
 
 # Two characters that Unicode leaves unassigned, and that end a grapheme: one keeps characters apart, the other stands
 # for the newline, which is a space to sentencepiece's rules.
@@ -32,10 +33,10 @@ def normalizer_of(tokenizer: Tokenizer, specials: Sequence[str]) -> normalizers.
 
     specials: names of the special tokens, which take the boundary before them along.
     """
-    model = tokenizer.content
+    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
     steps: list[Normalizer] = []
     if model.charsmap:
-        steps += _rules(tokenizer)
+        steps += _rules(tokenizer, model)
     if model.add_dummy_prefix:
         steps.append(normalizers.Replace(Regex(r"(?<![^\n])(?=[^\n])"), WORD_BOUNDARY))
     if model.charsmap:  # only now: a line of which nothing is left has a word boundary
@@ -60,7 +61,7 @@ def any_of(names: Collection[str]) -> str:
     return f"(?=[{first}])(?:{'|'.join(escaped)})"
 
 
-def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
+def _rules(tokenizer: Tokenizer, model: SentencepieceModel) -> list[Normalizer]:
     characters = [chr(code) for code in range(1, _END) if not 0xD800 <= code < 0xE000]
     rules = SentencePieceNormalizer(
         model_proto=tokenizer.model, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
@@ -69,8 +70,8 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
     removed = _any(one for one, result in results.items() if not result)
     # What is a letter with a mark already, or several characters, has no rule together with its neighbours.
     uncomposed = _any(one for one, result in results.items() if len(unicodedata.normalize("NFD", result)) > 1)
-    if tokenizer.content.user_defined:  # sentencepiece leaves these as they are
-        uncomposed = f"(?:{any_of(tokenizer.content.user_defined)}|{uncomposed})"
+    if model.user_defined:  # sentencepiece leaves these as they are
+        uncomposed = f"(?:{any_of(model.user_defined)}|{uncomposed})"
     pairs = _composing_pairs(rules, characters)
     places = "|".join(f"(?={mark})(?<={_any(bases)}{_APART})" for mark, bases in pairs.items())
     composed = f"(?={_any(pairs)})(?:{places})"  # most places are none: seen by the first condition
@@ -83,7 +84,7 @@ def _rules(tokenizer: Tokenizer) -> list[Normalizer]:
         normalizers.Replace(Regex(rf"{uncomposed}\K"), _APART),
         normalizers.Replace(Regex(_without_rule(rules, results, pairs)), _APART),
         normalizers.Replace(Regex(rf"(?<!\A)(?=[^{_span(0, _FIRST_MARK - 1)}{_NEWLINE}])"), _APART),
-        normalizers.Precompiled(tokenizer.content.charsmap),
+        normalizers.Precompiled(model.charsmap),
         *[normalizers.Replace(Regex(f"(?<!{_APART}){_APART}{composed}"), ""), normalizers.NFC()] * _MOST_MARKS,
         normalizers.Replace(_NEWLINE, "\n"),
     ]

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from raptr_ds.data.sentencepiece_model import Piece, PieceType, SentencepieceModel
 from raptr_ds.data.tokenizer import CLS, MASK, SEP, WORD_BOUNDARY, Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.hf.normalizer import any_of, normalizer_of
+from raptr_ds.sentencepiece_model import Piece, PieceType, SentencepieceModel, read_sentencepiece_model
 
 _ROUNDING = 1e-5  # relative, of a sum of float32 scores
 # How a unigram model scores a user-defined symbol, found by trying 0.2.0 to 0.2.3.
@@ -54,7 +54,7 @@ def tokenizer_to_hugging_face(
     b, and in "a [MASK]b" the b continues the masked word.
     Where two segmentations of a unigram model are equally likely the two libraries may choose differently.
     """
-    model = tokenizer.content
+    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
     specials = tokenizer.pieces(np.flatnonzero(tokenizer.is_special))
     special = any_of(specials)
     rust = RustTokenizer(_rust_model(model, *tokenizer.pieces([tokenizer.unk_id])))
@@ -128,9 +128,9 @@ def check_same_ids(tokenizer: Tokenizer, exported: PreTrainedTokenizerFast, text
 
 def _equally_likely(tokenizer: Tokenizer, ids: list[int], other: list[int]) -> bool:
     """Return whether a unigram model has no reason to prefer one of two segmentations of the same text."""
-    pieces = tokenizer.content.pieces
-    one, another = (sum(pieces[token].score for token in tokens) for tokens in (ids, other))
-    is_unigram, same_text = tokenizer.content.model_type == "unigram", tokenizer.decode(ids) == tokenizer.decode(other)
+    model = read_sentencepiece_model(tokenizer.model, tokenizer.origin)
+    one, another = (sum(model.pieces[token].score for token in tokens) for tokens in (ids, other))
+    is_unigram, same_text = model.model_type == "unigram", tokenizer.decode(ids) == tokenizer.decode(other)
     return is_unigram and same_text and math.isclose(one, another, rel_tol=_ROUNDING)
 
 

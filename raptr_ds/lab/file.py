@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 
 from raptr_ds.config.hjson_text import line_of, read_hjson
 from raptr_ds.config.overrides import apply_overrides, is_touched
+from raptr_ds.config.parse_sections import causes
 from raptr_ds.config.sections import Count, CountOrZero, Positive, Section, Text
-from raptr_ds.errors import ConfigError, nearest
+from raptr_ds.errors import ConfigError, nearest, refused
 from raptr_ds.user_paths import is_file
 
 _LEVELS = 3  # of a run file's keys: raptr_ds.path.schedule, optimizer.params.lr; anything below is a value
@@ -172,18 +173,15 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        # A list whose only item is wrong is not empty.
-        wrong = {detail["loc"][:depth] for detail in error.errors() for depth in range(len(detail["loc"]))}
-        details = [one for one in error.errors() if one["type"] != "too_short" or one["loc"] not in wrong]
-        raise _refusal(file, [_message(detail, place) for detail in details]) from error
+        raise refused(file, [_message(detail, place) for detail in causes(error)]) from error
     base = Path(experiment.base)
     if not base.is_absolute() and not is_file(base) and is_file(file.parent / base):
         base = file.parent / base
     if not is_file(base):
         problem = f"base={experiment.base!r} does not exist here or beside the comparison file. Name a run file."
-        raise _refusal(file, [problem])
+        raise refused(file, [problem])
     if problems := _problems(experiment):
-        raise _refusal(file, problems)
+        raise refused(file, problems)
     return experiment.model_copy(update={"base": str(base), "output": experiment.output or f"runs/{file.stem}"})
 
 
@@ -244,10 +242,3 @@ def _message(detail: ErrorDetails, place: Any) -> str:
 def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
     models = {"contestants": Contestant, "budget": Budget, "sweep": Sweep, "slurm": SlurmJob}
     return models.get(str(location[0]), Experiment) if location else Experiment
-
-
-def _refusal(file: Path, errors: list[str]) -> ConfigError:
-    if len(errors) == 1:
-        return ConfigError(f"{file}: {errors[0]}")
-    listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(errors, 1))
-    return ConfigError(f"{file}: {len(errors)} problems:\n{listed}")

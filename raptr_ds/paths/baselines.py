@@ -35,15 +35,9 @@ class LayerDrop(DrawnPaths):
 
     section: LayerDropSection
 
-    @property
-    def drop_probability(self) -> float:
-        """Probability of dropping a layer."""
-        assert self.section.layerdrop is not None, "not derived"
-        return self.section.layerdrop
-
     def marginals_at(self, step: int) -> np.ndarray:
         """Return the probability that each layer runs, at any step, (num_layers,) float64."""
-        drop = self.drop_probability
+        drop = self.section.layerdrop
         return np.full(self.num_layers, (1.0 - drop) / (1.0 - drop**self.num_layers))
 
     def expected_layers_from(self, step: int) -> float:
@@ -54,7 +48,7 @@ class LayerDrop(DrawnPaths):
         """Return the layers of a 0-based step, at least one."""
         layers: tuple[int, ...] = ()
         while not layers:
-            kept = generator.random(self.num_layers) >= self.drop_probability
+            kept = generator.random(self.num_layers) >= self.section.layerdrop
             layers = tuple(np.flatnonzero(kept).tolist())
         return layers
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.batch import MicroBatch
-from raptr_ds.data.random_batch import random_micro_batch
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.dropout import DropoutStreams, dropout_keys
 from raptr_ds.parallel.groups import ProcessGroups, make_process_groups
 from raptr_ds.parallel.topology import Topology
 from raptr_ds.paths import LayerPath
 from raptr_ds.paths.cost import layer_parameters, step_flops
+from raptr_ds.planner.random_batch import random_micro_batch
 from raptr_ds.planner.setting import layout_of
 from raptr_ds.planner.step_time import OPTIMIZER_BYTES, Device, tensor_collective_seconds
 

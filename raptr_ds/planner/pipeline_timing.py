@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from raptr_ds.config.run import RunConfig
-from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
 from raptr_ds.engine.pipeline import PipelineEngine
 from raptr_ds.model.stage import Stage
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.measure import slowest_seconds
+from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.planner.simulator import pipeline_seconds
 from raptr_ds.planner.step_time import active_in_stages, activity_table
 
@@ -87,7 +87,7 @@ def time_steps(
             step = warmup_steps + repetition * len(paths) + number
             seconds = slowest_seconds(groups, partial(engine.train_step, batch, path, step, 1e-4))
             measured[number] = min(measured[number], seconds)
-    active = active_in_stages(activity_table(paths), config.parallel.pipeline_layers or ())
+    active = active_in_stages(activity_table(paths), config.parallel.pipeline_layers)
     simulated = pipeline_seconds(
         active * forward_seconds, active * backward_seconds, config.batch.accumulation, schedule="deepspeed"
     )

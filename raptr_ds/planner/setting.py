@@ -16,7 +16,6 @@ from raptr_ds.runtime.method import micro_batches_of, path_method_of
 
 def layout_of(config: RunConfig, on_gpu: bool) -> Layout:
     """Return how the run's steps are spread out and computed, on GPUs or on CPUs."""
-    assert config.parallel.pipeline_layers is not None, "not derived"
     recompute = config.parallel.activation_checkpointing
     layer = layer_parameters(config.model) / config.parallel.tensor_model_parallel_size
     accumulated = str(config.deepspeed.get("data_types", {}).get("grad_accum_dtype", config.precision))

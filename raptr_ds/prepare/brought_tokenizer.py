@@ -3,7 +3,6 @@
 import itertools
 from pathlib import Path
 
-from raptr_ds.data.sentencepiece_model import NUM_BYTES, Role, read_sentencepiece_model, with_pieces
 from raptr_ds.data.tokenizer import (
     ROLES,
     Tokenizer,
@@ -14,6 +13,7 @@ from raptr_ds.data.tokenizer import (
     read_model_file,
     sentinel_name,
 )
+from raptr_ds.sentencepiece_model import NUM_BYTES, read_sentencepiece_model, with_pieces
 
 
 def bring_tokenizer(path: str | Path, num_sentinels: int) -> tuple[Tokenizer, str]:
@@ -35,8 +35,9 @@ def bring_tokenizer(path: str | Path, num_sentinels: int) -> tuple[Tokenizer, st
         return Tokenizer(model, origin), note
     if not own:
         sentinels = [sentinel_name(index) for index in range(num_sentinels)]
-    roles: dict[Role, str] = {role: name for role, name in ROLES.items() if name in specials}
+    roles = {role: name for role, name in ROLES.items() if name in specials}
     tokenizer = Tokenizer(with_pieces(model, [*specials, *sentinels], roles, add_bytes=needs_bytes), origin)
+    read_sentencepiece_model(tokenizer.model, origin)  # refuses pieces made of what has become a special token
     named = [*specials, *(sentinels if own else [])]
     parts = {
         "added at the end": [

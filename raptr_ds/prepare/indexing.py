@@ -4,6 +4,7 @@ The work is done in FOLDER/.prepare and moved into place at the end, the manifes
 complete. After an interruption the same command continues where the journal in .prepare says.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.data.indexed import open_indexed, token_dtype
+from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.manifest import MANIFEST, TOKENIZER, Manifest, SplitCounts
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare.brought_tokenizer import bring_tokenizer
 from raptr_ds.prepare.corpus import Source, digest_of
 from raptr_ds.prepare.encoding import encoded_batches
+from raptr_ds.prepare.index_writer import token_dtype
 from raptr_ds.prepare.readers import ReadingCounts
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
 from raptr_ds.prepare.working_folder import Done, SplitWriter, WorkingFolder, working_folder
@@ -105,7 +107,7 @@ class Preparation:
         if manifest.fingerprint != fingerprint:
             raise DataError(
                 f"{self.output} already holds data prepared from other text or with other settings "
-                f"({manifest.summary()}). Choose another --output, or pass --overwrite to replace it."
+                f"({_summary(manifest)}). Choose another --output, or pass --overwrite to replace it."
             )
         tokenizer = Tokenizer.load(self.output / TOKENIZER)
         for split in manifest.splits:
@@ -174,5 +176,12 @@ class Preparation:
         (self.output / MANIFEST).unlink(missing_ok=True)
         for name in (TOKENIZER, *(f"{split}.{suffix}" for split in done.splits for suffix in ("bin", "idx"))):
             (work.path / name).replace(self.output / name)
-        manifest.save(self.output)
+        write_atomically(self.output / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
         return manifest
+
+
+def _summary(manifest: Manifest) -> str:
+    """Return a description in one line."""
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    sources = ", ".join(manifest.sources[:3]) + (", ..." if len(manifest.sources) > 3 else "")
+    return f"{manifest.documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}, from {sources}"

@@ -9,11 +9,11 @@ from typing import Literal
 
 import sentencepiece
 
-from raptr_ds.data.sentencepiece_model import NUM_BYTES
-from raptr_ds.data.tokenizer import BOS, EOS, NAMED_SPECIALS, PAD, UNK, Tokenizer, special_pieces
+from raptr_ds.data.tokenizer import BOS, CLS, EOS, MASK, MODES, NAMED_SPECIALS, PAD, SEP, UNK, Tokenizer, sentinel_name
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare.corpus import DistinctParagraphs, Source
 from raptr_ds.prepare.readers import ReadingCounts
+from raptr_ds.sentencepiece_model import NUM_BYTES
 
 # Fixed, because sentencepiece's result depends on the number of threads.
 NUM_THREADS = 4
@@ -149,7 +149,7 @@ def _train(lines: list[str], vocab_size: int, settings: TokenizerSettings) -> by
         unk_piece=UNK,
         bos_piece=BOS,
         eos_piece=EOS,
-        control_symbols=list(special_pieces(settings.num_sentinels)),
+        control_symbols=[CLS, SEP, MASK, *MODES, *map(sentinel_name, range(settings.num_sentinels))],
         num_threads=NUM_THREADS,
         minloglevel=2,
     )

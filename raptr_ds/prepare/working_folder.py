@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from raptr_ds.atomic_file import write_atomically
-from raptr_ds.data.indexed import write_index
 from raptr_ds.errors import DataError, RaptrError
+from raptr_ds.prepare.index_writer import write_index
 from raptr_ds.user_paths import write_error, writing
 
 WORK = ".prepare"

@@ -35,7 +35,7 @@ def _sizes(
     config: RunConfig, groups: ProcessGroups, launch: Launch, report: Callable[[str], None]
 ) -> tuple[int, int] | None:
     device = DeviceMemory.of(groups.device)
-    if device is None or _started_on(Path(str(config.train.save))) in (None, launch.world_size):
+    if device is None or _started_on(Path(config.train.save)) in (None, launch.world_size):
         return None
     arguments = ["--processes", str(launch.world_size), "--memory", str(device.total)]
     try:

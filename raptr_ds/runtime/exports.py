@@ -287,7 +287,10 @@ def evaluation_words(section: EvalSection, what: str, *how: str) -> list[str]:
 
 def read_scores(file: Path) -> Scores:
     """Return the results in a file of tools/evaluate.py. Raises: ValueError if it has none; OSError."""
-    content: Any = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not results:
         raise ValueError("no results")

@@ -32,7 +32,7 @@ def step_cost_of(config: RunConfig) -> StepFlops:
         config.batch.global_batch,
         parallel.activation_checkpointing,
         parallel.keep_activations_up_to,
-        tuple(stage_layers(parallel.pipeline_layers or ())),
+        tuple(stage_layers(parallel.pipeline_layers)),
     )
 
 
@@ -78,7 +78,7 @@ def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedSt
     """
     if not isinstance(section, RandomSection) or section.balance_stages is None:
         return None
-    layers = config.parallel.pipeline_layers or ()
+    layers = config.parallel.pipeline_layers
     if len(layers) != section.balance_stages:
         layers = derive_pipeline_layers(config.model.num_layers, section.balance_stages)
     head = head_cost_in_layers(config.model, predictions_per_sequence(config))

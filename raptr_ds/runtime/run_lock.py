@@ -183,7 +183,7 @@ def _read(path: Path) -> tuple[Holder | None, str] | None:
         content: dict[str, Any] = json.loads(text)
         content.pop("beat")
         return Holder(**content), text
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None, text
 
 

@@ -99,7 +99,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         sequence_parallel=config.parallel.sequence_parallel,
     )
     times.done("rendezvous")
-    folder = Path(str(config.train.save))
+    folder = Path(config.train.save)
     written = folder if groups.rank == 0 else None  # the run's folder, where this rank writes metrics, events, exports
     with ExitStack() as stack:
         stack.push(lambda _, error, __: _leave(groups, error))

@@ -46,7 +46,7 @@ class Tracker(ABC):
         self._file = folder / TRACKING.format(self.package)
         try:
             known: Any = json.loads(self._file.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             known = None
         is_known = is_resumed and isinstance(known, dict) and known.get("where") == where
         self.run_id: str | None = known.get("id") if is_known else None

@@ -96,7 +96,7 @@ def check_disk(configs: Sequence[RunConfig], folder: Path) -> str:
         path.stat().st_size
         for config in configs
         for name in (CHECKPOINTS, EXPORTS)
-        for step in checkpoints_in(Path(str(config.train.save)) / name)
+        for step in checkpoints_in(Path(config.train.save) / name)
         for path in step.iterdir()
     )
     place = _nearest(folder)

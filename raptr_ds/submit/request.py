@@ -174,7 +174,7 @@ def check(request: Request) -> Submission:
         settings = [*request.set, *own]
         config = load_checked(request.run_file, settings, layout)
         text = complete_run_file(config, request.run_file, settings)
-        runs.append(CheckedRun(config, Path(str(config.train.save)), text))
+        runs.append(CheckedRun(config, Path(config.train.save), text))
     if request.chain > 1 and any(run.config.checkpoint.load == "none" for run in runs):
         raise ConfigError(
             f"--chain {request.chain} with raptr_ds.checkpoint.load=none: each job of the chain would start anew, and "

@@ -16,9 +16,9 @@ from raptr_ds.bench.ours import OurEntrant
 from raptr_ds.bench.report import conclusions, describe, rows_of, table
 from raptr_ds.bench.steps import Options, measure_steps
 from raptr_ds.config.load import load_run_config
-from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.parallel.groups import initialize_process_groups
 from raptr_ds.parallel.launch import Launch
+from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.runtime.out_of_memory import DeviceMemory
 from tests.dist.test_memory import live_bytes
 from tests.dist.workers import WorkerError, run_distributed

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from raptr_ds.config.load import load_run_config
-from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.engine.build import build_engine
 from raptr_ds.paths import LayerPath
 from raptr_ds.planner.memory import GPU_CONTEXT_BYTES
 from raptr_ds.planner.peak import Peak
+from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.planner.setting import setting_of
 from raptr_ds.planner.step_time import Device
 

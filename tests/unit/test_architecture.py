@@ -20,7 +20,7 @@ IMPORTERS = {
     "sklearn": {"finetuning"},
     "mpi4py": {"parallel/launch.py"},
     "datasets": {"prepare", "finetuning", "evaluation"},
-    "sentencepiece": {"data", "prepare", "bench", "hf"},
+    "sentencepiece": {"data", "prepare", "bench", "hf", "sentencepiece_model.py"},
     "pyarrow": {"prepare", "evaluation"},
     "lm_eval": {"evaluation"},
     "tensorboard": {"runtime"},

@@ -30,7 +30,6 @@ def products(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
     """Yield the matrix products of a layer and the head on one micro batch: name, rows m, columns n, inner size k."""
     model, tokens = config.model, config.batch.micro_batch * config.model.seq_length
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    assert ffn is not None, "not derived"
     inner = 2 * ffn if model.activation == "swiglu" else ffn
     shapes = {"qkv": (3 * hidden, hidden), "output": (hidden, hidden), "expand": (inner, hidden)}
     shapes["contract"] = (hidden, ffn)

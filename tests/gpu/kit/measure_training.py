@@ -19,12 +19,12 @@ import torch
 
 from raptr_ds.bench.samples import MedianRatio
 from raptr_ds.config.run import RunConfig
-from raptr_ds.data.random_batch import random_step_batch
 from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.groups import ProcessGroups, initialize_process_groups
 from raptr_ds.parallel.launch import detect_launch, prepare_imports
 from raptr_ds.paths.cost import num_parameters, step_flops
 from raptr_ds.planner.measure import synchronize
+from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.rng import stream
 from raptr_ds.runtime.throughput import model_flops_utilization
 from tests.gpu.kit.findings import Findings

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from raptr_ds.bench.report import table
 from raptr_ds.bench.samples import Measured
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
-from raptr_ds.errors import ConfigError
+from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.paths.stages import stage_layers
 
 ROOT = Path(__file__).parents[3]
@@ -173,3 +175,15 @@ def test_a_bad_tokenizer_is_found_before_anything_is_measured(tmp_path: Path, gi
     assert given in done.stderr
     text.write_text('{"text": "one"}\n{"text": 2}\n')
     assert 'text.jsonl, line 2 has no "text"' in bench("bert", "--text", str(text)).stderr
+
+
+def test_so_is_one_with_options_that_are_not_supported(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "spaces.model").write_bytes(tokenizer.model + b"\x1a\x02\x28\x00")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = runpy.run_path(str(ROOT / "tools" / "bench.py"))
+    options = SimpleNamespace(text=tmp_path / "text.jsonl", tokenizer=tmp_path / "spaces.model")
+    with pytest.raises(DataError, match=r"spaces\.model cannot be used: .* has escape_whitespaces=false"):
+        tool["_tokenizer_of"](None, options)

@@ -117,6 +117,7 @@ def test_a_first_start_and_one_by_the_user_are_as_the_file_says(started: Started
     path = started(4, train_batch_size=48, train_micro_batch_size_per_gpu=6)
     with pytest.raises(ConfigError, match="must be a multiple of"):
         load_run_config(path, (), 16)
-    (tmp_path / "run" / "config.json").write_text("{}")  # nothing on record
-    with pytest.raises(ConfigError, match="must be a multiple of"):
-        load_run_config(path, (), 16, is_restart=True)
+    for nothing_on_record in ("{}", "[" * 100_000):
+        (tmp_path / "run" / "config.json").write_text(nothing_on_record)
+        with pytest.raises(ConfigError, match="must be a multiple of"):
+            load_run_config(path, (), 16, is_restart=True)

@@ -267,8 +267,7 @@ def test_null_leaves_a_key_of_an_object_in_a_list_to_its_default_too(load):
 def test_due():
     from raptr_ds.config.sections import CheckpointSection, EvalSection
 
-    assert [step for step in range(12) if CheckpointSection(interval=5).due(step)] == [5, 10]
-    assert not any(CheckpointSection(interval=0).due(step) for step in range(12))
+    assert [step for step in range(1, 12) if CheckpointSection(interval=5).due(step, since=step - 1)] == [5, 10]
     assert [step for step in range(9, 21) if CheckpointSection(interval=10).due(step, since=9)] == list(range(10, 21))
     assert not CheckpointSection(interval=10).due(19, since=10)
     assert not CheckpointSection(interval=0).due(19, since=1)

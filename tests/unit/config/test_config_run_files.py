@@ -91,7 +91,7 @@ def test_only_what_differs_has_to_be_said(file, layout):
     world_size, overrides = LAYOUTS[layout]
     config = load_run_config(file, [*SMALL, "raptr_ds.train.steps=6", *overrides], world_size)
     assert config.model.num_layers == 5
-    assert sum(config.parallel.pipeline_layers or ()) == 5
+    assert sum(config.parallel.pipeline_layers) == 5
     assert config.batch.global_batch == 8
     assert config.batch.accumulation * config.batch.data_parallel == 4
 

@@ -155,6 +155,7 @@ def test_values_that_change_nothing_need_no_use(load):
         f"{R}sequence_parallel=false",
     )
     load(f"{P}method=stacking", f"{P}growth_init=zero", f"{P}growth_optimizer_state=fresh")
+    load(f"{P}method=pld", f"{R}micro_batches=[]")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from raptr_ds.data.denoisers import (
     random_segments,
     random_spans,
     replace_spans,
-    required_sentinels,
     total_length,
 )
 from raptr_ds.data.tokenizer import Tokenizer
@@ -93,12 +92,16 @@ def test_the_suffix_of_a_prefix_sample_is_a_quarter(tokenizer: Tokenizer) -> Non
     assert (sample.prefix_length, len(sample.targets)) == (97, 32)
 
 
+def spans(rate: float, mean_span: float) -> Denoiser:
+    return Denoiser(name="spans", kind="span", rate=rate, mean_span=mean_span)
+
+
 def test_counts_of_the_table() -> None:
-    assert count_spans(1024, 0.5, 3) == (512, 171)
-    assert count_spans(512, 0.15, 3) == (77, 26)
-    assert count_spans(100, 0.15, 64) == (15, 1)
-    assert count_spans(2, 0.15, 3) == (1, 1)
-    assert count_spans(4, 0.9, 1) == (3, 1)
+    assert count_spans(spans(0.5, 3), 1024) == (512, 171)
+    assert count_spans(spans(0.15, 3), 512) == (77, 26)
+    assert count_spans(spans(0.15, 64), 100) == (15, 1)
+    assert count_spans(spans(0.15, 3), 2) == (1, 1)
+    assert count_spans(spans(0.9, 1), 4) == (3, 1)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 7, 63, 64, 101, 511])
@@ -106,8 +109,8 @@ def test_counts_of_the_table() -> None:
 def test_spans_have_exact_counts_and_do_not_touch(num_tokens: int, rate: float, mean_span: float) -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
-        starts, lengths = random_spans(num_tokens, rate, mean_span, rng)
-        num_noise, num_spans = count_spans(num_tokens, rate, mean_span)
+        num_noise, num_spans = count_spans(spans(rate, mean_span), num_tokens)
+        starts, lengths = random_spans(num_tokens, num_noise, num_spans, rng)
         assert (len(starts), int(lengths.sum())) == (num_spans, num_noise)
         assert starts[0] >= 1
         assert (lengths >= 1).all()
@@ -119,7 +122,8 @@ def test_spans_have_exact_counts_and_do_not_touch(num_tokens: int, rate: float, 
     num_tokens=st.integers(2, 700), rate=st.floats(0.001, 0.999), mean_span=st.floats(1, 100), seed=st.integers(0, 99)
 )
 def test_spans_of_any_text_keep_to_the_budget(num_tokens: int, rate: float, mean_span: float, seed: int) -> None:
-    starts, lengths = random_spans(num_tokens, rate, mean_span, np.random.default_rng(seed))
+    counts = count_spans(spans(rate, mean_span), num_tokens)
+    starts, lengths = random_spans(num_tokens, *counts, np.random.default_rng(seed))
     noisy = [place for start, length in zip(starts, lengths, strict=True) for place in range(start, start + length)]
     assert len(noisy) == len(set(noisy)) == min(max(1, round(num_tokens * rate)), num_tokens - 1)
     assert 1 <= len(starts) <= max(1, round(len(noisy) / mean_span))
@@ -148,7 +152,7 @@ def test_every_place_is_noise_about_as_often() -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros(100)
     for _ in range(4000):
-        starts, lengths = random_spans(100, 0.5, 3, rng)
+        starts, lengths = random_spans(100, *count_spans(spans(0.5, 3), 100), rng)
         for start, length in zip(starts, lengths, strict=True):
             counts[start : start + length] += 1
     assert counts[0] == 0
@@ -185,9 +189,9 @@ def test_short_texts_still_work(tokenizer: Tokenizer) -> None:
 
 
 def test_the_sentinel_budget_follows_from_seq_length(tokenizer: Tokenizer) -> None:
-    assert required_sentinels(512, UL2) == num_spans(UL2[3], longest_text(UL2[3], 512)) == 64
-    assert required_sentinels(512, CAUSAL_PREFIX_SPAN[:2]) == 0
+    assert max(num_spans(denoiser, longest_text(denoiser, 512)) for denoiser in UL2) == 64
     MixtureOfDenoisers(tokenizer, 512, UL2)
+    MixtureOfDenoisers(tokenizer, 100_000, CAUSAL_PREFIX_SPAN[:2])  # takes none
     with pytest.raises(DataError, match=r"has 100 sentinels .*seq_length=1024 needs 128.*--sentinels 128"):
         MixtureOfDenoisers(tokenizer, 1024, UL2)
 

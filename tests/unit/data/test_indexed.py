@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptr_ds.data.indexed import HEADER, open_indexed, token_dtype, write_index
+from raptr_ds.data.indexed import HEADER, open_indexed
 from raptr_ds.errors import DataError
+from raptr_ds.prepare.index_writer import token_dtype, write_index
 from tests.made_up_text import documents_of
 
 VOCAB_SIZE = 800
@@ -135,6 +136,9 @@ def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(split: Path) -> N
     """A mapped file would end the process by SIGBUS."""
     opened = open_indexed(split, VOCAB_SIZE)
     whole = opened.tokens.read(0, len(opened.tokens))
+    first = opened.document(0).tolist()
+    os.truncate(split.with_suffix(".idx"), 0)
+    assert opened.document(0).tolist() == first
     os.truncate(split.with_suffix(".bin"), 1001)
     assert opened.tokens.read(100, 300).tolist() == whole[100:400].tolist()
     with pytest.raises(DataError, match=r"train\.bin has become shorter.*before token 600 of"):

@@ -213,9 +213,10 @@ def test_errors_come_before_the_first_step(data_folder: Path, tmp_path: Path) ->
     (folder / "validation.idx").write_bytes(b"")
     with pytest.raises(DataError, match=r"validation\.idx is truncated"):
         loader(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        loader(folder)
+    for damage in ("{", "[" * 100_000):
+        (folder / "manifest.json").write_text(damage)
+        with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+            loader(folder)
 
 
 def test_another_tokenizer_than_the_data_were_prepared_with(data_folder: Path, tmp_path: Path) -> None:

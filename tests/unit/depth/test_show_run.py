@@ -13,7 +13,6 @@ import torch
 
 from raptr_ds.config.sections import Denoiser
 from raptr_ds.data.batch import Sample, collate
-from raptr_ds.data.indexed import token_dtype, write_index
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.depth.guesses import Blank, continued_sentence, infilled_sentence, masked_sentence
 from raptr_ds.depth.held_out import read_held_out
@@ -22,6 +21,7 @@ from raptr_ds.depth.sentences import held_out_sentences, token_texts, words_of
 from raptr_ds.depth.showing import hidden_words
 from raptr_ds.model.stage import Stage
 from raptr_ds.paths import LayerPath
+from raptr_ds.prepare.index_writer import token_dtype, write_index
 from tests.depth_runs import MakeRun
 from tests.exported_runs import KINDS, Tool
 

@@ -15,6 +15,7 @@ from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.hf.tokenizer import tokenizer_to_hugging_face
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, train_tokenizer
+from raptr_ds.sentencepiece_model import read_sentencepiece_model
 from tests.foreign_models import FOREIGN, SYMBOLS, UNUSUAL, brought, foreign_model, normalized
 from tests.made_up_text import TextSource, made_up_text
 
@@ -82,7 +83,8 @@ def case_of(name: str, folder: Path) -> Case:
 
 def is_as_likely(case: Case, ids: list[int], other: list[int]) -> bool:
     """Return whether a unigram model may give either: sentencepiece adds up in float32, transformers in float64."""
-    if case.tokenizer.content.model_type != "unigram" or case.tokenizer.decode(ids) != case.tokenizer.decode(other):
+    model = read_sentencepiece_model(case.tokenizer.model, case.tokenizer.origin)
+    if model.model_type != "unigram" or case.tokenizer.decode(ids) != case.tokenizer.decode(other):
         return False
     processor = SentencePieceProcessor(model_proto=case.tokenizer.model)
     return math.isclose(sum(processor.get_score(ids)), sum(processor.get_score(other)), rel_tol=1e-5)

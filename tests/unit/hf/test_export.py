@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from raptr_ds.checkpoint.weights import load_trained_model
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch, Sample, collate
-from raptr_ds.data.indexed import write_index
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.hf.export import _system_error
 from raptr_ds.hf.model import hugging_face_inputs
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths import LayerPath
+from raptr_ds.prepare.index_writer import write_index
 from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
 from tests.foreign_models import UNUSUAL
 

@@ -11,6 +11,7 @@ from raptr_ds.data.denoisers import replace_spans
 from raptr_ds.data.tokenizer import WORD_BOUNDARY, Tokenizer
 from raptr_ds.errors import DataError
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids, tokenizer_to_hugging_face
+from raptr_ds.sentencepiece_model import read_sentencepiece_model
 from tests.foreign_models import LLAMA, UNUSUAL, brought, foreign_model
 from tests.made_up_text import made_up_text
 
@@ -29,7 +30,7 @@ WORD, OTHER_WORD = "a", "d"
 
 def as_it_comes_back(tokenizer: Tokenizer, text: str) -> str:
     """Return what a tokenizer keeps of a text in which only tabs, ellipses and spaces are not as T5 has them."""
-    if not tokenizer.content.remove_extra_whitespaces:
+    if not read_sentencepiece_model(tokenizer.model, tokenizer.origin).remove_extra_whitespaces:
         return text
     lines = text.replace("\t", " ").replace("\u2026", "...").split("\n")
     return "\n".join(" ".join(filter(None, line.split(" "))) for line in lines)
@@ -67,7 +68,11 @@ def test_ids_of_much_text_are_ours(tokenizer: Tokenizer, for_ul2: PreTrainedToke
 def test_a_special_token_in_a_text_stands_for_a_piece(tokenizer: Tokenizer, for_ul2: PreTrainedTokenizerFast) -> None:
     """As where pretraining replaces a piece: it takes the word boundary before it along, and nothing else."""
     ids = {piece: token for token, piece in enumerate(tokenizer.pieces(range(tokenizer.vocab_size)))}
-    space = [] if tokenizer.content.remove_extra_whitespaces else [ids[WORD_BOUNDARY]]
+    space = (
+        []
+        if read_sentencepiece_model(tokenizer.model, tokenizer.origin).remove_extra_whitespaces
+        else [ids[WORD_BOUNDARY]]
+    )
     continued, newline = [ids[OTHER_WORD]], [tokenizer.newline_id]
     word, other = tokenizer.encode(WORD).tolist(), tokenizer.encode(OTHER_WORD).tolist()
     specials = tokenizer.pieces(np.flatnonzero(tokenizer.is_special))

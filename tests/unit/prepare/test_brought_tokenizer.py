@@ -154,6 +154,13 @@ def test_settings_that_no_training_option_gives_are_refused_by_name(setting: byt
         brought(foreign_model(LLAMA) + setting, tmp_path)
 
 
+def test_what_only_a_special_token_spoils_is_refused(tmp_path: Path) -> None:
+    options = {**LLAMA, "add_dummy_prefix": False, "split_by_unicode_script": False, "user_defined_symbols": ["zz"]}
+    model = foreign_model(options, ["[CLS]"] * 4 + ["[CLS]ab"])
+    with pytest.raises(DataError, match=r"beside pieces that no text becomes such as \['\[CLS\]ab'\]"):
+        brought(model, tmp_path)
+
+
 @pytest.mark.parametrize("option", ["normalization_rule_tsv", "denormalization_rule_tsv"])
 def test_rules_of_ones_own_are_refused_by_name(option: str, tmp_path: Path) -> None:
     (tmp_path / "rules.tsv").write_text("61 62\t63\n")

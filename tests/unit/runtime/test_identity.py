@@ -49,8 +49,9 @@ def test_keys_that_matter_are_listed_and_others_are_not() -> None:
 
 
 def test_a_key_that_an_earlier_version_did_not_have_had_its_default() -> None:
-    there = {"train_batch_size": 8, "raptr_ds": {"train": {"save": "a"}}}
-    here = Identity("t1", "c1", {**CONFIG, "raptr_ds": {"train": {"seed": 1234, "save": "a"}}})
+    there = {"train_batch_size": 8, "raptr_ds": {"train": {"save": "a"}, "path": {"method": "raptr"}}}
+    path = {"method": "raptr", "fixed_layers": [0, -1]}
+    here = Identity("t1", "c1", {**CONFIG, "raptr_ds": {"train": {"seed": 1234, "save": "a"}, "path": path}})
     assert changes_since(recorded(config=there), here, FOLDER).keys == {}
 
 

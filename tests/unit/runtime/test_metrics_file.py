@@ -154,7 +154,9 @@ def test_readers_get_whole_lines_and_of_several_for_a_step_the_last(tmp_path):
     assert metrics.evaluations == {(2, 4): 2.25}
 
 
-@pytest.mark.parametrize("damage", ["oops", "[1]", '{"loss": 1.0}', '{"step": 2, "lo'])
+@pytest.mark.parametrize(
+    "damage", ["oops", "[1]", '{"loss": 1.0}', '{"step": 2, "lo', pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_damaged_line_before_the_last_is_an_error_with_its_number(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     write(path, [1], tail=damage + "\n")

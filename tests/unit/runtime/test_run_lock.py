@@ -79,7 +79,7 @@ def test_a_lock_without_a_beat_is_taken_over_after_it_was_watched(tmp_path: Path
     held.release()
 
 
-@pytest.mark.parametrize("content", ["", "half a li", '{"beat": 3}\n', "[]\n"])
+@pytest.mark.parametrize("content", ["", "half a li", '{"beat": 3}\n', "[]\n", pytest.param("[" * 100_000, id="deep")])
 def test_a_damaged_lock_is_taken_over_too(content: str, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(content)
     lock(tmp_path).release()

@@ -133,7 +133,7 @@ def test_a_resume_elsewhere_begins_a_new_run_there(kind: str, server: Server, tm
 
 
 @BOTH
-@pytest.mark.parametrize("damage", ["", "[]", "{", "{}"])
+@pytest.mark.parametrize("damage", ["", "[]", "{", "{}", pytest.param("[" * 100_000, id="deep")])
 def test_a_damaged_tracking_file_begins_a_new_run(kind: str, damage: str, server: Server, tmp_path: Path) -> None:
     (tmp_path / f"tracking_{kind}.json").write_text(damage)
     sink = sink_of(kind, tmp_path, 5)

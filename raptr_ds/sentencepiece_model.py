@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Literal
 
 from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
@@ -27,7 +28,6 @@ _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _VARINT, _LENGTH_DELIMITED = 0, 2  # wire types
 _FIXED_SIZES = {1: 8, 5: 4}
 
-Role = Literal["bos", "eos", "pad"]
 _Message = Mapping[int, list[int | bytes]]
 
 
@@ -72,6 +72,7 @@ class SentencepieceModel:
         return sorted(found, key=len, reverse=True)
 
 
+@cache
 def read_sentencepiece_model(model: bytes, origin: str) -> SentencepieceModel:
     """Return the content of a serialized sentencepiece model that the library itself accepts.
 
@@ -138,11 +139,11 @@ def _refused_symbols(
     }
 
 
-def with_pieces(model: bytes, controls: Sequence[str], roles: Mapping[Role, str], *, add_bytes: bool) -> bytes:
+def with_pieces(model: bytes, controls: Sequence[str], roles: Mapping[str, str], *, add_bytes: bool) -> bytes:
     """Return the model with control pieces, and if wanted the 256 byte pieces, at the end of its vocabulary.
 
     Ids stay what they are. A piece of another type that has the name of one of the controls becomes a control piece
-    where it is. roles: which pieces the model has for padding and the ends of a text.
+    where it is. roles: which pieces the model has for padding (pad) and the ends of a text (bos, eos).
     """
     edited, texts = bytearray(), []
     for number, value in _values(model):
