@@ -26,9 +26,9 @@ _FIX = (
 )
 
 
-def must_recover(state: RunState, max_steps: int | None) -> bool:
+def must_recover(state: RunState, max_steps: int) -> bool:
     """Return whether the run must roll back or stop after `state`; max_steps: skipped in a row, 0 for any number."""
-    return 0 < (max_steps or 0) <= state.skipped_in_row
+    return 0 < max_steps <= state.skipped_in_row
 
 
 def may_roll_back(state: RunState, to_step: int) -> bool:
