@@ -1,5 +1,6 @@
 """A rank's device runs out of memory: it explains, no other hangs, and the exit code says whether steps are lost."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_before_anything_is_trained_it_is_a_mistake_printed_once(run_file, tmp_p
 
 
 def test_later_it_is_a_fault_and_the_run_goes_on_from_its_checkpoint(run_file, tmp_path):
-    settings = ["raptr_ds.checkpoint.interval=4", "raptr_ds.train.steps=8"]
+    settings = ["raptr_ds.checkpoint.interval=2", "raptr_ds.train.steps=8"]
     code, output = run_short_of_memory(run_file, (1,), 6, *settings)
     assert code == 1, output
     assert output.count("raptr_ds: DeviceMemoryError: rank 1") == 1
@@ -62,5 +63,6 @@ def test_later_it_is_a_fault_and_the_run_goes_on_from_its_checkpoint(run_file, t
     assert "goes on from its newest checkpoint" in output
     done = forked(run_file, *settings, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "continuing after step 4" in done.stdout + done.stderr
+    # The last save, after 6 steps, has completed the one before it, and may not be complete itself.
+    assert re.search("continuing after step [46]", done.stdout), done.stdout + done.stderr
     assert training_lines(tmp_path / "run")[-1]["step"] == 8

@@ -59,8 +59,15 @@ def test_no_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert missing_compiler("cpu") is None
 
 
+class FakeGroup:
+    """A process group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+
 @pytest.mark.parametrize("obstacle", [None, "no compiler"])
 def test_the_cross_entropy_does_without(monkeypatch: pytest.MonkeyPatch, obstacle: str | None) -> None:
     monkeypatch.setattr(cross_entropy, "triton_obstacle", lambda: obstacle)
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    assert cross_entropy._has_kernel(on_gpu) == (obstacle is None)  # type: ignore[arg-type]
+    on_gpu, alone = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda"), FakeGroup()
+    assert cross_entropy._has_kernel(on_gpu, alone) == (obstacle is None)  # type: ignore[arg-type]
