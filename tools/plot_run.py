@@ -27,7 +27,7 @@ def main() -> None:
     name = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     output = arguments.output or arguments.runs[0] / name
     curves = load_all_curves(arguments.runs)
-    if why := incomparable(arguments.runs):
+    if why := incomparable(curves):
         print(f"warning: {why}", file=sys.stderr)
     plot_runs(curves, output)
     print(f"wrote {output}")

@@ -102,7 +102,8 @@ class RunConfig:
             f"{MICRO}={self.batch.micro_batch}": f"{MICRO}={micro_batch}",
             f"{ACCUMULATION}={self.batch.accumulation}": f"{ACCUMULATION}={accumulation}",
         }
-        derived = [" ".join([changed.get(value, value), *why]) for value, *why in map(str.split, self.derived)]
+        parts = (line.partition(" ") for line in self.derived)  # a value, and perhaps why
+        derived = [changed.get(value, value) + space + why for value, space, why in parts]
         return replace(self, batch=batch, deepspeed=deepspeed, derived=derived)
 
     def compiles(self, on_gpu: bool) -> bool:

@@ -37,6 +37,8 @@ class Curves:
     """
 
     name: str
+    model: Mapping[str, Any]
+    """raptr_ds.model of the run's config.json; empty without one."""
     num_layers: int
     step: np.ndarray
     loss: np.ndarray
@@ -136,11 +138,10 @@ def load_all_curves(folders: Sequence[Path]) -> list[Curves]:
     return curves if names is None else [replace(one, name=name) for one, name in zip(curves, names, strict=True)]
 
 
-def incomparable(folders: Sequence[Path]) -> str | None:
+def incomparable(runs: Sequence[Curves]) -> str | None:
     """Return why the losses of these runs cannot be compared, as far as their config.json shows; None if they can."""
-    models = [model for folder in folders if (model := _model(folder))]
     for key, name in (("architecture", "objectives"), ("vocab_size", "vocabularies")):
-        values = dict.fromkeys(str(model[key]) for model in models if key in model)
+        values = dict.fromkeys(str(run.model[key]) for run in runs if key in run.model)
         if len(values) > 1:
             return f"these runs have different {name} ({', '.join(values)}): their losses cannot be compared"
     return None
@@ -160,6 +161,7 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
     num_heads = model.get("num_attention_heads", widest)
     return Curves(
         name=folder.resolve().name,
+        model=model,
         num_layers=model.get("num_layers", deepest),
         step=steps,
         **{key: _column(lines, key) for key in _COLUMNS},

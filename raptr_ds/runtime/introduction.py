@@ -13,7 +13,7 @@ from raptr_ds.paths.cost import num_parameters
 from raptr_ds.runtime.method import left_out_layers, micro_batches_of
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.progress import Progress, build_progress
-from raptr_ds.runtime.throughput import peak_flops
+from raptr_ds.runtime.utilization import peak_flops
 
 
 def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod, launcher: str) -> Progress:

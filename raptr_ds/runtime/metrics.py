@@ -29,7 +29,7 @@ from raptr_ds.runtime.progress import Progress, short_number, short_time
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import RunState
-from raptr_ds.runtime.throughput import model_flops_utilization
+from raptr_ds.runtime.utilization import model_flops_utilization
 
 _NUM_TIMED = 50  # last steps that the printed speed is a mean of
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import raptr_ds
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.launch import prepare_imports
-from raptr_ds.runtime.throughput import peak_flops
+from raptr_ds.runtime.utilization import peak_flops
 from tests.gpu.kit.measured_device import DEVICE
 
 Record = Callable[[str, object], None]
@@ -68,4 +68,4 @@ def test_the_devices_peak_is_known(record_property: Record) -> None:
         f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {properties.multi_processor_count} "
         f"multiprocessors, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
     )
-    assert peak_flops(properties.name, "bf16") is not None, f"{properties.name} is not in runtime/throughput.py"
+    assert peak_flops(properties.name, "bf16") is not None, f"{properties.name} is not in runtime/utilization.py"

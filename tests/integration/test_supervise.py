@@ -208,33 +208,32 @@ def test_a_signal_reaches_the_processes_that_are_waited_for_and_ends_the_tries(t
     assert ": try 1," not in errors
 
 
-def test_processes_that_do_not_end_are_killed() -> None:
-    program = (
-        "import subprocess\n"
-        "from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans\n"
-        "stops = StopRequests()\n"
-        "adopt_orphans()\n"
-        "subprocess.run(['bash', '-c', 'setsid sleep 300 & setsid sleep 300 &'])\n"
-        "print(end_orphans(0.2, stops), end_orphans(0, stops))\n"
-    )
-    words = [sys.executable, "-c", program]
-    done = subprocess.run(words, cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=30, check=False)
-    assert done.stdout == "2 0\n", done.stderr
-
-
-def test_a_stopped_process_is_continued_so_that_it_can_save_and_leave() -> None:
+def _with_orphans(commands: str, ending: str) -> str:
+    """Return what a supervisor prints that adopts the shell's background commands, then runs a line of Python."""
     program = (
         "import subprocess, time\n"
         "from raptr_ds.supervise.command import StopRequests, adopt_orphans, end_orphans\n"
         "stops = StopRequests()\n"
         "adopt_orphans()\n"
-        "subprocess.run(['bash', '-c', 'setsid bash -c \"kill -STOP \\$\\$; echo saved\" &'])\n"
-        "time.sleep(0.5)\n"
-        "print(end_orphans(20, stops))\n"
+        f"subprocess.run(['bash', '-c', {commands!r}])\n"
+        f"{ending}\n"
     )
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, cwd=REPOSITORY, env=ENV, capture_output=True, text=True, timeout=30, check=False)
-    assert done.stdout == "saved\n0\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_processes_that_do_not_end_are_killed() -> None:
+    printed = _with_orphans(
+        "setsid sleep 300 & setsid sleep 300 &", "print(end_orphans(0.2, stops), end_orphans(0, stops))"
+    )
+    assert printed == "2 0\n"
+
+
+def test_a_stopped_process_is_continued_so_that_it_can_save_and_leave() -> None:
+    stopped = "setsid bash -c 'kill -STOP $$; echo saved' &"
+    assert _with_orphans(stopped, "time.sleep(0.5); print(end_orphans(20, stops))") == "saved\n0\n"
 
 
 def test_a_number_of_retries_that_is_not_whole_is_a_mistake(tmp_path: Path) -> None:

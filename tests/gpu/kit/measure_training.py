@@ -26,7 +26,7 @@ from raptr_ds.paths.cost import num_parameters, step_flops
 from raptr_ds.planner.measure import synchronize
 from raptr_ds.planner.random_batch import random_step_batch
 from raptr_ds.rng import stream
-from raptr_ds.runtime.throughput import model_flops_utilization
+from raptr_ds.runtime.utilization import model_flops_utilization
 from tests.gpu.kit.findings import Findings
 from tests.gpu.kit.measured_device import DEVICE, IS_DRY_RUN, peak
 from tests.gpu.kit.measured_models import MODELS, Batch

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from raptr_ds.runtime.throughput import peak_flops
+from raptr_ds.runtime.utilization import peak_flops
 
 DEVICE = torch.device(os.environ.get("KIT_DEVICE", "cuda"))
 IS_DRY_RUN = DEVICE.type == "cpu"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raptr_ds.runtime.throughput import model_flops_utilization, peak_flops
+from raptr_ds.runtime.utilization import model_flops_utilization, peak_flops
 
 
 @pytest.mark.parametrize(
