@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # started as a file, by a launcher
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
 from raptr_ds.errors import Exit, RaptrError
-from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
+from raptr_ds.parallel.launch import Launch, detect_launch, is_first_rank_there, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.runtime.signals import StopSignals
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run fil
 
 # Launchers kill all ranks when the first one ends: the rank that prints the error must not be behind the others.
 _FIRST_WORD_SECONDS = 2.0
+_FIRST_RANK_SECONDS = 30.0  # that rank 0 may take from its run file to the rendezvous
 
 
 def main(arguments: Sequence[str] | None = None) -> Exit:
@@ -39,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
     launch = None
     try:
         launch = detect_launch()
-        config = load_run_config(
-            options.deepspeed_config, options.set, launch.world_size, is_restart=launch.restart_count > 0
-        )
+        config = load(options, launch)
         with StopSignals(watch_launcher=launch.launcher != "none") as signals:
             return pretrain(config, launch, signals)
     except RaptrError as error:
@@ -51,6 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
         else:
             time.sleep(_FIRST_WORD_SECONDS)
         return error.exit_code
+
+
+def load(options: argparse.Namespace, launch: Launch) -> RunConfig:
+    """Return the run's configuration. Where this rank alone cannot, as on a node without the file, the others do not
+    wait for it: they end with its error, and rank 0 prints it.
+    """
+    try:
+        return load_run_config(
+            options.deepspeed_config, options.set, launch.world_size, is_restart=launch.restart_count > 0
+        )
+    except RaptrError as error:
+        if launch.rank and is_first_rank_there(launch, _FIRST_RANK_SECONDS):  # rank 0 has no such error
+            from raptr_ds.parallel.roll_call import refuse
+
+            refuse(launch, str(error))
+        raise
 
 
 def pretrain(config: RunConfig, launch: Launch, signals: StopSignals) -> Exit:

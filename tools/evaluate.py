@@ -92,20 +92,21 @@ def require_output(file: Path | None) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate on the launch's processes, the first of which prints."""
+    """Evaluate on the launch's processes, the first of which prints; an error, the one that meets it first."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     from raptr_ds.evaluation.ranks import joined
 
     random.seed(DEFAULT_RANDOM_SEED)  # as the harness's command line does, before it loads tasks
     np.random.seed(DEFAULT_OTHER_SEED)
-    with joined() as ranks:
-        try:
+    try:
+        with joined() as ranks:
             _evaluate(arguments, ranks)
-        except RaptrError as error:
-            if not error.is_printed_by(ranks.rank):
-                sys.exit(int(error.exit_code))
+    except RaptrError as error:
+        if error.is_first:
             raise
+        time.sleep(2)  # launchers kill all ranks when one ends: the one that prints must not be behind
+        sys.exit(int(error.exit_code))
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from raptr_ds.parallel.launch import detect_launch
+from raptr_ds.runtime.lost_ranks import ending_alone, lost_ranks_explained
 
 _Item = TypeVar("_Item")
 
@@ -47,13 +48,17 @@ ALONE = Ranks()
 def joined() -> Iterator[Ranks]:
     """Yield this process's place among those that were launched together, connected to them.
 
-    Results are gathered by gloo, whatever computes them. Raises: ConfigError for a launch that lacks something.
+    Results are gathered by gloo, whatever computes them. An error in the block is printed by the first rank that meets
+    it, which may be the only one. Raises: ConfigError for a launch that lacks something; LostRankError.
     """
     launch = detect_launch()
-    if launch.world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    ranks = Ranks(launch.rank, launch.world_size, launch.local_rank)
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
     try:
-        yield Ranks(launch.rank, launch.world_size, launch.local_rank)
+        with lost_ranks_explained(), ending_alone():
+            yield ranks
     finally:
-        if launch.world_size > 1:
-            torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()

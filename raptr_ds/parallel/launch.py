@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,19 @@ def detect_launch() -> Launch:
         MASTER_PORT=str(found.master_port),
     )
     return found
+
+
+def is_first_rank_there(launch: Launch, seconds: float) -> bool:
+    """Wait until somebody listens at the run's address, as rank 0 does once its run file is read; else False."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((launch.master_addr, launch.master_port), timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return True
+    return False
 
 
 def use_gpu(index: int) -> None:

@@ -1,8 +1,10 @@
 """Which ranks of a run have started, and on which devices: checked before the first collective, which would hang."""
 
 import json
+import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -14,15 +16,20 @@ from raptr_ds.errors import AbsentRankError, ConfigError, LostRankError
 from raptr_ds.parallel.launch import Launch
 
 _KEY, _DONE = "raptr_ds/rank/{}", "raptr_ds/done/{}"
+_REFUSAL_TIMEOUT = timedelta(minutes=1)
 _TIMED_OUT = 0.9  # of a timeout: what fails sooner has not waited for it
 
 
 @dataclass(frozen=True)
 class RankDevice:
-    """What a rank trains on. gpu: its identity, the same for all processes on all machines; None for a CPU."""
+    """What a rank trains on. gpu: its identity, the same for all processes on all machines; None for a CPU.
+
+    refusal: why this rank cannot train at all; empty if it can.
+    """
 
     gpu: str | None
     has_nccl: bool
+    refusal: str = ""
 
     @staticmethod
     def of(device: torch.device) -> "RankDevice":
@@ -54,8 +61,23 @@ def call_roll(launch: Launch, device: RankDevice, timeout: timedelta) -> Store:
     return store
 
 
+def refuse(launch: Launch, reason: str) -> None:
+    """Answer the roll call with why this rank cannot train, and return when rank 0 has read it, or does not come.
+
+    Every rank's call_roll then ends with this reason, which rank 0 prints.
+    """
+    with suppress(dist.DistError, AbsentRankError):
+        store = _open_store(launch, _REFUSAL_TIMEOUT)
+        answer = RankDevice(gpu=None, has_nccl=False, refusal=f"on {socket.gethostname()}: {reason}")
+        store.set(_DONE.format(launch.rank), "")
+        store.set(_KEY.format(launch.rank), json.dumps(asdict(answer)))
+        store.wait([_DONE.format(0)], _REFUSAL_TIMEOUT)
+
+
 def device_problem(devices: Sequence[RankDevice]) -> str | None:
     """Return what is wrong with the devices of a run's ranks, and the alternative; None if nothing."""
+    if refusing := [rank for rank, device in enumerate(devices) if device.refusal]:
+        return f"ranks {listed(refusing)} of {len(devices)} cannot train; {devices[refusing[0]].refusal}"
     without_gpu = [rank for rank, device in enumerate(devices) if device.gpu is None]
     if len(without_gpu) == len(devices):
         return None

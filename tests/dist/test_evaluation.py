@@ -1,10 +1,12 @@
 """Evaluation on two processes: each computes a part of the requests, and the results are those of one."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raptr_ds.errors import DataError, Exit, RaptrError
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.parallel.launch import Launch
 from tests.dist.workers import run_distributed
@@ -33,6 +35,33 @@ def evaluated(launch: Launch, run: str, task_files: str) -> tuple[dict[str, Any]
         model = PrefixLM(loaded, batch_size=3, ranks=ranks, on_progress=count)
         outcomes = list(run_tasks(tasks, {"prefix": model}, (0, 2)))
     return as_json("", outcomes, {}), done
+
+
+def exchange_without(launch: Launch, ranks: tuple[int, ...]) -> None:
+    """Come together and exchange results, which these ranks cannot."""
+    from raptr_ds.evaluation.ranks import joined
+
+    with joined() as joint:
+        if launch.rank in ranks:
+            raise DataError(f"no text on rank {launch.rank}")
+        joint.merge({})
+
+
+def with_an_error_on(launch: Launch, ranks: tuple[int, ...]) -> tuple[str, Exit, bool]:
+    """Return the error that this rank ends with, its exit code, and whether this rank prints it."""
+    with pytest.raises(RaptrError) as caught:
+        exchange_without(launch, ranks)
+    if launch.rank == 0 and 0 not in ranks:
+        time.sleep(1)  # the store is this process's
+    return type(caught.value).__name__, caught.value.exit_code, caught.value.is_first
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1), (1, 2), (0, 1, 2)])
+def test_an_error_that_some_ranks_have_is_printed_by_one_of_them(ranks: tuple[int, ...]) -> None:
+    ended = run_distributed(with_an_error_on, 3, ranks)
+    for rank, (kind, code, _) in enumerate(ended):
+        assert (kind, code) == ("DataError" if rank in ranks else "LostRankError", Exit.USER_ERROR)
+    assert [rank for rank, (_, _, is_first) in enumerate(ended) if is_first] in [[rank] for rank in ranks]
 
 
 def test_the_table_is_that_of_one_process(tmp_path: Path) -> None:

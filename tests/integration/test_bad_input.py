@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 from functools import partial
 from io import FileIO
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from raptr_ds import pretrain
 from raptr_ds.data.loader import Loader
 from raptr_ds.parallel.launch import Launch
 from tests.integration.conftest import (
@@ -20,6 +22,7 @@ from tests.integration.conftest import (
     call,
     deepspeed_command,
     forked,
+    forked_ranks,
     plain_command,
     tiny_run,
 )
@@ -104,14 +107,39 @@ def test_too_few_sentinels(data_folder: Path, tmp_path: Path) -> None:
     assert "sentinels" in done.stderr
 
 
+def _wait_less_for_rank_0(launch: Launch) -> None:
+    pretrain._FIRST_RANK_SECONDS = 1.0  # launchers end the other ranks at once; here nothing does
+
+
 def test_one_rank_speaks_and_none_hangs(run_file: Path) -> None:
     """Both kinds of mistake: before the processes meet, and, through the launcher, after."""
-    world = forked(run_file, "raptr_ds.parallel.tensor_model_parallel_size=4", processes=2)
+    settings = "raptr_ds.parallel.tensor_model_parallel_size=4"
+    world = forked(run_file, settings, processes=2, spoil=_wait_less_for_rank_0)
     assert world.returncode == 2, world.stderr
     assert (world.stdout + world.stderr).count("raptr_ds: ConfigError") == 1
     data = call(deepspeed_command(run_file, "raptr_ds.data.path=/nowhere"))
     assert data.returncode == 2, data.stderr
     assert (data.stdout + data.stderr).count("raptr_ds: DataError") == 1
+
+
+def _miss_the_run_file(launch: Launch, ranks: tuple[int, ...]) -> None:
+    """Let the run file be away where these ranks are."""
+    load = pretrain.load_run_config
+    if launch.rank in ranks:
+        pretrain.load_run_config = lambda file, *others, **keys: load(Path("/nowhere", file.name), *others, **keys)
+
+
+@pytest.mark.parametrize(("ranks", "named"), [((1,), "ranks 1 of 2"), ((2, 3), "ranks 2, 3 of 4")])
+def test_a_run_file_that_some_nodes_lack_is_named_by_the_first_rank(
+    ranks: tuple[int, ...], named: str, run_file: Path
+) -> None:
+    processes = int(named[-1])
+    ended = forked_ranks(run_file, processes=processes, spoil=partial(_miss_the_run_file, ranks=ranks))
+    assert [rank.returncode for rank in ended] == [2] * processes
+    assert [rank.stderr.count("raptr_ds: ") for rank in ended] == [1] + [0] * (processes - 1)
+    assert (
+        f"{named} cannot train; on {socket.gethostname()}: run file /nowhere/run.json does not exist" in ended[0].stderr
+    )
 
 
 def _lose_tokens(launch: Launch, ranks: tuple[int, ...], split: str) -> None:
