@@ -19,6 +19,7 @@ from raptr_ds.checkpoint.reshard import num_real_elements
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
+from raptr_ds.json_text import parse_json
 
 FORMAT = 1
 CHUNK_BYTES = 64 << 20
@@ -81,7 +82,7 @@ class Manifest:
         continue from the checkpoint.
         """
         try:
-            content = json.loads(raw)
+            content = parse_json(raw)
             # The text is compared as well: white space, for example, is not covered by the checksum.
             is_intact = raw == _canonical(content) and content.pop("checksum") == checksum(_canonical(content))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

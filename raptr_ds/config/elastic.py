@@ -1,12 +1,12 @@
 """A run that is started again on another number of processes: its global batch stays, and what divides it follows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.config.batch import ACCUMULATION, GLOBAL, MICRO, BatchGeometry, divisors, given_sizes, solve_batch
 from raptr_ds.config.sections import ParallelSection
 from raptr_ds.errors import ConfigError
+from raptr_ds.json_text import parse_json
 
 
 def keep_global_batch(
@@ -65,7 +65,7 @@ def _batch_of(tree: dict[str, Any], ranks: int) -> BatchGeometry | None:
 def _batch_in(config: Path) -> tuple[int, int, int] | None:
     """Return the batch of a run's config.json, (global, micro, accumulation), None where it cannot be read."""
     try:
-        tree = json.loads(config.read_text(encoding="utf-8"))
+        tree = parse_json(config.read_text(encoding="utf-8"))
         return int(tree[GLOBAL]), int(tree[MICRO]), int(tree[ACCUMULATION])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None

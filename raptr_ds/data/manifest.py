@@ -1,12 +1,12 @@
 """The manifest of a data folder: what it was made of, and with which tokenizer."""
 
-import json
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.user_paths import is_folder
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ class Manifest:
         if not is_folder(folder):
             raise DataError(f"the data folder {folder} does not exist. {fix}")
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             content["splits"] = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
             content.setdefault("packages", [])  # absent in folders made by versions without --corpus
             return cls(**{field.name: content[field.name] for field in fields(cls)})
@@ -64,5 +64,5 @@ class Manifest:
             ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {fix} --overwrite") from error

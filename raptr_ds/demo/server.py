@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raptr_ds.errors import ConfigError, RaptrError
+from raptr_ds.json_text import parse_json
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a port in use is reported before
     from raptr_ds.demo.model import DemoModel
@@ -183,8 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":  # which other sites' pages cannot send
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request is not JSON")
         try:
-            asked = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
+            asked = parse_json(self.rfile.read(int(length)))
+        except ValueError as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from error
         if not isinstance(asked, dict):
             raise _RefusedError(HTTPStatus.BAD_REQUEST, "the request is not an object")

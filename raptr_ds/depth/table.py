@@ -14,6 +14,7 @@ from raptr_ds.depth.network import open_network
 from raptr_ds.depth.removal import DepthRow, remove_greedily
 from raptr_ds.depth.source import ModelSource
 from raptr_ds.errors import ConfigError, DataError, StorageError
+from raptr_ds.json_text import parse_json
 from raptr_ds.user_paths import PathError, is_file, write_error
 
 TABLE = "depth.json"
@@ -80,7 +81,7 @@ def read_table(file: Path, source: ModelSource) -> DepthTable | None:
     if not is_file(file):
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         rows = tuple(
             DepthRow(
                 tuple(map(int, row["layers"])), *(float(row[key]) for key in ("residual_scale", "loss", "exit_loss"))
@@ -92,7 +93,7 @@ def read_table(file: Path, source: ModelSource) -> DepthTable | None:
         )
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}. Check its permissions.") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is no table of depths ({type(error).__name__}: {error}). Remove it.") from error
     if table.digest != source.digest:
         return None

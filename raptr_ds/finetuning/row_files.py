@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.finetuning.task import Row
+from raptr_ds.json_text import parse_json
 from raptr_ds.user_paths import is_file, is_folder
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -53,8 +53,8 @@ def _objects(path: Path, text: str) -> Iterator[Row]:
 
 def _parsed(path: Path, text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path}{place} is not JSON: {error}.") from error
 
 

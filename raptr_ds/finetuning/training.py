@@ -1,6 +1,5 @@
 """One seed of a task on Hugging Face's Trainer: train, keep the best checkpoint, measure it."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from raptr_ds.finetuning.encoder import Encoder, load_for
 from raptr_ds.finetuning.features import Features
 from raptr_ds.finetuning.metrics import SCORE
 from raptr_ds.finetuning.task import Recipe, Task, TaskData
+from raptr_ds.json_text import parse_json
 
 MODEL = "model"
 _WARMUP = 0.06  # of all steps
@@ -163,8 +163,8 @@ def training_arguments(settings: Settings, seed: int, folder: Path) -> TrainingA
 def _deepspeed_options(file: Path) -> dict[str, Any]:
     """Return what a DeepSpeed configuration holds. Raises: ConfigError if it is no JSON object."""
     try:
-        options = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        options = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"--deepspeed {file} is not JSON ({error}). Name a DeepSpeed configuration.") from error
     if not isinstance(options, dict):
         raise ConfigError(

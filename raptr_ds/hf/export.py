@@ -1,6 +1,5 @@
 """A run or a checkpoint as a folder for transformers: weights, settings, tokenizer and model card."""
 
-import json
 import os
 import re
 import shutil
@@ -37,6 +36,7 @@ from raptr_ds.hf.source import (
 )
 from raptr_ds.hf.tokenizer import SAMPLE_TEXTS, check_same_ids
 from raptr_ds.hf.twins import twin_of
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.user_paths import exists, write_error
 
@@ -106,9 +106,9 @@ def check_exportable(file: Path) -> None:
     """
     try:
         text = sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")
-        config = json.loads(text)
+        config = parse_json(text)
         model, data = ModelSection(**config["raptr_ds"]["model"]), run_data_of(config)
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} is not the config.json of a run ({type(error).__name__}: {error}).") from error
     twin_of(model)
     tokenizer = Tokenizer.load(data.tokenizer)

@@ -5,7 +5,6 @@ transformers, which is optional, is imported for its tokenizer alone.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from raptr_ds.data.loader import folders_of
 from raptr_ds.data.manifest import TOKENIZER
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.errors import CheckpointError, ConfigError, DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.identity import IDENTITY, tokenizer_digest_in
 from raptr_ds.user_paths import is_file, is_folder
 
@@ -62,8 +62,8 @@ def exported_kind(where: Path) -> str | None:
     if not is_file(config):
         return None
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{config} cannot be read ({error}). Export the model again, or restore the file.") from error
     if not isinstance(content, dict) or "model_type" not in content:
         return None
@@ -91,10 +91,10 @@ def read_run_data(checkpoint: Path, needed: bool) -> RunData | None:
     """
     config = run_folder(checkpoint) / "config.json"
     try:
-        return run_data_of(json.loads(config.read_text(encoding="utf-8")))
+        return run_data_of(parse_json(config.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if not needed:
             return None
         if isinstance(error, OSError):

@@ -17,6 +17,7 @@ import numpy as np
 import raptr_ds
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.lab.file import Experiment
 from raptr_ds.lab.plan import Planner
 from raptr_ds.lab.runner import ComparisonProgress, command_of
@@ -179,13 +180,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not is_file(file):
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_text(encoding="utf-8"))
         contestants = ((one, _KEYS_OF_CONTESTANT) for one in record["contestants"])
         for node, keys in [(record, _KEYS), *contestants, *((run, _KEYS_OF_RUN) for run in record["runs"])]:
             if missing := [key for key in keys if key not in node]:
                 raise KeyError(", ".join(missing))
         return record
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{file} is damaged ({type(error).__name__}: {error}). Remove it and start the comparison again, which "
             "runs only what is missing, or restore it from a copy."

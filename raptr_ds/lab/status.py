@@ -11,6 +11,7 @@ import numpy as np
 
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
 from raptr_ds.config.differences import differences
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
 LOG = "log.txt"
@@ -71,7 +72,7 @@ def status_of(folder: Path, planned: Mapping[str, Any]) -> RunStatus:
     checkpoint_step = (step_of(found[0]) or 0) if found else 0
     changed, config = {}, folder / "config.json"
     if (last_step or checkpoint_step) and config.exists():
-        changed = differences(json.loads(config.read_text(encoding="utf-8")), planned, _IRRELEVANT)
+        changed = differences(parse_json(config.read_text(encoding="utf-8")), planned, _IRRELEVANT)
     words = tuple(f"{key}={old!r}, now {new!r}" for key, (old, new) in changed.items())
     return RunStatus(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, words)
 
@@ -88,7 +89,7 @@ class Outcome:
 def outcome_of(folder: Path) -> Outcome:
     """Return how the run in a folder ended; empty where it never ended, or a cluster ran it."""
     file = folder / OUTCOME
-    return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else Outcome()
+    return Outcome(**parse_json(file.read_text(encoding="utf-8"))) if file.exists() else Outcome()
 
 
 def add_start(folder: Path, exit_code: int, seconds: float) -> None:

@@ -1,11 +1,11 @@
 """How far methods are apart by the length of training: several comparisons of the same contestants, side by side."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.lab.comparison import Comparison
 from raptr_ds.lab.paired import PairedDifference, paired_difference
 
@@ -70,7 +70,7 @@ def _points(comparison: Comparison) -> Iterator[TrendPoint]:
 def _model(comparison: Comparison) -> str:
     file = comparison.of(comparison.contestants[0])[0].folder / "config.json"
     try:
-        model = json.loads(file.read_text(encoding="utf-8"))["raptr_ds"]["model"]
+        model = parse_json(file.read_text(encoding="utf-8"))["raptr_ds"]["model"]
         return f"{model['architecture']}, {model['num_layers']} layers of width {model['hidden_size']}"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(

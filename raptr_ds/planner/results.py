@@ -3,7 +3,6 @@
 It has comparisons as tools/experiment.py keeps them (--keep), and means alone of older ones as *.hjson.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.config.sections import ModelSection
+from raptr_ds.json_text import parse_json
 from raptr_ds.paths.cost import layer_parameters
 from raptr_ds.planner.law import Measured
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
@@ -39,7 +39,7 @@ def read_results(objective: str, folder: Path = RESULTS) -> list[Measured]:
                 tokens = run["steps"] * results["tokens_per_step"] / model["layer_parameters"]
                 measured.append(Measured(name, model["layer_parameters"], tokens, run["saving"], run["loss"]))
     for record in sorted(folder.glob("*/experiment.json")):
-        measured += _kept(record.parent, json.loads(record.read_text(encoding="utf-8")), objective)
+        measured += _kept(record.parent, parse_json(record.read_text(encoding="utf-8")), objective)
     return measured
 
 
@@ -53,7 +53,7 @@ def _kept(folder: Path, record: dict[str, Any], objective: str) -> Iterator[Meas
     if standard is None:
         return
     run = next(run for run in record["runs"] if run["contestant"] == standard)
-    config = json.loads((folder / run["folder"] / "config.json").read_text(encoding="utf-8"))
+    config = parse_json((folder / run["folder"] / "config.json").read_text(encoding="utf-8"))
     model = ModelSection.model_validate(config["raptr_ds"]["model"])
     if model.architecture != objective:
         return

@@ -1,6 +1,5 @@
 """Curves: a run's metrics.jsonl as columns of numbers."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.metrics_file import METRICS, STDERR, RunMetrics, read_metrics, score_names
 from raptr_ds.user_paths import is_file
 
@@ -202,10 +202,10 @@ def _model(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if is_file(config):
         try:
-            model = json.loads(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]
+            model = parse_json(config.read_text(encoding="utf-8"))["raptr_ds"]["model"]
             numbers = ("num_layers", "num_attention_heads") if "num_attention_heads" in model else ("num_layers",)
             return {**model, **{key: int(model[key]) for key in numbers}}
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{config} is damaged: raptr_ds.model.num_layers cannot be read ({type(error).__name__}: {error}). "
                 "Restore it, or move it away."

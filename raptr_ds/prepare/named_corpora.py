@@ -13,6 +13,7 @@ from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, DataError, nearest
+from raptr_ds.json_text import parse_json
 from raptr_ds.prepare import package_texts as texts
 from raptr_ds.prepare.corpus import DistinctParagraphs, Source, digest_of
 from raptr_ds.prepare.embedded import EmbeddedSource
@@ -130,7 +131,7 @@ class PackageSource:
         try:
             with self.path.open() as stream:
                 for line in stream:
-                    yield json.loads(line)
+                    yield parse_json(line)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.path}: {error}. Remove it: the same command makes it again.") from error
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.user_paths import writing
 
 RECORD = "package.json"
@@ -117,7 +118,7 @@ def _debian_members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
 def _cached(folder: Path) -> tuple[FetchedPackage, Path] | None:
     """Return the package in the cache; None if its file is not, or no longer, what was fetched."""
     try:
-        fetched = FetchedPackage(**json.loads((folder / RECORD).read_text()))
+        fetched = FetchedPackage(**parse_json((folder / RECORD).read_text()))
         file = folder / fetched.file
         return (fetched, file) if _sha256(file) == fetched.sha256 else None
     except (OSError, ValueError, TypeError):

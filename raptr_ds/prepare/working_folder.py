@@ -18,6 +18,7 @@ import numpy as np
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError, RaptrError
+from raptr_ds.json_text import parse_json
 from raptr_ds.prepare.index_writer import write_index
 from raptr_ds.user_paths import write_error, writing
 
@@ -93,7 +94,7 @@ def working_folder(output: Path, fingerprint: str, report: Callable[[str], None]
 def _continue_or_empty(work: WorkingFolder, report: Callable[[str], None]) -> None:
     """Take over what the journal records as done if it is from the same preparation; else empty the folder."""
     try:
-        journal = json.loads((work.path / JOURNAL).read_text())
+        journal = parse_json((work.path / JOURNAL).read_text())
         done = Done(**journal["done"])
         if journal["fingerprint"] == work.fingerprint:
             work.done = done

@@ -22,6 +22,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.user_paths import writing
 
@@ -69,8 +70,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     events = []
     for line in lines:
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line)
+        except ValueError:
             continue
         if isinstance(event, dict) and "event" in event:
             events.append(event)

@@ -30,6 +30,7 @@ from raptr_ds.checkpoint.read import read_manifest
 from raptr_ds.config.run import RunConfig
 from raptr_ds.config.sections import EvalSection, passes_multiple
 from raptr_ds.errors import RaptrError
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
@@ -287,10 +288,7 @@ def evaluation_words(section: EvalSection, what: str, *how: str) -> list[str]:
 
 def read_scores(file: Path) -> Scores:
     """Return the results in a file of tools/evaluate.py. Raises: ValueError if it has none; OSError."""
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
+    content: Any = parse_json(file.read_text(encoding="utf-8"))
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not results:
         raise ValueError("no results")

@@ -18,6 +18,7 @@ from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.lines_file import LinesFile
 from raptr_ds.user_paths import writing
 
@@ -171,8 +172,8 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

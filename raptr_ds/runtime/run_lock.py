@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, Exit
+from raptr_ds.json_text import parse_json
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.runtime.signals import exit_now
 from raptr_ds.user_paths import make_folder, writing
@@ -180,10 +181,10 @@ def _read(path: Path) -> tuple[Holder | None, str] | None:
     except FileNotFoundError:
         return None
     try:
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = parse_json(text)
         content.pop("beat")
         return Holder(**content), text
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None, text
 
 

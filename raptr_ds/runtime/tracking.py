@@ -19,6 +19,7 @@ from typing import Any
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.config.sections import LogSection
 from raptr_ds.errors import ConfigError
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.sinks import scalars_of
 
 TRACKING = "tracking_{}.json"
@@ -45,8 +46,8 @@ class Tracker(ABC):
         self.section, self.folder, self._where = section, folder, where
         self._file = folder / TRACKING.format(self.package)
         try:
-            known: Any = json.loads(self._file.read_text())
-        except (OSError, ValueError, RecursionError):
+            known: Any = parse_json(self._file.read_text())
+        except (OSError, ValueError):
             known = None
         is_known = is_resumed and isinstance(known, dict) and known.get("where") == where
         self.run_id: str | None = known.get("id") if is_known else None

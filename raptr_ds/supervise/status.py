@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from raptr_ds.errors import DataError, Exit
+from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.events import EVENTS, read_events
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics, task_words
 from raptr_ds.runtime.run_lock import LOCK, holder_in
@@ -194,8 +195,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "run."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}). Restore it: a start of the run writes it anew.") from error
     return content if isinstance(content, dict) else {}
 
@@ -204,7 +205,7 @@ def _newest_checkpoint(folder: Path, now: float) -> tuple[int | None, float | No
     """Return (step, age in seconds, share of FLOPs saved) of the newest checkpoint whose manifest can be read."""
     for step, manifest in complete_checkpoints(folder):
         try:
-            state = json.loads(manifest.read_bytes())["run_state"]
+            state = parse_json(manifest.read_bytes())["run_state"]
             age = now - manifest.stat().st_mtime
             saved = 1 - state["flops"] / state["full_flops"] if state.get("full_flops") else None
         except (OSError, ValueError, LookupError, TypeError):

@@ -114,11 +114,12 @@ def test_states(events: list[dict[str, Any]], lock_age: float | None, steps: int
     assert describe(status)[0].startswith(f"{folder}: {state}")
 
 
-def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(running: Path) -> None:
+@pytest.mark.parametrize("damage", ["no manifest", pytest.param("[" * 100_000, id="deep")])
+def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(damage: str, running: Path) -> None:
     for name in ("metrics.jsonl", "events.jsonl"):
         with (running / name).open("a") as stream:
             stream.write('{"step": 201, "lo')
-    touch(running / "checkpoints" / "step-00000180" / "manifest.json", "no manifest", 60)
+    touch(running / "checkpoints" / "step-00000180" / "manifest.json", damage, 60)
     (running / "run.lock").write_text('{"beat')
     status = status_of(running, NOW)
     assert (status.step, status.checkpoint_step, status.starts, status.state) == (200, 150, 2, "failed")
