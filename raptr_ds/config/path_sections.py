@@ -160,7 +160,8 @@ class ScheduledSection(PathSection):
     """raptr: path length of each phase, as `6-8-10-12`; the last is num_layers. Derived: 1/2, 2/3, 5/6 and all of L,
     `paper` by name. stacking: layers of the model in each phase; derived: 1/2, 3/4 and all, `gradual`. width: heads
     of each layer that run, of num_attention_heads; derived: `paper`. More names: `half` is 1/6, 1/4, 7/12 and all,
-    `late` 1/4 in four phases of five and all in the last, `doubling` 1/4, 1/2 and all."""
+    `late` 1/4 in four phases of five and all in the last, `one_expansion` one layer in four of five and all in the
+    last, `doubling` 1/4, 1/2 and all."""
     split: Split = "uniform"
     """Phases of equal length in steps (`uniform`), in proportion to their path length (`proportional`) or to a power of
     their number (`power:1` gives the third phase three times the steps of the first), or by their fractions of the

@@ -16,11 +16,13 @@ NAMED_SCHEDULES = {
     "paper": (6, 8, 10, 12),
     "half": (2, 3, 7, 12),
     "late": (3, 3, 3, 3, 12),
+    "one_expansion": (0, 0, 0, 0, 12),
     "gradual": (6, 9, 12),
     "doubling": (3, 6, 12),
 }
-"""Phases by name, in twelfths of the model: RaPTr's paper; half of its work, and paths that stay short until the last
-fifth (docs/results.md has what these are worth); gradual and progressive stacking."""
+"""Phases by name, in twelfths of the model, 0 for one layer: RaPTr's paper; half of its work, paths that stay short
+until the last fifth, and one layer until then (docs/results.md has what these are worth); gradual and progressive
+stacking."""
 
 
 def named_schedule(name: str, num_parts: int, least: int = 1) -> tuple[int, ...]:

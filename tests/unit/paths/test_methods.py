@@ -91,13 +91,21 @@ def test_a_path_does_not_depend_on_the_length_of_the_run_within_its_phase():
     assert raptr(num_steps=400).path_at(3).layers == raptr(num_steps=4000).path_at(3).layers
 
 
-@pytest.mark.parametrize("method", ["raptr", "stacking"])
+@pytest.mark.parametrize(
+    ("method", "name", "schedule"),
+    [("raptr", "late", "3-12"), ("stacking", "late", "3-12"), ("stacking", "one_expansion", "1-12")],
+)
 @pytest.mark.parametrize("num_steps", [1, 7, 100, 1584])
-def test_late_is_a_quarter_of_the_layers_for_four_fifths_of_the_steps(method, num_steps):
-    late = path_method(method, num_layers=12, num_steps=num_steps, schedule="late")
-    direct = path_method(method, num_layers=12, num_steps=num_steps, schedule="3-12", split=[0.8, 0.2])
+def test_schedules_that_leave_the_work_to_the_last_fifth(method, name, schedule, num_steps):
+    keys = {"growth_warmup_steps": 5} if method == "stacking" else {}
+    named = path_method(method, num_layers=12, num_steps=num_steps, schedule=name, **keys)
+    direct = path_method(method, num_layers=12, num_steps=num_steps, schedule=schedule, split=[0.8, 0.2], **keys)
     steps = range(num_steps)
-    assert [late.path_at(step).layers for step in steps] == [direct.path_at(step).layers for step in steps]
+    assert [named.path_at(step).layers for step in steps] == [direct.path_at(step).layers for step in steps]
+    assert [named.growth_at(step) for step in steps] == [direct.growth_at(step) for step in steps]
+    assert [named.learning_rate_factor_at(step) for step in steps] == [
+        direct.learning_rate_factor_at(step) for step in steps
+    ]
 
 
 def test_uniform_draw_gives_every_subset_the_same_chance():
