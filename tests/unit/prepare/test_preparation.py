@@ -234,6 +234,16 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, sources: list[FileSource]
         assert not output.exists()
 
 
+def test_a_refusal_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    """It may be a link or a mount, which cannot be removed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for output in (tmp_path / "link", tmp_path / "there"):
+        with pytest.raises(DataError, match="no text"):
+            Preparation([TextSource([])], output, SMALL, report=quiet).run()
+        assert list(output.iterdir()) == []
+
+
 def test_an_external_tokenizer_is_kept(data_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     settings = PreparationSettings(tokenizer_path=str(data_folder / "tokenizer.model"))
     manifest = Preparation([TextSource([made_up_text(3, 50)])], tmp_path / "data", settings, report=quiet).run()
