@@ -14,7 +14,7 @@ import pytest
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.corpus import DatasetSource, FileSource
 from raptr_ds.prepare.embedded import EmbeddedSource, documents_of_module
-from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions
+from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions, parse_row
 
 SKIP = ReadingOptions(on_bad_text="skip")
 
@@ -57,6 +57,20 @@ def test_bad_text_is_refused_or_counted(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}.*not UTF-8.*--on-bad-text skip"):
         read(path)
     assert read(path, SKIP) == ([], {"not UTF-8 text": 1})
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_place_of_bad_text_is_where_it_is(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(mark + b"x" * 9 + b"\n\nabc\xe9d\n")
+    for document, place in [("file", len(mark) + 14), ("paragraph", 3), ("line", 3)]:
+        number = {"file": "", "paragraph": r" \(paragraph 2\)", "line": r" \(line 3\)"}[document]
+        with pytest.raises(DataError, match=rf"a\.txt{number}: not UTF-8 text \(byte 0xe9 at {place}\)"):
+            read(path, ReadingOptions(document))  # type: ignore[arg-type]
+    path.write_bytes(mark + (b"x" * 999 + b"\n") * 5000 + b"\xe9")  # more than one document
+    with pytest.raises(DataError, match=rf"\(byte 0xe9 at {len(mark) + 5_000_000}\)"):
+        read(path)
+    assert parse_row(mark + b'{"a": "\xe9"}') == f"not UTF-8 text (byte 0xe9 at {len(mark) + 7})"
 
 
 def test_jsonl(tmp_path: Path) -> None:
