@@ -43,7 +43,15 @@ def given_path(text: str) -> Path:
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what to read, and how."""
     corpus = parser.add_argument_group("what to read (at least one)")
-    corpus.add_argument("--input", nargs="+", default=[], type=given_path, metavar="PATH", help="files or folders")
+    corpus.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=given_path,
+        metavar="PATH",
+        help="files or folders",
+    )
     corpus.add_argument(
         "--dataset",
         type=given_text,
@@ -63,6 +71,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--corpus",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME",
         help=f"public corpora, paragraphs that repeat left out: {names}",

@@ -119,6 +119,15 @@ def test_train_tokenizer_refuses_an_output_before_it_trains(
     assert re.search(message, refusal("train_tokenizer", monkeypatch, capsys, *given))
 
 
+def test_an_option_that_is_given_again_adds_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+    parser = argparse.ArgumentParser()
+    importlib.import_module("prepare_data").add_corpus_arguments(parser)
+    given = parser.parse_args("--input a b --corpus film-reviews --input c --corpus embedded".split())
+    assert given.input == [Path("a"), Path("b"), Path("c")]
+    assert given.corpus == ["film-reviews", "embedded"]
+
+
 def test_a_pipe_is_refused_with_what_to_do(folder: Path) -> None:
     """`--input <(zcat ...)`: the shell gives the command a path such as /dev/fd/63."""
     (folder / "text.txt.gz").write_bytes(gzip.compress((folder / "text.txt").read_bytes()))
