@@ -2,9 +2,6 @@
 
 import errno
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from raptr_ds.paths import LayerPath
 from raptr_ds.prepare.index_writer import write_index
 from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
 from tests.foreign_models import UNUSUAL
+from tests.full_disk import largest_file
 
 ROOT = Path(__file__).parents[3]
 ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
@@ -263,17 +261,6 @@ def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Tool) ->
     (run.parent / "file").write_text("")
     assert is_refused(export(run, run.parent / "file"), "cannot be written")
     assert is_refused(export(run, run.parent / "file" / "out"), "cannot be written")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let this process write files of at most so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @ONLY_BPE
