@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raptr_ds.config.sections import ModelSection
@@ -117,7 +118,15 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
         _check_frequencies(theirs)
     settings["attention_dropout"] = settings["attention_dropout"] or 0.0  # Llama's may be None
     settings["position_embedding"] = twin.requires["position_embedding"]
-    return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
+    try:
+        return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
+    except ValidationError as error:
+        found = error.errors()[0]
+        ours = str(found["loc"][0])
+        raise ConfigError(
+            f"a {kind} with {twin.settings.get(ours, ours)}={settings[ours]} cannot be imported: raptr_ds.model.{ours} "
+            f"{found['msg'].lower().replace('input ', '')}. Change it in config.json."
+        ) from error
 
 
 def _check_frequencies(esm: Any) -> None:
