@@ -5,6 +5,7 @@ import gzip
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from raptr_ds.config.overrides import apply_overrides
 from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
 from tests.made_up_text import made_up_text
@@ -123,7 +125,7 @@ def test_an_option_that_is_given_again_adds_to_itself(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(TOOLS)
     parser = argparse.ArgumentParser()
     importlib.import_module("prepare_data").add_corpus_arguments(parser)
-    given = parser.parse_args("--input a b --corpus film-reviews --input c --corpus embedded".split())
+    given = parser.parse_args(["--input", "a", "b", "--corpus", "film-reviews", "--input", "c", "--corpus", "embedded"])
     assert given.input == [Path("a"), Path("b"), Path("c")]
     assert given.corpus == ["film-reviews", "embedded"]
 
@@ -136,6 +138,13 @@ def test_a_pipe_is_refused_with_what_to_do(folder: Path) -> None:
     assert done.returncode == Exit.USER_ERROR
     assert "Write its content to a file" in done.stderr
     assert "does not exist" not in done.stderr
+
+
+def test_the_printed_setting_leads_to_a_folder_named_by_a_number(folder: Path) -> None:
+    command = [sys.executable, TOOLS / "prepare_data.py", "--input", ".", "--output", "2024", "--sentinels", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    words = shlex.split(done.stdout.splitlines()[-1].removeprefix("train on it with --set "))
+    assert apply_overrides({}, words)[0] == {"raptr_ds": {"data": {"path": "2024"}}}
 
 
 def test_names_that_are_not_utf8_are_read_written_and_printed(folder: Path) -> None:
