@@ -4,7 +4,6 @@ The journal records how long the token files were when it was written. After an 
 and the rest is done again, so that the finished files are the same as without the interruption.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError, RaptrError
 from raptr_ds.json_text import parse_json
 from raptr_ds.prepare.index_writer import write_index
-from raptr_ds.user_paths import exists, write_error, writing
+from raptr_ds.user_paths import exists, take_lock, write_error, writing
 
 WORK = ".prepare"
 LOCK = ".lock"
@@ -71,14 +70,10 @@ def working_folder(output: Path, fingerprint: str, report: Callable[[str], None]
     path, is_new = output / WORK, not exists(output)
     with writing(output, _FIX):
         path.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another process is preparing {output}. Wait for it or choose another --output."
-            ) from error
+        file = (output / LOCK).open("w")
+    with file:
+        if not take_lock(file, output):
+            raise DataError(f"another process is preparing {output}. Wait for it or choose another --output.")
         work = WorkingFolder(path, fingerprint)
         try:
             _continue_or_empty(work, report)
