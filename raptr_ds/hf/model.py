@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from raptr_ds.config.parse_sections import first_cause
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.data.tokenizer import Tokenizer
@@ -120,12 +120,11 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
     settings["position_embedding"] = twin.requires["position_embedding"]
     try:
         return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
-    except ValidationError as error:
-        found = error.errors()[0]
-        ours = str(found["loc"][0])
+    except ValueError as error:
+        ours, rule = first_cause(error)
         raise ConfigError(
             f"a {kind} with {twin.settings.get(ours, ours)}={settings[ours]} cannot be imported: raptr_ds.model.{ours} "
-            f"{found['msg'].lower().replace('input ', '')}. Change it in config.json."
+            f"{rule}. Change it in config.json."
         ) from error
 
 
