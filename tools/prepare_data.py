@@ -7,7 +7,6 @@ finished work.
 """
 
 import argparse
-import os
 import shlex
 import time
 from pathlib import Path
@@ -194,7 +193,9 @@ def main() -> None:
         metavar="MODEL",
         help="use this sentencepiece model instead of training one; special tokens that it lacks are added at its end",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
+    parser.add_argument(
+        "--workers", type=int, default=_command_line.processors(), metavar="N", help="default: one for each processor"
+    )
     parser.add_argument(
         "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"
     )

@@ -104,6 +104,30 @@ def test_prepare_data_refuses(
     assert [path.name for path in folder.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize("tool", ["prepare_data", "train_tokenizer"])
+def test_no_more_workers_than_processors_that_may_be_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    """A job has a few of a large machine's."""
+    module: ModuleType = importlib.import_module(tool)
+    found: list[int] = []
+
+    def stop(arguments: argparse.Namespace, workers: int, console: object) -> None:
+        found.append(workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "corpus_sources", stop)
+    monkeypatch.setattr(sys, "argv", [tool, "--input", "text.txt", "--output", "out"])
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert found == [1]
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
