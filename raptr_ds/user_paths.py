@@ -5,11 +5,13 @@ a name that is too long, and one with a NUL byte. Every path from a run file or 
 """
 
 import errno
+import fcntl
 import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from raptr_ds.errors import Exit, RaptrError, StorageError
 
@@ -93,6 +95,22 @@ def make_folder(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         raise path_error(folder, error) from error
+
+
+def take_lock(file: IO, folder: Path) -> bool:
+    """Lock an open file of a folder for this process, and those that inherit it; return False if another has the lock.
+
+    Raises: PathError if the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # as of Lustre mounted without flock, and of NFS without its lock service
+        raise PathError(
+            f"{_printable(folder)} cannot be locked: {error.strerror or error}. Name a folder on another file system."
+        ) from error
+    return True
 
 
 @contextmanager

@@ -18,6 +18,11 @@ def package_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "raptr_ds" / "corpora"
 
 
+def processors() -> int:
+    """Return how many processors this process may use: of a shared machine, those of its job."""
+    return len(os.sched_getaffinity(0))
+
+
 def quiet_transformers() -> None:
     """Keep the warnings and progress bars of transformers off the screen."""
     from transformers.utils import logging

@@ -142,7 +142,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--compile-others", action="store_true", help="compile Hugging Face's model too")
     parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="instead of prepared data")
-    parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="also measured: TP2, PP2, TP2PP2")
+    parser.add_argument(
+        "--layouts", nargs="+", action="extend", default=[], metavar="LAYOUT", help="also measured: TP2, PP2, TP2PP2"
+    )
     parser.add_argument("--text", type=Path, help="a JSONL file to tokenize and index, against megatron's recipe")
     parser.add_argument("--tokenizer", type=Path, help="for --text (default: that of the run's data)")
     parser.add_argument("--output", type=Path, help="also write the report to this file")

@@ -53,10 +53,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", metavar="N|LIST|best:N", help="a shallower model: see above (default: all layers)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="held-out text for best (default: the run's own)")
-    parser.add_argument(
-        "--sequences", type=int, metavar="N", default=SEQUENCES, help=f"of that text (default {SEQUENCES})"
-    )
+    parser.add_argument("--sequences", type=int, metavar="N", help=f"of that text (default {SEQUENCES})")
     arguments = parser.parse_args()
+    choice = None if arguments.layers is None else parse_layers(arguments.layers)
+    for option in ("data", "sequences"):
+        if getattr(arguments, option) is not None and not (choice and choice.is_best):
+            parser.error(f"--{option} is about the held-out text that --layers best measures. Leave it out.")
     _command_line.quiet_transformers()
     if arguments.check:
         check_exportable(arguments.source)
@@ -65,7 +67,6 @@ def main() -> None:
     if arguments.output is None:
         parser.error("the following arguments are required: OUTPUT")
     dtype = DTYPES[arguments.precision]
-    choice = None if arguments.layers is None else parse_layers(arguments.layers)
     done = export(
         arguments.source,
         arguments.output,
@@ -91,7 +92,8 @@ def choose(arguments: argparse.Namespace, choice: LayerChoice, trained: TrainedM
     source = source_of(trained, tokenizer, arguments.source)
 
     def best(depth: int) -> DepthRow:
-        held_out = read_held_out(source, arguments.data, arguments.sequences)
+        sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
+        held_out = read_held_out(source, arguments.data, sequences)
         return depth_table(source, held_out)[0].row(depth)
 
     return choice.kept(source, best)

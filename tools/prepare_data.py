@@ -7,7 +7,6 @@ finished work.
 """
 
 import argparse
-import os
 import shlex
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import _command_line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from raptr_ds.config.overrides import written_text
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError
 from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, total_size_bytes
@@ -43,7 +43,15 @@ def given_path(text: str) -> Path:
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what to read, and how."""
     corpus = parser.add_argument_group("what to read (at least one)")
-    corpus.add_argument("--input", nargs="+", default=[], type=given_path, metavar="PATH", help="files or folders")
+    corpus.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=given_path,
+        metavar="PATH",
+        help="files or folders",
+    )
     corpus.add_argument(
         "--dataset",
         type=given_text,
@@ -63,6 +71,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--corpus",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME",
         help=f"public corpora, paragraphs that repeat left out: {names}",
@@ -170,7 +179,7 @@ def print_counts(manifest: Manifest, output: Path, console: Console) -> None:
         console.print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     for reason, count in manifest.skipped.items():
         console.print(f"  skipped: {count:,} {reason}")
-    console.print(f"train on it with --set {shlex.quote(f'raptr_ds.data.path={output}')}")
+    console.print(f"train on it with --set {shlex.quote(f'raptr_ds.data.path={written_text(str(output))}')}")
 
 
 def main() -> None:
@@ -184,7 +193,9 @@ def main() -> None:
         metavar="MODEL",
         help="use this sentencepiece model instead of training one; special tokens that it lacks are added at its end",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all processors")
+    parser.add_argument(
+        "--workers", type=int, default=_command_line.processors(), metavar="N", help="default: one for each processor"
+    )
     parser.add_argument(
         "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"
     )

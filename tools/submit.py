@@ -69,6 +69,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--array",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=V1,V2",
         help="a run for each combination of values, or a file with the settings of a run in each line; each has a "

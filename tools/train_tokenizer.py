@@ -5,7 +5,6 @@ option --tokenizer names.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -43,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     settings = tokenizer_settings(arguments)
-    sources = corpus_sources(arguments, os.cpu_count() or 1, console)
+    sources = corpus_sources(arguments, _command_line.processors(), console)
     check_output(arguments.output)
     begin = time.monotonic()
     tokenizer = train_tokenizer(sources, settings)

@@ -19,7 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", nargs="+", type=Path, metavar="COMPARISON", help="a comparison's folder")
     parser.add_argument(
-        "--contestants", nargs="+", metavar="NAME", help="these alone, beside each comparison's first (default: all)"
+        "--contestants",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="these alone, beside each comparison's first (default: all)",
     )
     parser.add_argument("--output", type=Path, default=Path("trend.png"), metavar="FILE.png", help="default: trend.png")
     arguments = parser.parse_args()

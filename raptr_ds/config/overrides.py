@@ -51,6 +51,15 @@ def parse_value(text: str, key: str = "value") -> Any:
     return value
 
 
+def written_text(text: str) -> str:
+    """Return what `parse_value` reads as this text: itself, or in quotes where it would be read as something else."""
+    try:
+        is_read = parse_value(text.strip()) == text
+    except ConfigError:
+        is_read = text[:1] not in {"[", "{"}  # what no run file may hold is refused in quotes, too
+    return text if is_read else json.dumps(text, ensure_ascii=False)
+
+
 def is_touched(dotted: str, touched: Iterable[str]) -> bool:
     """Return whether overrides set the value at a dotted key or anything below it."""
     return any(key == dotted or key.startswith(f"{dotted}.") for key in touched)

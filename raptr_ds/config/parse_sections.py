@@ -75,6 +75,13 @@ def causes(error: ValidationError) -> list[ErrorDetails]:
     return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in wrong]
 
 
+def first_cause(error: ValueError) -> tuple[str, str]:
+    """Return the key of a section that could not be made, and what its value should be."""
+    assert isinstance(error, ValidationError)
+    detail = causes(error)[0]
+    return str(detail["loc"][0]), detail["msg"].removeprefix("Input ")
+
+
 def _misplaced(names: Iterable[str]) -> set[str]:
     """Return the sections and keys that unknown names may stand for: none of them is reported as missing too."""
     parts = {part for name in names for part in name.split(".")}

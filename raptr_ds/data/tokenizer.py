@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
 
 PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
@@ -73,8 +74,8 @@ class Tokenizer:
         return cls(read_model_file(path), str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the model to a file."""
-        Path(path).write_bytes(self.model)
+        """Write the model to a file, or replace it at once."""
+        write_atomically(Path(path), self.model)
 
     @cached_property
     def sentinel_ids(self) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The tasks of one command, each over several seeds in a folder: what is finished stays, the best model is kept."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from raptr_ds.finetuning.metrics import SCORE, measure
 from raptr_ds.finetuning.task import Examples, Task
 from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, is_first, join, train_seed, wait_for_all
 from raptr_ds.json_text import parse_json
-from raptr_ds.user_paths import exists, is_file, make_folder, write_error
+from raptr_ds.user_paths import exists, is_file, make_folder, take_lock, write_error
 
 BEST = "best"
 RESULTS = "results.json"
@@ -188,13 +187,11 @@ def claimed(folder: Path) -> Iterator[None]:
     """Lock a folder for this process. Raises: ConfigError if another one works there."""
     make_folder(folder)
     try:
-        with (folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        with (folder / ".lock").open("w") as file:
+            if not take_lock(file, folder):
                 raise ConfigError(
                     f"another finetune.py works in {folder}. Wait for it, or name another folder with --output."
-                ) from error
+                )
             yield
     except PermissionError as error:
         raise write_error(folder, error, _FIX) from error

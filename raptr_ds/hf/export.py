@@ -43,6 +43,8 @@ from raptr_ds.user_paths import exists, write_error
 _COMPARED_DOCUMENTS = 300  # of each data folder, and of each document the beginning
 _COMPARED_TOKENS = 1000
 CARD = "README.md"
+_MARKS = ("config.json", CARD, "model.safetensors", "model.safetensors.index.json")  # of a folder that holds a model
+_UNFINISHED = ".unfinished"
 LARGEST_SHARD = "50GB"  # transformers' own default
 _SIZE = re.compile(r"\s*(\d+(\.\d+)?)\s*[KMGT]B\s*", re.IGNORECASE)
 
@@ -75,7 +77,7 @@ def export(
     what cannot be written.
     """
     _check_size(max_shard_size)
-    for name in ("config.json", CARD):
+    for name in _MARKS:
         if exists(output / name):
             raise ConfigError(f"{output} holds a {name} already, which is not overwritten. Name another folder.")
     trained = load_model(source)
@@ -159,16 +161,27 @@ def _write(
     exported: PreTrainedTokenizerFast | None,
     card: str,
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None and exported is not None:
-        tokenizer.save(output / TOKENIZER)
-        exported.save_pretrained(output)
-    model.save_pretrained(output, max_shard_size=max_shard_size)
-    for weights in output.glob("*.safetensors"):  # which safetensors lets nobody else read
-        shutil.copymode(output / "config.json", weights)
-    (output / CARD).write_text(card, encoding="utf-8")
-    for file in output.iterdir():  # so that a crash of the machine leaves no half of a model
-        if file.is_file():
+    """Write the files into a folder inside the output, and move them out once they are complete and on the disk.
+
+    What is left of a write that fails, or is interrupted, does not stand in the way of the next.
+    """
+    unfinished = output / _UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # which a killed export has left
+    unfinished.mkdir(parents=True)
+    try:
+        if tokenizer is not None and exported is not None:
+            tokenizer.save(unfinished / TOKENIZER)
+            exported.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        for weights in unfinished.glob("*.safetensors"):  # which safetensors lets nobody else read
+            shutil.copymode(unfinished / "config.json", weights)
+        (unfinished / CARD).write_text(card, encoding="utf-8")
+        files = sorted(unfinished.iterdir(), key=lambda file: file.name in _MARKS)  # these last
+        for file in files:
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+        for file in files:
+            file.replace(output / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     sync_folder(output)

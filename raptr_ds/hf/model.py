@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from raptr_ds.config.parse_sections import first_cause
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import MicroBatch
 from raptr_ds.data.tokenizer import Tokenizer
@@ -117,7 +118,14 @@ def _section_of(theirs: PreTrainedModel) -> ModelSection:
         _check_frequencies(theirs)
     settings["attention_dropout"] = settings["attention_dropout"] or 0.0  # Llama's may be None
     settings["position_embedding"] = twin.requires["position_embedding"]
-    return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
+    try:
+        return ModelSection(architecture="ul2" if twin is LLAMA else "bert", **settings)
+    except ValueError as error:
+        ours, rule = first_cause(error)
+        raise ConfigError(
+            f"a {kind} with {twin.settings.get(ours, ours)}={settings[ours]} cannot be imported: raptr_ds.model.{ours} "
+            f"{rule}. Change it in config.json."
+        ) from error
 
 
 def _check_frequencies(esm: Any) -> None:

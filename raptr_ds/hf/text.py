@@ -61,10 +61,13 @@ class TextStream:
         text = self._decode(tokens)
         if not is_complete:
             text = text.rstrip(_INCOMPLETE)
-        if not text.startswith(self._shown):
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, self._shown, strict=False)))
+        # A byte of no character makes _INCOMPLETE of each byte beside it, of those of characters shown already, too.
+        spoilt = len(self._shown[kept:].encode())
+        if text[kept : kept + spoilt] != _INCOMPLETE * spoilt:
             return ""
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        self._shown = text
+        return text[kept + spoilt :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         modes = mode_ids(self._tokenizer).values()

@@ -1,7 +1,6 @@
 """Running a comparison: the unfinished runs one after another, each by the documented command in its own folder."""
 
 import ctypes
-import fcntl
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.lab.plan import PlannedRun, Planner, Share, choose_rate
 from raptr_ds.lab.status import LOG, add_start, last_log_lines, outcome_of, status_of
 from raptr_ds.parallel.launch import free_port
+from raptr_ds.user_paths import take_lock
 
 REPOSITORY = Path(raptr_ds.__file__).resolve().parents[1]
 _STOP_SECONDS = 120.0  # for a run that is asked to stop: its step, and a checkpoint
@@ -148,18 +148,16 @@ def claimed(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
     Raises: ConfigError if the folder stays locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w") as file:
         for second in range(round(_STOP_SECONDS) + 1):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if take_lock(file, folder):
                 break
-            except BlockingIOError:
-                if second == 0:
-                    say(f"{folder} is in use: waiting for it")
-                time.sleep(1.0)
+            if second == 0:
+                say(f"{folder} is in use: waiting for it")
+            time.sleep(1.0)
         else:
             raise ConfigError(f"{folder} is in use by another experiment.py. Wait for it, or set another output.")
-        yield lock.fileno()
+        yield file.fileno()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from raptr_ds.errors import DataError
 from raptr_ds.prepare.readers import ReadingCounts, ReadingOptions, documents_of_file, texts_of_rows
-from raptr_ds.user_paths import path_error
+from raptr_ds.user_paths import is_file, is_folder, path_error
 
 SHORTEST = 40  # characters of a paragraph that may not be repeated
 
@@ -94,8 +94,12 @@ class DatasetSource(Source):
         yield from texts_of_rows(rows, self.name, self.options, counts)
 
     def fingerprint(self) -> str:
-        """Digest of name, configuration, split and options; changes on the hub are not noticed."""
-        return digest_of(self.dataset, self.config or "", self.split, repr(self.options))
+        """Digest of name, configuration, split and options, and of the names, sizes and modification times of a
+        folder's files; changes on the hub are not noticed."""
+        folder = Path(self.dataset)
+        names = sorted(path for path in folder.rglob("*") if is_file(path)) if is_folder(folder) else []
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in names]
+        return digest_of(self.dataset, self.config or "", self.split, repr(self.options), *files)
 
     def _rows(self) -> Iterator[Any]:
         try:

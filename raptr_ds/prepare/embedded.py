@@ -73,11 +73,11 @@ class EmbeddedSource(Source):
 
 
 def _python_files(root: Path) -> list[Path]:
-    """Return the Python files under `root`, sorted; those in LEFT_OUT are not entered."""
+    """Return the Python files under `root`, sorted; links to nothing are none, and LEFT_OUT is not entered."""
     found: list[Path] = []
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if name not in LEFT_OUT]
-        found += [Path(folder, file) for file in files if file.endswith(".py")]
+        found += [path for file in files if file.endswith(".py") and (path := Path(folder, file)).is_file()]
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 

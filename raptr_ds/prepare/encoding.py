@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,22 +75,14 @@ def encoded_batches(
         for batch in itertools.chain(head, batches):
             yield encode_batch(tokenizer, batch, validation_fraction)
         return
-    pool = worker_pool(workers, _load_tokenizer, tokenizer.model, validation_fraction)
     running: deque[Future[EncodedBatch]] = deque()
-    try:
+    with worker_pool(workers, _load_tokenizer, tokenizer.model, validation_fraction) as pool:
         for batch in itertools.chain(head, batches):
             running.append(pool.submit(_encode_in_worker, batch))
             if len(running) >= 4 * workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, most likely because memory ran out. Run the same command again with fewer "
-            "--workers: it continues where it stopped."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker: tuple[Tokenizer, float] | None = None
@@ -107,13 +100,25 @@ def _encode_in_worker(documents: list[str]) -> EncodedBatch:
     return encode_batch(tokenizer, documents, validation_fraction)
 
 
-def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """Return a pool of processes that ignore interrupts and end with their parent; each runs initializer(*arguments).
+@contextmanager
+def worker_pool(
+    workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of processes that ignore interrupts and end with their parent; each runs initializer(*arguments).
 
     Processes are spawned: the parent has threads (progress bar, sentencepiece), which a fork would not copy.
+    Raises: DataError if one dies.
     """
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _begin, (initializer, arguments))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (initializer, arguments))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most likely because memory ran out. Run the same command again with fewer "
+            "--workers: it continues where it stopped."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ complete. After an interruption the same command continues where the journal in 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -156,7 +157,7 @@ class Preparation:
         done.splits = writer.finish(self.settings.min_validation_tokens)
 
     def _finish(self, work: WorkingFolder, tokenizer: Tokenizer, fingerprint: str) -> Manifest:
-        """Move the finished files into the folder, the manifest last."""
+        """Move the finished files, once they are on the disk, into the folder, the manifest last."""
         done = work.done
         manifest = Manifest(
             format=FORMAT,
@@ -175,6 +176,8 @@ class Preparation:
         )
         (self.output / MANIFEST).unlink(missing_ok=True)
         for name in (TOKENIZER, *(f"{split}.{suffix}" for split in done.splits for suffix in ("bin", "idx"))):
+            with (work.path / name).open("rb") as written:
+                os.fsync(written.fileno())
             (work.path / name).replace(self.output / name)
         write_atomically(self.output / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
         return manifest

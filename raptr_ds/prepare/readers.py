@@ -101,15 +101,22 @@ def documents_of_file(path: Path, options: ReadingOptions, counts: ReadingCounts
 
 
 def _read_text(path: Path, options: ReadingOptions, counts: ReadingCounts) -> Iterator[str]:
-    for number, block in enumerate(_blocks(path, options.document)):
+    is_file, begin = options.document == "file", 0
+    for number, block in enumerate(_blocks(path, options.document), start=1):
         try:
-            text = block.decode("utf-8-sig" if number == 0 else "utf-8")
+            text = block.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            where = f"{path} ({options.document} {number})" if options.document != "file" else str(path)
-            problem = f"not UTF-8 text (byte 0x{block[error.start]:02x} at {error.start})"
-            counts.bad_text(options, where, problem, error)
-            continue
-        yield text.replace("\r\n", "\n").strip("\n")
+            where = str(path) if is_file else f"{path} ({options.document} {number})"
+            counts.bad_text(options, where, _not_utf8(error, block, begin), error)
+        else:
+            yield text.replace("\r\n", "\n").strip("\n")
+        begin += len(block) if is_file else 0  # of one document the file's bytes are counted, else the document's
+
+
+def _not_utf8(error: UnicodeDecodeError, content: bytes, begin: int = 0) -> str:
+    """Return what is wrong with content, whose first byte is number `begin`, that is not UTF-8."""
+    place = error.start + len(content) - len(error.object)  # a mark at the beginning is not in error.object
+    return f"not UTF-8 text (byte 0x{content[place]:02x} at {begin + place})"
 
 
 def _blocks(path: Path, document: str) -> Iterator[bytes]:
@@ -150,7 +157,7 @@ def parse_row(line: bytes) -> dict[str, Any] | str:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=JsonObject)
     except UnicodeDecodeError as error:
-        return f"not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start})"
+        return _not_utf8(error, line)
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
     except RecursionError:

@@ -4,7 +4,6 @@ The journal records how long the token files were when it was written. After an 
 and the rest is done again, so that the finished files are the same as without the interruption.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError, RaptrError
 from raptr_ds.json_text import parse_json
 from raptr_ds.prepare.index_writer import write_index
-from raptr_ds.user_paths import write_error, writing
+from raptr_ds.user_paths import exists, take_lock, write_error, writing
 
 WORK = ".prepare"
 LOCK = ".lock"
@@ -64,20 +63,17 @@ def working_folder(output: Path, fingerprint: str, report: Callable[[str], None]
     """Yield the working folder in `output`, emptied unless it belongs to the same preparation; remove it at the end.
 
     After an interruption it stays, for the same command to continue; after a user's error only if text was encoded.
+    Without that `output` goes too, if it was made here and nothing else is in it.
     report: prints a line where the work of another preparation is thrown away.
     Raises: DataError if another process is using it; PathError or StorageError if it cannot be written.
     """
-    path = output / WORK
+    path, is_new = output / WORK, not exists(output)
     with writing(output, _FIX):
         path.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another process is preparing {output}. Wait for it or choose another --output."
-            ) from error
+        file = (output / LOCK).open("w")
+    with file:
+        if not take_lock(file, output):
+            raise DataError(f"another process is preparing {output}. Wait for it or choose another --output.")
         work = WorkingFolder(path, fingerprint)
         try:
             _continue_or_empty(work, report)
@@ -87,6 +83,8 @@ def working_folder(output: Path, fingerprint: str, report: Callable[[str], None]
         except RaptrError:
             if not work.done.sizes:
                 _remove(output)
+                if is_new and not any(output.iterdir()):
+                    output.rmdir()
             raise
         _remove(output)
 
@@ -112,11 +110,9 @@ def _continue_or_empty(work: WorkingFolder, report: Callable[[str], None]) -> No
 
 
 def _remove(output: Path) -> None:
-    """Remove the working folder and the lock, and the output folder too if nothing else is in it."""
+    """Remove the working folder and the lock."""
     shutil.rmtree(output / WORK)
     (output / LOCK).unlink()
-    if not any(output.iterdir()):
-        output.rmdir()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What is at a path that a user names: an answer, or one error with the path and the reason."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.data.loader import are_prepared
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import Exit, StorageError
+from raptr_ds.finetuning import jobs
 from raptr_ds.hf.export import export
+from raptr_ds.lab import runner
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
+from raptr_ds.prepare.working_folder import working_folder
 from raptr_ds.theory.transitions import transitions_of
 from raptr_ds.user_paths import PathError, exists, is_file, is_folder, write_error
 from tests.unprivileged import closed
@@ -30,6 +35,29 @@ def closed_folder(tmp_path: Path) -> Iterator[Path]:
     (folder / "run.json").write_text("{}")
     with closed(folder):
         yield folder
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda folder: working_folder(folder, "", print),
+        lambda folder: runner.claimed(folder, print),
+        jobs.claimed,
+    ],
+    ids=["prepare_data", "experiment", "finetune"],
+)
+def test_a_file_system_without_locks_is_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Path], AbstractContextManager]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # as Lustre that is mounted without flock
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(PathError, match=r"cannot be locked: Function not implemented\. Name a folder on"),
+        work(tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("ask", [exists, is_file, is_folder])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raptr_ds.config.overrides import apply_overrides, parse_value
+from raptr_ds.config.overrides import apply_overrides, parse_value, written_text
 from raptr_ds.errors import ConfigError
 
 
@@ -30,6 +30,13 @@ def test_values(text, value):
     parsed = parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["data/a b", "2024", "true", "null", '"a"', "[a]", "{a", " a", "", "caf\u00e9", "a\nb"]
+)
+def test_a_text_is_written_so_that_it_is_read(text: str) -> None:
+    assert parse_value(written_text(text)) == text
 
 
 def test_assigns_without_touching_the_original():

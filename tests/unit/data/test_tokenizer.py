@@ -1,6 +1,7 @@
 """The tokenizer: nothing is lost, special tokens cannot be written, and what is missing is named."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import sentencepiece
 from raptr_ds.data.tokenizer import NAMED_SPECIALS, Tokenizer, sentinel_name
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings, sample_documents, train_tokenizer
+from tests.full_disk import largest_file
 from tests.made_up_text import TextSource, text_of
 
 LINES = ["the cat sat on the mat and the dog sat on the log"] * 20
@@ -38,6 +40,16 @@ def test_ids_are_where_they_should_be(tokenizer: Tokenizer) -> None:
     assert processor.id_to_piece(tokenizer.sentinel_ids.tolist()) == [sentinel_name(i) for i in range(100)]
     assert int(tokenizer.is_special.sum()) == len(NAMED_SPECIALS) + 100
     assert not set(tokenizer.text_ids.tolist()) & {*ids, *tokenizer.sentinel_ids.tolist()}
+
+
+def test_a_file_that_is_replaced_is_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "a.model"
+    file.write_text("the old one")
+    with largest_file(len(tokenizer.model) - 1), pytest.raises(OSError, match="File too large"):
+        tokenizer.save(file)
+    assert file.read_text() == "the old one"
+    tokenizer.save(file)
+    assert Tokenizer.load(file).digest == tokenizer.digest
 
 
 def test_words_start_at_spaces_and_lines(tokenizer: Tokenizer) -> None:

@@ -108,3 +108,13 @@ def test_layers_that_a_model_does_not_have(make_run: MakeRun, tool: Tool, layers
     done = tool("export_hf.py", source.folder, out, "--tokenizer", source.tokenizer.origin, "--layers", layers)
     assert is_refused(done, *words), done
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("option", ["--data", "--sequences"])
+@pytest.mark.parametrize("layers", [(), ("--layers", 3)], ids=["all", "3"])
+def test_held_out_text_that_nothing_measures_is_refused(
+    tmp_path: Path, tool: Tool, option: str, layers: tuple[object, ...]
+) -> None:
+    done = tool("export_hf.py", tmp_path, tmp_path / "out", option, 4, *layers)
+    assert done.code == 2
+    assert f"{option} is about the held-out text that --layers best measures" in done.error

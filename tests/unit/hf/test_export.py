@@ -2,7 +2,6 @@
 
 import errno
 import json
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from raptr_ds.paths import LayerPath
 from raptr_ds.prepare.index_writer import write_index
 from tests.exported_runs import KINDS, Tool, is_refused, model_of, run_folder
 from tests.foreign_models import UNUSUAL
+from tests.full_disk import largest_file
 
 ROOT = Path(__file__).parents[3]
 ONLY_BPE = pytest.mark.parametrize("tokenizer", ["bpe"], indirect=True)
@@ -263,14 +263,23 @@ def test_an_output_that_cannot_be_written_is_refused(run: Path, export: Tool) ->
     assert is_refused(export(run, run.parent / "file" / "out"), "cannot be written")
 
 
+@ONLY_BPE
+def test_an_export_that_the_disk_refuses_can_be_made_again(run: Path, export: Tool) -> None:
+    out = run.parent / "out"
+    assert export(run, run.parent / "other").code == 0
+    expected = {file.name: file.read_bytes() for file in (run.parent / "other").iterdir()}
+    with largest_file(len(expected["model.safetensors"]) - 1):
+        assert is_refused(export(run, out), "cannot be written: File too large")
+    assert list(out.iterdir()) == []
+    (out / ".unfinished").mkdir()
+    (out / ".unfinished" / "config.json").write_text("of an export that was killed")
+    assert export(run, out).code == 0
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == expected
+
+
 def test_what_the_disk_refuses_is_known_by_the_text_of_safetensors(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        with pytest.raises(SafetensorError) as caught:
-            save_file({"weights": torch.zeros(100_000)}, tmp_path / "weights.safetensors")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(10_000), pytest.raises(SafetensorError) as caught:
+        save_file({"weights": torch.zeros(100_000)}, tmp_path / "weights.safetensors")
     assert _system_error(caught.value).errno == errno.EFBIG
     assert _system_error(SafetensorError("a header that is too long")).errno is None
 

@@ -1,8 +1,10 @@
 """tools/generate.py: text from exported folders, runs and checkpoints, missing words filled in, and bad input."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -167,6 +169,27 @@ def test_a_stream_is_the_text(theirs: PreTrainedTokenizerFast, text: str) -> Non
         if "\ufffd" not in before:
             assert "".join(parts) == theirs.decode(tokens[1:])[len(before) :]
             assert "\ufffd" not in "".join(parts)
+
+
+@pytest.mark.parametrize("before", ["", "a prompt", "a prompt\n", "caf\u00e9", "\u4f60\n"])
+def test_bytes_of_no_character_hide_no_text(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast, before: str) -> None:
+    """A model that is small or hot writes them."""
+    vocabulary, rng = theirs.get_vocab(), np.random.default_rng(0)
+    parts = [[vocabulary[f"<0x{byte:02X}>"]] for byte in (0x0A, 0x80, 0xA9, 0xC3, 0xE4, 0xFF)]
+    parts += [tokenizer.encode(text).tolist() for text in ("the name", "\u00e9", "\u4f60", "of a\n")]
+    for _ in range(100):
+        tokens = tokenizer.encode(before).tolist()
+        stream, shown = TextStream(theirs, tokens), before
+        for part in rng.integers(len(parts), size=12):
+            for token in parts[part]:
+                tokens.append(token)
+                shown += stream.update(tokens)
+        shown += stream.update(tokens, is_complete=True)
+        whole = tokenizer.decode(tokens)
+        assert re.findall("[a-z]+", shown) == re.findall("[a-z]+", whole)
+    ends = [*tokenizer.encode(before).tolist(), vocabulary["<0xE4>"], *tokenizer.encode("the name").tolist()]
+    stream = TextStream(theirs, tokenizer.encode(before).tolist())
+    assert stream.update(ends) == "\ufffd the name"
 
 
 def test_a_prompt_has_its_mode(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:

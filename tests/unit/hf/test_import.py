@@ -148,10 +148,11 @@ def _engine(model: Any, groups: ProcessGroups) -> ReferenceEngine:
         (LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2)), "num_key_value_heads=2"),
         (EsmForMaskedLM(EsmConfig(**SHAPE, **ESM, token_dropout=True)), "token_dropout=True"),
         (MegatronBertForMaskedLM(MegatronBertConfig(**SHAPE, hidden_act="relu")), "hidden_act=relu"),
+        (MegatronBertForMaskedLM(MegatronBertConfig(**SHAPE, layer_norm_eps=0.0)), "layer_norm_eps=0.0"),
         (FOREIGN["megatron bert"].bert, "MegatronBertModel"),
         (EsmForMaskedLM(EsmConfig(**SHAPE, **ESM)).to(torch.bfloat16), "inv_freq"),  # which rounds them
     ],
-    ids=["grouped", "token-dropout", "relu", "no-head", "rounded"],
+    ids=["grouped", "token-dropout", "relu", "no-epsilon", "no-head", "rounded"],
 )
 def test_what_ours_cannot_be_is_refused(tmp_path: Path, model: PreTrainedModel, word: str, import_hf: Tool) -> None:
     model.save_pretrained(tmp_path / "theirs")

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -98,6 +99,30 @@ def prepare(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--cache-folder", str(tmp_path / "cache")]
     command += ["--output", str(tmp_path / "out"), "--workers", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_pip
+@pytest.mark.usefixtures("pip_offers")
+@pytest.mark.parametrize("number", [0, 1], ids=["record", "documents"])
+def test_two_that_fetch_the_same_corpus_at_once_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The second does all of its work while the first writes its file of this number."""
+    fsync, calls = os.fsync, itertools.count()
+    found: list[str] = []
+
+    def documents() -> list[str]:
+        (source,) = named_sources(["wikipedia-summaries"], tmp_path / "cache", report=quiet)
+        return list(source.documents(ReadingCounts()))
+
+    def interrupted(descriptor: int) -> None:
+        if next(calls) == number:
+            found.extend(documents())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert documents() == found
+    assert len(found) == 40
 
 
 @needs_pip

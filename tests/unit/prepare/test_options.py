@@ -5,6 +5,7 @@ import gzip
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from raptr_ds.config.overrides import apply_overrides
 from raptr_ds.errors import Exit, RaptrError
 from raptr_ds.prepare.tokenizer_training import TokenizerSettings
 from tests.made_up_text import made_up_text
@@ -102,6 +104,30 @@ def test_prepare_data_refuses(
     assert [path.name for path in folder.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize("tool", ["prepare_data", "train_tokenizer"])
+def test_no_more_workers_than_processors_that_may_be_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    """A job has a few of a large machine's."""
+    module: ModuleType = importlib.import_module(tool)
+    found: list[int] = []
+
+    def stop(arguments: argparse.Namespace, workers: int, console: object) -> None:
+        found.append(workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "corpus_sources", stop)
+    monkeypatch.setattr(sys, "argv", [tool, "--input", "text.txt", "--output", "out"])
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert found == [1]
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -119,6 +145,15 @@ def test_train_tokenizer_refuses_an_output_before_it_trains(
     assert re.search(message, refusal("train_tokenizer", monkeypatch, capsys, *given))
 
 
+def test_an_option_that_is_given_again_adds_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+    parser = argparse.ArgumentParser()
+    importlib.import_module("prepare_data").add_corpus_arguments(parser)
+    given = parser.parse_args(["--input", "a", "b", "--corpus", "film-reviews", "--input", "c", "--corpus", "embedded"])
+    assert given.input == [Path("a"), Path("b"), Path("c")]
+    assert given.corpus == ["film-reviews", "embedded"]
+
+
 def test_a_pipe_is_refused_with_what_to_do(folder: Path) -> None:
     """`--input <(zcat ...)`: the shell gives the command a path such as /dev/fd/63."""
     (folder / "text.txt.gz").write_bytes(gzip.compress((folder / "text.txt").read_bytes()))
@@ -127,6 +162,13 @@ def test_a_pipe_is_refused_with_what_to_do(folder: Path) -> None:
     assert done.returncode == Exit.USER_ERROR
     assert "Write its content to a file" in done.stderr
     assert "does not exist" not in done.stderr
+
+
+def test_the_printed_setting_leads_to_a_folder_named_by_a_number(folder: Path) -> None:
+    command = [sys.executable, TOOLS / "prepare_data.py", "--input", ".", "--output", "2024", "--sentinels", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    words = shlex.split(done.stdout.splitlines()[-1].removeprefix("train on it with --set "))
+    assert apply_overrides({}, words)[0] == {"raptr_ds": {"data": {"path": "2024"}}}
 
 
 def test_names_that_are_not_utf8_are_read_written_and_printed(folder: Path) -> None:

@@ -91,6 +91,20 @@ def test_running_again_reuses_and_other_settings_are_refused(data_folder: Path, 
         Preparation(sources[:5], data_folder, SETTINGS, report=quiet).run()
 
 
+def test_all_is_on_the_disk_before_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", record)
+    Preparation([TextSource([made_up_text(0, 50)])], tmp_path / "data", SMALL, report=quiet).run()
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "data").iterdir()}
+    assert set(files.values()) <= set(synced)
+    assert synced[-1] == files["manifest.json"]
+
+
 def test_overwriting(data_folder: Path, sources: list[FileSource], tmp_path: Path) -> None:
     output = tmp_path / "copy"
     shutil.copytree(data_folder, output)
@@ -232,6 +246,16 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, sources: list[FileSource]
         with pytest.raises(kind, match=match):
             Preparation(texts, output, settings, report=quiet).run()
         assert not output.exists()
+
+
+def test_a_refusal_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    """It may be a link or a mount, which cannot be removed."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for output in (tmp_path / "link", tmp_path / "there"):
+        with pytest.raises(DataError, match="no text"):
+            Preparation([TextSource([])], output, SMALL, report=quiet).run()
+        assert list(output.iterdir()) == []
 
 
 def test_an_external_tokenizer_is_kept(data_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,9 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from raptr_ds.errors import DataError
+from raptr_ds.prepare import embedded
 from raptr_ds.prepare.corpus import DatasetSource, FileSource
 from raptr_ds.prepare.embedded import EmbeddedSource, documents_of_module
-from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions
+from raptr_ds.prepare.readers import LARGEST_DOCUMENT_BYTES, ReadingCounts, ReadingOptions, parse_row
 
 SKIP = ReadingOptions(on_bad_text="skip")
 
@@ -57,6 +59,20 @@ def test_bad_text_is_refused_or_counted(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}.*not UTF-8.*--on-bad-text skip"):
         read(path)
     assert read(path, SKIP) == ([], {"not UTF-8 text": 1})
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_place_of_bad_text_is_where_it_is(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(mark + b"x" * 9 + b"\n\nabc\xe9d\n")
+    for document, place in [("file", len(mark) + 14), ("paragraph", 3), ("line", 3)]:
+        number = {"file": "", "paragraph": r" \(paragraph 2\)", "line": r" \(line 3\)"}[document]
+        with pytest.raises(DataError, match=rf"a\.txt{number}: not UTF-8 text \(byte 0xe9 at {place}\)"):
+            read(path, ReadingOptions(document))  # type: ignore[arg-type]
+    path.write_bytes(mark + (b"x" * 999 + b"\n") * 5000 + b"\xe9")  # more than one document
+    with pytest.raises(DataError, match=rf"\(byte 0xe9 at {len(mark) + 5_000_000}\)"):
+        read(path)
+    assert parse_row(mark + b'{"a": "\xe9"}') == f"not UTF-8 text (byte 0xe9 at {len(mark) + 7})"
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -231,6 +247,20 @@ def test_a_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         list(DatasetSource("known", "en", "train", ReadingOptions(text_key="txt")).documents(ReadingCounts()))
 
 
+def test_a_folder_of_a_dataset_is_another_one_after_a_change(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return DatasetSource(str(tmp_path), None, "train", SKIP).fingerprint()
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n')
+    first = fingerprint()
+    assert fingerprint() == first
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one, changed"}\n')
+    second = fingerprint()
+    (tmp_path / "data" / "more.jsonl").write_text('{"text": "two"}\n')
+    assert len({first, second, fingerprint()}) == 3
+
+
 def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(
         '"""Module."""\nraise SystemExit\ndef f():\n    """Do\n    it."""\nclass C:\n    x = "no"\n'
@@ -250,6 +280,26 @@ def test_the_embedded_corpus_is_real_text(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(map(len, documents)) > 300_000
     assert any("JSON (JavaScript Object Notation)" in document for document in documents)
     assert list(EmbeddedSource(workers=1).documents(ReadingCounts())) == documents
+
+
+def test_a_link_to_nothing_is_no_python_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.py").write_text('"""Text."""')
+    (tmp_path / ".#m.py").symlink_to("user@host.123")  # how Emacs marks a file that is being edited
+    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
+    source = EmbeddedSource()
+    assert source.fingerprint()
+    assert list(source.documents(ReadingCounts())) == ["Text."]
+
+
+def dies(path: Path) -> list[str]:
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "documents_of_module", dies)
+    monkeypatch.setattr(EmbeddedSource, "files", [Path("a.py")])
+    with pytest.raises(DataError, match="a worker process died, most likely because memory ran out"):
+        list(EmbeddedSource(workers=2).documents(ReadingCounts()))
 
 
 def test_all_of_the_standard_library_is_found_without_its_tests() -> None:
