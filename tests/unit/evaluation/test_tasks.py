@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,6 +40,10 @@ def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
         catalogue.expand(["cb", "bolq"])
     with pytest.raises(ConfigError, match=r"there is no task 'qqqqqqqqq'\. Tasks are"):
         catalogue.expand(["qqqqqqqqq"])
+    assert len(catalogue.expand(["hrm8k"])) > 4  # names its members' metrics once more
+    for group, member in (("openllm", "arc_challenge"), ("darija_translation_doda", "doda")):  # other metrics
+        with pytest.raises(ConfigError, match=f"the group {group} changes the settings of a member, .*{member}"):
+            catalogue.expand([group])
 
 
 @pytest.mark.slow
@@ -123,8 +128,6 @@ def test_a_hub_that_cannot_be_reached(catalogue: Catalogue, tmp_path: Path, monk
 def test_files_from_the_hub_are_read_as_its_data_set_is(
     catalogue: Catalogue, tmp_path: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import datasets
-
     rows = [{"id": "a", "title": "T", "context": "A b.", "question": "B?", "answers": {"text": ["b"]}}] * 3
     splits = {split: datasets.Dataset.from_list(rows) for split in ("train", "validation")}
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: datasets.DatasetDict(splits))
@@ -141,3 +144,32 @@ def test_files_from_the_hub_are_read_as_its_data_set_is(
     (task,) = load_tasks(catalogue, ["squadv2"], tmp_path)
     assert [dict(doc) for doc in task.validation_docs()] == rows
     assert task.doc_to_text(rows[0]).endswith("Question: B?\n\nAnswer:")
+
+
+def test_the_hub_is_asked_for_what_the_task_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings say which files of a data set, in which form; a task may also make its data set itself."""
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, name: str | None = None, **options: object) -> datasets.DatasetDict:
+        asked.append((path, name, options))
+        return datasets.DatasetDict(test=datasets.Dataset.from_list([{"text": "a"}]))
+
+    def own(min_length: int, version: float) -> dict[str, datasets.Dataset]:
+        rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "bc"}])
+        return {"test": rows.filter(lambda row: len(row["text"]) >= min_length)}
+
+    files = {"test": "hf://datasets/a/b/b.jsonl"}
+    tasks: dict[str, dict[str, object]] = {
+        "files": {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "trust_remote_code": True, "streaming": True},
+        },
+        "made": {"custom_dataset": own, "dataset_kwargs": {"min_length": 2}, "metadata": {"version": 1.0}},
+    }
+    catalogue = Catalogue()
+    monkeypatch.setattr(catalogue, "configuration", lambda name: {"task": name, "test_split": "test", **tasks[name]})
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    fetch_tasks(catalogue, list(tasks), tmp_path, lambda line: None)
+    assert asked == [("json", None, {"data_files": files})]
+    assert pq.read_table(tmp_path / "made" / "test.parquet").to_pylist() == [{"text": "bc"}]
