@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     from raptr_ds.hf.load import load_prefix_model
     from raptr_ds.hf.model import cast_parameters
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     is_first = ranks.rank == 0
     require_task_files(arguments.task_files)
     require_output(arguments.output)

@@ -44,6 +44,12 @@ def test_a_table_and_json(run: Path, task_files: Path, tool: Tool) -> None:
     assert "causal" not in printed
 
 
+def test_the_models_name_is_printed_as_it_is(exported: Path, task_files: Path, tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "a[b]:x:").symlink_to(exported)
+    _, printed = results_of(tool, tmp_path / "a[b]:x:", task_files, "--tasks", "cb", "--limit", 1)
+    assert "a[b]:x:" in "".join(printed.split())
+
+
 def test_every_kind_of_folder_gives_the_same(run: Path, exported: Path, task_files: Path, tool: Tool) -> None:
     step = run / "checkpoints" / "step-00000003"
     every = [results_of(tool, at, task_files, "--tasks", "boolq,nq_open")[0]["results"] for at in (run, step, exported)]
