@@ -61,13 +61,16 @@ def notes(outcomes: Sequence[Outcome], longest: int) -> list[str]:
         for outcome in outcomes
         if outcome.truncated
     ]
-    splits = {outcome.task: outcome.examples_from for outcome in outcomes}
-    lines += [
-        f"{task}: examples are other documents of its {split} split, as its training split is not there"
-        for task, split in splits.items()
-        if split in ("validation", "test")
+    words = {
+        "others": "are other documents of its {} split, which is the evaluated one",
+        "any": "are documents of its {} split, which is the evaluated one: the asked one may be among them",
+    }
+    examples = [
+        f"{outcome.task}: examples {words[outcome.examples_are].format(outcome.examples_from)}"
+        for outcome in outcomes
+        if outcome.examples_are is not None
     ]
-    return lines
+    return lines + list(dict.fromkeys(examples))
 
 
 def _cell(score: Score | None) -> str:

@@ -103,6 +103,13 @@ def _local_settings(name: str, own: dict[str, Any], place: Path, read: Callable[
     if not (changed["test_split"] or changed["validation_split"]):
         wanted = own.get("test_split") or own.get("validation_split")
         raise ConfigError(f"{place} has {', '.join(splits)}.parquet, and the task {name} needs {wanted}.parquet.")
+    evaluated = changed["test_split"] or changed["validation_split"]
+    sources = [changed[key] for key in ("fewshot_split", "training_split", "validation_split", "test_split")]
+    is_lacking = any(changed[key] != own.get(key) for key in _SPLITS)
+    has_samples = (own.get("fewshot_config") or {}).get("samples") is not None and not changed["fewshot_split"]
+    if is_lacking and not has_samples and next(filter(None, sources)) == evaluated:
+        # By these two the harness keeps the asked document out of its examples (lm-eval 0.4.13, fewshot_context).
+        changed["test_split"] = changed["fewshot_split"] = evaluated
     return {**changed, "custom_dataset": read, "dataset_kwargs": None}
 
 

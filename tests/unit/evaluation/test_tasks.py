@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.evaluation.catalogue import GROUPS, Catalogue
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
+from raptr_ds.evaluation.report import notes
 from raptr_ds.evaluation.run import run_tasks
 from raptr_ds.evaluation.tasks import fetch_tasks, load_tasks
 
@@ -79,8 +80,53 @@ def test_examples_are_never_the_document_that_is_asked(
 
 def test_too_few_documents_for_the_examples(catalogue: Catalogue, task_files: Path) -> None:
     tasks = load_tasks(catalogue, ["cb"], task_files)
-    with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs more than 7"):
+    with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs 8"):
         run_tasks(tasks, {"prefix": get_model("dummy")()}, (0, 5, 7))
+
+
+SAMPLES = [{"q": f"s{i}", "label": 0} for i in range(3)]
+DEV = {"test_split": "test", "fewshot_split": "dev"}
+TRAIN = {"test_split": "test", "training_split": "train"}
+FIRST = {"sampler": "first_n"}
+
+
+@pytest.mark.parametrize(
+    ("own", "most", "source", "note"),
+    [
+        ({**DEV, "fewshot_config": FIRST}, 3, "dev", ""),  # as MMLU's
+        (DEV, 3, "dev", ""),
+        ({"test_split": "test", "fewshot_config": {**FIRST, "samples": SAMPLES}}, 3, None, ""),  # as gsm8k_cot's
+        ({"validation_split": "test", "fewshot_config": {**FIRST, "samples": SAMPLES}}, 3, None, ""),
+        ({"validation_split": "test", "training_split": "dev"}, 2, "dev", ""),  # the harness draws one more
+        ({"validation_split": "test"}, 4, "test", "are other documents"),
+        ({"validation_split": "test", "fewshot_config": FIRST}, 4, "test", "are other documents"),
+        (TRAIN, 4, "test", "are other documents"),  # train.parquet is not there
+        ({**TRAIN, "fewshot_config": FIRST}, 4, "test", "are other documents"),
+        ({"test_split": "no", "validation_split": "test", "fewshot_split": "test"}, 4, "test", "are other documents"),
+        ({"test_split": "test"}, 5, "test", "may be"),  # the harness's own way
+    ],
+)
+def test_where_examples_come_from_and_how_many_there_are(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own: dict[str, object], most: int, source: str | None, note: str,
+) -> None:  # fmt: skip
+    form = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"]}
+    form |= {"task": "t", "doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
+    monkeypatch.setattr(catalogue, "configuration", lambda name: {**form, **own})
+    (tmp_path / "t").mkdir()
+    for split, number in (("dev", 3), ("test", 5)):
+        rows = [{"q": f"{split}{i}", "label": i % 2} for i in range(number)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t" / f"{split}.parquet")
+    (task,) = load_tasks(catalogue, ["t"], tmp_path)
+    (outcome,) = run_tasks([task], {"prefix": get_model("dummy")()}, (most,))
+    assert outcome.examples_from == source
+    lines = notes([outcome], 100)
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
+    asked_again = [instance.args[0].count(instance.doc["q"]) > 1 for instance in task.instances]
+    assert any(asked_again) == (note == "may be")
+    with pytest.raises(ConfigError, match=f"--shots {most + 1} needs"):
+        run_tasks([task], {"prefix": get_model("dummy")()}, (most + 1,))
 
 
 def test_missing_files_and_how_to_get_them(catalogue: Catalogue, task_files: Path) -> None:
