@@ -180,7 +180,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             "task_files": arguments.task_files and str(arguments.task_files),
             "seconds": seconds,
         }
-        write(arguments.output, as_json(str(arguments.model), outcomes, settings))
+        write(arguments.output, as_json(str(arguments.model), outcomes, settings, arguments.shots))
     if refusal is not None:
         raise refusal
 

@@ -10,12 +10,15 @@ from raptr_ds.evaluation.gold_bits import METRIC
 from raptr_ds.evaluation.run import Outcome, Score
 
 
-def as_json(model: str, outcomes: Sequence[Outcome], settings: dict[str, Any]) -> dict[str, Any]:
+def as_json(
+    model: str, outcomes: Sequence[Outcome], settings: dict[str, Any], shots: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return {"model", "results": {task: {"shots", metric, metric_stderr, ...}}, "tasks", "settings"}.
 
     With several numbers of examples the tasks are called TASK@SHOTS. Metrics scored left to right end in _causal.
+    shots: numbers that were asked for, of which the outcomes may not have all.
     """
-    several = len({outcome.shots for outcome in outcomes}) > 1
+    several = len({*shots, *(outcome.shots for outcome in outcomes)}) > 1
     results, tasks = {}, {}
     for outcome in outcomes:
         name = f"{outcome.task}@{outcome.shots}" if several else outcome.task

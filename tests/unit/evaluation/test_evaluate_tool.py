@@ -126,6 +126,8 @@ def test_finished_tasks_are_shown_where_a_later_one_is_refused(
     results = json.loads(output.read_text())["results"]
     assert set(results) == {"boolq", "nq_open"}
     assert set(results["nq_open"]) == {"shots", "exact_match", "exact_match_stderr"}
+    assert tool("evaluate.py", run, "--tasks", "boolq,copa", "--shots", "0,1", *options).code == 2
+    assert set(json.loads(output.read_text())["results"]) == {"boolq@0"}
     output.unlink()
     assert tool("evaluate.py", run, "--tasks", "copa", *options).code == 2
     assert not output.exists()
