@@ -83,7 +83,8 @@ def fetch_from_hub(
     origin = {"hub": " ".join(filter(None, (dataset, name)))}
     try:
         found = read()
-        made = {split: (found[split].with_format("arrow")[:].combine_chunks(), origin) for split in splits}
+        tables: dict[str, Any] = {split: found[split].with_format("arrow")[:] for split in splits}
+        made = {split: (table.combine_chunks(), origin) for split, table in tables.items()}
     except Exception as error:  # the hub's client, its network and the data set's builder raise what they like
         raise DataError(hub_failure(task, dataset, name, error)) from error
     _write(task, made, folder, report)

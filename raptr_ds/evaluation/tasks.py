@@ -128,7 +128,9 @@ def _read_hub(own: dict[str, Any]) -> Any:
     if callable(own.get("custom_dataset")):
         return own["custom_dataset"](**(own.get("metadata") or {}), **options)
     left_out = ("trust_remote_code", "streaming")  # the first is none of the datasets library any more
-    return datasets.load_dataset(path, part, **{key: value for key, value in options.items() if key not in left_out})
+    return datasets.load_dataset(
+        str(path), part, **{key: value for key, value in options.items() if key not in left_out}
+    )
 
 
 def _require_files(names: Sequence[str], files: Path) -> None:
