@@ -120,7 +120,16 @@ def test_an_interrupted_seed_goes_on(
 
     monkeypatch.setattr(Trainer, "training_step", stopping)
     assert fine_tune(tool, model, rows, tmp_path / "out", *options).code == 130
-    (tmp_path / "out" / "seed-1" / "checkpoint-99").mkdir()  # as one that was being written
+    for name, state in (
+        ("checkpoint-99", None),
+        ("checkpoint-98", ""),
+        ("checkpoint-97", '{"epoch": '),
+        ("checkpoint-x", "{}"),
+    ):
+        cut = tmp_path / "out" / "seed-1" / name  # as one that was being written
+        cut.mkdir()
+        if state is not None:
+            (cut / "trainer_state.json").write_text(state)
     done = fine_tune(tool, model, rows, tmp_path / "out", *options)
     assert done.code == 0, done.error
     assert "continues from" in done.printed
