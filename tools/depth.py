@@ -28,7 +28,7 @@ def main() -> None:
     sources = labelled([open_model(where, arguments.tokenizer) for where in arguments.models], arguments.models)
     texts = [read_held_out(source, arguments.data, arguments.sequences) for source in sources]
     check_comparable(sources, texts)
-    console, tables = Console(), []
+    console, tables = Console(markup=False, emoji=False), []
     for source, held_out in zip(sources, texts, strict=True):
         with console.status(f"{source.label}: {source.num_layers} layers") as status:
 

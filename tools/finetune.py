@@ -207,7 +207,7 @@ def main() -> None:
     from raptr_ds.finetuning.training import is_first
 
     _command_line.quiet_transformers()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     say: Say = console.print if is_first() else lambda line: None
     with open_encoder(arguments.model, arguments.tokenizer) as encoder:
         start = None if arguments.start_from is None else exported_encoder(arguments.start_from)
@@ -222,7 +222,7 @@ def main() -> None:
         jobs = [Job(task, data, settings_of(task.recipe, encoder, arguments)) for task, data in found]
         results = fine_tune_all(jobs, encoder, start, output, say)
     if is_first():
-        Console().print(results_table(results))
+        Console(markup=False, emoji=False).print(results_table(results))
         console.print(f"best model: {output / 'best' if len(results) == 1 else output / 'TASK' / 'best'}")
         console.print(f"all results: {output / 'results.json'}")
 

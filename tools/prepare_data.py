@@ -210,7 +210,7 @@ def main() -> None:
             )
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} must be at least 1")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
     sources = corpus_sources(arguments, arguments.workers, console)
     columns = (

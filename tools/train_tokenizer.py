@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=given_path, metavar="FILE", help="the .model file to write")
     add_tokenizer_arguments(parser)
     arguments = parser.parse_args()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     settings = tokenizer_settings(arguments)
     sources = corpus_sources(arguments, _command_line.processors(), console)
     check_output(arguments.output)

@@ -187,7 +187,10 @@ class DemoModel:
             "typed": is_mask,
             "blanks": [
                 {
-                    "guesses": [self._guess(one) for one in blank.guesses],
+                    "guesses": [
+                        {**self._guess(one), "is_right": not is_mask and one.tokens == blank.right.tokens}
+                        for one in blank.guesses
+                    ],
                     "right": None if is_mask else self._guess(blank.right),
                 }
                 for blank in blanks
@@ -197,11 +200,7 @@ class DemoModel:
     def _guess(self, guess: Guess) -> dict[str, Any]:
         piece = self.source.tokenizer.pieces(guess.tokens)[0]
         text = self.source.tokenizer.decode(guess.tokens)
-        return {
-            "text": text.replace("\n", "\u21b5") or piece,
-            "probability": guess.probability,
-            "begins": piece.startswith(WORD_BOUNDARY),
-        }
+        return {"text": text.replace("\n", "\u21b5") or piece, "probability": guess.probability}
 
     def _masked_batches(self, text: str) -> list[MicroBatch]:
         tokenizer, ids = self.source.tokenizer, self._tokens(text)

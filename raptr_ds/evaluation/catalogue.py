@@ -9,6 +9,7 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import GROUP_FIELD_NAMES
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -90,15 +91,20 @@ class Catalogue:
             yield entry.name
 
     def _members(self, group: str, configuration: dict[str, Any]) -> Iterator[str]:
+        settings = {key: value for key, value in configuration.items() if key not in GROUP_FIELD_NAMES | {"tag"}}
         for member in configuration.get("task") or []:
             if isinstance(member, dict) and isinstance(member.get("task"), list):
-                yield from self._members(group, member)
+                leaves = list(self._members(group, member))
             elif isinstance(member, str) and member in self._index:
-                yield from self._leaves(self._index[member])
+                leaves = list(self._leaves(self._index[member]))
             else:
+                leaves = []
+            own = [self._index[leaf].cfg or {} for leaf in leaves]
+            if not leaves or any(one.get(key) != value for one in own for key, value in settings.items()):
                 raise ConfigError(
                     f"the group {group} changes the settings of a member, {member!r}. Name the tasks that you mean."
                 )
+            yield from leaves
 
 
 def _files_of(names: set[str]) -> dict[str, Path]:

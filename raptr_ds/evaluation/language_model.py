@@ -179,7 +179,9 @@ class PrefixLM(TemplateLM):
         return Scored(tokens, len(continuation), 0 if self.causal else len(tokens) - len(continuation))
 
     def _score(self, sequences: Sequence[Scored]) -> list[Likelihood]:
-        rows = self.ranks.share(lay_out(sequences, longest_row=2 * self.max_length))
+        numbers = [number for number, sequence in enumerate(sequences) if sequence.num_scored]
+        scored = [sequences[number] for number in numbers]
+        rows = self.ranks.share(lay_out(scored, longest_row=2 * self.max_length))
         done, total = 0, sum(len(row.paths) for row in rows)
 
         def count(more: int) -> None:
@@ -187,8 +189,9 @@ class PrefixLM(TemplateLM):
             done += more
             self._on_progress("scoring", done, total)
 
-        found = self.ranks.merge(likelihoods(self.loaded, rows, sequences, self.num_rows, count))
-        return [found[number] for number in range(len(sequences))]
+        found = self.ranks.merge(likelihoods(self.loaded, rows, scored, self.num_rows, count))
+        by_number = {numbers[place]: likelihood for place, likelihood in found.items()}
+        return [by_number.get(number, (0.0, True)) for number in range(len(sequences))]  # no tokens: certain
 
     def _prompt(self, context: list[int], options: Any, request: Instance) -> Prompt:
         """Return a prompt that leaves room for the continuation, or for half a sequence of it if it is longer."""

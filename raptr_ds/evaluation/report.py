@@ -10,12 +10,15 @@ from raptr_ds.evaluation.gold_bits import METRIC
 from raptr_ds.evaluation.run import Outcome, Score
 
 
-def as_json(model: str, outcomes: Sequence[Outcome], settings: dict[str, Any]) -> dict[str, Any]:
+def as_json(
+    model: str, outcomes: Sequence[Outcome], settings: dict[str, Any], shots: Sequence[int] = ()
+) -> dict[str, Any]:
     """Return {"model", "results": {task: {"shots", metric, metric_stderr, ...}}, "tasks", "settings"}.
 
     With several numbers of examples the tasks are called TASK@SHOTS. Metrics scored left to right end in _causal.
+    shots: numbers that were asked for, of which the outcomes may not have all.
     """
-    several = len({outcome.shots for outcome in outcomes}) > 1
+    several = len({*shots, *(outcome.shots for outcome in outcomes)}) > 1
     results, tasks = {}, {}
     for outcome in outcomes:
         name = f"{outcome.task}@{outcome.shots}" if several else outcome.task
@@ -61,13 +64,16 @@ def notes(outcomes: Sequence[Outcome], longest: int) -> list[str]:
         for outcome in outcomes
         if outcome.truncated
     ]
-    splits = {outcome.task: outcome.examples_from for outcome in outcomes}
-    lines += [
-        f"{task}: examples are other documents of its {split} split, as its training split is not there"
-        for task, split in splits.items()
-        if split in ("validation", "test")
+    words = {
+        "others": "are other documents of its {} split, which is the evaluated one",
+        "any": "are documents of its {} split, which is the evaluated one: the asked one may be among them",
+    }
+    examples = [
+        f"{outcome.task}: examples {words[outcome.examples_are].format(outcome.examples_from)}"
+        for outcome in outcomes
+        if outcome.examples_are is not None
     ]
-    return lines
+    return lines + list(dict.fromkeys(examples))
 
 
 def _cell(score: Score | None) -> str:

@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval.api.model import LM
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -26,8 +27,9 @@ class Score:
 class Outcome:
     """One task with one number of examples. scores: by metric, and by scoring: prefix, causal.
 
-    documents: evaluated ones, of how many. examples_from: the split that examples come from, None without examples.
-    truncated: documents whose context lost its beginning.
+    documents: evaluated ones, of how many. examples_from: the split that examples come from, None without examples or
+    where the task's own configuration has them. examples_are: `others` or `any` of the evaluated documents, None if
+    they are none of these. truncated: documents whose context lost its beginning.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Outcome:
     of: int
     version: Any
     examples_from: str | None
+    examples_are: Literal["others", "any"] | None
     higher_is_better: dict[str, bool]
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
     truncated: int = 0
@@ -68,10 +71,10 @@ def run_tasks(
     ]
     for task, examples in jobs:
         sampler: Any = getattr(task, "sampler", None)
-        if examples and sampler is not None and len(sampler.df) <= examples:
+        if examples and sampler is not None and len(sampler.df) < (least := _least_documents(task, examples)):
             raise ConfigError(
                 f"task {task.config.task} has {len(sampler.df):,} documents to take examples from, and --shots "
-                f"{examples} needs more than {examples}. Give fewer."
+                f"{examples} needs {least}. Give fewer."
             )
     run = partial(evaluate, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False)
     return (_run_task(task, examples, models, run, report) for task, examples in jobs)
@@ -89,15 +92,16 @@ def _run_task(
         truncated.clear()
         found = run(lm=model, task_dict={"tasks": {name: task}})
         if outcome is None:
-            config = task.config
-            examples_from = task.fewshot_cfg.split or config.training_split or config.validation_split
+            source = _examples_from(task) if shots else None
+            is_evaluated = source is not None and source == _evaluated_split(task)
             outcome = Outcome(
                 task=name,
                 shots=shots,
                 documents=found["n-samples"][name]["effective"],
                 of=found["n-samples"][name]["original"],
                 version=found["versions"][name],
-                examples_from=(examples_from or config.test_split) if shots else None,
+                examples_from=source,
+                examples_are=("others" if _leaves_out_asked(task) else "any") if is_evaluated else None,
                 higher_is_better=found["higher_is_better"][name],
             )
         outcome.truncated = max(outcome.truncated, len(truncated))
@@ -105,6 +109,29 @@ def _run_task(
             outcome.scores.setdefault(metric, {})[scoring] = score
     assert outcome is not None
     return outcome
+
+
+def _evaluated_split(task: Any) -> str | None:
+    return task.config.test_split or task.config.validation_split
+
+
+def _examples_from(task: Any) -> str | None:
+    """Return the split that the harness takes examples from; None if the task's configuration has them."""
+    if task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None:
+        return None
+    config = task.config
+    return task.fewshot_cfg.split or config.training_split or config.validation_split or config.test_split
+
+
+def _leaves_out_asked(task: Any) -> bool:
+    """Return whether the harness keeps the asked document out of its examples (lm-eval 0.4.13, fewshot_context)."""
+    return task.fewshot_cfg.split == task.config.test_split
+
+
+def _least_documents(task: Any, examples: int) -> int:
+    """Return how many documents the harness's sampler needs: one more where it may meet the asked one."""
+    meets_asked = not isinstance(task.sampler, FirstNSampler) or _examples_from(task) == _evaluated_split(task)
+    return examples + 1 if _leaves_out_asked(task) and meets_asked else examples
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Score]:

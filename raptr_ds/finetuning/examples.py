@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from raptr_ds.errors import ConfigError, DataError
@@ -90,22 +92,27 @@ def check_columns(columns: Columns, row: Row, where: str) -> None:
 def _example(task: Task, row: Row, labels: dict[str, int], place: str) -> Example:
     columns = task.columns
     check_columns(columns, row, place)
-    text = _text(row, columns.text, place)
-    pair = None if columns.pair is None else _text(row, columns.pair, place)
+    text = _text(row[columns.text], columns.text, place)
+    pair = None if columns.pair is None else _text(row[columns.pair], columns.pair, place)
     if task.kind == "question-answering":
         return _question(text, pair or "", row[columns.label], place)
-    choices = tuple(_choices(row, columns, place)) if task.kind == "multiple-choice" else tuple(row.get("choices", ()))
+    choices = tuple(_choices(row, columns, place)) if task.kind == "multiple-choice" else ()
     label = _label(task, row[columns.label], labels, len(choices), place)
     if task.rewrite is None:
         return Example(text, pair, label, choices)
+    choices = choices or tuple(row.get("choices", ()))
     return Example(text, pair, label, choices, row.get("group", ""), answers=tuple(row.get("answers", ())))
 
 
-def _text(row: Row, column: str, place: str) -> str:
-    value = row[column]
-    if value is None or isinstance(value, (dict, list)):
+def _text(value: Any, column: str, place: str) -> str:
+    if value is None or _is_nan(value) or isinstance(value, (dict, list)):
         raise DataError(f"{place} has {value!r} in column {column!r}, which must be a text.")
-    return str(value)
+    text = str(value)
+    if half := re.search("[\ud800-\udfff]", text):
+        raise DataError(
+            f"{place} has half of a surrogate pair, {half[0]!r}, in column {column!r}. It is no UTF-8: replace it."
+        )
+    return text
 
 
 def _choices(row: Row, columns: Columns, place: str) -> Iterable[str]:
@@ -113,7 +120,8 @@ def _choices(row: Row, columns: Columns, place: str) -> Iterable[str]:
     texts = values[0] if len(values) == 1 else values
     if not isinstance(texts, (list, tuple)) or len(texts) < 2:
         raise DataError(f"{place} has {texts!r} as its choices, which must be a list of two texts at least.")
-    return map(str, texts)
+    named = zip(texts, columns.choices if len(values) > 1 else columns.choices * len(texts), strict=True)
+    return (_text(text, name, place) for text, name in named)
 
 
 def _label(task: Task, value: Any, labels: dict[str, int], num_choices: int, place: str) -> int | float:
@@ -125,6 +133,8 @@ def _label(task: Task, value: Any, labels: dict[str, int], num_choices: int, pla
             "validation; a test split without labels cannot measure anything."
         )
     if task.kind == "classification":
+        if isinstance(value, (dict, list)):
+            raise DataError(f"{place} has {value!r} in column {column!r}, which must be one label: a text or a number.")
         name = label_name(value)
         if name not in labels:
             raise DataError(
@@ -144,8 +154,12 @@ def _label(task: Task, value: Any, labels: dict[str, int], num_choices: int, pla
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a label is none: null, or an empty field."""
-    return value is None or value == ""
+    """Return whether a label is none: null, not a number (as pandas writes null), or an empty field."""
+    return value is None or value == "" or _is_nan(value)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def label_name(value: Any) -> str:
@@ -159,7 +173,7 @@ def _labels_of(task: Task, rows: Sequence[Row], where: str) -> tuple[str, ...]:
     values = [row[task.columns.label] for row in rows if not is_missing(row.get(task.columns.label))]
     names = {label_name(value) for value in values}
     is_number = all(re.fullmatch(r"-?\d+", name) for name in names)
-    return tuple(sorted(names, key=int if is_number else str))  # type: ignore[arg-type]
+    return tuple(sorted(names, key=lambda name: (Decimal(name) if is_number else 0, name)))  # 1 and 01 are two
 
 
 def _question(question: str, context: str, answers: Any, place: str) -> Example:
@@ -172,11 +186,9 @@ def _question(question: str, context: str, answers: Any, place: str) -> Example:
             '{"text": [...], "answer_start": [...]}, with as many places (in characters) as texts.'
         ) from error
     for text, start in pairs:
-        if context[start : start + len(text)] != text or not text:
-            raise DataError(
-                f"{place} has the answer {text!r} at character {start}, where the text has "
-                f"{context[start : start + len(text)]!r}."
-            )
+        there = "" if start < 0 else context[start : start + len(str(text))]
+        if not there or text != there:
+            raise DataError(f"{place} has the answer {text!r} at character {start}, where the text has {there!r}.")
     return Example(question, context, start=starts[0] if starts else 0, answers=tuple(texts))
 
 

@@ -115,7 +115,7 @@ def _is_score(rows: Sequence[Row], column: str) -> bool:
     values = [row.get(column) for row in rows if not is_missing(row.get(column))]
     try:
         numbers = [float(value) for value in values if not isinstance(value, bool)]  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     has_point = any(isinstance(value, float) or (isinstance(value, str) and "." in value) for value in values)
     return len(numbers) == len(values) > 0 and has_point

@@ -238,9 +238,16 @@ def make_trainer(
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint: one that was being written when the process died lacks its last file."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / _STATE).is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    """Return the newest complete checkpoint: of one that was being written as the process died the last file is not."""
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()}
+    return next((path for _, path in sorted(found.items(), reverse=True) if _is_complete(path / _STATE)), None)
+
+
+def _is_complete(state: Path) -> bool:
+    try:
+        return bool(parse_json(state.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _metrics(logged: Mapping[str, Any]) -> dict[str, float]:

@@ -37,6 +37,11 @@ def looks_of(names: Sequence[str]) -> dict[str, Look]:
     return dict(zip(names, looks, strict=True))
 
 
+def shown(name: str) -> str:
+    """Return a name as matplotlib draws it as it is: no formulas between dollars, nor left out for its underscore."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def check_picture(file: Path | None, option: str, formats: Sequence[str] = _FORMATS) -> None:
     """Check, before any work, that a picture can be written to a file that the user names; None is none.
 

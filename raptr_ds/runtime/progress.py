@@ -120,7 +120,7 @@ class RichProgress(Progress):
 
     def say(self, message: str) -> None:
         """Print a line above the live one."""
-        self._bar.console.print(message, markup=False, highlight=False)
+        self._bar.console.print(message, markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
         """Stop the live line, leaving its last state."""

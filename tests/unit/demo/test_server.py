@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from raptr_ds.data.batch import Sample, collate
+from raptr_ds.data.tokenizer import WORD_BOUNDARY
 from raptr_ds.demo.server import DemoServer
+from raptr_ds.depth.guesses import Blank, Guess
 from raptr_ds.errors import ConfigError
 from raptr_ds.hf.generation import Prompt, generate
 from raptr_ds.hf.load import prefix_model_of
@@ -74,6 +76,32 @@ def test_bert_fills_in_what_the_model_predicts(serve: Serve) -> None:
         assert found == pytest.approx(wanted.topk(5).values.tolist(), rel=1e-4)
     assert shown[-1]["right"] is None
     assert shown[0]["right"] is not None
+    assert not any(guess["is_right"] for guess in shown[-1]["guesses"])
+
+
+def test_a_guess_is_right_by_its_token_not_by_what_that_looks_like(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece within a word and one that begins a word have the same text."""
+    server = serve("bert")
+    model = server.model
+    assert model is not None
+    tokenizer = model.source.tokenizer
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    begins, within = next(
+        (place, pieces.index(one[1:]))
+        for place, one in enumerate(pieces)
+        if one.startswith(WORD_BOUNDARY) and one[1:].isalpha() and one[1:] in pieces
+    )
+
+    def fill_masks(network: Any, path: Any, tokens: Any, places: Any, right: Any, number: int) -> list[Blank]:
+        return [Blank((Guess((within,), 0.5), Guess((begins,), 0.25)), Guess((begins,), 0.25)) for _ in places]
+
+    monkeypatch.setattr("raptr_ds.demo.model.fill_masks", fill_masks)
+    content = asked(server, "/api/fill", {"text": "of names", "hidden": [1], "depth": 3})[1]
+    (*_, word) = json.loads(content)["words"]
+    assert [guess["is_right"] for guess in word["blanks"][0]["guesses"]] == [False, True]
+    assert len({guess["text"] for guess in word["blanks"][0]["guesses"]}) == 1
 
 
 def test_losses_are_those_of_the_paths(serve: Serve) -> None:

@@ -49,6 +49,14 @@ def test_several_models_in_one_picture(make_run: MakeRun, tool: Tool, tmp_path: 
     assert (tmp_path / "new" / "c.png").is_file()
 
 
+def test_names_are_printed_as_they_are(make_run: MakeRun, tool: Tool) -> None:
+    """Neither brackets nor colons nor dollars in a run's name mean anything."""
+    source, _ = make_run("bert", "a[half]:x:$_{$")
+    done = tool("depth.py", source.folder, "--sequences", 2)
+    assert done.code == 0, done.error
+    assert "a[half]:x:$_{$" in done.printed.split("layers")[0]
+
+
 def test_an_exported_folder_has_the_same_losses(make_run: MakeRun, tool: Tool, data_folder: Path) -> None:
     source, _ = make_run("ul2")
     out = source.folder.parent / "out"

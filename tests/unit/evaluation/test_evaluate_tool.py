@@ -44,9 +44,16 @@ def test_a_table_and_json(run: Path, task_files: Path, tool: Tool) -> None:
     assert "causal" not in printed
 
 
+def test_the_models_name_is_printed_as_it_is(exported: Path, task_files: Path, tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "a[b]:x:").symlink_to(exported)
+    _, printed = results_of(tool, tmp_path / "a[b]:x:", task_files, "--tasks", "cb", "--limit", 1)
+    assert "a[b]:x:" in "".join(printed.split())
+
+
 def test_every_kind_of_folder_gives_the_same(run: Path, exported: Path, task_files: Path, tool: Tool) -> None:
     step = run / "checkpoints" / "step-00000003"
-    every = [results_of(tool, at, task_files, "--tasks", "boolq,nq_open")[0]["results"] for at in (run, step, exported)]
+    options = ("--tasks", "boolq,nq_open", "--local_rank=0")  # which the deepspeed launcher adds
+    every = [results_of(tool, at, task_files, *options)[0]["results"] for at in (run, step, exported)]
     assert every[0] == every[1] == every[2]
 
 
@@ -120,6 +127,8 @@ def test_finished_tasks_are_shown_where_a_later_one_is_refused(
     results = json.loads(output.read_text())["results"]
     assert set(results) == {"boolq", "nq_open"}
     assert set(results["nq_open"]) == {"shots", "exact_match", "exact_match_stderr"}
+    assert tool("evaluate.py", run, "--tasks", "boolq,copa", "--shots", "0,1", *options).code == 2
+    assert set(json.loads(output.read_text())["results"]) == {"boolq@0"}
     output.unlink()
     assert tool("evaluate.py", run, "--tasks", "copa", *options).code == 2
     assert not output.exists()

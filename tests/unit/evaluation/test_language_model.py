@@ -141,6 +141,15 @@ def test_draws_do_not_depend_on_batches_and_ranks(
     assert [(parts[0] | parts[1])[number] for number in range(len(asked))] == wanted
 
 
+def test_a_continuation_without_tokens_is_certain_and_changes_no_other(loaded: PrefixModel) -> None:
+    model = PrefixLM(loaded)
+    others = requests("loglikelihood", [("some words", " ab"), ("other words", " abd")])
+    empty = requests("loglikelihood", [(" ".join(words(3)[:20]), ""), ("", "")])
+    found = model.loglikelihood([*others, *empty])
+    assert [log for log, _ in found[:2]] == pytest.approx([log for log, _ in model.loglikelihood(others)], rel=1e-5)
+    assert found[2:] == model.loglikelihood(empty) == [(0.0, True)] * 2
+
+
 def test_long_contexts_lose_their_beginning_and_are_counted(loaded: PrefixModel) -> None:
     model = PrefixLM(loaded)
     long, kept = " ".join(words(3)), " ".join(words(3)[-8:])

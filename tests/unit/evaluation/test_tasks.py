@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.evaluation.catalogue import GROUPS, Catalogue
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
+from raptr_ds.evaluation.report import notes
 from raptr_ds.evaluation.run import run_tasks
 from raptr_ds.evaluation.tasks import fetch_tasks, load_tasks
 
@@ -39,6 +41,10 @@ def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
         catalogue.expand(["cb", "bolq"])
     with pytest.raises(ConfigError, match=r"there is no task 'qqqqqqqqq'\. Tasks are"):
         catalogue.expand(["qqqqqqqqq"])
+    assert len(catalogue.expand(["hrm8k"])) > 4  # names its members' metrics once more
+    for group, member in (("openllm", "arc_challenge"), ("darija_translation_doda", "doda")):  # other metrics
+        with pytest.raises(ConfigError, match=f"the group {group} changes the settings of a member, .*{member}"):
+            catalogue.expand([group])
 
 
 @pytest.mark.slow
@@ -74,8 +80,53 @@ def test_examples_are_never_the_document_that_is_asked(
 
 def test_too_few_documents_for_the_examples(catalogue: Catalogue, task_files: Path) -> None:
     tasks = load_tasks(catalogue, ["cb"], task_files)
-    with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs more than 7"):
+    with pytest.raises(ConfigError, match=r"cb has 7 documents .* --shots 7 needs 8"):
         run_tasks(tasks, {"prefix": get_model("dummy")()}, (0, 5, 7))
+
+
+SAMPLES = [{"q": f"s{i}", "label": 0} for i in range(3)]
+DEV = {"test_split": "test", "fewshot_split": "dev"}
+TRAIN = {"test_split": "test", "training_split": "train"}
+FIRST = {"sampler": "first_n"}
+
+
+@pytest.mark.parametrize(
+    ("own", "most", "source", "note"),
+    [
+        ({**DEV, "fewshot_config": FIRST}, 3, "dev", ""),  # as MMLU's
+        (DEV, 3, "dev", ""),
+        ({"test_split": "test", "fewshot_config": {**FIRST, "samples": SAMPLES}}, 3, None, ""),  # as gsm8k_cot's
+        ({"validation_split": "test", "fewshot_config": {**FIRST, "samples": SAMPLES}}, 3, None, ""),
+        ({"validation_split": "test", "training_split": "dev"}, 2, "dev", ""),  # the harness draws one more
+        ({"validation_split": "test"}, 4, "test", "are other documents"),
+        ({"validation_split": "test", "fewshot_config": FIRST}, 4, "test", "are other documents"),
+        (TRAIN, 4, "test", "are other documents"),  # train.parquet is not there
+        ({**TRAIN, "fewshot_config": FIRST}, 4, "test", "are other documents"),
+        ({"test_split": "no", "validation_split": "test", "fewshot_split": "test"}, 4, "test", "are other documents"),
+        ({"test_split": "test"}, 5, "test", "may be"),  # the harness's own way
+    ],
+)
+def test_where_examples_come_from_and_how_many_there_are(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own: dict[str, object], most: int, source: str | None, note: str,
+) -> None:  # fmt: skip
+    form = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"]}
+    form |= {"task": "t", "doc_to_target": "label", "metric_list": [{"metric": "acc"}]}
+    monkeypatch.setattr(catalogue, "configuration", lambda name: {**form, **own})
+    (tmp_path / "t").mkdir()
+    for split, number in (("dev", 3), ("test", 5)):
+        rows = [{"q": f"{split}{i}", "label": i % 2} for i in range(number)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t" / f"{split}.parquet")
+    (task,) = load_tasks(catalogue, ["t"], tmp_path)
+    (outcome,) = run_tasks([task], {"prefix": get_model("dummy")()}, (most,))
+    assert outcome.examples_from == source
+    lines = notes([outcome], 100)
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
+    asked_again = [instance.args[0].count(instance.doc["q"]) > 1 for instance in task.instances]
+    assert any(asked_again) == (note == "may be")
+    with pytest.raises(ConfigError, match=f"--shots {most + 1} needs"):
+        run_tasks([task], {"prefix": get_model("dummy")()}, (most + 1,))
 
 
 def test_missing_files_and_how_to_get_them(catalogue: Catalogue, task_files: Path) -> None:
@@ -123,8 +174,6 @@ def test_a_hub_that_cannot_be_reached(catalogue: Catalogue, tmp_path: Path, monk
 def test_files_from_the_hub_are_read_as_its_data_set_is(
     catalogue: Catalogue, tmp_path: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import datasets
-
     rows = [{"id": "a", "title": "T", "context": "A b.", "question": "B?", "answers": {"text": ["b"]}}] * 3
     splits = {split: datasets.Dataset.from_list(rows) for split in ("train", "validation")}
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: datasets.DatasetDict(splits))
@@ -141,3 +190,32 @@ def test_files_from_the_hub_are_read_as_its_data_set_is(
     (task,) = load_tasks(catalogue, ["squadv2"], tmp_path)
     assert [dict(doc) for doc in task.validation_docs()] == rows
     assert task.doc_to_text(rows[0]).endswith("Question: B?\n\nAnswer:")
+
+
+def test_the_hub_is_asked_for_what_the_task_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings say which files of a data set, in which form; a task may also make its data set itself."""
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, name: str | None = None, **options: object) -> datasets.DatasetDict:
+        asked.append((path, name, options))
+        return datasets.DatasetDict(test=datasets.Dataset.from_list([{"text": "a"}]))
+
+    def own(min_length: int, version: float) -> dict[str, datasets.Dataset]:
+        rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "bc"}])
+        return {"test": rows.filter(lambda row: len(row["text"]) >= min_length)}
+
+    files = {"test": "hf://datasets/a/b/b.jsonl"}
+    tasks: dict[str, dict[str, object]] = {
+        "files": {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "trust_remote_code": True, "streaming": True},
+        },
+        "made": {"custom_dataset": own, "dataset_kwargs": {"min_length": 2}, "metadata": {"version": 1.0}},
+    }
+    catalogue = Catalogue()
+    monkeypatch.setattr(catalogue, "configuration", lambda name: {"task": name, "test_split": "test", **tasks[name]})
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    fetch_tasks(catalogue, list(tasks), tmp_path, lambda line: None)
+    assert asked == [("json", None, {"data_files": files})]
+    assert pq.read_table(tmp_path / "made" / "test.parquet").to_pylist() == [{"text": "bc"}]

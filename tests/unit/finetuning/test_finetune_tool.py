@@ -120,7 +120,16 @@ def test_an_interrupted_seed_goes_on(
 
     monkeypatch.setattr(Trainer, "training_step", stopping)
     assert fine_tune(tool, model, rows, tmp_path / "out", *options).code == 130
-    (tmp_path / "out" / "seed-1" / "checkpoint-99").mkdir()  # as one that was being written
+    for name, state in (
+        ("checkpoint-99", None),
+        ("checkpoint-98", ""),
+        ("checkpoint-97", '{"epoch": '),
+        ("checkpoint-x", "{}"),
+    ):
+        cut = tmp_path / "out" / "seed-1" / name  # as one that was being written
+        cut.mkdir()
+        if state is not None:
+            (cut / "trainer_state.json").write_text(state)
     done = fine_tune(tool, model, rows, tmp_path / "out", *options)
     assert done.code == 0, done.error
     assert "continues from" in done.printed
@@ -246,12 +255,14 @@ def test_damaged_models_are_refused(tmp_path: Path, exported: Make, tool: Tool) 
     refused("config.json")
 
 
-@pytest.mark.parametrize("name", ["multirc", "record"])
-def test_a_file_may_have_a_tasks_name(tmp_path: Path, exported: Make, tool: Tool, name: str) -> None:
+@pytest.mark.parametrize("name", ["multirc", "record", "a[b]:x:"])
+def test_a_file_may_have_any_name(tmp_path: Path, exported: Make, tool: Tool, name: str) -> None:
     rows = write(tmp_path / f"{name}.jsonl", sentences(24))
     done = fine_tune(tool, exported("bert"), rows, tmp_path / "out", "--epochs", 1, "--seeds", 1)
     assert done.code == 0, done.error
     assert results_of(tmp_path / "out")["metrics"] == ["accuracy"]
+    assert f"{name}, seed 1, epoch 1" in done.printed
+    assert f"│ {name} " in done.printed
 
 
 def test_results_under_other_labels_do_not_count(tmp_path: Path, exported: Make, tool: Tool) -> None:

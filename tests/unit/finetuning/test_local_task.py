@@ -71,6 +71,20 @@ def test_choices_and_answers(tmp_path: Path) -> None:
     assert (data.train[0].pair, data.train[0].start, data.train[0].answers) == (CONTEXT, 13, ("the mat",))
 
 
+def test_choices_of_another_kind_are_not_looked_at(tmp_path: Path) -> None:
+    rows = [{**row, "choices": [None, 5, "x"][i % 3]} for i, row in enumerate(sentences(9))]
+    _, data = load(tmp_path, rows, kind="classification")
+    assert {one.choices for one in (*data.train, *data.validation)} == {()}
+
+
+def test_labels_of_digits_have_one_order(tmp_path: Path) -> None:
+    """Names of the same number do not depend on the order of a set, nor long ones on what int() takes."""
+    names = ["1", "9" * 5000, "0002", "01", "002", "02", "2", "001"]
+    _, data = load(tmp_path, [{"text": str(i), "label": names[i % 8]} for i in range(64)])
+    assert data.labels == ("001", "01", "1", "0002", "002", "02", "2", "9" * 5000)
+    assert load(tmp_path, [{"text": str(i), "label": 10**400 + i % 2} for i in range(9)])[0].kind == "classification"
+
+
 def test_named_columns_and_a_validation_file(tmp_path: Path) -> None:
     rows = [{"id": i, "body": f"t{i}", "title": f"p{i}", "stars": i % 2} for i in range(10)]
     other = write(tmp_path / "other.csv", rows[:3])
@@ -116,6 +130,14 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
     ([{"text": str(i), "choices": ["x"] * (2 + i % 2), "label": 0} for i in range(9)], {}, ["2 or 3 choices"]),
     ([{**QA, "answers": {"text": ["mat"], "answer_start": [0]}}] * 2, {}, ["'mat'", "character 0", "'A c'"]),
     ([{**QA, "answers": "the mat"}] * 2, {}, ["answer_start"]),
+    ([{**QA, "answers": {"text": ["mat"], "answer_start": [-4]}}] * 2, {}, ["'mat'", "character -4", "has ''"]),
+    ([{**QA, "answers": {"text": [5], "answer_start": [0]}}] * 2, {}, ["answer 5", "'A'"]),
+    ([{"text": "a", "choices": ["x", None], "label": 0}] * 9, {}, ["None in column 'choices'", "a text"]),
+    ([{"text": "a", "choice1": "x", "choice2": {}, "label": 0}] * 9, {}, ["{} in column 'choice2'", "a text"]),
+    ([*sentences(9), {"text": float("nan"), "label": "no"}], {}, ["row 10", "nan in column 'text'", "a text"]),
+    ([*sentences(9), {"text": "a", "label": float("nan")}], {}, ["row 10", "no label", "nan"]),
+    ([*sentences(9), {"text": "a \ud83d", "label": "no"}], {}, ["row 10", "'\\ud83d'", "'text'", "surrogate"]),
+    ([{"text": str(i), "label": ["a", "b"][: i % 3]} for i in range(9)], {}, ["row 1", "[]", "one label"]),
     (sentences(4), {"kind": "multiple-choice"}, ["'choices'", "'text', 'label'"]),
     (sentences(1), {}, ["leaves nothing to train on"]),
     ([{"text": str(i), "label": i / 2} for i in range(9)], {}, ["1 row for validation", "--validation-fraction"]),

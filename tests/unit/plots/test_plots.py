@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.plots.curves import load_curves
@@ -56,6 +57,15 @@ def test_a_run_becomes_a_picture_in_its_folder(tmp_path, num_steps):
     assert result.stdout == f"wrote {folder / 'plot.png'}\n"
     width, height = png_size(folder / "plot.png")
     assert (width, height) == (1680, round((5.6 + 3.0) * 120))
+
+
+@pytest.mark.parametrize("name", ["_mine", "a$b$c", "$_{", r"$\x$"])
+def test_names_are_drawn_as_they_are(tmp_path, name):
+    run = load_curves(write_run(tmp_path / name, 10, method="full"))
+    with rc_context({"svg.fonttype": "none"}):  # texts as texts
+        plot_runs([run], tmp_path / "a.svg")
+    drawn = re.sub(r"<[^>]*>", "", (tmp_path / "a.svg").read_text(encoding="utf-8"))
+    assert all(f"{name}{what}" in drawn for what in (", training", ", full model, held out", ": active layers"))
 
 
 def test_scores_on_tasks_have_a_panel_for_each_metric(tmp_path):

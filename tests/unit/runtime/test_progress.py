@@ -105,12 +105,12 @@ def test_a_terminal_gets_a_live_line_and_messages_above_it(monkeypatch):
         progress = build_progress("auto", stream)
         assert isinstance(progress, RichProgress)
         progress.show(1, 100, 0, "loss 5.2500")
-        progress.say("step 1/100  eval loss 5.1 [full]")
+        progress.say("step 1/100  eval loss 5.1 [full] in runs/a:x:")
         progress.show(2, 100, 0, "loss 4.7500  phase 0  path 9/12")
         progress.close()
     reader.join(timeout=5)
     os.close(controller)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", received.decode())
-    assert "eval loss 5.1 [full]" in text
+    assert "eval loss 5.1 [full] in runs/a:x:" in text
     assert "2/100" in text
     assert "loss 4.7500  phase 0  path 9/12" in text
