@@ -62,6 +62,15 @@ def test_thinned_curves_keep_sums_phases_means_and_evaluations(lab, tmp_path):
         np.testing.assert_allclose(small.curves.loss, [window.mean() for window in windows])
 
 
+def test_a_tuning_run_that_is_compared_too_is_kept_once(lab, tmp_path):
+    planner = lab.planner(sweep={"learning_rates": [1e-3, 2e-3], "seed": 1})
+    lab.run(planner)
+    copy = load_comparison(keep(load_comparison(planner.output), tmp_path / "kept"))
+    assert len(copy.tuning) == 4
+    assert len(copy.runs) == 6
+    assert all(run.is_finished for run in (*copy.tuning, *copy.runs))
+
+
 def test_the_law_reads_it(lab, tmp_path):
     """Standard training and RaPTr by its schedule, not RaPTr with another option."""
     contestants = [
