@@ -51,6 +51,20 @@ def parse_value(text: str, key: str = "value") -> Any:
     return value
 
 
+def write_value(value: Any) -> str:
+    """Return the text that `parse_value` reads as a JSON value: a string as it is, unless that would be another value.
+
+    It has one line.
+    """
+    if not isinstance(value, str) or not value.isprintable() or value != value.strip() or value[:1] in {"[", "{"}:
+        return json.dumps(value)
+    try:
+        json.loads(value, parse_constant=str, parse_int=str)
+    except json.JSONDecodeError:
+        return value
+    return json.dumps(value)
+
+
 def is_touched(dotted: str, touched: Iterable[str]) -> bool:
     """Return whether overrides set the value at a dotted key or anything below it."""
     return any(key == dotted or key.startswith(f"{dotted}.") for key in touched)

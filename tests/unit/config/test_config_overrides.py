@@ -2,7 +2,7 @@
 
 import pytest
 
-from raptr_ds.config.overrides import apply_overrides, parse_value
+from raptr_ds.config.overrides import apply_overrides, parse_value, write_value
 from raptr_ds.errors import ConfigError
 
 
@@ -30,6 +30,23 @@ def test_values(text, value):
     parsed = parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
+
+
+_WRITTEN = ["2", "1e-3", "true", "null", '"2"', "", "007", "NaN", "[1", "{", " runs", "two\nlines", "1" * 5000, "ä b"]
+
+
+@pytest.mark.parametrize("value", [*_WRITTEN, 2, 1e-3, None, True, [0, "-1"], {"data/x.y": 0.5}])
+def test_what_is_written_is_read_back(value):
+    text = write_value(value)
+    parsed = parse_value(text.strip())
+    assert parsed == value
+    assert type(parsed) is type(value)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["6-8-10-12", "runs/a b", "none", "007"])
+def test_plain_text_is_written_plainly(text):
+    assert write_value(text) == text
 
 
 def test_assigns_without_touching_the_original():
