@@ -28,6 +28,7 @@ _STATES_AFTER = {
     "hang": "failed",
     "launch": "starting",
     "restart": "starting",
+    "stopped": "stopped",
     "give_up": "failed",
     "done": "finished",
 }
@@ -160,7 +161,8 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
         lines.append(f"skipped      {status.skipped_steps} steps that were not finite")
     if status.seconds_left and status.state in {"running", "silent"}:
         lines.append(f"left         {duration(status.seconds_left)} at this speed (longer paths are slower)")
-    shown = [event for event in status.events if event.get("event") != "checkpoint"][-num_events:]
+    shown = [event for event in status.events if event.get("event") != "checkpoint"]
+    shown = shown[max(0, len(shown) - num_events) :]
     return [*lines, *(f"  {_event_words(event)}" for event in shown)]
 
 
