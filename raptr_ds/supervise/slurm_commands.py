@@ -1,11 +1,19 @@
 """Slurm's commands: run, and their answers read."""
 
+import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
+
+# What a job has in its environment that would be another job's there: sbatch hands it on, and Slurm replaces only what
+# the new job has itself, which is no array, say, or was not requeued yet.
+_OF_A_JOB = re.compile(
+    r"SLURM_(ARRAY_\w+|RESTART_COUNT|CPUS_PER_TASK|NTASKS\w*|NPROCS|GPUS\w*|MEM_PER_\w+|TRES_PER_TASK)"
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,13 @@ def run_slurm(*words: str) -> Answer:
 def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str] | None = None) -> str:
     """Run sbatch --parsable ..., and return the job's number.
 
-    without_sbatch: what to do where Slurm is not installed, for the message. env: by default this process's own.
+    without_sbatch: what to do where Slurm is not installed, for the message. env: by default this process's own; that
+    of a job that this process runs in is left out.
     Raises: ConfigError with sbatch's own words.
     """
+    env = os.environ if env is None else env
+    if "SLURM_JOB_ID" in env:
+        env = {name: value for name, value in env.items() if not _OF_A_JOB.fullmatch(name)}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     except FileNotFoundError as error:

@@ -17,7 +17,8 @@ SLURM = {"nodes": 2, "at_once": 3, "options": ["--time=1:00:00", "--partition=sh
 # srun prints the words of its command, one a line, and then does what a run does at its end.
 RECORD = "import sys; from raptr_ds.supervise.record import *; append_event(run_folder(sys.argv), 'end', exit_code=0)"
 STAND_INS = {
-    "srun": f'printf "%s\\n" "$@"; PYTHONPATH={REPOSITORY} {sys.executable} -c "{RECORD}" "$@"',
+    "srun": 'echo "lead $RAPTR_SIGNAL_LEAD" >&2; printf "%s\\n" "$@"; '
+    f'PYTHONPATH={REPOSITORY} {sys.executable} -c "{RECORD}" "$@"',
     "scontrol": '[ "$1" = show ] && [ "$2" = hostnames ] && echo node1',
     "sbatch": 'echo "$@" >>"$SUBMITTED"; wc -l <"$SUBMITTED"',
 }
@@ -97,7 +98,8 @@ def test_jobs_start_one_after_another(lab, stand_ins, tmp_path, monkeypatch):
 def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     """The real batch file, training_job.sh and experiment.py; srun is a stand-in that shows what it was given."""
     vocabulary = "raptr_ds.model.vocab_size=600"
-    planner = lab.planner(processes=4, slurm=SLURM, set=["train_batch_size=8", vocabulary])
+    slurm = {**SLURM, "options": ["--signal=B:USR1@600"]}
+    planner = lab.planner(processes=4, slurm=slurm, set=["train_batch_size=8", vocabulary])
     _, (file, _) = write_jobs(planner, lab.file, [])
     # experiment.py in the job looks for the data's vocabulary: let it find a folder that needs no preparing.
     ask = REPOSITORY / "tools" / "experiment.py"
@@ -112,6 +114,7 @@ def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     command = ["bash", file]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=lab.folder, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert "lead 600\n" in done.stderr  # of two lines sbatch takes the later one
     words = done.stdout.splitlines()
     assert words[:2] == ["--nodes=2", "--ntasks-per-node=2"]
     start = words.index("python")
