@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from raptr_ds.depth.table import DepthTable
-from raptr_ds.plots.runs import COLOURS
+from raptr_ds.plots.pictures import COLOURS, literal
 from raptr_ds.user_paths import write_error
 
 _TEXT_POINTS = 12
@@ -24,12 +24,12 @@ def plot_depths(tables: Sequence[DepthTable], file: Path) -> None:
     figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for index, table in enumerate(tables):
-        colour = COLOURS[index % len(COLOURS)]
+        name, colour = literal(table.label), COLOURS[index % len(COLOURS)]
         depths = [row.depth for row in table.rows]
         style = {"color": colour, "markersize": 6.5, "markeredgecolor": "white"}
-        axes.plot(depths, [row.loss for row in table.rows], "o-", label=f"{table.label}, layers removed", **style)
+        axes.plot(depths, [row.loss for row in table.rows], "o-", label=f"{name}, layers removed", **style)
         exits = [row.exit_loss for row in table.rows]
-        axes.plot(depths, exits, "s--", linewidth=1.2, alpha=0.8, label=f"{table.label}, left early", **style)
+        axes.plot(depths, exits, "s--", linewidth=1.2, alpha=0.8, label=f"{name}, left early", **style)
         axes.axhline(table.rows[0].loss, color=colour, linestyle=":", linewidth=1.0, zorder=1)
     axes.set_title("held-out loss by depth; dotted: the whole model", fontsize=_TEXT_POINTS, loc="left")
     axes.set_xlabel("layers", fontsize=_TEXT_POINTS)

@@ -1,19 +1,23 @@
 """The picture of a run, written from synthetic metrics by the command line."""
 
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.cbook import is_math_text
+from matplotlib.figure import Figure
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.plots.pictures import check_picture, looks_of
-from raptr_ds.plots.runs import plot_runs
+from raptr_ds.plots.runs import draw_loss, plot_runs
 from tests.path_methods import path_method
 
 TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
@@ -117,6 +121,19 @@ def test_every_format_that_is_offered_can_be_written(tmp_path):
         plot_runs([run], tmp_path / f"x.{ending}")
     with pytest.raises(ConfigError, match=r"ends in \.png\. Write .*x\.png"):
         check_picture(tmp_path / "x.pdf", "--output", ("png",))
+
+
+@pytest.mark.parametrize("name", ["_try", "a$b$", r"$\no$", "50%"])
+def test_a_folders_name_is_shown_as_it_is(tmp_path, name):
+    runs = [load_curves(write_run(tmp_path / name, 3, method="full"))]
+    plot_runs(runs, tmp_path / "picture.png")
+    axes = Figure().add_subplot()
+    draw_loss(axes, runs[0], runs[0].step, "#000000")
+    _, labels = axes.get_legend_handles_labels()
+    shown = [label.replace(r"\$", "$").strip() for label in labels]
+    assert shown == [f"{name}, training", f"{name}, full model, held out"]
+    assert not any(map(is_math_text, labels))
+    plot_runs([replace(runs[0], name=os.fsdecode(b"\xff"))], tmp_path / "picture.png")
 
 
 def test_no_two_of_many_names_look_the_same():
