@@ -202,6 +202,10 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
             f"**extrapolated**: the longest standard run measured saw {law.longest:,.3g} tokens for each parameter, "
             "and intervals take the law for true beyond. It expected too much of longer runs before (docs/results.md)"
         )
+    if standard < law.shortest:
+        notes.append(
+            f"**extrapolated**: the shortest standard run measured saw {law.shortest:,.2g} tokens for each parameter"
+        )
     for name, saving in savings.items():
         notes.append(
             f"{name} saves {saving:.1%}; RaPTr's held-out loss less the standard one, {CONFIDENCE:.0%}: "

@@ -52,8 +52,8 @@ class Expected:
 class Law:
     """The fitted law. parameters: b, d, q, then c, E, A of each of `models`; residual: deviation of the runs from it.
 
-    longest, longest_model: tokens a parameter of the longest standard run, and its model. largest: parameters of the
-    layers of the largest model.
+    longest, longest_model: tokens a parameter of the longest standard run, and its model. shortest: of the shortest.
+    largest: parameters of the layers of the largest model.
     """
 
     models: tuple[str, ...]
@@ -63,6 +63,7 @@ class Law:
     residual: float
     longest: float
     longest_model: str
+    shortest: float
     largest: int
 
     def at_equal_flops(self, model: str, tokens: float, saving: float) -> Expected:
@@ -131,6 +132,7 @@ def fit_law(runs: Sequence[Measured]) -> Law:
         math.sqrt(variance),
         longest=standard.max(),
         longest_model=models[places[standard.argmax()]],
+        shortest=tokens[savings == 0].min(initial=np.inf),
         largest=max(run.layer_parameters for run in runs),
     )
 

@@ -123,6 +123,9 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     code, out, _ = plan(monkeypatch, capsys, *best, *(f"raptr_ds.model.{one}" for one in small), "--tokens", "1e6")
     assert code == 0
     assert "extrapolated" not in out
+    code, out, _ = plan(monkeypatch, capsys, *best, "--tokens", "1e8")
+    assert code == 0
+    assert "**extrapolated**: the shortest standard run measured saw 0.08 tokens for each parameter" in out
     code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
     assert code == 0
     assert "**extrapolated**: the longest standard run measured saw 10.9 tokens" in out

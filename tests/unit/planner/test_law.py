@@ -39,7 +39,7 @@ def test_runs_that_follow_the_law_give_it_back() -> None:
         law.parameters, [TRUE["b"], TRUE["d"], TRUE["q"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
     )
     assert law.residual < 1e-7
-    assert (law.longest, law.longest_model, law.largest) == (2.5, "deep", 4000)
+    assert (law.longest, law.longest_model, law.shortest, law.largest) == (2.5, "deep", 0.2, 4000)
     for tokens, saving in ((0.5, 0.25), (40.0, 0.4)):
         equal_flops = _loss("wide", tokens / (1 - saving), saving) - _loss("wide", tokens, 0)
         equal_tokens = _loss("wide", tokens, saving) - _loss("wide", tokens, 0)
