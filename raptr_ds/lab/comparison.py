@@ -107,6 +107,12 @@ class Comparison:
         """Names in the file's order."""
         return [one["name"] for one in self.record["contestants"]]
 
+    @property
+    def num_planned(self) -> int:
+        """How many runs are to be compared; those whose learning rates are not chosen yet are not among `runs`."""
+        seeds = self.record["seeds"]
+        return sum(len(one.get("seeds", seeds)) for one in self.record["contestants"])  # older: all seeds for all
+
     def about(self, name: str) -> dict[str, Any]:
         """Return a contestant's entry in the record."""
         return next(one for one in self.record["contestants"] if one["name"] == name)
@@ -124,12 +130,17 @@ class Comparison:
 def load_comparison(folder: Path) -> Comparison:
     """Read a comparison's folder, finished or not.
 
-    Raises: DataError if it holds no comparison, or a run's metrics are damaged.
+    Raises: DataError if it holds no comparison, or one whose runs are not planned yet, or a run's files are damaged.
     """
     record = read_record(folder)
     if record is None:
         raise DataError(
             f"{folder} has no {RECORD}: no comparison has run there. python tools/experiment.py FILE runs one."
+        )
+    if not record["contestants"]:  # lab/slurm.py
+        raise DataError(
+            f"{folder} has nothing to report: the step times that decide its runs are not measured yet. When the jobs "
+            "that measure them have ended, submit the comparison again."
         )
     results = {"tuning": [], "comparison": []}
     for run in record["runs"]:

@@ -67,12 +67,11 @@ def _introduction(comparison: Comparison) -> Block:
     record = comparison.record
     seeds, processes, contestants = record["seeds"], record["processes"], comparison.contestants
     finished = sum(run.is_finished for run in comparison.runs)
-    planned = sum(len(one.get("seeds", seeds)) for one in record["contestants"])  # older records: all seeds for all
     return text(
         f"{len(contestants)} contestants on {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}), {record['budget']}; base run {record['base']}, "
         f"{processes} process{'es' if processes > 1 else ''} per run. "
-        f"{finished} of {planned} runs are finished."
+        f"{finished} of {comparison.num_planned} runs are finished."
     )
 
 

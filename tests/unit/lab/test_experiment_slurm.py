@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.lab.comparison import load_comparison, write_record
 from raptr_ds.lab.slurm import settings_of, submit, write_jobs
 
 REPOSITORY = Path(__file__).parents[3]
@@ -76,8 +77,12 @@ def test_a_tuned_run_learns_its_rate_when_it_starts(lab):
 
 
 def test_measured_time_is_measured_first(lab):
-    planner, jobs = write(lab, budget={"equal": "time"})
+    planner = lab.planner(budget={"equal": "time"})
+    progress, jobs = write_jobs(planner, lab.file, [])
     assert [file.name for file in jobs] == ["probe.sbatch"]
+    write_record(planner, progress, "mine", None)
+    with pytest.raises(DataError, match=r"has nothing to report: the step times .* are not measured yet"):
+        load_comparison(planner.output)
     assert "raptr_ds.train.steps=40" in settings_of(planner, 1)
 
 
