@@ -154,9 +154,11 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
         lines.append(f"slowest      rank {rank}: {seconds:.3g} s of own work in a step, the median is {usual:.3g} s")
     if status.flops_saved is not None:
         lines.append(f"saved        {status.flops_saved:.1%} of the full model's FLOPs up to the last checkpoint")
+    failed = f"; {status.failed_saves} could NOT be written since the last start" if status.failed_saves else ""
     if status.checkpoint_step is not None and status.checkpoint_age is not None:
-        failed = f"; {status.failed_saves} could NOT be written since the last start" if status.failed_saves else ""
         lines.append(f"checkpoint   step {status.checkpoint_step:,}, {duration(status.checkpoint_age)} old{failed}")
+    elif failed:
+        lines.append(f"checkpoint   none{failed}")
     if status.skipped_steps:
         lines.append(f"skipped      {status.skipped_steps} steps that were not finite")
     if status.seconds_left and status.state in {"running", "silent"}:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,11 @@ def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(damage: st
     (running / "run.lock").write_text('{"beat')
     status = status_of(running, NOW)
     assert (status.step, status.checkpoint_step, status.starts, status.state) == (200, 150, 2, "failed")
+
+
+def test_failed_saves_are_shown_where_none_has_succeeded(running: Path) -> None:
+    shutil.rmtree(running / "checkpoints")
+    assert "checkpoint   none; 1 could NOT be written since the last start" in describe(status_of(running, NOW))
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
