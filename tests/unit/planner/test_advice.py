@@ -133,6 +133,13 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     assert "proposed: raptr_ds.path.schedule=paper" in out
 
 
+def test_without_measured_runs_there_is_no_law(monkeypatch, capsys):
+    monkeypatch.setattr("raptr_ds.planner.results.read_results.__defaults__", (Path("nowhere"),))
+    code, _, err = plan(monkeypatch, capsys, "--processes", "8", "--save", "best", "--set", NOT_PREPARED)
+    assert code == 2
+    assert "gives no law (0 runs do not determine the law's 3 parameters)" in err
+
+
 @pytest.mark.parametrize(
     ("gib", "holds"),
     [

@@ -72,6 +72,14 @@ def test_too_few_runs_are_no_law() -> None:
         fit_law([*_runs()[:4], *_runs()[-5:]])
 
 
+def test_a_model_that_its_few_runs_do_not_determine_gives_no_numbers() -> None:
+    alone = Measured("alone", 9000, 9.0, 0.0, 2.0)  # says nothing of paths
+    law = fit_law([*_runs(0.002), alone])
+    assert (law.longest, law.longest_model, law.largest) == (2.5, "deep", 9000)
+    with pytest.raises(ValueError, match="no model has a standard run and more than 3 runs"):
+        fit_law([run for run in _runs() if run.saving] + [alone])
+
+
 def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:
     kinds = ("WarmupDecayLR", "WarmupStableDecayLR", None)
     for number, kind in enumerate(kinds):
