@@ -1,6 +1,5 @@
 """Slurm's commands: run, and their answers read."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -36,14 +35,13 @@ def run_slurm(*words: str) -> Answer:
     return Answer(done.stdout.decode(errors="replace"))  # beside warnings on standard error
 
 
-def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str] | None = None) -> str:
+def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str]) -> str:
     """Run sbatch --parsable ..., and return the job's number.
 
-    without_sbatch: what to do where Slurm is not installed, for the message. env: by default this process's own; that
-    of a job that this process runs in is left out.
+    without_sbatch: what to do where Slurm is not installed, for the message. env: this process's own; what the job that
+    it runs in has there is left out.
     Raises: ConfigError with sbatch's own words.
     """
-    env = os.environ if env is None else env
     if "SLURM_JOB_ID" in env:
         env = {name: value for name, value in env.items() if not _OF_A_JOB.fullmatch(name)}
     try:

@@ -92,12 +92,12 @@ def test_jobs_start_one_after_another(lab, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", stand_ins["PATH"])
     monkeypatch.setenv("SUBMITTED", str(submitted))
     _, jobs = write(lab, sweep=SWEEP)
-    lines = submit(jobs)
+    lines = submit(jobs, os.environ)
     assert [line.split()[-1] for line in lines] == ["1", "2", "3"]
     words = [line.split() for line in submitted.read_text().splitlines()]
     assert [line[1] for line in words[1:]] == ["--dependency=afterany:1", "--dependency=afterany:2"]
     assert [line[-1] for line in words] == [str(file) for file in jobs]
-    assert submit(jobs, only_write=True) == [f"wrote {file}" for file in jobs]
+    assert submit(jobs, os.environ, only_write=True) == [f"wrote {file}" for file in jobs]
 
 
 def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):

@@ -1,5 +1,6 @@
 """Slurm's commands, by stand-ins."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def test_a_job_that_submits_another_hands_on_nothing_of_its_own(seen: Path, monk
     of_the_user = {"SLURM_CONF": "/etc/mine.conf", "SLURM_WAIT": "90", "RAPTR_RETRY_DELAY": "5"}
     for name, value in {"SLURM_JOB_ID": "10", **of_the_job, **of_the_user}.items():
         monkeypatch.setenv(name, value)
-    assert sbatch(["sbatch", "file"], "") == "9"
+    assert sbatch(["sbatch", "file"], "", os.environ) == "9"
     lines = seen.read_text().splitlines()
     assert {f'{name}="{value}"' for name, value in of_the_user.items()} <= set(lines)
     assert not [line for line in lines if line.partition("=")[0] in of_the_job]
     monkeypatch.delenv("SLURM_JOB_ID")  # what is set outside a job is the user's own
-    sbatch(["sbatch", "file"], "")
+    sbatch(["sbatch", "file"], "", os.environ)
     assert 'SLURM_CPUS_PER_TASK="12"' in seen.read_text()
