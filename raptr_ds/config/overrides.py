@@ -56,7 +56,7 @@ def write_value(value: Any) -> str:
 
     It has one line.
     """
-    if not isinstance(value, str) or not value.isprintable() or value != value.strip() or value[:1] in {"[", "{"}:
+    if not isinstance(value, str) or len(value.splitlines()) > 1 or value != value.strip() or value[:1] in {"[", "{"}:
         return json.dumps(value)
     try:
         json.loads(value, parse_constant=str, parse_int=str)
