@@ -45,9 +45,9 @@ choose_tasks() {
 set_defaults() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export PYTHONUNBUFFERED=1
-    # $0 is Slurm's copy of the batch file, which has the lead unless it was given on the command line.
+    # $0 is Slurm's copy of the batch file, which has the lead unless it was given on the command line; the last counts.
     local lead='s/^#SBATCH .*--signal[= ][^@ ]*@\([0-9]\{1,\}\).*/\1/p'
-    export RAPTR_SIGNAL_LEAD=${RAPTR_SIGNAL_LEAD:-$(sed -n "$lead" "$0" 2>/dev/null | head -n 1)}
+    export RAPTR_SIGNAL_LEAD=${RAPTR_SIGNAL_LEAD:-$(sed -n "$lead" "$0" 2>/dev/null | tail -n 1)}
     # When one task is gone the others wait for it in a collective: end them after this many seconds. Not at once
     # (--kill-on-bad-exit): all tasks leave with 75 after a signal, not in the same instant, and the last ones would be
     # killed by the first one's 75, which turns the step's code, the largest of all tasks', into 143.

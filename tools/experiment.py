@@ -10,6 +10,7 @@ the current run has saved a checkpoint, start again to continue.
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def main() -> None:
     elif arguments.slurm:
         progress, files = write_jobs(planner, arguments.file, arguments.set)
         write_record(planner, progress, name, session_of(command))
-        print("\n".join(submit(files, only_write=arguments.write_only)))
+        print("\n".join(submit(files, os.environ, only_write=arguments.write_only)))
     else:
         _run(planner, name, command)
 

@@ -31,7 +31,7 @@ from raptr_ds.planner.local_device import measure_this_machine
 from raptr_ds.planner.memory import GIB, GPU_CONTEXT_BYTES
 from raptr_ds.planner.peak import run_peak
 from raptr_ds.planner.plan import RunPlan, even_schedules, keepable_layers, plan_run, propose_schedule
-from raptr_ds.planner.results import read_results
+from raptr_ds.planner.results import RESULTS, read_results
 from raptr_ds.planner.setting import proposed_micro_batches, scheduled_lengths, setting_of
 from raptr_ds.planner.shortage import gib, shortage
 from raptr_ds.planner.step_time import Device, Setting
@@ -181,8 +181,13 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
             f"--save best: there is no law for {objective}: its losses in experiments/results do not follow one "
             "(docs/results.md). Ask for a saving, --save 25%, or see what was measured."
         )
-    runs = read_results(objective)
-    law, layers = fit_law(runs), config.model.num_layers * layer_parameters(config.model)
+    runs, layers = read_results(objective), config.model.num_layers * layer_parameters(config.model)
+    try:
+        law = fit_law(runs)
+    except ValueError as error:
+        raise ConfigError(
+            f"--save best: {RESULTS} gives no law ({error}). Use it in a clone of the repository."
+        ) from error
     total = config.train.steps * config.batch.global_batch * config.model.seq_length
     tokens = total if arguments.tokens is None else _count(arguments.tokens)
     model, standard, saved_by = law.longest_model, tokens / layers, _saving_of(config, device)
@@ -201,6 +206,10 @@ def _best_schedule(arguments: argparse.Namespace, config: RunConfig, device: Dev
         notes.append(
             f"**extrapolated**: the longest standard run measured saw {law.longest:,.3g} tokens for each parameter, "
             "and intervals take the law for true beyond. It expected too much of longer runs before (docs/results.md)"
+        )
+    if standard < law.shortest:
+        notes.append(
+            f"**extrapolated**: the shortest standard run measured saw {law.shortest:,.2g} tokens for each parameter"
         )
     for name, saving in savings.items():
         notes.append(

@@ -16,7 +16,7 @@ import _command_line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raptr_ds.config.overrides import written_text
+from raptr_ds.config.overrides import write_value
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import ConfigError
 from raptr_ds.prepare.corpus import DatasetSource, DistinctParagraphs, Source, total_size_bytes
@@ -179,7 +179,7 @@ def print_counts(manifest: Manifest, output: Path, console: Console) -> None:
         console.print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     for reason, count in manifest.skipped.items():
         console.print(f"  skipped: {count:,} {reason}")
-    console.print(f"train on it with --set {shlex.quote(f'raptr_ds.data.path={written_text(str(output))}')}")
+    console.print(f"train on it with --set {shlex.quote(f'raptr_ds.data.path={write_value(str(output))}')}")
 
 
 def main() -> None:

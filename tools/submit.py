@@ -28,7 +28,8 @@ def main() -> None:
     """Parse the command line, check, copy and submit."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
-    options, more = vars(_parse(words[:end])), check_more_options(words[end + 1 :])
+    options = vars(_parse(words[:end]))
+    more = check_more_options(words[end + 1 :], options["chain"] > 1)
     is_dry_run = options.pop("dry_run")
     if not is_dry_run and shutil.which("sbatch") is None:
         raise ConfigError(f"there is no sbatch here. {WITHOUT_SBATCH}")

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import _command_line
 
@@ -41,7 +42,8 @@ def main() -> None:
         )
     if options.slurm or options.guard:
         raise SystemExit(_in_job(options, folder, limits, stops))
-    run = Supervised(folder, f"{socket.gethostname()}:{os.getpid()}", limits)
+    # In containers each supervisor may have the same host name and number.
+    run = Supervised(folder, f"{socket.gethostname()}:{uuid4().hex[:8]}:{os.getpid()}", limits)
     say(f"the run's folder is {folder}")
     raise SystemExit(supervise(options.command, os.environ, run, stops))
 

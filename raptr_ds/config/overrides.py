@@ -51,13 +51,18 @@ def parse_value(text: str, key: str = "value") -> Any:
     return value
 
 
-def written_text(text: str) -> str:
-    """Return what `parse_value` reads as this text: itself, or in quotes where it would be read as something else."""
+def write_value(value: Any) -> str:
+    """Return the text that `parse_value` reads as a JSON value: a string as it is, unless that would be another value.
+
+    It has one line.
+    """
+    if not isinstance(value, str) or len(value.splitlines()) > 1 or value != value.strip() or value[:1] in {"[", "{"}:
+        return json.dumps(value)
     try:
-        is_read = parse_value(text.strip()) == text
-    except ConfigError:
-        is_read = text[:1] not in {"[", "{"}  # what no run file may hold is refused in quotes, too
-    return text if is_read else json.dumps(text, ensure_ascii=False)
+        json.loads(value, parse_constant=str, parse_int=str)
+    except json.JSONDecodeError:
+        return value
+    return json.dumps(value)
 
 
 def is_touched(dotted: str, touched: Iterable[str]) -> bool:

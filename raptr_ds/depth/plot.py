@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from raptr_ds.depth.table import DepthTable
-from raptr_ds.plots.pictures import COLOURS, shown
+from raptr_ds.plots.pictures import COLOURS, literal
 from raptr_ds.user_paths import write_error
 
 _TEXT_POINTS = 12
@@ -24,7 +24,7 @@ def plot_depths(tables: Sequence[DepthTable], file: Path) -> None:
     figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for index, table in enumerate(tables):
-        colour, name = COLOURS[index % len(COLOURS)], shown(table.label)
+        name, colour = literal(table.label), COLOURS[index % len(COLOURS)]
         depths = [row.depth for row in table.rows]
         style = {"color": colour, "markersize": 6.5, "markeredgecolor": "white"}
         axes.plot(depths, [row.loss for row in table.rows], "o-", label=f"{name}, layers removed", **style)

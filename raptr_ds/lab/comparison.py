@@ -21,7 +21,7 @@ from raptr_ds.json_text import parse_json
 from raptr_ds.lab.file import Experiment
 from raptr_ds.lab.plan import Planner
 from raptr_ds.lab.runner import ComparisonProgress, command_of
-from raptr_ds.lab.status import outcome_of
+from raptr_ds.lab.status import Outcome, outcome_of
 from raptr_ds.plots.curves import Curves, curves_of
 from raptr_ds.runtime.events import code_revision
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
@@ -38,7 +38,7 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy")
 class RunResult:
     """One run. curves: None before its first step; final_loss: held-out, of the full model, None before the end.
 
-    wall_seconds: of the whole process, over all its starts; None where a cluster ran it.
+    outcome: of its process, over all its starts; empty where a cluster ran it.
     """
 
     contestant: str
@@ -49,13 +49,17 @@ class RunResult:
     command: str
     curves: Curves | None
     final_loss: float | None
-    exit_code: int | None
-    wall_seconds: float | None
+    outcome: Outcome
 
     @property
     def is_finished(self) -> bool:
         """Whether it has reached its last step and was evaluated there."""
         return self.final_loss is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its last start has ended before that by a failure, not by a request to stop."""
+        return not self.is_finished and self.outcome.has_failed
 
     @property
     def flops(self) -> float:
@@ -73,7 +77,7 @@ class RunResult:
         if self.is_finished:
             return "finished"
         at = "before its first step" if self.curves is None else f"at step {self.curves.step[-1]} of {self.steps}"
-        return f"failed {at}, exit code {self.exit_code}" if self.exit_code else f"unfinished, {at}"
+        return f"failed {at}, exit code {self.outcome.exit_code}" if self.has_failed else f"unfinished, {at}"
 
     def phase_losses(self) -> list[tuple[float, float, float | None]]:
         """Return (first step, mean path length, full model's last held-out loss) of each phase."""
@@ -103,6 +107,12 @@ class Comparison:
         """Names in the file's order."""
         return [one["name"] for one in self.record["contestants"]]
 
+    @property
+    def num_planned(self) -> int:
+        """How many runs are to be compared; those whose learning rates are not chosen yet are not among `runs`."""
+        seeds = self.record["seeds"]
+        return sum(len(one.get("seeds", seeds)) for one in self.record["contestants"])  # older: all seeds for all
+
     def about(self, name: str) -> dict[str, Any]:
         """Return a contestant's entry in the record."""
         return next(one for one in self.record["contestants"] if one["name"] == name)
@@ -120,12 +130,17 @@ class Comparison:
 def load_comparison(folder: Path) -> Comparison:
     """Read a comparison's folder, finished or not.
 
-    Raises: DataError if it holds no comparison, or a run's metrics are damaged.
+    Raises: DataError if it holds no comparison, or one whose runs are not planned yet, or a run's files are damaged.
     """
     record = read_record(folder)
     if record is None:
         raise DataError(
             f"{folder} has no {RECORD}: no comparison has run there. python tools/experiment.py FILE runs one."
+        )
+    if not record["contestants"]:  # lab/slurm.py
+        raise DataError(
+            f"{folder} has nothing to report: the step times that decide its runs are not measured yet. When the jobs "
+            "that measure them have ended, submit the comparison again."
         )
     results = {"tuning": [], "comparison": []}
     for run in record["runs"]:
@@ -169,8 +184,7 @@ def _result_of(folder: Path, run: dict[str, Any]) -> RunResult:
         folder=place,
         curves=curves,
         final_loss=final_loss,
-        exit_code=outcome.exit_code,
-        wall_seconds=outcome.wall_seconds,
+        outcome=outcome,
     )
 
 

@@ -1,6 +1,5 @@
 """The comparison file: what tools/experiment.py compares, on which seeds and budget; HJSON as run files."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from raptr_ds.config.hjson_text import line_of, read_hjson
-from raptr_ds.config.overrides import apply_overrides, is_touched
+from raptr_ds.config.overrides import apply_overrides, is_touched, write_value
 from raptr_ds.config.parse_sections import causes
 from raptr_ds.config.sections import Count, CountOrZero, Positive, Section, Text
 from raptr_ds.errors import ConfigError, nearest, refused
@@ -32,7 +31,7 @@ def _flatten(node: dict[str, Any], prefix: str) -> list[str]:
         if isinstance(value, dict) and dotted.count(".") + 1 < _LEVELS:
             settings += _flatten(value, f"{dotted}.")
         else:
-            settings.append(f"{dotted}={value if isinstance(value, str) else json.dumps(value)}")
+            settings.append(f"{dotted}={write_value(value)}")
     return settings
 
 

@@ -29,9 +29,15 @@ def keep(comparison: Comparison, folder: Path, lines: int = 64) -> Path:
     unfinished = [run for run in (*comparison.tuning, *comparison.runs) if not run.is_finished]
     if unfinished:
         raise DataError(f"{unfinished[0].folder} is {unfinished[0].state}: only finished comparisons are kept.")
+    if len(comparison.runs) < comparison.num_planned:
+        raise DataError(
+            f"{comparison.folder / RECORD} has {len(comparison.runs)} of {comparison.num_planned} compared runs: only "
+            "finished comparisons are kept. tools/experiment.py FILE --report adds what a cluster has run since."
+        )
     if target.exists():
         raise DataError(f"{target} exists. Remove it to keep the comparison again.")
-    for run in (*comparison.tuning, *comparison.runs):
+    runs = {run.folder: run for run in (*comparison.tuning, *comparison.runs)}  # a compared run may be a tuning run too
+    for run in runs.values():
         place = target / run.folder.relative_to(comparison.folder)
         place.mkdir(parents=True)
         for name in ("config.json", OUTCOME):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raptr_ds.config.load import load_run_config
+from raptr_ds.config.overrides import write_value
 from raptr_ds.config.path_sections import (
     ConstantSection,
     LayerDropoutSection,
@@ -160,7 +161,8 @@ class Planner:
         folder: Path,
         extra: Sequence[str] = (),
     ) -> PlannedRun:
-        own = [f"{_STEPS}={steps}", f"raptr_ds.train.seed={seed}", f"raptr_ds.train.save={folder}", *extra]
+        save = f"raptr_ds.train.save={write_value(str(folder))}"
+        own = [f"{_STEPS}={steps}", f"raptr_ds.train.seed={seed}", save, *extra]
         if rate is not None:
             own.append(f"optimizer.params.lr={rate!r}")
         config = self._config(contestant, own)

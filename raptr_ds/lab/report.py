@@ -67,12 +67,11 @@ def _introduction(comparison: Comparison) -> Block:
     record = comparison.record
     seeds, processes, contestants = record["seeds"], record["processes"], comparison.contestants
     finished = sum(run.is_finished for run in comparison.runs)
-    planned = sum(len(one.get("seeds", seeds)) for one in record["contestants"])  # older records: all seeds for all
     return text(
         f"{len(contestants)} contestants on {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}), {record['budget']}; base run {record['base']}, "
         f"{processes} process{'es' if processes > 1 else ''} per run. "
-        f"{finished} of {planned} runs are finished."
+        f"{finished} of {comparison.num_planned} runs are finished."
     )
 
 
@@ -126,7 +125,7 @@ def _problems(comparison: Comparison) -> list[Block]:
         if edge := ends.get(comparison.about(name)["learning_rate"]):
             blocks.append(text(f"Note: {name} did best at the {edge} learning rate tried; its best may lie beyond."))
     for run in (*comparison.tuning, *comparison.runs):
-        if run.exit_code and not run.is_finished:
+        if run.has_failed:
             rate = f", learning rate {run.learning_rate:g}" if run.learning_rate is not None else ""
             blocks.append(text(f"FAILED: {run.contestant}, seed {run.seed}{rate}: {run.state}. The end of its log:"))
             blocks.append(code(last_log_lines(run.folder) or ["(no log)"]))
@@ -149,6 +148,7 @@ def _cost_table(comparison: Comparison) -> Block:
     for name, of_seeds in finished.items():
         about, runs = comparison.about(name), of_seeds.values()
         flops, seconds = _mean(run.flops for run in runs), _mean(run.step_seconds for run in runs)
+        walls = [run.outcome.wall_seconds for run in runs]
         shared = finished[first].keys() & of_seeds.keys()  # so that both are of the same seeds, as losses are
         sides = [[runs_of[seed] for seed in shared] for runs_of in (of_seeds, finished[first])]
         rows.append(
@@ -161,9 +161,7 @@ def _cost_table(comparison: Comparison) -> Block:
                 "seconds per step": _number(_ratio(seconds, about["steps"]), ".4g"),
                 "seconds in steps": _number(seconds, ",.1f"),
                 seconds_ratio: _number(_ratio(*(sum(run.step_seconds for run in side) for side in sides)), ".3f"),
-                "wall-clock seconds": _number(
-                    _mean(run.wall_seconds for run in runs if run.wall_seconds is not None), ",.1f"
-                ),
+                "wall-clock seconds": _number(_mean(wall for wall in walls if wall is not None), ",.1f"),
             }
         )
     return table(rows)
@@ -207,7 +205,7 @@ def _run_table(comparison: Comparison) -> list[Block]:
             "held-out loss": _number(run.final_loss),
             "executed FLOPs": _number(run.flops or None, ".4g"),
             "seconds in steps": _number(run.step_seconds or None, ",.1f"),
-            "wall-clock seconds": _number(run.wall_seconds, ",.1f"),
+            "wall-clock seconds": _number(run.outcome.wall_seconds, ",.1f"),
         }
         for run in comparison.runs
     ]

@@ -21,7 +21,6 @@ from raptr_ds.user_paths import take_lock
 
 REPOSITORY = Path(raptr_ds.__file__).resolve().parents[1]
 _STOP_SECONDS = 120.0  # for a run that is asked to stop: its step, and a checkpoint
-_CAN_CONTINUE = {None, int(Exit.DONE), int(Exit.CONTINUE_LATER)}  # exit codes of unfinished runs that have not failed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _LIBC = ctypes.CDLL(None)  # loaded before any fork
@@ -66,7 +65,7 @@ def choose_rates(
         is_over = True
         for run in (run for run in tuning if run.contestant == name):
             status = status_of(run.folder, run.resolved)
-            is_over &= as_it_stands or status.is_finished or outcome_of(run.folder).exit_code not in _CAN_CONTINUE
+            is_over &= as_it_stands or status.is_finished or outcome_of(run.folder).has_failed
             if run.learning_rate is not None:
                 losses[run.learning_rate] = status.eval_loss if status.is_finished else None
         if not losses:

@@ -8,7 +8,7 @@ srun, stops, requeueing.
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raptr_ds.errors import ConfigError
@@ -108,17 +108,17 @@ def settings_of(planner: Planner, number: int) -> list[str]:
     return list(run.settings)
 
 
-def submit(files: Sequence[Path], only_write: bool = False) -> list[str]:
+def submit(files: Sequence[Path], env: Mapping[str, str], only_write: bool = False) -> list[str]:
     """Submit the batch files by sbatch, each to start after the one before; return what was done, in words.
 
-    Raises: ConfigError if sbatch refuses.
+    env: this process's own. Raises: ConfigError if sbatch refuses.
     """
     if only_write:
         return [f"wrote {file}" for file in files]
     lines, before = [], None
     for file in files:
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{before}"] if before else []), str(file)]
-        before = sbatch(command, "--write-only writes the batch files without submitting them.")
+        before = sbatch(command, "--write-only writes the batch files without submitting them.", env)
         lines.append(f"submitted {file} as job {before}")
     return lines
 

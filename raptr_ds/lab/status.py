@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from raptr_ds.atomic_file import write_atomically
 from raptr_ds.checkpoint.folder import CHECKPOINTS, checkpoints_in, step_of
 from raptr_ds.config.differences import differences
+from raptr_ds.errors import DataError, Exit
 from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 
@@ -61,7 +63,7 @@ class RunStatus:
 def status_of(folder: Path, planned: Mapping[str, Any]) -> RunStatus:
     """Return how far the run in a folder is; `planned` is its resolved configuration (RunConfig.resolved).
 
-    Raises: DataError if its metrics are damaged.
+    Raises: DataError if its metrics or its config.json are damaged.
     """
     block = planned["raptr_ds"]
     num_steps, num_layers = block["train"]["steps"], block["model"]["num_layers"]
@@ -72,7 +74,7 @@ def status_of(folder: Path, planned: Mapping[str, Any]) -> RunStatus:
     checkpoint_step = (step_of(found[0]) or 0) if found else 0
     changed, config = {}, folder / "config.json"
     if (last_step or checkpoint_step) and config.exists():
-        changed = differences(parse_json(config.read_text(encoding="utf-8")), planned, _IRRELEVANT)
+        changed = differences(_read_object(config), planned, _IRRELEVANT)
     words = tuple(f"{key}={old!r}, now {new!r}" for key, (old, new) in changed.items())
     return RunStatus(num_steps, last_step, checkpoint_step, metrics.evaluations.get(last), is_evaluated, words)
 
@@ -85,18 +87,39 @@ class Outcome:
     wall_seconds: float | None = None
     starts: int = 0
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether that was a failure: neither its end nor a stop after which it continues."""
+        return self.exit_code not in {None, int(Exit.DONE), int(Exit.CONTINUE_LATER)}
+
 
 def outcome_of(folder: Path) -> Outcome:
-    """Return how the run in a folder ended; empty where it never ended, or a cluster ran it."""
+    """Return how the run in a folder ended; empty where it never ended, or a cluster ran it.
+
+    Raises: DataError if its outcome.json is damaged.
+    """
     file = folder / OUTCOME
-    return Outcome(**parse_json(file.read_text(encoding="utf-8"))) if file.exists() else Outcome()
+    return Outcome(**_read_object(file, asdict(Outcome()))) if file.exists() else Outcome()
 
 
 def add_start(folder: Path, exit_code: int, seconds: float) -> None:
     """Record the end of one more start of a run in its outcome.json."""
     before = outcome_of(folder)
     after = Outcome(exit_code, (before.wall_seconds or 0.0) + seconds, before.starts + 1)
-    (folder / OUTCOME).write_text(json.dumps(asdict(after)) + "\n", encoding="utf-8")
+    write_atomically(folder / OUTCOME, json.dumps(asdict(after)) + "\n")
+
+
+def _read_object(file: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON object in a file; known: all keys that it may have. Raises: DataError."""
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content, why = None, str(error)
+    else:
+        why = "it is not what a run or this tool writes there"
+    if not isinstance(content, dict) or (known is not None and not content.keys() <= known.keys()):
+        raise DataError(f"{file} is damaged ({why}). Restore it, or remove it: the run's metrics do not depend on it.")
+    return content
 
 
 def last_log_lines(folder: Path) -> list[str]:

@@ -52,8 +52,9 @@ class Expected:
 class Law:
     """The fitted law. parameters: b, d, q, then c, E, A of each of `models`; residual: deviation of the runs from it.
 
-    longest, longest_model: tokens a parameter of the longest standard run, and its model. largest: parameters of the
-    layers of the largest model.
+    longest, longest_model: tokens a parameter of the longest standard run, and its model. shortest: of the shortest.
+    Both are of models with more runs than parameters of their own, which few runs do not determine. largest: parameters
+    of the layers of the largest model.
     """
 
     models: tuple[str, ...]
@@ -63,6 +64,7 @@ class Law:
     residual: float
     longest: float
     longest_model: str
+    shortest: float
     largest: int
 
     def at_equal_flops(self, model: str, tokens: float, saving: float) -> Expected:
@@ -98,7 +100,7 @@ class Law:
 
 
 def fit_law(runs: Sequence[Measured]) -> Law:
-    """Fit the law. Raises: ValueError if there are no more runs than parameters, or the fit does not converge."""
+    """Fit the law. Raises: ValueError if there are too few runs, or the fit does not converge."""
     models = tuple(dict.fromkeys(run.model for run in runs))
     places = np.array([models.index(run.model) for run in runs])
     tokens, savings, losses = (np.array([getattr(run, name) for run in runs]) for name in ("tokens", "saving", "loss"))
@@ -122,7 +124,10 @@ def fit_law(runs: Sequence[Measured]) -> Law:
     degrees = len(runs) - len(start)
     variance = float(found.fun @ found.fun) / degrees
     covariance = np.linalg.pinv(found.jac.T @ found.jac) * variance
-    standard = np.where(savings == 0, tokens, 0)
+    determined = np.bincount(places)[places] > _OWN
+    if not (determined & (savings == 0)).any():
+        raise ValueError(f"no model has a standard run and more than {_OWN} runs in all")
+    standard = np.where(determined & (savings == 0), tokens, 0)
     return Law(
         models,
         found.x,
@@ -131,6 +136,7 @@ def fit_law(runs: Sequence[Measured]) -> Law:
         math.sqrt(variance),
         longest=standard.max(),
         longest_model=models[places[standard.argmax()]],
+        shortest=standard[standard > 0].min(),
         largest=max(run.layer_parameters for run in runs),
     )
 

@@ -37,9 +37,13 @@ def looks_of(names: Sequence[str]) -> dict[str, Look]:
     return dict(zip(names, looks, strict=True))
 
 
-def shown(name: str) -> str:
-    """Return a name as matplotlib draws it as it is: no formulas between dollars, nor left out for its underscore."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+def literal(name: str) -> str:
+    """Return the text with which pictures show a name as it is.
+
+    Matplotlib reads what is between dollars as a formula, and leaves what begins with an underscore out of legends.
+    """
+    text = name.encode(errors="backslashreplace").decode().replace("$", r"\$")  # bytes that are no UTF-8 have no glyph
+    return f" {text}" if text.startswith("_") else text
 
 
 def check_picture(file: Path | None, option: str, formats: Sequence[str] = _FORMATS) -> None:

@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from raptr_ds.plots.curves import Curves, smooth
-from raptr_ds.plots.pictures import COLOURS, GREY, LINES, shown
+from raptr_ds.plots.pictures import COLOURS, GREY, LINES, literal
 
 _TEXT_POINTS = 12
 
@@ -52,18 +52,17 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
 
 def draw_loss(axes: Axes, run: Curves, by: np.ndarray, colour: str) -> None:
     """Draw a run's training loss and full-model evaluations. by: x of each training line, (n,)."""
+    name = literal(run.name)
     if run.step.size > 100:
         axes.plot(by, run.loss, color=colour, alpha=0.22, linewidth=0.8)
-        axes.plot(
-            by, smooth(run.loss, run.step.size // 50), color=colour, linewidth=1.8, label=f"{shown(run.name)}, training"
-        )
+        axes.plot(by, smooth(run.loss, run.step.size // 50), color=colour, linewidth=1.8, label=f"{name}, training")
     else:
-        axes.plot(by, run.loss, color=colour, linewidth=1.6, label=f"{shown(run.name)}, training")
+        axes.plot(by, run.loss, color=colour, linewidth=1.6, label=f"{name}, training")
     steps, losses = run.full_model_evaluations()
     if steps.size:
         places = np.interp(steps, run.step, by)
         style = {"marker": "o", "markersize": 6.5, "markeredgecolor": "white", "linestyle": "--", "linewidth": 1.0}
-        axes.plot(places, losses, color=colour, label=f"{shown(run.name)}, full model, held out", zorder=4, **style)
+        axes.plot(places, losses, color=colour, label=f"{name}, full model, held out", zorder=4, **style)
 
 
 def draw_phases(axes: Axes, run: Curves, by_flops: bool, colour: str, *, labelled: bool) -> None:
@@ -92,7 +91,7 @@ def draw_paths(axes: Axes, run: Curves, colour: str) -> None:
     axes.set_yticks(range(0, run.num_layers, stride))
     axes.set_ylabel("layer", fontsize=_TEXT_POINTS)
     axes.set_xlabel("step", fontsize=_TEXT_POINTS)
-    title = f"{shown(run.name)}: active layers ({run.ran_in_words})"
+    title = f"{literal(run.name)}: active layers ({run.ran_in_words})"
     axes.set_title(title, fontsize=_TEXT_POINTS, loc="left")
     axes.tick_params(labelsize=_TEXT_POINTS - 1.5)
     for step, _ in run.phase_starts()[1:]:
@@ -106,7 +105,7 @@ def draw_tasks(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
     for run, line in zip(runs, cycle(LINES)):
         for curve in (curve for curve in run.tasks if curve.metric == metric):
             colour = COLOURS[tasks.index(curve.task) % len(COLOURS)]
-            label = curve.task if len(runs) == 1 else f"{curve.task}, {shown(run.name)}"
+            label = curve.task if len(runs) == 1 else f"{curve.task}, {literal(run.name)}"
             style = {"marker": "o", "markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9, "capsize": 2}
             axes.errorbar(curve.step, curve.score, curve.errors, color=colour, linestyle=line, label=label, **style)
     axes.set_title(f"tasks: {metric}, with standard errors where there are any", fontsize=_TEXT_POINTS, loc="left")

@@ -11,8 +11,8 @@ slow_rank: step, rank, host, seconds, median: a rank took over 1.5 times the med
 stop: reason; hang: ranks, missing: where each rank stood, and those that did not answer; end: exit_code;
 signal_lead: lead, needed, write: the seconds between the signal to stop and the time limit, those that steps, an
 evaluation's batch and saves were measured to take, and those to ask for.
-tools/submit.py adds submit; tools/supervise.py, under Slurm too, adds launch, restart, give_up and done
-(docs/slurm.md).
+tools/submit.py adds submit; tools/supervise.py, under Slurm too, adds launch, restart, give_up and done,
+elsewhere also stopped (docs/slurm.md).
 Unlike metrics.jsonl it is never rewritten: a restart adds to it.
 """
 

@@ -85,7 +85,7 @@ def job_layout(nodes: str, gpus: int | None, tasks: int | None, time: str | None
     return JobLayout(most, fewest, per_node, gpus is not None, time, lead_seconds)
 
 
-def check_more_options(words: Sequence[str]) -> list[str]:
+def check_more_options(words: Sequence[str], is_chain: bool) -> list[str]:
     """Return further options of sbatch. Raises: ConfigError for one that the tool gives itself, and for other words."""
     for before, word in zip(["", *words], words, strict=False):
         if not word.startswith("-"):
@@ -93,6 +93,11 @@ def check_more_options(words: Sequence[str]) -> list[str]:
                 continue
             raise ConfigError(f"{word!r} after -- is no option of sbatch. Write its options as --account=NAME.")
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if is_chain and name in {"--dependency", "-d"}:
+            raise ConfigError(
+                f"{word} after --: it would replace --dependency=singleton, by which the jobs of --chain wait for each "
+                "other and for earlier ones of their name. Give the job to wait for the chain's --job-name instead."
+            )
         own = next((own for names, own in _OWN_OPTIONS.items() if name in names.split()), None)
         if own is not None:
             raise ConfigError(f"{word} after --: tools/submit.py gives sbatch this option itself. Use {own}.")

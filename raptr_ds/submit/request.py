@@ -164,14 +164,15 @@ def check(request: Request) -> Submission:
             f"--chain {request.chain}: a chain has 1 to {_MAX_CHAIN} jobs, and is none of arrays, whose runs would "
             "wait for each other. Submit a chain for each run."
         )
-    folder = run_folder(["--deepspeed_config", str(request.run_file), "--set", *request.set]) or Path("runs")
+    folder = _folder_of(request.run_file, request.set)
+    points = [[*request.set, *own] for own in (sweep(request.array, folder) if request.array else [[]])]
     lead = request.signal_lead
     if lead is None:
-        lead = max(DEFAULT_LEAD_SECONDS, measured_lead(folder) or 0)
+        leads = (measured_lead(_folder_of(request.run_file, settings)) for settings in points)
+        lead = max(DEFAULT_LEAD_SECONDS, *(lead or 0 for lead in leads))
     layout = job_layout(request.nodes, request.gpus_per_node, request.tasks_per_node, request.time, lead)
     runs = []
-    for own in sweep(request.array, folder) if request.array else [[]]:
-        settings = [*request.set, *own]
+    for settings in points:
         config = load_checked(request.run_file, settings, layout)
         text = complete_run_file(config, request.run_file, settings)
         runs.append(CheckedRun(config, Path(config.train.save), text))
@@ -194,6 +195,10 @@ def check(request: Request) -> Submission:
         *(f"warning: {problem}" for run in runs if (problem := open_to_all(run.folder))),
     ]
     return Submission(request, folder, layout, runs, _container_of(request, runs, folder), lines)
+
+
+def _folder_of(run_file: Path, settings: Sequence[str]) -> Path:
+    return run_folder(["--deepspeed_config", str(run_file), "--set", *settings]) or Path("runs")
 
 
 def _container_of(request: Request, runs: list[CheckedRun], folder: Path) -> ContainerWords:

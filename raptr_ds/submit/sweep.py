@@ -32,10 +32,12 @@ def sweep(words: Sequence[str], folder: Path) -> list[list[str]]:
             raise ConfigError(
                 f"--array {setting!r}: each run's folder is made inside raptr_ds.train.save. Set that by --set."
             )
-    names = [_name_of(point) for point in settings]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if len(set(settings)) < len(settings):
+        twice = " ".join(next(point for point in settings if settings.count(point) > 1))
         raise ConfigError(f"--array has two runs with the settings {twice}. Give each run settings of its own.")
+    plain = [_name_of(point) for point in settings]
+    shared = {name for name in plain if plain.count(name) > 1}  # such as a.x=1 and b.x=1
+    names = [_name_of(point, name in shared) for point, name in zip(settings, plain, strict=True)]
     return [
         [*point, f"raptr_ds.train.save={json.dumps(str(folder / name))}"]
         for point, name in zip(settings, names, strict=True)
@@ -67,13 +69,13 @@ def _values_of(word: str) -> list[str]:
     return [f"{key}={value}" for value in values.split(",")]
 
 
-def _name_of(settings: Sequence[str]) -> str:
+def _name_of(settings: Sequence[str], has_digest: bool = False) -> str:
     """Return a folder's name: the settings, or their beginning and a digest where they have other characters."""
     plain = ",".join(
         f"{key.rpartition('.')[2]}={value}" for key, _, value in (word.partition("=") for word in settings)
     )
     name = re.sub(r"[^\w.,=+-]", "_", plain, flags=re.ASCII).lstrip(".-")[:_MAX_NAME]
     keys = [word.partition("=")[0].rpartition(".")[2] for word in settings]
-    if name == plain and len(set(keys)) == len(keys):
+    if not has_digest and name == plain and len(set(keys)) == len(keys):
         return name
     return f"{name}-{hashlib.sha256(chr(0).join(settings).encode(errors='surrogateescape')).hexdigest()[:8]}"

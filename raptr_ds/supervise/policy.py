@@ -10,6 +10,7 @@ from raptr_ds.errors import Exit
 KILLED = 128 + signal.SIGKILL
 _STORAGE_PATIENCE = 20  # a full disk is emptied by people: such a delay is this much longer
 _GROWTH = 4  # each delay without progress to the one before
+_MOST_GROWTHS = 20  # more would not be a number: a delay of 15 s is 500,000 years long by then
 
 
 class Cause(StrEnum):
@@ -147,7 +148,7 @@ def decide(cause: Cause, fruitless: int, limits: Limits) -> Decision:
     if cause is Cause.STOPPED or fruitless == 0:
         return Decision(True, _WORDS[cause])
     patience = _STORAGE_PATIENCE if cause is Cause.STORAGE else 1
-    delay = limits.delay_seconds * patience * _GROWTH ** (fruitless - 1)
+    delay = limits.delay_seconds * patience * _GROWTH ** min(fruitless - 1, _MOST_GROWTHS)
     return Decision(True, f"{_WORDS[cause]}, retry {fruitless} of {limits.max_retries} without progress", delay)
 
 

@@ -1,11 +1,18 @@
 """Slurm's commands: run, and their answers read."""
 
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raptr_ds.errors import ConfigError
+
+# What a job has in its environment that would be another job's there: sbatch hands it on, and Slurm replaces only what
+# the new job has itself, which is no array, say, or was not requeued yet.
+_OF_A_JOB = re.compile(
+    r"SLURM_(ARRAY_\w+|RESTART_COUNT|CPUS_PER_TASK|NTASKS\w*|NPROCS|GPUS\w*|MEM_PER_\w+|TRES_PER_TASK)"
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,15 @@ def run_slurm(*words: str) -> Answer:
     return Answer(done.stdout.decode(errors="replace"))  # beside warnings on standard error
 
 
-def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str] | None = None) -> str:
+def sbatch(command: Sequence[str], without_sbatch: str, env: Mapping[str, str]) -> str:
     """Run sbatch --parsable ..., and return the job's number.
 
-    without_sbatch: what to do where Slurm is not installed, for the message. env: by default this process's own.
+    without_sbatch: what to do where Slurm is not installed, for the message. env: this process's own; what the job that
+    it runs in has there is left out.
     Raises: ConfigError with sbatch's own words.
     """
+    if "SLURM_JOB_ID" in env:
+        env = {name: value for name, value in env.items() if not _OF_A_JOB.fullmatch(name)}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     except FileNotFoundError as error:

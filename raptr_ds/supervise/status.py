@@ -28,6 +28,7 @@ _STATES_AFTER = {
     "hang": "failed",
     "launch": "starting",
     "restart": "starting",
+    "stopped": "stopped",
     "give_up": "failed",
     "done": "finished",
 }
@@ -153,14 +154,17 @@ def describe(status: RunStatus, num_events: int = 8) -> list[str]:
         lines.append(f"slowest      rank {rank}: {seconds:.3g} s of own work in a step, the median is {usual:.3g} s")
     if status.flops_saved is not None:
         lines.append(f"saved        {status.flops_saved:.1%} of the full model's FLOPs up to the last checkpoint")
+    failed = f"; {status.failed_saves} could NOT be written since the last start" if status.failed_saves else ""
     if status.checkpoint_step is not None and status.checkpoint_age is not None:
-        failed = f"; {status.failed_saves} could NOT be written since the last start" if status.failed_saves else ""
         lines.append(f"checkpoint   step {status.checkpoint_step:,}, {duration(status.checkpoint_age)} old{failed}")
+    elif failed:
+        lines.append(f"checkpoint   none{failed}")
     if status.skipped_steps:
         lines.append(f"skipped      {status.skipped_steps} steps that were not finite")
     if status.seconds_left and status.state in {"running", "silent"}:
         lines.append(f"left         {duration(status.seconds_left)} at this speed (longer paths are slower)")
-    shown = [event for event in status.events if event.get("event") != "checkpoint"][-num_events:]
+    shown = [event for event in status.events if event.get("event") != "checkpoint"]
+    shown = shown[max(0, len(shown) - num_events) :]
     return [*lines, *(f"  {_event_words(event)}" for event in shown)]
 
 

@@ -135,13 +135,15 @@ def supervise(words: Sequence[str], env: Mapping[str, str], run: Supervised, sto
             _leave_orphans_time_to_save(stops)
         _, decision = run.judge(number, ending)
         say(f"exit code {ending.code}{whose(ending)}: {decision.why}")
-        if stops.requested and decision.retry:
-            say("asked to stop: start again to continue from the last checkpoint")
-        elif decision.retry:
+        if decision.retry and not stops.requested:
             say(f"next try in {decision.delay_seconds:g} s")
-        if stops.requested or not decision.retry or not stops.sleep(decision.delay_seconds):
-            return ending.code
-        number += 1
+            if stops.sleep(decision.delay_seconds):
+                number += 1
+                continue
+        if decision.retry:
+            say("asked to stop: start again to continue from the last checkpoint")
+            run.write("stopped", start=number)
+        return ending.code
 
 
 def _leave_orphans_time_to_save(stops: StopRequests) -> None:

@@ -8,7 +8,7 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<
 
 
 def limit_seconds(time: str) -> int | None:
-    """Return a time limit as sbatch takes it in seconds; None for UNLIMITED. Raises: ConfigError."""
+    """Return a time limit as sbatch takes it in seconds; None for none: UNLIMITED or 0. Raises: ConfigError."""
     if time.upper() in {"UNLIMITED", "INFINITE"}:
         return None
     match = _TIME.fullmatch(time)
@@ -23,7 +23,7 @@ def limit_seconds(time: str) -> int | None:
     else:
         days = 0
         hours, minutes, seconds = ([0, *map(int, numbers), 0] if len(numbers) < 3 else list(map(int, numbers)))[:3]
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
 
 
 def short_limit(limit: int, lead: int) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.runtime.signals import LONG_WORK_SECONDS
+from raptr_ds.supervise.status import status_of
 from tests.integration.conftest import ENV, PATIENCE, REPOSITORY, forked, lines_of, tiny_run, torchrun_command
 from tests.integration.test_kills import TIMES, _num_lines, _tree
 
@@ -156,6 +157,7 @@ def test_signals_are_passed_on_and_end_the_tries(tmp_path: Path, name: str) -> N
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 75, errors
     assert f"{name}: passed on to the command" in errors.decode()
+    assert status_of(tmp_path).state == "stopped"
 
 
 def test_a_request_to_stop_during_a_delay_ends_the_tries(tmp_path: Path) -> None:
@@ -166,6 +168,26 @@ def test_a_request_to_stop_during_a_delay_ends_the_tries(tmp_path: Path) -> None
             pass
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 1
+    assert status_of(tmp_path).state == "stopped"
+
+
+def test_a_supervisor_of_the_same_number_counts_its_own_tries(tmp_path: Path) -> None:
+    # As in a container, which gives each supervisor the same host name and number.
+    program = (
+        "import os, runpy, sys\n"
+        "os.getpid = lambda: 7\n"
+        f"sys.argv = ['tools/supervise.py', '--folder', {str(tmp_path)!r}, '--', 'false']\n"
+        "sys.path.insert(0, 'tools')\n"
+        "runpy.run_path('tools/supervise.py', run_name='__main__')\n"
+    )
+    env = {**ENV, "RAPTR_MAX_RETRIES": "1", "RAPTR_RETRY_DELAY": "0"}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events == 2 * ["launch", "restart", "launch", "give_up"]
 
 
 def test_processes_that_outlive_the_launcher_end_before_the_next_try(tmp_path: Path) -> None:

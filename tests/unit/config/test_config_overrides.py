@@ -2,7 +2,7 @@
 
 import pytest
 
-from raptr_ds.config.overrides import apply_overrides, parse_value, written_text
+from raptr_ds.config.overrides import apply_overrides, parse_value, write_value
 from raptr_ds.errors import ConfigError
 
 
@@ -32,11 +32,38 @@ def test_values(text, value):
     assert type(parsed) is type(value)
 
 
-@pytest.mark.parametrize(
-    "text", ["data/a b", "2024", "true", "null", '"a"', "[a]", "{a", " a", "", "caf\u00e9", "a\nb"]
-)
-def test_a_text_is_written_so_that_it_is_read(text: str) -> None:
-    assert parse_value(written_text(text)) == text
+_WRITTEN = [
+    "2",
+    "1e-3",
+    "true",
+    "null",
+    '"2"',
+    "",
+    "007",
+    "NaN",
+    "[1",
+    "{",
+    " runs",
+    "two\nlines",
+    "1" * 5000,
+    "ä b",
+    "{a",
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("value", [*_WRITTEN, 2, 1e-3, None, True, [0, "-1"], {"data/x.y": 0.5}])
+def test_what_is_written_is_read_back(value):
+    text = write_value(value)
+    parsed = parse_value(text.strip())
+    assert parsed == value
+    assert type(parsed) is type(value)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["6-8-10-12", "runs/a b", "none", "007"])
+def test_plain_text_is_written_plainly(text):
+    assert write_value(text) == text
 
 
 def test_assigns_without_touching_the_original():

@@ -123,6 +123,7 @@ def test_unfinished_and_failed_runs_are_reported_and_left_out(folder):
     (folder / "raptr" / "2" / "outcome.json").write_text(json.dumps({"exit_code": 9, "wall_seconds": 1.0}))
     (folder / "raptr" / "2" / "log.txt").write_text("first\nMemoryError: no room\n")
     (folder / "raptr" / "3" / "metrics.jsonl").write_text(json.dumps(training_line(1, 2, 3)) + "\n")
+    (folder / "raptr" / "3" / "outcome.json").write_text(json.dumps({"exit_code": 75, "wall_seconds": 1.0}))
     comparison = load_comparison(folder)
     write_report(comparison)
     raptr = rows_of(folder, "Results")[1]
@@ -131,6 +132,7 @@ def test_unfinished_and_failed_runs_are_reported_and_left_out(folder):
     assert "4 of 6 runs are finished" in text
     assert "exit code 9" in text
     assert "MemoryError: no room" in text
+    assert text.count("FAILED") == 1  # not the one that was asked to stop
     assert [run.state for run in comparison.of("raptr")][2] == "unfinished, at step 1 of 4"
 
 
@@ -230,6 +232,13 @@ def test_a_record_without_a_key_is_a_users_error(folder, key):
     del record[key]
     (folder / "experiment.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match=f"is damaged .*{key}"):
+        load_comparison(folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"exit_code": 0', "[]", '{"code": 0}'])
+def test_a_damaged_outcome_is_a_users_error(folder, text):
+    (folder / "raptr" / "1" / "outcome.json").write_text(text)
+    with pytest.raises(DataError, match=r"outcome\.json is damaged \(.*\)\. Restore it, or remove it"):
         load_comparison(folder)
 
 

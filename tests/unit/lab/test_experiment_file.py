@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from raptr_ds.config.overrides import apply_overrides
 from raptr_ds.errors import ConfigError
 from raptr_ds.lab.file import load_experiment
 
@@ -41,6 +42,13 @@ def test_settings_as_a_list_or_as_an_object(tmp_path):
         "zero_optimization.stage=1",
     )
     assert load(tmp_path, set=["a.b=1"]).set == ("a.b=1",)
+
+
+def test_text_in_an_object_stays_text(tmp_path):
+    block = {"raptr_ds": {"path": {"schedule": "6"}, "data": {"path": "[2024]", "tokenizer": "my own"}}}
+    settings = load(tmp_path, set=block).set
+    assert apply_overrides({}, settings)[0] == block
+    assert settings[-1] == "raptr_ds.data.tokenizer=my own"
 
 
 def test_keys_of_the_file_can_be_set_on_the_command_line(tmp_path):

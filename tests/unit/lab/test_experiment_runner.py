@@ -1,6 +1,7 @@
 """Running a comparison with a stand-in for pretrain.py: order, resuming, failures, tuning, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -8,15 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.lab.comparison import load_comparison, read_record
 from raptr_ds.lab.plan import PlannedRun
 from raptr_ds.lab.report import write_report
 from raptr_ds.lab.runner import REPOSITORY, LocalLauncher, claimed, command_of, current_progress, list_runs
-from raptr_ds.lab.status import status_of
+from raptr_ds.lab.status import add_start, outcome_of, status_of
 
 SWEEP = {"learning_rates": [1e-3, 3e-3], "seed": 9}
 
@@ -71,6 +73,25 @@ def test_a_key_that_an_older_version_did_not_know_had_its_default(lab):
     changed = json.loads(json.dumps(run.resolved))
     changed["raptr_ds"]["path"]["paths_per_step"] = 2
     assert status_of(run.folder, changed).differences == ("raptr_ds.path.paths_per_step=1, now 2",)
+
+
+@pytest.mark.parametrize("text", ["", '{"raptr_ds": ', "[]"])
+def test_a_damaged_configuration_is_a_users_error(lab, text):
+    planner = lab.planner()
+    lab.run(planner)
+    (lab.folder / "out" / "runs" / "raptr" / "seed-2" / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"raptr/seed-2/config\.json is damaged"):
+        lab.run(planner)
+
+
+def test_an_outcome_is_written_whole_or_not_at_all(lab, monkeypatch):
+    lab.run(lab.planner())
+    folder = lab.folder / "out" / "runs" / "raptr" / "seed-2"
+    before = outcome_of(folder)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("the machine is gone")))
+    with pytest.raises(OSError, match="gone"):
+        add_start(folder, 1, 1.0)
+    assert outcome_of(folder) == before
 
 
 def test_a_run_without_its_last_evaluation_is_not_finished(lab):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.errors import ConfigError
+from raptr_ds.errors import ConfigError, DataError
+from raptr_ds.lab.comparison import load_comparison, write_record
 from raptr_ds.lab.slurm import settings_of, submit, write_jobs
 
 REPOSITORY = Path(__file__).parents[3]
@@ -17,7 +18,8 @@ SLURM = {"nodes": 2, "at_once": 3, "options": ["--time=1:00:00", "--partition=sh
 # srun prints the words of its command, one a line, and then does what a run does at its end.
 RECORD = "import sys; from raptr_ds.supervise.record import *; append_event(run_folder(sys.argv), 'end', exit_code=0)"
 STAND_INS = {
-    "srun": f'printf "%s\\n" "$@"; PYTHONPATH={REPOSITORY} {sys.executable} -c "{RECORD}" "$@"',
+    "srun": 'echo "lead $RAPTR_SIGNAL_LEAD" >&2; printf "%s\\n" "$@"; '
+    f'PYTHONPATH={REPOSITORY} {sys.executable} -c "{RECORD}" "$@"',
     "scontrol": '[ "$1" = show ] && [ "$2" = hostnames ] && echo node1',
     "sbatch": 'echo "$@" >>"$SUBMITTED"; wc -l <"$SUBMITTED"',
 }
@@ -75,8 +77,12 @@ def test_a_tuned_run_learns_its_rate_when_it_starts(lab):
 
 
 def test_measured_time_is_measured_first(lab):
-    planner, jobs = write(lab, budget={"equal": "time"})
+    planner = lab.planner(budget={"equal": "time"})
+    progress, jobs = write_jobs(planner, lab.file, [])
     assert [file.name for file in jobs] == ["probe.sbatch"]
+    write_record(planner, progress, "mine", None)
+    with pytest.raises(DataError, match=r"has nothing to report: the step times .* are not measured yet"):
+        load_comparison(planner.output)
     assert "raptr_ds.train.steps=40" in settings_of(planner, 1)
 
 
@@ -86,18 +92,19 @@ def test_jobs_start_one_after_another(lab, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", stand_ins["PATH"])
     monkeypatch.setenv("SUBMITTED", str(submitted))
     _, jobs = write(lab, sweep=SWEEP)
-    lines = submit(jobs)
+    lines = submit(jobs, os.environ)
     assert [line.split()[-1] for line in lines] == ["1", "2", "3"]
     words = [line.split() for line in submitted.read_text().splitlines()]
     assert [line[1] for line in words[1:]] == ["--dependency=afterany:1", "--dependency=afterany:2"]
     assert [line[-1] for line in words] == [str(file) for file in jobs]
-    assert submit(jobs, only_write=True) == [f"wrote {file}" for file in jobs]
+    assert submit(jobs, os.environ, only_write=True) == [f"wrote {file}" for file in jobs]
 
 
 def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     """The real batch file, training_job.sh and experiment.py; srun is a stand-in that shows what it was given."""
     vocabulary = "raptr_ds.model.vocab_size=600"
-    planner = lab.planner(processes=4, slurm=SLURM, set=["train_batch_size=8", vocabulary])
+    slurm = {**SLURM, "options": ["--signal=B:USR1@600"]}
+    planner = lab.planner(processes=4, slurm=slurm, set=["train_batch_size=8", vocabulary])
     _, (file, _) = write_jobs(planner, lab.file, [])
     # experiment.py in the job looks for the data's vocabulary: let it find a folder that needs no preparing.
     ask = REPOSITORY / "tools" / "experiment.py"
@@ -112,6 +119,7 @@ def test_a_job_of_the_array_runs_its_run_by_srun(lab, stand_ins):
     command = ["bash", file]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=lab.folder, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert "lead 600\n" in done.stderr  # of two lines sbatch takes the later one
     words = done.stdout.splitlines()
     assert words[:2] == ["--nodes=2", "--ntasks-per-node=2"]
     start = words.index("python")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from raptr_ds.errors import ConfigError, DataError
-from raptr_ds.lab.comparison import load_comparison
+from raptr_ds.lab.comparison import RECORD, load_comparison, write_record
 from raptr_ds.lab.keep import keep
 from raptr_ds.lab.report import write_report
+from raptr_ds.lab.slurm import write_jobs
 from raptr_ds.planner.results import read_results
 from raptr_ds.runtime.metrics_file import read_metrics
 
@@ -62,6 +63,15 @@ def test_thinned_curves_keep_sums_phases_means_and_evaluations(lab, tmp_path):
         np.testing.assert_allclose(small.curves.loss, [window.mean() for window in windows])
 
 
+def test_a_tuning_run_that_is_compared_too_is_kept_once(lab, tmp_path):
+    planner = lab.planner(sweep={"learning_rates": [1e-3, 2e-3], "seed": 1})
+    lab.run(planner)
+    copy = load_comparison(keep(load_comparison(planner.output), tmp_path / "kept"))
+    assert len(copy.tuning) == 4
+    assert len(copy.runs) == 6
+    assert all(run.is_finished for run in (*copy.tuning, *copy.runs))
+
+
 def test_the_law_reads_it(lab, tmp_path):
     """Standard training and RaPTr by its schedule, not RaPTr with another option."""
     contestants = [
@@ -102,6 +112,19 @@ def test_a_copy_put_back_is_finished_and_takes_more_seeds(lab, tmp_path):
         assert filecmp.cmp(kept / "runs" / run / "metrics.jsonl", again / "runs" / run / "metrics.jsonl", shallow=False)
     losses = [run.final_loss for run in load_comparison(first.output).runs]
     assert losses == pytest.approx([losses[0] + more for more in (0, 0.05, 0.01, 0.06)])
+
+
+def test_runs_that_the_record_does_not_have_yet_are_missed(lab, tmp_path):
+    planner = lab.planner(sweep={"learning_rates": [1e-3, 2e-3], "seed": 9})
+    write_record(
+        planner, write_jobs(planner, lab.file, [])[0], "mine", None
+    )  # as --slurm does, before any rate is known
+    record = (planner.output / RECORD).read_text()
+    lab.run(planner)
+    (planner.output / RECORD).write_text(record)
+    with pytest.raises(DataError, match=r"experiment\.json has 0 of 6 compared runs.*FILE --report"):
+        keep(load_comparison(planner.output), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_is_not_finished_or_there_already_is_refused(lab, tmp_path):

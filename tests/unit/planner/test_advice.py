@@ -123,11 +123,21 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     code, out, _ = plan(monkeypatch, capsys, *best, *(f"raptr_ds.model.{one}" for one in small), "--tokens", "1e6")
     assert code == 0
     assert "extrapolated" not in out
+    code, out, _ = plan(monkeypatch, capsys, *best, "--tokens", "1e8")
+    assert code == 0
+    assert "**extrapolated**: the shortest standard run measured saw 0.08 tokens for each parameter" in out
     code, out, _ = plan(monkeypatch, capsys, *best)  # the tokens of the run file
     assert code == 0
     assert "**extrapolated**: the longest standard run measured saw 10.9 tokens" in out
     assert "neither is better than standard training with 95% confidence; proposing the paper's schedule because" in out
     assert "proposed: raptr_ds.path.schedule=paper" in out
+
+
+def test_without_measured_runs_there_is_no_law(monkeypatch, capsys):
+    monkeypatch.setattr("raptr_ds.planner.results.read_results.__defaults__", (Path("nowhere"),))
+    code, _, err = plan(monkeypatch, capsys, "--processes", "8", "--save", "best", "--set", NOT_PREPARED)
+    assert code == 2
+    assert "gives no law (0 runs do not determine the law's 3 parameters)" in err
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_runs_that_follow_the_law_give_it_back() -> None:
         law.parameters, [TRUE["b"], TRUE["d"], TRUE["q"], *TRUE["deep"], *TRUE["wide"]], rtol=1e-5
     )
     assert law.residual < 1e-7
-    assert (law.longest, law.longest_model, law.largest) == (2.5, "deep", 4000)
+    assert (law.longest, law.longest_model, law.shortest, law.largest) == (2.5, "deep", 0.2, 4000)
     for tokens, saving in ((0.5, 0.25), (40.0, 0.4)):
         equal_flops = _loss("wide", tokens / (1 - saving), saving) - _loss("wide", tokens, 0)
         equal_tokens = _loss("wide", tokens, saving) - _loss("wide", tokens, 0)
@@ -70,6 +70,14 @@ def test_the_saving_with_the_least_upper_end_is_chosen_and_none_without_evidence
 def test_too_few_runs_are_no_law() -> None:
     with pytest.raises(ValueError, match="9 runs do not determine the law's 9 parameters"):
         fit_law([*_runs()[:4], *_runs()[-5:]])
+
+
+def test_a_model_that_its_few_runs_do_not_determine_gives_no_numbers() -> None:
+    alone = Measured("alone", 9000, 9.0, 0.0, 2.0)  # says nothing of paths
+    law = fit_law([*_runs(0.002), alone])
+    assert (law.longest, law.longest_model, law.largest) == (2.5, "deep", 9000)
+    with pytest.raises(ValueError, match="no model has a standard run and more than 3 runs"):
+        fit_law([run for run in _runs() if run.saving] + [alone])
 
 
 def test_another_schedule_of_rates_makes_another_model(tmp_path: Path) -> None:

@@ -1,20 +1,24 @@
 """The picture of a run, written from synthetic metrics by the command line."""
 
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.cbook import is_math_text
+from matplotlib.figure import Figure
 
 from raptr_ds.errors import ConfigError
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.plots.pictures import check_picture, looks_of
-from raptr_ds.plots.runs import plot_runs
+from raptr_ds.plots.runs import draw_loss, plot_runs
 from tests.path_methods import path_method
 
 TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
@@ -57,15 +61,6 @@ def test_a_run_becomes_a_picture_in_its_folder(tmp_path, num_steps):
     assert result.stdout == f"wrote {folder / 'plot.png'}\n"
     width, height = png_size(folder / "plot.png")
     assert (width, height) == (1680, round((5.6 + 3.0) * 120))
-
-
-@pytest.mark.parametrize("name", ["_mine", "a$b$c", "$_{", r"$\x$"])
-def test_names_are_drawn_as_they_are(tmp_path, name):
-    run = load_curves(write_run(tmp_path / name, 10, method="full"))
-    with rc_context({"svg.fonttype": "none"}):  # texts as texts
-        plot_runs([run], tmp_path / "a.svg")
-    drawn = re.sub(r"<[^>]*>", "", (tmp_path / "a.svg").read_text(encoding="utf-8"))
-    assert all(f"{name}{what}" in drawn for what in (", training", ", full model, held out", ": active layers"))
 
 
 def test_scores_on_tasks_have_a_panel_for_each_metric(tmp_path):
@@ -129,6 +124,19 @@ def test_every_format_that_is_offered_can_be_written(tmp_path):
         check_picture(tmp_path / "x.pdf", "--output", ("png",))
 
 
+@pytest.mark.parametrize("name", ["_try", "a$b$", r"$\no$", "50%"])
+def test_a_folders_name_is_shown_as_it_is(tmp_path, name):
+    runs = [load_curves(write_run(tmp_path / name, 3, method="full"))]
+    plot_runs(runs, tmp_path / "picture.png")
+    axes = Figure().add_subplot()
+    draw_loss(axes, runs[0], runs[0].step, "#000000")
+    _, labels = axes.get_legend_handles_labels()
+    shown = [label.replace(r"\$", "$").strip() for label in labels]
+    assert shown == [f"{name}, training", f"{name}, full model, held out"]
+    assert not any(map(is_math_text, labels))
+    plot_runs([replace(runs[0], name=os.fsdecode(b"\xff"))], tmp_path / "picture.png")
+
+
 def test_no_two_of_many_names_look_the_same():
     names = [str(number) for number in range(48)]
     looks = looks_of(names)
@@ -142,3 +150,12 @@ def test_a_folder_without_metrics_is_one_message_and_exit_code_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: cannot read")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["_mine", "a$b$c", "$_{", r"$\x$"])
+def test_names_are_drawn_as_they_are(tmp_path, name):
+    run = load_curves(write_run(tmp_path / name, 10, method="full"))
+    with rc_context({"svg.fonttype": "none"}):  # texts as texts
+        plot_runs([run], tmp_path / "a.svg")
+    drawn = re.sub(r"<[^>]*>", "", (tmp_path / "a.svg").read_text(encoding="utf-8"))
+    assert all(f"{name}{what}" in drawn for what in (", training", ", full model, held out", ": active layers"))

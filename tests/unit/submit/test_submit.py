@@ -21,6 +21,7 @@ from raptr_ds.submit.layout import check_more_options, job_layout
 from raptr_ds.submit.request import CheckedRun, Request, Submission, check
 from raptr_ds.submit.snapshot import code_files, copy_code, free_number
 from raptr_ds.submit.sweep import sweep
+from raptr_ds.supervise.record import append_event
 
 NASTY = "a b \"c\" 'd' $(touch ran) `touch ran`; touch ran & #[1]*?"
 MODEL = {"architecture": "bert", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 2, "seq_length": 32}
@@ -58,10 +59,14 @@ def test_layouts() -> None:
 
 
 def test_further_options_of_sbatch() -> None:
-    assert check_more_options(["--account=a", "--exclusive", "-A", "a", "--qos", "high"])[-1] == "high"
+    assert check_more_options(["--account=a", "--exclusive", "-A", "a", "--qos", "high"], False)[-1] == "high"
     for words in (["--signal=USR1"], ["-N4"], ["--time", "3"], ["-o", "x"], ["x"], ["--account=a", "script.sh"]):
         with pytest.raises(ConfigError, match="after --"):
-            check_more_options(words)
+            check_more_options(words, False)
+    for words in (["--dependency=afterok:1"], ["--dependency", "afterok:1"], ["-dafterok:1"]):
+        assert check_more_options(words, False) == words
+        with pytest.raises(ConfigError, match="it would replace --dependency=singleton"):
+            check_more_options(words, True)
 
 
 def names_of(points: list[list[str]]) -> list[str]:
@@ -80,6 +85,10 @@ def test_sweeps(tmp_path: Path) -> None:
     assert [Path(json.loads(point[-1].partition("=")[2])).parent for point in points] == [tmp_path] * 2
     same_end = sweep(["a.x=1", "b.x=1,2"], tmp_path)
     assert len(set(names_of(same_end))) == 2
+    (tmp_path / "points").write_text("a.x=1\nb.x=1\nc.y=1\n")
+    names = names_of(sweep([str(tmp_path / "points")], tmp_path))
+    assert len(set(names)) == 3
+    assert names[2] == "y=1"
     (tmp_path / "wrong").write_text("a.b 1\n")
     for words in (
         ["x"],
@@ -214,6 +223,16 @@ def test_a_chain_whose_jobs_would_start_anew_is_refused(tmp_path: Path, data_fol
     check(request(tmp_path, *settings, "raptr_ds.checkpoint.load=none"))
     with pytest.raises(ConfigError, match=r"--chain 2 with raptr_ds\.checkpoint\.load=none"):
         check(request(tmp_path, *settings, "raptr_ds.checkpoint.load=none", chain=2))
+
+
+def test_the_lead_is_what_any_run_of_a_sweep_has_found_necessary(tmp_path: Path, data_folder: Path) -> None:
+    settings = [f"raptr_ds.data.path={data_folder}", "raptr_ds.model.vocab_size=null"]
+    settings += [f"raptr_ds.train.save={tmp_path}/runs"]
+    sweep_of_seeds = request(tmp_path, *settings, array=["raptr_ds.train.seed=1,2"])
+    assert check(sweep_of_seeds).layout.lead_seconds == 120
+    append_event(tmp_path / "runs" / "seed=2", "signal_lead", lead=120, needed=290.0, write=300)
+    assert check(sweep_of_seeds).layout.lead_seconds == 300
+    assert check(replace(sweep_of_seeds, signal_lead=60)).layout.lead_seconds == 60
 
 
 def test_a_container_sees_every_folder_that_the_run_file_names(tmp_path: Path, data_folder: Path) -> None:

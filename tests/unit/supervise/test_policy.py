@@ -124,6 +124,8 @@ def test_delays_grow_and_storage_gets_more_time() -> None:
     assert delays == [0, 15, 60, 240]
     assert [decide(Cause.STORAGE, count, Limits()).delay_seconds for count in (1, 2, 3)] == [300, 1200, 4800]
     assert decide(Cause.STOPPED, 2, Limits()).delay_seconds == 0
+    for_ever = Limits(max_retries=999_999, delay_seconds=0.0)
+    assert decide(Cause.FAULT, 10_000, for_ever).delay_seconds == 0
 
 
 @pytest.mark.parametrize("cause", Cause)

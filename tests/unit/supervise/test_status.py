@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_a_running_run(running: Path) -> None:
     assert (status.step_seconds, status.seconds_left, status.tokens_per_second) == (0.5, 100.0, 1000.0)
     assert (status.flops_saved, status.checkpoint_step, status.checkpoint_age) == (0.25, 150, 600.0)
     assert status.failed_saves == 1
+    lengths = [len(describe(status, num_events)) for num_events in (0, 1, 5, 8)]
+    assert [length - lengths[0] for length in lengths] == [0, 1, 5, 5]
     text = "\n".join(describe(status))
     for part in (
         "run: running (process 7 on node5",
@@ -95,6 +98,7 @@ def test_a_running_run(running: Path) -> None:
         ([{"event": "start"}, {"event": "end", "exit_code": 74}], None, 400, "failed"),
         ([{"event": "start"}, {"event": "end", "exit_code": 0}, {"event": "start"}], None, 10, "failed"),
         ([{"event": "start"}, {"event": "restart"}], None, 10, "starting"),
+        ([{"event": "start"}, {"event": "restart"}, {"event": "stopped"}], None, 10, "stopped"),
         ([{"event": "start"}, {"event": "restart"}, {"event": "launch"}], None, 10, "starting"),
         ([{"event": "start"}, {"event": "hang"}, {"event": "give_up"}], None, 10, "failed"),
         ([{"event": "end", "exit_code": 0}, {"event": "done"}], None, 400, "finished"),
@@ -123,6 +127,11 @@ def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(damage: st
     (running / "run.lock").write_text('{"beat')
     status = status_of(running, NOW)
     assert (status.step, status.checkpoint_step, status.starts, status.state) == (200, 150, 2, "failed")
+
+
+def test_failed_saves_are_shown_where_none_has_succeeded(running: Path) -> None:
+    shutil.rmtree(running / "checkpoints")
+    assert "checkpoint   none; 1 could NOT be written since the last start" in describe(status_of(running, NOW))
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

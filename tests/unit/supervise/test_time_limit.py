@@ -16,6 +16,8 @@ from raptr_ds.supervise.time_limit import limit_seconds, short_limit
         ("1-1:1", 90060),
         ("0-0:0:5", 5),
         ("infinite", None),
+        ("0", None),  # scontrol shows UNLIMITED
+        ("0-0", None),
         ("UNLIMITED", None),
         ("1-02:03:04", 93784),
     ],
