@@ -10,6 +10,7 @@ from raptr_ds.config.load import load_run_config
 from raptr_ds.config.overrides import write_value
 from raptr_ds.config.path_sections import (
     ConstantSection,
+    FullSection,
     LayerDropoutSection,
     LayerDropSection,
     RandomSection,
@@ -17,6 +18,7 @@ from raptr_ds.config.path_sections import (
     ScheduledSection,
     SkippingSection,
     StackingSection,
+    WarmedUpSection,
 )
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import are_prepared, load_tokenizer, predictions_per_sequence
@@ -29,6 +31,7 @@ from raptr_ds.planner.step_time import Device
 from raptr_ds.runtime.method import path_method_of, step_cost_of
 
 _STEPS = "raptr_ds.train.steps"
+_FIXED = RandomSection.model_fields["fixed_layers"].default
 _NEIGHBOURS = 3  # steps tried around the solution, as a schedule's rounding makes cost uneven
 
 
@@ -254,8 +257,13 @@ def _describe_path(config: RunConfig) -> str:
         words.append(f"{path.layerdrop:.4g}")
     if isinstance(path, LayerDropoutSection):
         words.append(path.layer_dropout)
-    if isinstance(path, RandomSection) and path.sampling != "uniform":
-        words.append(path.sampling)
+    if isinstance(path, FullSection):
+        words.append(f"{config.model.num_layers} layers")
+    if isinstance(path, RandomSection):
+        words += [] if path.sampling == "uniform" else [path.sampling]
+        words += [] if path.fixed_layers == _FIXED else [f"fixed {list(path.fixed_layers)}"]
+    if isinstance(path, WarmedUpSection) and path.full_warmup_steps:
+        words.append(f"after {path.full_warmup_steps} full steps")
     if isinstance(path, StackingSection):
         words += ["in the middle"] * (path.growth_position == "middle")
         is_copy = path.growth_init == "copied"

@@ -167,13 +167,29 @@ def test_a_contestant_may_run_on_fewer_seeds(lab):
 
 def test_the_list_has_steps_flops_and_states(lab):
     listed = "\n".join(list_runs(lab.planner(budget={"equal": "flops"}, sweep=SWEEP)))
-    assert "| standard | full | 40 |" in listed
+    assert "| standard | full 6 layers | 40 |" in listed
     assert "| raptr | raptr 3-4-5-6 freeze | 53 |" in listed
     assert listed.count("| tuning |") == 4
     assert "and 6 runs of standard, raptr, at the learning rates that tuning chooses" in listed
     assert not (lab.folder / "out").exists()
     measured = "\n".join(list_runs(lab.planner(budget={"equal": "time"})))
     assert measured.count("| probe |") == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "described"),
+    [
+        ("standard", "raptr_ds.model.num_layers=3", "full 3 layers"),
+        ("raptr", "raptr_ds.path.fixed_layers=[-1]", "raptr 3-4-5-6 fixed [-1] freeze"),
+        ("raptr", "raptr_ds.path.fixed_layers=[0,-1]", "raptr 3-4-5-6 freeze"),
+        ("raptr", "raptr_ds.path.full_warmup_steps=7", "raptr 3-4-5-6 after 7 full steps freeze"),
+        ("constant", "raptr_ds.path.sampling=bernoulli", "constant 5 bernoulli freeze"),
+    ],
+)
+def test_what_differs_between_contestants_is_in_the_list(lab, method, settings, described):
+    contestants = [{"name": "standard", "method": "standard"}, {"name": "other", "method": method, "set": [settings]}]
+    listed = "\n".join(list_runs(lab.planner(contestants=contestants)))
+    assert f"| other | {described} | 40 |" in listed
 
 
 def test_the_command_is_the_documented_one(lab):
