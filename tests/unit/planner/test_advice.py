@@ -116,6 +116,7 @@ def test_the_tool_chooses_a_schedule_by_the_law(monkeypatch, capsys):
     assert (
         "by a law fitted to 43 mean losses of 5 small models (residual 0.035; docs/results.md); numbers are for" in out
     )
+    assert "than twelve layers by any schedule (docs/results.md, Shallower models)" in out
     assert "12 layers of width 128. Here the layers have 1,529M parameters" in out
     assert "the largest model measured has 2.6M parameters in its layers, this one 597 times as many" in out
     assert out.count("extrapolated") == 1
