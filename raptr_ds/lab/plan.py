@@ -258,7 +258,7 @@ def _describe_path(config: RunConfig) -> str:
     if isinstance(path, LayerDropoutSection):
         words.append(path.layer_dropout)
     if isinstance(path, FullSection):
-        words.append(f"{config.model.num_layers} layers")
+        words.append(f"{config.model.num_layers} layer{'s' * (config.model.num_layers > 1)}")
     if isinstance(path, RandomSection):
         words += [] if path.sampling == "uniform" else [path.sampling]
         words += [] if path.fixed_layers == _FIXED else [f"fixed {list(path.fixed_layers)}"]

@@ -180,6 +180,7 @@ def test_the_list_has_steps_flops_and_states(lab):
     ("method", "settings", "described"),
     [
         ("standard", "raptr_ds.model.num_layers=3", "full 3 layers"),
+        ("standard", "raptr_ds.model.num_layers=1", "full 1 layer"),
         ("raptr", "raptr_ds.path.fixed_layers=[-1]", "raptr 3-4-5-6 fixed [-1] freeze"),
         ("raptr", "raptr_ds.path.fixed_layers=[0,-1]", "raptr 3-4-5-6 freeze"),
         ("raptr", "raptr_ds.path.full_warmup_steps=7", "raptr 3-4-5-6 after 7 full steps freeze"),
