@@ -167,8 +167,8 @@ def test_the_experiments_of_the_repository_can_be_planned(file):
     assert len(experiment.seeds) == (1 if file.stem in ONE_SEED else 3)
     if experiment.budget.equal == "flops":
         assert max(share.flops for share in shares) < 1.01 * min(share.flops for share in shares)
-        base = next(share for share in shares if share.contestant.name == experiment.budget.of)
-        for share in shares:
+        base = next(share for share in shares if share.contestant.name == experiment.reference)
+        for share in shares if base.contestant.method == "standard" else []:
             costs_as_much = share.contestant.method == "standard" and share.num_layers == base.num_layers
             assert (share.steps == base.steps) == costs_as_much
     else:
