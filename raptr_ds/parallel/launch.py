@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import stat
 import subprocess
@@ -234,7 +235,19 @@ def _address() -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on here."""
+    """Return a TCP port that nobody listens on here.
+
+    It is none of those that the kernel gives to outgoing connections, where there are others: one of these may have
+    it before it is listened on.
+    """
+    draw, first_given = secrets.SystemRandom(), 0
+    with contextlib.suppress(OSError):
+        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    others = range(10_000, min(first_given, _DEFAULT_PORT))
+    for port in draw.sample(others, min(64, len(others))):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -7,13 +7,13 @@ second, and leaves nothing of a case to the next one (module globals, hooks, the
 import importlib
 import multiprocessing as mp
 import os
-import random
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from raptr_ds.parallel.launch import free_port
 
 MAX_WORKERS = 4
 
@@ -23,21 +23,6 @@ _CONTEXT.set_forkserver_preload(["tests.dist.imported"])
 
 class WorkerError(AssertionError):
     """A worker raised, died or hung; carries the failing rank's traceback."""
-
-
-def free_port() -> int:
-    """Return a TCP port that is free on loopback, below those that the kernel gives to outgoing connections.
-
-    A port that the kernel chose itself may be given to a connection of another test before it is listened on.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:

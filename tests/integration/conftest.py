@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 from raptr_ds import pretrain
-from raptr_ds.parallel.launch import Launch
+from raptr_ds.parallel.launch import Launch, free_port
 from tests.dist.workers import run_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,10 +80,7 @@ def run_file(data_folder: Path, tmp_path: Path) -> Path:
 
 def deepspeed_command(run: Path, *settings: str, processes: int = 2) -> list[str]:
     """Return the documented command, on a free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(port)]
+    command = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port())]
     command += ["raptr_ds/pretrain.py", "--deepspeed_config", str(run)]
     return command + (["--set", *settings] if settings else [])
 

@@ -43,9 +43,10 @@ def _start(run_file: Path) -> subprocess.Popen[str]:
     )
 
 
-def _wait_until_training(save: Path, steps: int = 3) -> None:
+def _wait_until_training(save: Path, process: subprocess.Popen[str], steps: int = 3) -> None:
     deadline = time.monotonic() + PATIENCE
     while len(_lines_so_far(save)) < steps:
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run did not start to train"
         time.sleep(0.1)
 
@@ -96,7 +97,7 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(how: str, run_file: Path, tmp
     save = tmp_path / "run"
     process = _start(run_file)
     try:
-        _wait_until_training(save)
+        _wait_until_training(save, process)
         workers = _workers(run_file)
         assert len(workers) == 2
         number = signal.SIGKILL if how.startswith("KILL") else signal.SIGTERM
@@ -175,7 +176,7 @@ def test_a_killed_rank_ends_the_run(run_file: Path, tmp_path: Path) -> None:
     """kill -9 of one rank: the others do not wait for it for ever."""
     process = _start(run_file)
     try:
-        _wait_until_training(tmp_path / "run")
+        _wait_until_training(tmp_path / "run", process)
         workers = _workers(run_file)
         os.kill(workers[0], signal.SIGKILL)
         assert process.wait(60) not in (0, 2, 75)

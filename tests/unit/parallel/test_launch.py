@@ -1,6 +1,7 @@
 """Launch detection: what each launcher sets decides the rank, and a half-set launch is refused."""
 
 import os
+import secrets
 import socket
 import stat
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
+from raptr_ds.parallel.launch import Launch, detect_launch, free_port, prepare_imports
 
 _READ_OR_SET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
@@ -160,3 +161,20 @@ def test_compiled_code_lies_where_no_other_user_writes(monkeypatch: pytest.Monke
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     prepare_imports(has_gpu=False)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+def test_a_free_port_is_not_one_that_the_kernel_gives_to_connections():
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert first_given > 10_000
+    assert all(10_000 <= free_port() < first_given for _ in range(50))
+
+
+def test_a_port_that_is_taken_is_passed_over(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ports = [taken.getsockname()[1], free_port()]
+        monkeypatch.setattr(secrets.SystemRandom, "sample", lambda self, population, k: ports)
+        assert free_port() == ports[1]
+        ports.pop()
+        assert free_port() not in ports
