@@ -18,6 +18,10 @@ class Exit(IntEnum):
     LOST_RANK = 77
 
 
+# Launchers kill all ranks when the first one ends: those that print nothing stay so long, behind the one that prints.
+FIRST_WORD_SECONDS = 2.0
+
+
 class RaptrError(Exception):
     """Base of all errors that are shown to the user as a message, without a traceback.
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file, by a launcher
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
-from raptr_ds.errors import Exit, RaptrError
+from raptr_ds.errors import FIRST_WORD_SECONDS, Exit, RaptrError
 from raptr_ds.parallel.launch import Launch, detect_launch, is_first_rank_there, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.runtime.signals import StopSignals
@@ -29,8 +29,6 @@ if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run fil
     from raptr_ds.runtime.session import Session
 
 
-# Launchers kill all ranks when the first one ends: the rank that prints the error must not be behind the others.
-_FIRST_WORD_SECONDS = 2.0
 _FIRST_RANK_SECONDS = 30.0  # that rank 0 may take from its run file to the rendezvous
 
 
@@ -48,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> Exit:
             with contextlib.suppress(OSError):  # nobody to read it, or a full disk: the exit code still says what it is
                 print(f"\nraptr_ds: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(_FIRST_WORD_SECONDS)
+            time.sleep(FIRST_WORD_SECONDS)
         return error.exit_code
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.data.tokenizer import MODE_NAMES
-from raptr_ds.errors import ConfigError, RaptrError
+from raptr_ds.errors import FIRST_WORD_SECONDS, ConfigError, RaptrError
 from raptr_ds.user_paths import exists, is_folder, write_error
 
 
@@ -105,7 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     except RaptrError as error:
         if error.is_first:
             raise
-        time.sleep(2)  # launchers kill all ranks when one ends: the one that prints must not be behind
+        time.sleep(FIRST_WORD_SECONDS)
         sys.exit(int(error.exit_code))
 
 
