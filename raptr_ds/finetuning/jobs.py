@@ -73,6 +73,9 @@ def fine_tune_all(
         return [fine_tune(jobs[0], _start_of(jobs[0], encoder, start, say), output, say)]
     if exists(output / DESCRIPTION):
         raise ConfigError(f"{output} holds the fine-tuning of one task. Name another folder with --output.")
+    if is_first():
+        for job in jobs:  # before the first is trained for hours, not after
+            _check_folder(output / job.task.name, _known_description(job, jobs, start or encoder, encoder))
     models: dict[str, Path] = {}
     results = []
     for job in jobs:
@@ -208,14 +211,29 @@ def _description(job: Job, encoder: Encoder) -> dict[str, Any]:
     return {"task": task.name, "kind": task.kind, "data": digest_of(job.data), **model, **recipe, **own}
 
 
+def _known_description(job: Job, jobs: Sequence[Job], start: Encoder, encoder: Encoder) -> dict[str, Any]:
+    """Return a task's description before anything is trained: without a model that one of `jobs` is yet to make."""
+    other = job.task.starts_from
+    description = _description(job, start if other else encoder)
+    if any(other == made.task.name for made in jobs):
+        del description["model"], description["tokenizer"]
+    return description
+
+
 def _describe(output: Path, description: dict[str, Any]) -> None:
     """Write what a new folder is for. Raises: ConfigError if it is for something else already."""
+    _check_folder(output, description)
+    if not is_file(output / DESCRIPTION):
+        write_results(output / DESCRIPTION, description)
+
+
+def _check_folder(output: Path, description: dict[str, Any]) -> None:
+    """Raise ConfigError for a folder that is not new and holds anything but this fine-tuning."""
     path = output / DESCRIPTION
     if not is_file(path):
-        others = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
+        others = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock") if exists(output) else []
         if others:
             raise ConfigError(f"{output} holds {others[0]}, which is no fine-tuning of one task. {_FIX}")
-        write_results(path, description)
         return
     found = _read(path)
     changed = [name for name in description if found.get(name) != description[name]]

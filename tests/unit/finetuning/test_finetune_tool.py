@@ -183,6 +183,13 @@ def test_rte_starts_from_mnli(tmp_path: Path, exported: Make, tool: Tool, kind: 
     assert scores[0] != scores[1]
     missing = fine_tune(tool, model, "glue", tmp_path / "all", *options)
     assert is_refused(missing, "has no folder cola", *GROUPS["glue"])
+    again = fine_tune(tool, model, "rte,mnli", tmp_path / "out", *options)
+    assert again.code == 0 and again.printed.count("finished before") == 2
+    # A later task's folder stops the command before the first task is trained.
+    shutil.rmtree(tmp_path / "out" / "mnli")
+    refused = fine_tune(tool, model, "rte,mnli", tmp_path / "out", *options, "--learning-rate", 1e-3)
+    assert is_refused(refused, str(tmp_path / "out" / "rte"), "learning_rate was")
+    assert not (tmp_path / "out" / "mnli").exists()
 
 
 def test_bad_input(tmp_path: Path, exported: Make, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
