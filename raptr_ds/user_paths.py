@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from raptr_ds.errors import Exit, RaptrError, StorageError
+from raptr_ds.errors import ConfigError, Exit, RaptrError, StorageError
 
 _NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR}
 _FIXES = {
@@ -111,6 +111,21 @@ def take_lock(file: IO, folder: Path) -> bool:
             f"{_printable(folder)} cannot be locked: {error.strerror or error}. Name a folder on another file system."
         ) from error
     return True
+
+
+@contextmanager
+def claimed(folder: Path, program: str, fix: str) -> Iterator[None]:
+    """Make a folder and lock it for this process. program: what works there; fix: what to do if it cannot be had.
+
+    Raises: ConfigError if another process works there, PathError or StorageError if it cannot be written or locked.
+    """
+    make_folder(folder)
+    with writing(folder, fix):
+        file = (folder / ".lock").open("w")
+    with file:
+        if not take_lock(file, folder):
+            raise ConfigError(f"another {program} works in {_printable(folder)}. Wait for it. {fix}")
+        yield
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     if arguments.dtype is not None:
         cast_parameters(loaded.model, getattr(torch, arguments.dtype))
     tasks = load_tasks(catalogue, names, arguments.task_files)
-    outcomes, refusal = [], None
+    outcomes, stop = [], None
     with console.status("", refresh_per_second=4) as status:
         what = ""
 
@@ -164,8 +164,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             limits = (arguments.limit, arguments.bootstrap_iters)
             for outcome in run_tasks(tasks, dict(models), arguments.shots, *limits, report):
                 outcomes.append(outcome)
-        except RaptrError as error:  # of a task: those before it are finished, and shown first
-            refusal = error
+        except (RaptrError, KeyboardInterrupt) as error:  # in a task: those before it are finished, and shown first
+            stop = error
         seconds = time.monotonic() - start
     if outcomes and is_first:
         console.print(as_table(str(arguments.model), outcomes, list(models)))
@@ -181,8 +181,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
             "seconds": seconds,
         }
         write(arguments.output, as_json(str(arguments.model), outcomes, settings, arguments.shots))
-    if refusal is not None:
-        raise refusal
+    if stop is not None:
+        raise stop
 
 
 def write(path: Path | None, content: object) -> None:

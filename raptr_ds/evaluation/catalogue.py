@@ -69,18 +69,16 @@ class Catalogue:
         return dict(load_yaml(self._paths[task], resolve_func=True))
 
     def _leaves_named(self, name: str) -> Iterator[str]:
-        if name in READY_TASKS:
-            yield name
-            return
-        matching = [name] if name in self._index else [other for other in self._index if fnmatchcase(other, name)]
+        known = [*READY_TASKS, *self._index]
+        matching = [name] if name in known else [other for other in known if fnmatchcase(other, name)]
         if not matching:
-            known = [*GROUPS, *READY_TASKS, *self._index]
+            known = [*GROUPS, *known]
             raise ConfigError(
                 f"there is no task {name!r}{nearest(name, known) or '.'} Tasks are those of lm-evaluation-harness "
                 f"(lm-eval ls tasks), the groups {' and '.join(GROUPS)}, and {', '.join(READY_TASKS)}."
             )
         for match in matching:
-            yield from self._leaves(self._index[match])
+            yield from [match] if match in READY_TASKS else self._leaves(self._index[match])
 
     def _leaves(self, entry: Entry) -> Iterator[str]:
         if entry.kind is Kind.TAG:

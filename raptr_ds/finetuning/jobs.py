@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from raptr_ds.finetuning.metrics import SCORE, measure
 from raptr_ds.finetuning.task import Examples, Task
 from raptr_ds.finetuning.training import MODEL, Say, SeedResult, Settings, is_first, join, train_seed, wait_for_all
 from raptr_ds.json_text import parse_json
-from raptr_ds.user_paths import exists, is_file, make_folder, take_lock, write_error
+from raptr_ds.user_paths import claimed, exists, is_file, make_folder, write_error
 
 BEST = "best"
 RESULTS = "results.json"
@@ -111,7 +111,7 @@ def fine_tune(job: Job, encoder: Encoder, output: Path, say: Say) -> TaskResult:
     """
     task, settings = job.task, job.settings
     check_settings(job, encoder)
-    with claimed(output) if is_first() else nullcontext():
+    with claimed(output, "finetune.py", _FIX) if is_first() else nullcontext():
         if is_first():
             _describe(output, _description(job, encoder))
         finished = {seed: _finished(output / f"seed-{seed}") for seed in range(1, settings.recipe.seeds + 1)}
@@ -183,21 +183,6 @@ def baseline(task: Task, data: Examples) -> float | None:
         outputs = np.zeros((len(data.validation), width))
         outputs[:, np.bincount(np.array(labels, np.int64), minlength=width).argmax()] = 1
     return measure(task, outputs, data.validation)[SCORE]
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process. Raises: ConfigError if another one works there."""
-    make_folder(folder)
-    try:
-        with (folder / ".lock").open("w") as file:
-            if not take_lock(file, folder):
-                raise ConfigError(
-                    f"another finetune.py works in {folder}. Wait for it, or name another folder with --output."
-                )
-            yield
-    except PermissionError as error:
-        raise write_error(folder, error, _FIX) from error
 
 
 def _description(job: Job, encoder: Encoder) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.data.loader import are_prepared
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.errors import Exit, StorageError
-from raptr_ds.finetuning import jobs
 from raptr_ds.hf.export import export
 from raptr_ds.lab import runner
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.prepare.working_folder import working_folder
 from raptr_ds.theory.transitions import transitions_of
-from raptr_ds.user_paths import PathError, exists, is_file, is_folder, write_error
+from raptr_ds.user_paths import PathError, claimed, exists, is_file, is_folder, write_error
 from tests.unprivileged import closed
 
 TOO_LONG = Path("/", "a" * 300)
@@ -42,9 +41,9 @@ def closed_folder(tmp_path: Path) -> Iterator[Path]:
     [
         lambda folder: working_folder(folder, "", print),
         lambda folder: runner.claimed(folder, print),
-        jobs.claimed,
+        lambda folder: claimed(folder, "tool", ""),
     ],
-    ids=["prepare_data", "experiment", "finetune"],
+    ids=["prepare_data", "experiment", "other tools"],
 )
 def test_a_file_system_without_locks_is_no_other_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Path], AbstractContextManager]

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from raptr_ds.data.tokenizer import Tokenizer
+from raptr_ds.evaluation.run import Outcome, run_tasks
 from raptr_ds.parallel.groups import ProcessGroups
 from tests.exported_runs import Tool, is_refused, model_of, run_folder
 from tests.small_tasks import words
@@ -132,6 +135,22 @@ def test_finished_tasks_are_shown_where_a_later_one_is_refused(
     output.unlink()
     assert tool("evaluate.py", run, "--tasks", "copa", *options).code == 2
     assert not output.exists()
+
+
+def test_finished_tasks_are_shown_where_a_later_one_is_interrupted(
+    run: Path, task_files: Path, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[Outcome]:
+        yield next(run_tasks(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raptr_ds.evaluation.run.run_tasks", interrupted)
+    output = tmp_path / "out.json"
+    done = tool("evaluate.py", run, "--tasks", "boolq,cb", "--task-files", task_files, "--output", output)
+    assert done.code == 130
+    assert done.error.endswith("interrupted\n")
+    assert "boolq" in done.printed
+    assert set(json.loads(output.read_text())["results"]) == {"boolq"}
 
 
 def test_a_check_needs_no_model(task_files: Path, tool: Tool) -> None:

