@@ -98,6 +98,7 @@ def train(session: Session) -> Exit:
 
     config, state = session.config, session.state
     if session.has_open_evaluation and not evaluate(session, state):
+        session.save(state)
         return Exit.CONTINUE_LATER
     while state.step < config.train.steps:
         path, stop = session.agreed_path(state.step)  # the same on all ranks; step n + 1 is under way while n runs
@@ -120,8 +121,10 @@ def train(session: Session) -> Exit:
         if is_evaluation_due and not evaluate(session, state):
             session.save(state)
             return Exit.CONTINUE_LATER
-        if session.is_checkpoint_due(before, state) or (done and config.checkpoint.saves_at_end):
+        if session.is_checkpoint_due(before, state):
             session.save(state)
+    if config.checkpoint.saves_at_end:  # also where there was nothing left to train after another run's checkpoint
+        session.save(state)
     return Exit.DONE
 
 
