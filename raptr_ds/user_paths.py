@@ -148,7 +148,7 @@ def read_error(path: str | Path, error: OSError) -> StorageError | None:
 
 
 def print_any_name() -> None:
-    """Have standard output escape characters that it cannot print: not every name of a file can be printed everywhere."""
+    """Have standard output escape characters that it cannot print: not every name can be printed everywhere."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
