@@ -24,6 +24,7 @@ from raptr_ds.errors import FIRST_WORD_SECONDS, Exit, RaptrError
 from raptr_ds.parallel.launch import Launch, detect_launch, is_first_rank_there, prepare_imports
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
 from raptr_ds.runtime.signals import StopSignals
+from raptr_ds.user_paths import print_any_name
 
 if TYPE_CHECKING:  # torch and DeepSpeed take seconds to import: a wrong run file is reported before
     from raptr_ds.runtime.session import Session
@@ -34,6 +35,7 @@ _FIRST_RANK_SECONDS = 30.0  # that rank 0 may take from its run file to the rend
 
 def main(arguments: Sequence[str] | None = None) -> Exit:
     """Run the command line and return the exit code; one rank prints a user's mistake."""
+    print_any_name()
     options = parse(arguments)
     launch = None
     try:
@@ -96,6 +98,7 @@ def train(session: Session) -> Exit:
 
     config, state = session.config, session.state
     if session.has_open_evaluation and not evaluate(session, state):
+        session.save(state)
         return Exit.CONTINUE_LATER
     while state.step < config.train.steps:
         path, stop = session.agreed_path(state.step)  # the same on all ranks; step n + 1 is under way while n runs
@@ -118,8 +121,10 @@ def train(session: Session) -> Exit:
         if is_evaluation_due and not evaluate(session, state):
             session.save(state)
             return Exit.CONTINUE_LATER
-        if session.is_checkpoint_due(before, state) or (done and config.checkpoint.saves_at_end):
+        if session.is_checkpoint_due(before, state):
             session.save(state)
+    if config.checkpoint.saves_at_end:  # also where there was nothing left to train after another run's checkpoint
+        session.save(state)
     return Exit.DONE
 
 

@@ -6,8 +6,10 @@ a name that is too long, and one with a NUL byte. Every path from a run file or 
 
 import errno
 import fcntl
+import io
 import shlex
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +160,12 @@ def read_error(path: str | Path, error: OSError) -> StorageError | None:
     return StorageError(
         f"{_printable(path)} cannot be read: {error.strerror}. Its file system is away: bring it back, and start again."
     )
+
+
+def print_any_name() -> None:
+    """Have standard output escape characters that it cannot print: not every name can be printed everywhere."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _mode(path: str | Path) -> int | None:

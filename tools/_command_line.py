@@ -1,6 +1,5 @@
 """What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from raptr_ds.errors import RaptrError
-from raptr_ds.user_paths import is_full, path_error
+from raptr_ds.user_paths import is_full, path_error, print_any_name
 
 
 def package_cache() -> Path:
@@ -33,8 +32,7 @@ def quiet_transformers() -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end the process with the exit code that its outcome calls for."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every name of a file can be printed everywhere
+    print_any_name()
     try:
         main()
         sys.stdout.flush()

@@ -125,7 +125,7 @@ class Exports:
             self._set_aside(step if is_own else -1)
             if self._config.checkpoint.export_interval:
                 make_folder(self._folder)
-                self._find_exports()
+                self._find_exports(step)
             if self._config.eval.tasks:
                 self._find_scores()
 
@@ -175,7 +175,7 @@ class Exports:
         self._exporting.drop_after(-1)
         self._scoring.drop_after(-1)
 
-    def _find_exports(self) -> None:
+    def _find_exports(self, step: int) -> None:
         for done in tidy(self._folder):
             self._metrics.say(f"exports: {done}")
         for checkpoint in reversed(checkpoints_in(self._checkpoints.folder)):
@@ -183,7 +183,10 @@ class Exports:
                 manifest = read_manifest(checkpoint)
             except DamagedCheckpointError:
                 continue
-            if (mark := manifest.run_state.get(_EXPORT)) is not None:
+            mark = manifest.run_state.get(_EXPORT)
+            if mark is None and manifest.step == step >= self._config.train.steps:  # it had ended without
+                mark = _SCORED if self._config.eval.tasks else _PLAIN
+            if mark is not None:
                 self._hold(manifest.step, mark, since=manifest.step - 1)
                 self._queue(manifest.step)
 

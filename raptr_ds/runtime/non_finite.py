@@ -6,6 +6,7 @@ by the same numbers and come to the same end without asking each other.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from raptr_ds.engine.protocol import StepResult
@@ -51,10 +52,10 @@ def what_happened(state: RunState, loss: float, grad_norm: float) -> str:
 def recover(session: Session, state: RunState, result: StepResult) -> RunState:
     """Roll the engine and the metrics back and return the state to go on from; all ranks call it.
 
-    The checkpoint is the newest good one from before the first skipped step. Steps after it are trained again, along
-    the same paths at the same learning rates, on data that the run has not seen: the window that failed, and what lies
-    between it and the checkpoint, is left out. The new branch of the run is saved at once, so that an interrupted run
-    continues it and does not meet the same data again.
+    The checkpoint is the newest good one from before the first skipped step, or else one in their row. Steps after it
+    are trained again, along the same paths at the same learning rates, on data that the run has not seen: the window
+    that failed, and what lies between it and the checkpoint, is left out. The new branch of the run is saved at once,
+    so that an interrupted run continues it and does not meet the same data again.
     Raises: NonFiniteError, on all ranks, if the run is to stop or cannot roll back; checkpoints stay.
     """
     happened, train = what_happened(state, result.loss, result.grad_norm), session.config.train
@@ -64,7 +65,9 @@ def recover(session: Session, state: RunState, result: StepResult) -> RunState:
         raise NonFiniteError(f"{happened} (raptr_ds.train.max_non_finite_steps={train.max_non_finite_steps}). {_FIX}")
     try:
         before = state.last_finite_step
-        restored = session.checkpoints.restore(session.engine, "auto", session.config.model, not_after=before)
+        restore = partial(session.checkpoints.restore, session.engine, "auto", session.config.model)
+        # A stop in the row may have pushed it out of `keep` by a checkpoint of the same weights.
+        restored = restore(not_after=before) or restore(not_after=state.step)
         if restored is None:
             raise CheckpointError(f"{session.checkpoints.folder} has no checkpoint of step {before} or before.")
         there = run_state_of(restored, session.config)

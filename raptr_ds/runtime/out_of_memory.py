@@ -17,8 +17,8 @@ from raptr_ds.runtime.planner_process import PlannerError, ask_planner
 if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's import
     from raptr_ds.parallel.groups import ProcessGroups
 
-# Libraries beside torch's allocator (cuBLAS, NCCL, the driver) raise no class of their own.
-_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What is beside torch's allocator on GPUs (cuBLAS, NCCL, the driver, its allocator on CPUs) raises no class of its own.
+_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
 @dataclass(frozen=True)

@@ -150,14 +150,20 @@ class RunLock:
         aside.unlink(missing_ok=True)
 
     def _keep_beating(self) -> None:
+        beaten = time.monotonic()
         while not self._released.wait(BEAT_SECONDS):
             try:
                 found = _read(self._path)
-                if found is not None and found[0] is not None and found[0] != self._holder:
-                    taken = f"{found[0]} has taken {self._path.parent} over while this run stood still"
+                if found is None:  # who took the lock of a run that had no beat may have ended and released it by now
+                    other = "another run" if time.monotonic() - beaten > STALE_SECONDS else None
+                else:
+                    other = None if found[0] == self._holder else found[0]
+                if other is not None:
+                    taken = f"{other} has taken {self._path.parent} over while this run stood still"
                     exit_now(Exit.FAULT, f"{taken}: ending at once, without writing anything")
                 self._beat += 1
                 write_atomically(self._path, self._content())
+                beaten = time.monotonic()
             except OSError:  # a full disk: whoever watches sees no beat, and this process if it is on its machine
                 continue
 

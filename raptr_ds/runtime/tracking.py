@@ -7,6 +7,7 @@ the run's folder keeps which run of the server this is, so that a resume continu
 import contextlib
 import importlib
 import json
+import re
 import secrets
 import sys
 import threading
@@ -191,8 +192,8 @@ class MlflowTracker(Tracker):
             self.keep(self.library.start_run(run_name=section.name or self.folder.name).info.run_id)
 
     def log(self, scalars: Mapping[str, float], step: int, is_late: bool) -> None:
-        """Record numbers of a step."""
-        self.library.log_metrics(dict(scalars), step=step)
+        """Record numbers of a step; a name that MLflow would refuse (exact_match,strict-match) with underscores."""
+        self.library.log_metrics({re.sub(r"[^\w./ :-]", "_", name): scalars[name] for name in scalars}, step=step)
 
     def finish(self) -> None:
         """End the run."""

@@ -247,9 +247,14 @@ def open_loop(
     return session, batches
 
 
-def run_loop(launch: Launch, case: Case, folder: str, bad: tuple[int, ...], settings: dict[str, Any]) -> Ran:
-    """Run the loop to its end or to its error."""
+def run_loop(
+    launch: Launch, case: Case, folder: str, bad: tuple[int, ...], settings: dict[str, Any], keep: int = 9
+) -> Ran:
+    """Run the loop from its newest checkpoint, if there is one, to its end or to its error."""
     session, batches = open_loop(launch, case, Path(folder), bad, settings)
+    session.checkpoints.keep = keep
+    if (restored := session.checkpoints.restore(session.engine, "auto", session.config.model)) is not None:
+        session.state = run_state_of(restored, session.config)
     error = ""
     try:
         session.finish(train(session))
@@ -359,6 +364,17 @@ def test_without_a_checkpoint_from_before_there_is_no_way_back(tmp_path: Path) -
         assert result.error.startswith("1: steps 2 to 3, 2 in a row,")
         assert "there is no way back" in result.error
         assert "has no checkpoint of step 1 or before" in result.error
+
+
+def test_a_stop_in_a_row_leaves_a_way_back(tmp_path: Path) -> None:
+    """The first start ends after one of two bad steps; of `keep`, 1, that checkpoint is all that is left."""
+    case, folder = replace(CASE, steps=8, **LAYOUTS["zero1"]), folder_for(tmp_path, "run")
+    run_distributed(run_loop, 2, case, str(folder), (7, 8), ROLLBACK, 1)
+    assert [path.name for path in checkpoints_in(folder / "checkpoints")] == ["step-00000008"]
+    for result in run_distributed(run_loop, 2, replace(case, steps=10), str(folder), (7, 8), ROLLBACK, 1):
+        assert result.error == ""
+        assert result.asked == [8, 9, 10]
+    assert [line["step"] for line in lines_of(folder / "metrics.jsonl")] == [9, 10]
 
 
 def test_data_that_stay_bad_end_the_run_after_so_many_rollbacks(tmp_path: Path) -> None:

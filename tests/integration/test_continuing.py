@@ -149,6 +149,26 @@ def test_a_run_begun_from_a_checkpoint_continues_its_own(data_folder: Path, tmp_
     assert [json.loads(line)["step"] for line in aside if "lr" in json.loads(line)] == list(range(1, 13))
 
 
+def _stop_at_the_start(_: Launch) -> None:
+    validation = Loader.validation
+
+    def stopping(loader: Loader, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return validation(loader, index)
+
+    Loader.validation = stopping  # type: ignore[method-assign]
+
+
+def test_a_run_begun_from_the_end_of_another_has_a_checkpoint_of_its_own(data_folder: Path, tmp_path: Path) -> None:
+    run = run_with(tmp_path, data_folder)
+    assert forked(run).returncode == 0
+    for name, spoil, code in (("stopped", _stop_at_the_start, 75), ("trained", None, 0)):
+        elsewhere = [f"raptr_ds.train.save={tmp_path / name}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}"]
+        done = forked(run, *elsewhere, spoil=spoil)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert manifest_of(tmp_path / name, 12)["step"] == 12
+
+
 def _restarted_before_its_first_checkpoint(_: Launch) -> None:
     os.environ.update(RAPTR_RESTART_COUNT="1", RAPTR_SUPERVISOR="host:77")
 

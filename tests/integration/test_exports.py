@@ -171,6 +171,19 @@ def test_the_end_of_a_run_that_exports_is_saved_and_exported(data_folder: Path, 
     assert steps_in(save / "exports") == [5, 10, 12]
 
 
+def test_a_run_that_was_complete_before_it_had_exports_is_exported(
+    data_folder: Path, tmp_path: Path, tools: Path
+) -> None:
+    run = run_with(tmp_path, data_folder, model=UL2, checkpoint={"interval": 5})
+    assert forked(run).returncode == 0
+    run_with(tmp_path, data_folder, model=UL2, checkpoint={"interval": 5, "export_interval": 5}, eval=TASKS)
+    done = forked(run, spoil=partial(use, tools=tools))
+    assert done.returncode == 0, done.stderr
+    assert "this run is complete" in done.stdout
+    assert steps_in(tmp_path / "run" / "exports") == [12]
+    assert [line["step"] for line in task_lines(tmp_path / "run")] == [12]
+
+
 def test_a_stop_leaves_exports_to_the_next_start(data_folder: Path, tmp_path: Path, tools: Path) -> None:
     run, save = run_with(tmp_path, data_folder), tmp_path / "run"
     (tools / "export_hf.slow").touch()

@@ -2,13 +2,16 @@
 
 import errno
 import fcntl
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from raptr_ds import pretrain
 from raptr_ds.checkpoint.folder import checkpoints_at, checkpoints_in
 from raptr_ds.config.hjson_text import read_hjson
 from raptr_ds.data.loader import are_prepared
@@ -139,3 +142,12 @@ def test_a_full_or_failing_disk_is_not_the_users_mistake(number: int, code: Exit
     assert error.exit_code == code
     assert str(error).startswith(f"run/metrics.jsonl cannot be written: {os.strerror(number)}. ")
     assert ("Name another folder." in str(error)) == (code == Exit.USER_ERROR)
+
+
+def test_a_run_prints_names_that_its_output_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), "latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(pretrain, "load", lambda *_: print("saved to /\u5b9f"))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: Exit.DONE)
+    assert pretrain.main(["--deepspeed_config", "run.json"]) == Exit.DONE
+    assert output.buffer.getvalue() == b"saved to /\\u5b9f\n"  # type: ignore[attr-defined]

@@ -109,6 +109,7 @@ def test_where_the_planner_fails_the_message_says_how_to_run_it(monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (MemoryError("out of memory"), False),
     ],

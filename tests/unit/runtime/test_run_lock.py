@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,25 +130,61 @@ def test_a_second_run_of_a_job_is_refused_however_often_each_was_restarted(tmp_p
     held.release()
 
 
-def test_who_stood_still_ends_when_it_has_lost_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[tuple[int, str]] = []
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The exit codes and messages of runs that end themselves."""
+    found: list[tuple[int, str]] = []
 
     def end(code: int, message: str) -> NoReturn:
-        ended.append((code, message))
+        found.append((code, message))
         raise OSError  # which the thread takes for a failing disk: it writes nothing, and looks again
 
     monkeypatch.setattr(run_lock, "exit_now", end)
+    return found
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_who_stood_still_ends_when_it_has_lost_the_folder(tmp_path: Path, ended: list[tuple[int, str]]) -> None:
     held = lock(tmp_path)
     write(tmp_path, elsewhere())
-    deadline = time.monotonic() + 10
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: ended)
     code, message = ended[0]
     assert code == 1
     assert "on node7" in message
     assert f"has taken {tmp_path} over while this run stood still: ending at once, without writing" in message
     held.release()
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node7"  # it is the other's
+
+
+def test_who_stood_still_ends_when_the_folders_next_run_is_over(
+    tmp_path: Path, ended: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, content: str) -> None:
+        raise OSError(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lock, "write_atomically", fail)
+        held = lock(tmp_path)
+        time.sleep(2 * run_lock.STALE_SECONDS)
+        (tmp_path / LOCK).unlink()  # as the other run does at its end
+    until(lambda: ended)
+    assert f"another run has taken {tmp_path} over while this run stood still: ending at once" in ended[0][1]
+    assert not (tmp_path / LOCK).exists()
+    held.release()
+
+
+def test_a_lock_that_somebody_deletes_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 45.0)
+    held = lock(tmp_path)
+    (tmp_path / LOCK).unlink()
+    until((tmp_path / LOCK).exists)
+    held.release()
 
 
 def test_two_that_find_a_dead_lock_do_not_both_get_it(tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def run_id(kind: str, server: Server) -> str:
     return server.of("init")[-1]["id"] if kind == "wandb" else server.of("start_run")[-1]["run_id"]
 
 
+def test_mlflow_gets_no_name_that_it_refuses(server: Server, tmp_path: Path) -> None:
+    sink = sink_of("mlflow", tmp_path)
+    sink.record({"step": 3, "tasks": {"gsm8k@5": {"exact_match,strict-match": 0.5}}})
+    sink.close()
+    assert server.of("log") == [(3, {"tasks/gsm8k_5/exact_match_strict-match": 0.5})]
+
+
 @BOTH
 def test_scores_of_an_earlier_step_are_not_lost(kind: str, server: Server, tmp_path: Path) -> None:
     sink = sink_of(kind, tmp_path)
