@@ -143,6 +143,9 @@ KNOWN: Table = {
     },
 }
 
+OFF_BY_DEFAULT = frozenset({"bf16", "fp16", "comms_logger", "flops_profiler"})
+"""Objects of which nothing is used until `enabled` is true, which it is not by default."""
+
 _METRICS = "Remove it: a run writes metrics.jsonl and, with raptr_ds.log.tensorboard=true, TensorBoard events"
 _PRECISION = "Use bf16.enabled=true or fp16.enabled=true"
 _BATCHES = "Remove it: batches are a function of seed and step"
