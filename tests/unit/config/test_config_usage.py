@@ -222,6 +222,7 @@ HARMLESS = {
     "zero_optimization.allgather_partitions": True,
     "zero_optimization.load_from_fp32_weights": True,
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": True,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
 }
 
 
