@@ -252,12 +252,6 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         ),
         (
             1,
-            f'{DENOISERS}[{{{SPAN},"rate":0.1,"mean_span":1e-320}}]',
-            ["mean_span=1e-320", "greater than or equal to 1"],
-            f'{DENOISERS}[{{{SPAN},"rate":0.1,"mean_span":1}}]',
-        ),
-        (
-            1,
             f'{DENOISERS}[{{"name":"c","kind":"causal"}},{{"name":"c","kind":"causal"}}]',
             ["used 2 times", "its own"],
             f'{DENOISERS}[{{"name":"c","kind":"causal"}},{{"name":"p","kind":"prefix","rate":0.25}}]',
