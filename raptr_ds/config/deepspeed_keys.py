@@ -64,7 +64,6 @@ STAGE_3_ONLY: Table = {
     "stage3_model_persistence_threshold": whole(0),
     "stage3_max_live_parameters": whole(0),
     "stage3_max_reuse_distance": whole(0),
-    "stage3_module_granularity_threshold": whole(0),
     "stage3_use_all_reduce_for_fetch_params": flag,
     "stage3_allgather_sequential": flag,
     "memory_efficient_linear": flag,
@@ -143,6 +142,9 @@ KNOWN: Table = {
     },
 }
 
+OFF_BY_DEFAULT = frozenset({"bf16", "fp16", "comms_logger", "flops_profiler"})
+"""Objects of which nothing is used until `enabled` is true, which it is not by default."""
+
 _METRICS = "Remove it: a run writes metrics.jsonl and, with raptr_ds.log.tensorboard=true, TensorBoard events"
 _PRECISION = "Use bf16.enabled=true or fp16.enabled=true"
 _BATCHES = "Remove it: batches are a function of seed and step"
@@ -201,6 +203,8 @@ INSTEAD: dict[str, str] = {
     "zero_optimization.override_module_apply": "Remove it: it is for models that are built inside deepspeed.zero.Init",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "Remove it: checkpoints are raptr_ds's own, and "
     "tools/export_hf.py writes whole weights",
+    "zero_optimization.stage3_module_granularity_threshold": "It fetches several modules as one, those that a "
+    "step skips too, and the backward pass then fails. Remove it",
     "zero_optimization.zero_hpz_partition_size": _UNTESTED,
     "zero_optimization.zero_quantized_gradients": _UNTESTED,
     "zero_optimization.zero_quantized_weights": _UNTESTED,
@@ -217,6 +221,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "zero_optimization.load_from_fp32_weights": (True,),
     "zero_optimization.override_module_apply": (True,),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (False, True),
+    "zero_optimization.stage3_module_granularity_threshold": (0,),
 }
 """Values of such keys that ask for nothing else than what happens anyway; run files made for DeepSpeed hold them."""
 

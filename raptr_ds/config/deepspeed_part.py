@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raptr_ds.config.batch import BATCH_KEYS
-from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, INSTEAD, KNOWN, Check, Table
+from raptr_ds.config.deepspeed_keys import ELSEWHERE_NAMES, INSTEAD, KNOWN, OFF_BY_DEFAULT, Check, Table
 from raptr_ds.config.overrides import Place
 from raptr_ds.config.sections import BLOCK, SECTIONS, keys_of
 from raptr_ds.errors import nearest
@@ -30,7 +30,14 @@ def check_table(part: dict[str, Any], table: Table | Mapping[str, Check], prefix
             example = next(iter(known), "type")
             errors.append(f"{dotted}={value!r}{place(dotted)} must be an object, as {{{example!r}: ...}}.")
         elif dotted not in _FREE:
-            errors += check_table(value, known, f"{dotted}.", place)
+            wrong = check_table(value, known, f"{dotted}.", place)
+            if not wrong and value and dotted in OFF_BY_DEFAULT and "enabled" not in value:
+                wrong = [
+                    f"{dotted}={value!r}{place(dotted)} has no use without {dotted}.enabled, which is false by "
+                    f"default. Set {dotted}.enabled to true, or to false to keep the rest for later, or remove "
+                    f"{dotted}."
+                ]
+            errors += wrong
     return errors
 
 

@@ -1,6 +1,6 @@
 """Values that follow from others, so that a run file holds only what differs. The path's are in path_sections.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raptr_ds.config.sections import ParallelSection, TrainSection
@@ -17,6 +17,13 @@ def derive_pipeline_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     base, extra = divmod(num_layers, num_stages)
     from_the_middle = sorted(range(num_stages), key=lambda stage: (abs(2 * stage - num_stages + 1), stage))
     return tuple(base + (stage in from_the_middle[:extra]) for stage in range(num_stages))
+
+
+def balanced_layers(num_layers: int, balance_stages: int, pipeline_layers: Sequence[int]) -> tuple[int, ...]:
+    """Return the layers of each stage that paths are balanced over: the pipeline's, if it has as many stages."""
+    if len(pipeline_layers) == balance_stages:
+        return tuple(pipeline_layers)
+    return derive_pipeline_layers(num_layers, balance_stages)
 
 
 def derive_overlap(zero: Mapping[str, Any], data_parallel: int, parallel: ParallelSection, paths_per_step: int) -> bool:

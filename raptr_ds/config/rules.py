@@ -12,6 +12,7 @@ from raptr_ds.config.optimization import broken_optimization_rules
 from raptr_ds.config.path_sections import RandomSection, ScheduledSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.config.section_types import MOST_COUNT
+from raptr_ds.config.usage import look_up
 
 _TENSOR = "parallel.tensor_model_parallel_size"
 
@@ -178,6 +179,13 @@ def _engine_rules(config: RunConfig) -> Iterator[str]:
             f"pipeline engine); got {zero_stage}. Set zero_optimization.stage to 1, or pipeline_model_parallel_size "
             "to 1."
         )
+    for timing in ("wall_clock_breakdown", "flops_profiler.enabled"):  # the second switches the first on
+        if stages > 1 and look_up(config.deepspeed, timing):
+            yield (
+                f"{timing}=true with raptr_ds.parallel.pipeline_model_parallel_size={stages}: DeepSpeed's pipeline "
+                f"engine then starts a timer twice and fails. Set {timing} to false, or pipeline_model_parallel_size "
+                "to 1."
+            )
     if config.train.compile and zero_stage > 2:
         yield (
             f"raptr_ds.train.compile=true needs zero_optimization.stage <= 2; got {zero_stage}, which gathers each "

@@ -143,8 +143,8 @@ class Denoiser(Section):
     """Shown in metrics; unique."""
     kind: Literal["span", "prefix", "causal"]
     """span: random spans become sentinels. prefix: the end of the sequence is the target. causal: all of it is."""
-    mean_span: Positive | None = None
-    """span: mean length of a corrupted span, in tokens."""
+    mean_span: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """span: mean length of a corrupted span, in tokens; 1 or more."""
     rate: OpenFraction | None = None
     """span: fraction of tokens corrupted. prefix: fraction of the sequence that is the target."""
     mode: Literal["[NLU]", "[NLG]", "[S2S]"] | None = None
@@ -199,7 +199,7 @@ class DataSection(Section):
     num_workers: CountOrZero = 1
     """Threads that prepare batches ahead of training; 0: none."""
     prefetch: Count = 2
-    """Steps prepared ahead."""
+    """Steps that these threads prepare ahead."""
 
 
 class TrainSection(Section):

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raptr_ds.config.derive import balanced_layers
 from raptr_ds.config.differences import differences
 from raptr_ds.config.run import RunConfig
+from raptr_ds.config.usage import look_up
 from raptr_ds.data.digest import corpus_digest
 from raptr_ds.data.loader import folders_of
 from raptr_ds.data.tokenizer import Tokenizer
@@ -33,7 +35,9 @@ _WITHOUT_CONSEQUENCE = (
     "gradient_accumulation_steps",
     "zero_optimization.",
 )
-"""Keys that do not change what is trained, or whose change shows in a digest."""
+"""Keys that do not change what is trained, or whose change shows in a digest; for _LAYERS see `changes_since`."""
+
+_LAYERS = "raptr_ds.parallel.pipeline_layers"
 
 
 @dataclass(frozen=True)
@@ -102,4 +106,16 @@ def changes_since(run_state: dict[str, Any], here: Identity, folder: Path) -> Ch
     if "corpus" not in there:  # imported: no training came before
         return Changes({}, None)
     corpus = None if there["corpus"] == here.corpus else (there["corpus"], here.corpus)
-    return Changes(differences(there["config"], here.config, _WITHOUT_CONSEQUENCE), corpus)
+    keys = differences(there["config"], here.config, _WITHOUT_CONSEQUENCE)
+    before, now = map(_balanced_over, (there["config"], here.config))
+    if before != now and None not in (before, now):  # balanced paths are others
+        keys[_LAYERS] = look_up(there["config"], _LAYERS), look_up(here.config, _LAYERS)
+    return Changes(keys, corpus)
+
+
+def _balanced_over(config: dict[str, Any]) -> tuple[int, ...] | None:
+    """Return the layers of each stage that a complete run's paths are balanced over, None for other sampling."""
+    stages = look_up(config, "raptr_ds.path.balance_stages")
+    if stages is None:
+        return None
+    return balanced_layers(look_up(config, "raptr_ds.model.num_layers"), stages, look_up(config, _LAYERS))

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from raptr_ds.config.derive import derive_pipeline_layers
+from raptr_ds.config.derive import balanced_layers
 from raptr_ds.config.path_sections import AnyPathSection, RandomSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
@@ -78,8 +78,6 @@ def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedSt
     """
     if not isinstance(section, RandomSection) or section.balance_stages is None:
         return None
-    layers = config.parallel.pipeline_layers
-    if len(layers) != section.balance_stages:
-        layers = derive_pipeline_layers(config.model.num_layers, section.balance_stages)
+    layers = balanced_layers(config.model.num_layers, section.balance_stages, config.parallel.pipeline_layers)
     head = head_cost_in_layers(config.model, predictions_per_sequence(config))
     return BalancedStages(layers, head)

@@ -104,6 +104,17 @@ def test_names_of_other_programs(load, key, ours):
         load(f"{key}=1")
 
 
+@pytest.mark.parametrize("mean_span", [1e-320, 0.5])
+def test_a_span_is_at_least_a_token(load, small_run, mean_span):
+    denoiser = {"name": "a", "kind": "span", "rate": 0.1, "mean_span": mean_span}
+    small_run["raptr_ds"]["model"]["architecture"] = "ul2"
+    small_run["raptr_ds"]["objective"] = {"denoisers": [denoiser]}
+    assert f"mean_span={mean_span!r}" in (message := one_problem(load, small_run))
+    assert "must be greater than or equal to 1" in message
+    denoiser["mean_span"] = 1
+    load()
+
+
 def test_the_advice_on_mask_rates_can_be_followed(load):
     for length in (2, 3, 7, 32):
         with pytest.raises(ConfigError, match="less than one position") as error:

@@ -274,6 +274,15 @@ CASES: dict[str, list[tuple[int, str, list[str], str]]] = {
         ),
         (2, f"{R}pipeline_model_parallel_size=2 zero_optimization.stage=3", ["got 3"], "zero_optimization.stage=3"),
     ],
+    "pipeline_is_not_timed": [
+        (
+            2,
+            f"{R}pipeline_model_parallel_size=2 {timing}=true",
+            [f"{timing}=true with", "size=2", f"Set {timing} to false"],
+            f"{R}pipeline_model_parallel_size=2 {timing}=false",
+        )
+        for timing in ("wall_clock_breakdown", "flops_profiler.enabled")
+    ],
     "compile_allows_zero_stage": [
         (
             1,

@@ -33,6 +33,7 @@ def test_a_key_without_use_is_an_error_with_its_fix(load, method, key, value):
         ["raptr_ds.objective.denoisers=ul2"],
         [f"{M}architecture=ul2", "raptr_ds.objective.mask_rate=0.2"],
         [f"{M}rotary_base=500"],
+        ["raptr_ds.data.num_workers=0", "raptr_ds.data.prefetch=8"],
         ["zero_optimization.stage=2", "zero_optimization.sub_group_size=1000"],
     ],
 )
@@ -128,6 +129,11 @@ SWITCHED_OFF = {
         f"{R}tensor_model_parallel_size=1",
         [f"{R}sequence_parallel"],
     ),
+    "preparing ahead": (
+        {"data": {"path": "data/docs", "num_workers": 4, "prefetch": 8}},
+        "raptr_ds.data.num_workers=0",
+        ["raptr_ds.data.prefetch"],
+    ),
     "copies": (
         {"path": {"method": "stacking", "growth_optimizer_state": "copied"}},
         f"{P}growth_init=zero",
@@ -153,6 +159,8 @@ def test_values_that_change_nothing_need_no_use(load):
         f"{EVAL}task_device=cpu",
         f"{R}keep_activations_up_to=0",
         f"{R}sequence_parallel=false",
+        "raptr_ds.data.num_workers=0",
+        "raptr_ds.data.prefetch=2",
     )
     load(f"{P}method=stacking", f"{P}growth_init=zero", f"{P}growth_optimizer_state=fresh")
     load(f"{P}method=pld", f"{R}micro_batches=[]")
@@ -214,6 +222,7 @@ HARMLESS = {
     "zero_optimization.allgather_partitions": True,
     "zero_optimization.load_from_fp32_weights": True,
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": True,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
 }
 
 
@@ -230,6 +239,16 @@ def test_what_run_files_made_for_deepspeed_ask_for_in_vain_is_left_out_with_a_li
 def test_what_they_would_change_is_refused(load, asked):
     with pytest.raises(ConfigError, match=r"is not supported by raptr_ds\. .*Remove it"):
         load(asked)
+
+
+@pytest.mark.parametrize(
+    ("switch", "rest"),
+    [("fp16", {"loss_scale": 128}), ("comms_logger", {"verbose": True}), ("flops_profiler", {"profile_step": 4})],
+)
+def test_what_the_file_switches_off_may_stay_in_it(load, small_run, switch, rest):
+    small_run[switch] = {"enabled": False, **rest}
+    assert load().precision == "fp32"
+    assert load(f"{switch}.enabled=true").deepspeed[switch] == {"enabled": True, **rest}
 
 
 def test_another_stage_from_the_command_line_leaves_keys_of_the_file_out(load, small_run):

@@ -55,6 +55,22 @@ def test_a_key_that_an_earlier_version_did_not_have_had_its_default() -> None:
     assert changes_since(recorded(config=there), here, FOLDER).keys == {}
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "is_change"),
+    [([4, 8], [12], True), ([4, 8], [6, 6], True), ([6, 6], [12], False), ([3, 3, 3, 3], [6, 6], False)],
+)
+def test_other_layers_of_stages_are_listed_where_paths_are_balanced_over_them(
+    before: list[int], now: list[int], is_change: bool
+) -> None:
+    def config(layers: list[int], path: dict[str, Any]) -> dict[str, Any]:
+        return {"raptr_ds": {"model": {"num_layers": 12}, "parallel": {"pipeline_layers": layers}, "path": path}}
+
+    for path, expected in (({"balance_stages": 2}, is_change), ({}, False)):
+        here = Identity("t1", "c1", config(now, path))
+        changes = changes_since(recorded(config=config(before, path)), here, FOLDER)
+        assert changes.keys == ({"raptr_ds.parallel.pipeline_layers": (before, now)} if expected else {})
+
+
 def test_a_key_without_effect_that_an_earlier_version_kept_is_no_change() -> None:
     kept = {"zero_allow_untested_optimizer": True, "gradient_predivide_factor": 1.0}
     assert changes_since(recorded(config={**CONFIG, **kept}), HERE, FOLDER).keys == {}
