@@ -11,7 +11,7 @@ from typing import Any
 import hjson
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.user_paths import is_file
+from raptr_ds.user_paths import is_file, read_error
 
 MOST, MOST_FLOAT = 2**63 - 1, 1e38
 """Largest magnitude of a number."""
@@ -34,7 +34,9 @@ def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"run file {file} cannot be read: {error.strerror}.") from error
+        raise read_error(file, error) or ConfigError(
+            f"run file {file} cannot be read: {error.strerror}."
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"run file {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     loaded = parse_hjson(text, str(file))

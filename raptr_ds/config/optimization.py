@@ -92,12 +92,6 @@ def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
                 f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: it is "
                 f"a parameter of {owner} implementation. Remove {key}, or change optimizer.params.torch_adam."
             )
-    if params.get("amsgrad") is True and not params.get("torch_adam"):
-        errors.append(
-            f"optimizer.params.amsgrad=true{place('optimizer.params.amsgrad')} is for torch's implementation, and "
-            "torch_adam is not set: DeepSpeed's has no AMSGrad. Set optimizer.params.torch_adam to true, or remove "
-            "amsgrad."
-        )
     if params.get("fused") is True and params.get("foreach") is True and params.get("torch_adam"):
         errors.append(
             "optimizer.params.fused=true and optimizer.params.foreach=true choose two implementations of torch's Adam. "

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from raptr_ds.errors import DataError
+from raptr_ds.user_paths import read_error
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -28,11 +29,13 @@ FIX = "Prepare it again: tools/prepare_data.py --overwrite."
 
 @contextmanager
 def reading(path: Path, fix: str = FIX) -> Iterator[None]:
-    """Turn what the operating system says about a file that is read in this block into a DataError with the fix."""
+    """Raise DataError with the fix, or StorageError, where the operating system cannot read a file in this block."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
+        raise read_error(path, error) or DataError(
+            f"cannot read {path}: {error.strerror or error}. {fix}"
+        ) from error
 
 
 class TokenFile:

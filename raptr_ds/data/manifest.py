@@ -7,7 +7,7 @@ from typing import Any
 
 from raptr_ds.errors import DataError
 from raptr_ds.json_text import parse_json
-from raptr_ds.user_paths import is_folder
+from raptr_ds.user_paths import is_folder, read_error
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -63,6 +63,8 @@ class Manifest:
                 f"the folder {folder} has no {MANIFEST}: it is not a finished data folder. {fix}"
             ) from error
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
+            raise read_error(path, error) or DataError(
+                f"cannot read {path}: {error.strerror or error}. Check its permissions."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {fix} --overwrite") from error

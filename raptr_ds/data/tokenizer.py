@@ -11,6 +11,7 @@ import sentencepiece
 
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import DataError
+from raptr_ds.user_paths import read_error
 
 PAD, UNK, BOS, EOS = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"
@@ -157,7 +158,8 @@ def read_model_file(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(
+        away = read_error(path, error) if isinstance(error, OSError) else None
+        raise away or DataError(
             f"cannot read the tokenizer {path}: {getattr(error, 'strerror', None) or error}. Name a sentencepiece "
             ".model file, or leave the tokenizer out to use the one in the data folder (tools/prepare_data.py writes "
             "it)."

@@ -114,14 +114,26 @@ def test_whoever_reads_a_path_raises_it(reader: str, closed_folder: Path) -> Non
             READERS[reader](path)
 
 
-@pytest.mark.parametrize("reader", [checkpoints_at, checkpoints_in])
-@pytest.mark.parametrize("method", ["stat", "iterdir"])
+@pytest.mark.parametrize(
+    ("reader", "method"),
+    [
+        (checkpoints_at, "stat"),
+        (checkpoints_at, "iterdir"),
+        (checkpoints_in, "stat"),
+        (checkpoints_in, "iterdir"),
+        (lambda folder: read_hjson(folder / "run.json"), "read_text"),
+        (Manifest.load, "read_text"),
+        (lambda folder: read_model_file(folder / "run.json"), "read_bytes"),
+        (lambda folder: IndexedDataset(folder / "run", 8, ""), "open"),
+    ],
+)
 def test_a_file_system_that_is_away_is_not_the_users_mistake(
     reader: Callable[[Path], object], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(path: Path, *_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
+    (tmp_path / "run.json").write_text("{}")
     monkeypatch.setattr(Path, method, away)
     with pytest.raises(StorageError, match=r"cannot be read: Stale file handle\. Its file system is away"):
         reader(tmp_path)
