@@ -125,6 +125,10 @@ def test_other_keys_are_refused_with_those_that_are_supported(load, override, sa
         ),
         ('optimizer={"type": "AdamW", "params": {"foreach": true}}', "no use with torch_adam not set"),
         (
+            'optimizer={"type": "AdamW", "params": {"amsgrad": true}}',
+            "optimizer.params.amsgrad (from --set) has no use with torch_adam not set: it is a parameter of torch's",
+        ),
+        (
             'optimizer={"type": "Adam", "params": {"torch_adam": true, "bias_correction": true}}',
             "no use with torch_adam true",
         ),
