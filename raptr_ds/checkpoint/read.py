@@ -115,6 +115,7 @@ def _fill(fragment: Fragment, entries: Iterable[Entry], folder: Path, opened: Ca
     if filled != wanted:
         raise CheckpointError(
             f"{folder} has {filled:,} of the {wanted:,} elements of {fragment.name} ({fragment.kind}) that a "
-            "rank needs: it is a checkpoint of another model or of another version of raptr_ds. Continue it with that "
-            "model's run file or that version, or train this model in another folder (raptr_ds.train.save)."
+            "rank needs: it is a checkpoint of another model, another version of raptr_ds or an optimizer with other "
+            "states. Continue it with that run's own file, optimizer.params included, or that version, or train this "
+            "model in another folder (raptr_ds.train.save)."
         )

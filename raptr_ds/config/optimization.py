@@ -21,11 +21,10 @@ _share = must("a fraction of the steps, 0 or more and less than 1", _is_share)
 
 _RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
 _ADAM: dict[str, Check] = {**_RATE, "betas": _betas, "eps": number(0, above=True)}
-_TORCH_ONLY = ("foreach", "fused", "maximize")
+_TORCH_ONLY = ("foreach", "fused", "maximize", "amsgrad")
 _DEEPSPEED_ONLY = ("bias_correction", "set_grad_none")
 _ADAM_ALL: dict[str, Check] = {
     **_ADAM,
-    "amsgrad": flag,
     "torch_adam": flag,
     **dict.fromkeys((*_TORCH_ONLY, *_DEEPSPEED_ONLY), flag),
 }
@@ -86,7 +85,7 @@ def check_optimizer(optimizer: dict[str, Any], place: Place) -> list[str]:
     errors = _check_params("optimizer", name, params, OPTIMIZERS[name], place)
     unusable = _DEEPSPEED_ONLY if params.get("torch_adam") else _TORCH_ONLY
     for key in unusable if name in {"Adam", "AdamW"} else ():
-        if key in params:
+        if key in params and (key != "amsgrad" or params[key]):  # DeepSpeed's takes false, and nothing else
             owner, state = ("DeepSpeed's", "true") if params.get("torch_adam") else ("torch's", "not set")
             errors.append(
                 f"optimizer.params.{key}{place(f'optimizer.params.{key}')} has no use with torch_adam {state}: it is "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from raptr_ds.config.derive import derive_overlap
 from raptr_ds.config.run import RunConfig
@@ -20,6 +21,9 @@ from raptr_ds.parallel.agreement import gathered, together
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.paths.stages import stage_layers
 
+_COMPILED = {"Adam": "FusedAdamBuilder", "AdamW": "FusedAdamBuilder", "Lion": "FusedLionBuilder"}
+"""DeepSpeed's optimizers that are compiled where they are used, and what builds them (deepspeed/ops/op_builder)."""
+
 
 def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """Return the engine of this rank, with its initial weights. Collective: all ranks call it.
@@ -28,6 +32,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     together(groups, lambda: check_device(config, groups.device))  # machines may have different GPUs
+    together(groups, lambda: check_optimizer(config))  # and compilers
     layers = stage_layers(config.parallel.pipeline_layers)
     stage = build_stage(
         config.model,
@@ -107,6 +112,24 @@ def check_device(config: RunConfig, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has {capability}. Set fp16.enabled to true in place of "
             "bf16.enabled, or both to false for fp32."
         )
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Compile DeepSpeed's own optimizer, if the run file asks for it, as DeepSpeed would. Raises: ConfigError."""
+    kind = config.optimizer["type"]
+    if kind not in _COMPILED or config.optimizer["params"].get("torch_adam"):
+        return
+    try:
+        get_accelerator().create_op_builder(_COMPILED[kind]).load()  # pyright: ignore[reportOptionalMemberAccess]
+    except Exception as error:  # whatever DeepSpeed's checks, ninja or the compiler came to
+        reason = str(error).strip().splitlines() or [""]
+        others = "optimizer.type to AdamW and " if kind == "Lion" else ""
+        raise ConfigError(
+            f"optimizer.type={kind!r} is DeepSpeed's own, which is compiled at its first use, and that failed here: "
+            f"{type(error).__name__}: {reason[0][:200]}. Install what it takes (a C++ compiler, Python's headers and "
+            "ninja; for GPUs CUDA's nvcc, by CUDA_HOME), or set "
+            f"{others}optimizer.params.torch_adam to true for torch's."
+        ) from error
 
 
 def precision_warning(precision: str, device: torch.device) -> str | None:

@@ -134,6 +134,8 @@ def create_state(
     for holder in holders:
         names = holder.names
         wanted = set().union(*(kinds.get(name, set()) for name in names)) - {WEIGHT}
+        if wanted and holder.group.get("amsgrad"):  # torch's Adam makes all of its states, or none
+            wanted.add("max_exp_avg_sq")
         state: dict[str, Any] = {kind: torch.zeros_like(holder.flat).detach() for kind in sorted(wanted)}
         count = next((counts[name] for name in names if name in counts), None)
         if wanted and count is not None:  # without state the optimizer starts its own count

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from raptr_ds.engine.fragments import state_kinds
+from raptr_ds.engine.fragments import WEIGHT, state_kinds
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import pieces
 from raptr_ds.parallel.transfer import without_waiting
@@ -24,8 +24,8 @@ def idle_parts_kept(
     """Restore the weights and states of idle heads and MLP blocks after the optimizer step in the block.
 
     parameters: working weight, the fp32 tensor that the optimizer steps, layer. parts: what ran; None keeps nothing.
-    Idle parts have zero gradients, so a state that this step creates is zero there already. The step count is the
-    whole layer's.
+    A state that this step creates is zero there: weight decay that is part of the gradient (SGD's, Adam's with
+    adam_w_mode=false) would be in it. The step count is the whole layer's.
     """
     if parts is None:
         yield
@@ -34,13 +34,21 @@ def idle_parts_kept(
     with torch.no_grad():
         for parameter, master, layer in parameters:
             if (idle := _idle_elements(parameter, layer, parts, groups)) is not None:
-                dim, elements = idle
-                state = optimizer.state.get(master, {})
-                tensors = [master.detach(), *(state[kind] for kind in state_kinds(state, master))]
-                kept += [(tensor, dim, elements, tensor.index_select(dim, elements)) for tensor in tensors]
+                tensors = _tensors(optimizer, master)
+                kept.append((master, *idle, {kind: tensor.index_select(*idle) for kind, tensor in tensors.items()}))
         yield
-        for tensor, dim, elements, values in kept:
-            tensor.index_copy_(dim, elements, values)
+        for master, dim, elements, values in kept:
+            for kind, tensor in _tensors(optimizer, master).items():
+                if kind in values:
+                    tensor.index_copy_(dim, elements, values[kind])
+                else:
+                    tensor.index_fill_(dim, elements, 0.0)
+
+
+def _tensors(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the weight and its states by kind."""
+    state = optimizer.state.get(master, {})
+    return {WEIGHT: master.detach(), **{kind: state[kind] for kind in state_kinds(state, master)}}
 
 
 def _idle_elements(

@@ -63,9 +63,9 @@ def attention_forward(
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     RANGES: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one block of queries of one head; grid (blocks of queries, b * heads)."""
+    """Attend with one block of queries of one head; grid (blocks of queries, heads, b)."""
     low = tl.program_id(0) * QUERIES
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     first_key += batch * length
@@ -116,8 +116,8 @@ def attention_output_products(
     output, gradient, products, gradient_batch, gradient_head, gradient_row, heads, length,
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Store the product of each query's output and its gradient; grid (blocks of queries, b * heads)."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    """Store the product of each query's output and its gradient; grid (blocks of queries, heads, b)."""
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     at = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     outputs = _load_rows(output + (batch * length * heads + head) * D, at, heads * D, length, D, WIDTH)
     gradients = _load_rows(gradient + batch * gradient_batch + head * gradient_head, at, gradient_row, length, D, WIDTH)
@@ -133,9 +133,9 @@ def attention_backward_queries(
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     RANGES: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of one block of queries of one head; grid (blocks of queries, b * heads)."""
+    """Store the gradient of one block of queries of one head; grid (blocks of queries, heads, b)."""
     low = tl.program_id(0) * QUERIES
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     first_key += batch * length
@@ -185,12 +185,12 @@ def attention_backward_keys(
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     RANGES: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of one block of keys and values of one head; grid (blocks of keys, b * heads).
+    """Store the gradients of one block of keys and values of one head; grid (blocks of keys, heads, b).
 
     Scores are transposed here: (keys, queries).
     """
     low = tl.program_id(0) * KEYS
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     query += batch * query_batch + head * query_head
     gradient += batch * gradient_batch + head * gradient_head
     first_query += batch * length

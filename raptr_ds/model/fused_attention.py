@@ -85,7 +85,7 @@ def _attention(
     blocks = _forward_blocks(constants["WIDTH"], query.element_size())
     first, end = (ranges[0], ranges[1]) if ranges else (logarithms, logarithms)
     rows, columns = hashes or (logarithms, logarithms)
-    _KERNELS.attention_forward[(triton.cdiv(length, blocks.queries), batch * heads)](
+    _KERNELS.attention_forward[(triton.cdiv(length, blocks.queries), heads, batch)](
         query, key, value, output, logarithms, first, end, rows, columns,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], heads, length, size**-0.5 * _LOG2_E,
         1.0 / (1.0 - rate), QUERIES=blocks.queries, KEYS=blocks.keys, num_warps=blocks.num_warps,
@@ -124,7 +124,7 @@ def _attention_backward(
     numbers = (*strides, heads, length, scale * _LOG2_E, scale, 1.0 / (1.0 - rate))
     inputs = (query, key, value, gradient, logarithms, products)
     blocks = _query_blocks(constants["WIDTH"], query.element_size())
-    grid = triton.cdiv(length, blocks.queries), batch * heads
+    grid = triton.cdiv(length, blocks.queries), heads, batch
     _KERNELS.attention_output_products[grid](
         output, gradient, products, *gradient.stride()[:3], heads, length,
         D=size, WIDTH=constants["WIDTH"], QUERIES=blocks.queries,
@@ -134,7 +134,7 @@ def _attention_backward(
         num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
     )  # fmt: skip
     blocks = _key_blocks(constants["WIDTH"], query.element_size())
-    _KERNELS.attention_backward_keys[(triton.cdiv(length, blocks.keys), batch * heads)](
+    _KERNELS.attention_backward_keys[(triton.cdiv(length, blocks.keys), heads, batch)](
         *inputs, by_key, by_value, first_query, end_query, rows, columns, *numbers, QUERIES=blocks.queries,
         KEYS=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
     )  # fmt: skip

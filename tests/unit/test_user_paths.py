@@ -14,8 +14,10 @@ import pytest
 from raptr_ds import pretrain
 from raptr_ds.checkpoint.folder import checkpoints_at, checkpoints_in
 from raptr_ds.config.hjson_text import read_hjson
+from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.loader import are_prepared
 from raptr_ds.data.manifest import Manifest
+from raptr_ds.data.tokenizer import read_model_file
 from raptr_ds.errors import Exit, StorageError
 from raptr_ds.hf.export import export
 from raptr_ds.lab import runner
@@ -124,7 +126,7 @@ def test_whoever_reads_a_path_raises_it(reader: str, closed_folder: Path) -> Non
         (lambda folder: read_hjson(folder / "run.json"), "read_text"),
         (Manifest.load, "read_text"),
         (lambda folder: read_model_file(folder / "run.json"), "read_bytes"),
-        (lambda folder: IndexedDataset(folder / "run", 8, ""), "open"),
+        (lambda folder: open_indexed(folder / "run", 8), "open"),
     ],
 )
 def test_a_file_system_that_is_away_is_not_the_users_mistake(

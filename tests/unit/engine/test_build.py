@@ -155,6 +155,34 @@ def test_no_engine_is_built_on_a_gpu_without_bf16() -> None:
         build.build_engine(config_in("bf16"), replace(groups, device=GPU))
 
 
+# DeepSpeed's own optimizers are compiled where they are used
+
+
+class NoCompiler:
+    """A builder on a machine without a compiler."""
+
+    def load(self) -> None:
+        raise RuntimeError("Error building extension 'fused_adam': g++ ...\nFAILED: cpu_adam_impl.o")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"), [("AdamW", "or set optimizer.params.torch_adam"), ("Lion", "type to AdamW and")]
+)
+def test_an_optimizer_that_cannot_be_compiled_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, kind: str, fix: str
+) -> None:
+    monkeypatch.setattr(build, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda _name: NoCompiler()))
+    build.check_optimizer(config_of())  # torch's
+    overrides = [f'optimizer={{"type": "{kind}", "params": {{"lr": 0.1}}}}', "raptr_ds.model.vocab_size=100"]
+    with pytest.raises(ConfigError) as caught:
+        build.check_optimizer(config_of(*overrides))
+    assert f"optimizer.type={kind!r} is DeepSpeed's own" in str(caught.value)
+    assert "RuntimeError: Error building extension 'fused_adam': g++ ..." in str(caught.value)
+    assert fix in str(caught.value)
+    with lone_process_groups() as groups, pytest.raises(ConfigError, match=r"compiled at its first use|runs on GPUs"):
+        build.build_engine(config_of(*overrides), groups)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bits_on_a_cpu_without_instructions_for_them_are_a_warning(
     monkeypatch: pytest.MonkeyPatch, precision: str

@@ -80,3 +80,13 @@ def test_state_that_a_checkpoint_lacks_is_dropped() -> None:
     assert step_counts(holders_of(adam), adam) == {}
     train(adam, 1)  # it begins anew by itself
     assert step_counts(holders_of(adam), adam) == {"p0": 1.0, "p1": 1.0, "p2": 1.0}
+
+
+def test_a_state_that_the_optimizer_needs_is_asked_of_a_checkpoint_without_it() -> None:
+    """torch would end with a KeyError in the first step; so the reader names what the checkpoint lacks."""
+    adam = torch.optim.AdamW(groups(), amsgrad=True)
+    moments = {name: {"weight", "exp_avg", "exp_avg_sq"} for name in ("p0", "p1")}
+    create_state(holders_of(adam), adam, moments, {"p0": 3.0, "p1": 3.0})
+    wanted = {fragment.name for fragment in fragments_of(holders_of(adam), adam) if fragment.kind == "max_exp_avg_sq"}
+    assert wanted == {"p0", "p1"}
+    train(adam, 1)

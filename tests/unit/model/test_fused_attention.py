@@ -1,5 +1,7 @@
 """The attention kernels, interpreted on the CPU, against attention spelled out in fp64: values and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,6 +9,7 @@ from torch._dynamo.utils import counters
 import tests.interpreted  # noqa: F401 - before the kernels
 from raptr_ds.config.sections import ModelSection
 from raptr_ds.data.batch import PackedSample, Sample, collate
+from raptr_ds.model import fused_attention
 from raptr_ds.model.compiler import missing_compiler
 from raptr_ds.model.stage import Stage, build_stage
 from raptr_ds.parallel.groups import ProcessGroups
@@ -28,6 +31,32 @@ def test_very_negative_scores_are_finite() -> None:
     output, gradients = very_negative_scores(torch.device("cpu"))
     assert output[0, 100:, 0, 0].tolist() == [5.0] * 92  # the one key that is not negligible
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+class _Grids:
+    """Kernels that do nothing but note their grids."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[int, ...]] = []
+
+    def __getattr__(self, _kernel: str) -> "_Grids":
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.noted.append(grid)
+        return lambda *_arguments, **_constants: None
+
+
+def test_many_sequences_and_heads_fit_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses to launch a kernel with more than 65,535 programs along any dim but the first."""
+    grids = _Grids()
+    monkeypatch.setattr(fused_attention, "_KERNELS", grids)
+    query = torch.ones(5462, 12, 2, 16, requires_grad=True)  # 65,544 heads
+    fused_attention.fused_attention(query, query, query, None).sum().backward()
+    assert len(grids.noted) == 4
+    for first, *others in grids.noted:
+        assert first < 1 << 31
+        assert all(programs < 1 << 16 for programs in others)
 
 
 def stages(architecture: str, groups: ProcessGroups, compiled: bool = False) -> tuple[Stage, Stage]:
