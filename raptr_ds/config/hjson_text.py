@@ -34,9 +34,7 @@ def read_hjson(file: Path) -> tuple[dict[str, Any], str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise read_error(file, error) or ConfigError(
-            f"run file {file} cannot be read: {error.strerror}."
-        ) from error
+        raise read_error(file, error) or ConfigError(f"run file {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"run file {file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     loaded = parse_hjson(text, str(file))

@@ -33,9 +33,7 @@ def reading(path: Path, fix: str = FIX) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise read_error(path, error) or DataError(
-            f"cannot read {path}: {error.strerror or error}. {fix}"
-        ) from error
+        raise read_error(path, error) or DataError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
 
 
 class TokenFile:
