@@ -32,7 +32,8 @@ def cross_entropy_statistics(logits, targets, largest, sums, of_target, stride, 
         high = higher
     top = tl.max(high, 0)
     tl.store(largest + position, top)
-    tl.store(sums + position, tl.sum(total * tl.exp(high - top), 0))
+    offset = tl.where(top == float("-inf"), 0.0, top)  # a rank of padding alone has the sum 0
+    tl.store(sums + position, tl.sum(total * tl.exp(high - offset), 0))
     target = tl.load(targets + position)
     tl.store(of_target + position, tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32))
 
