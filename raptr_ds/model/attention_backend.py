@@ -10,6 +10,8 @@ from raptr_ds.parallel.triton_check import is_interpreted, triton_obstacle
 
 _KEY = "raptr_ds.train.attention_backend"
 _LARGEST_HEAD = 256
+_WIDE_HEAD = 128
+_WIDE_HEADS_BYTES = 163_840  # of a block's shared memory in fp32 (114,688 in bf16); 8.0 and 9.0 have them
 
 
 @dataclass(frozen=True)
@@ -62,4 +64,12 @@ def kernel_obstacle(model: ModelSection, device: torch.device) -> str | None:
     head_dim = model.head_dim
     if head_dim > _LARGEST_HEAD:
         return f"heads have {head_dim} dimensions, and it takes at most {_LARGEST_HEAD}"
+    if head_dim > _WIDE_HEAD:
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin  # pyright: ignore[reportAttributeAccessIssue] - not in the stubs
+        if shared < _WIDE_HEADS_BYTES:  # as of 8.6, 8.9 and 12.0, which have 101,376
+            return (
+                f"heads of more than {_WIDE_HEAD} dimensions take {_WIDE_HEADS_BYTES:,} bytes of shared memory, and "
+                f"this GPU has {shared:,}"
+            )
     return triton_obstacle()

@@ -1,5 +1,7 @@
 """Which code computes attention: by key, device and what is installed, with a line that says so."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,9 +30,15 @@ def choose_attention(wanted: str, model: ModelSection, is_packed: bool, device: 
     return attention_backend.choose_attention(wanted, model, is_packed, device.type, obstacle)
 
 
+def has_shared_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=size)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+
+
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    has_shared_memory(monkeypatch, 232_448)
     monkeypatch.setattr(attention_backend, "triton_obstacle", lambda: None)
 
 
@@ -78,6 +86,18 @@ def test_a_fallback_is_a_warning_and_by_name_an_error(
         choose_attention("triton", model, False, GPU)
     assert reason in str(raised.value)
     assert "Set raptr_ds.train.attention_backend to 'sdpa'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("shared", "head_dim", "runs"), [(101_376, 128, True), (101_376, 160, False), (166_912, 256, True)]
+)
+def test_wide_heads_need_much_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, shared: int, head_dim: int, runs: bool
+) -> None:
+    has_shared_memory(monkeypatch, shared)
+    chosen = choose_attention("auto", model_of("ul2", 0.1, head_dim), False, GPU)
+    assert chosen.uses_kernel == runs
+    assert runs or "163,840 bytes of shared memory, and this GPU has 101,376" in str(chosen.warning)
 
 
 def test_cpus_have_no_kernel_but_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
