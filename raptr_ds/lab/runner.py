@@ -16,7 +16,7 @@ import raptr_ds
 from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.lab.plan import PlannedRun, Planner, Share, choose_rate
 from raptr_ds.lab.status import LOG, add_start, last_log_lines, outcome_of, status_of
-from raptr_ds.parallel.launch import free_port
+from raptr_ds.parallel.launch import environment_of_run, free_port
 from raptr_ds.user_paths import take_lock
 
 REPOSITORY = Path(raptr_ds.__file__).resolve().parents[1]
@@ -182,6 +182,7 @@ class LocalLauncher:
             # In its own session: Ctrl-C reaches this tool only, which passes it on once.
             process = subprocess.Popen(
                 words,
+                env=environment_of_run(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -175,6 +175,11 @@ def environment_of_child(sees_gpus: bool = False) -> dict[str, str]:
     return kept if sees_gpus else {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
+def environment_of_run() -> dict[str, str]:
+    """Return the environment for a run that this process starts: none of the tasks of the Slurm job that it is in."""
+    return {name: value for name, value in os.environ.items() if name != "SLURM_PROCID"}
+
+
 def has_own_malloc_settings() -> bool:
     """Return whether the user's environment has settings for glibc's memory."""
     names = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
@@ -183,7 +188,13 @@ def has_own_malloc_settings() -> bool:
 
 def _slurm_launch() -> Launch:
     env = os.environ
-    address = env.get("MASTER_ADDR") or _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    if "SLURM_STEP_NODELIST" not in env:
+        raise ConfigError(
+            f"the Slurm job has {env['SLURM_NTASKS']} tasks, and this process is none of them: its batch script "
+            "started it without srun (SLURM_STEP_NODELIST is not set), and nobody starts the others. Put srun, "
+            "deepspeed or torchrun before the command, or ask for one task (--ntasks=1)."
+        )
+    address = env.get("MASTER_ADDR") or _first_slurm_host(env["SLURM_STEP_NODELIST"])
     port = int(env.get("MASTER_PORT") or _DEFAULT_PORT + 1 + int(env.get("SLURM_JOB_ID", 0)) % 10_000)
     return Launch(
         rank=int(env["SLURM_PROCID"]),
@@ -218,13 +229,20 @@ def _mpirun_launch() -> Launch:
         ) from error
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address = os.environ.get("MASTER_ADDR") or (socket.gethostbyname(socket.gethostname()) if world.rank == 0 else None)
+    address = os.environ.get("MASTER_ADDR") or (_own_address(local.size < world.size) if world.rank == 0 else None)
     port = os.environ.get("MASTER_PORT") or (free_port() if world.rank == 0 else None)
     address, port = world.bcast((address, port), root=0)
     found = Launch(world.rank, local.rank, world.size, str(address), int(str(port)), "mpirun")
     # The rest goes through torch.distributed. mpirun reports a failure for a process that ends without this.
     MPI.Finalize()
     return found
+
+
+def _own_address(has_others: bool) -> str:
+    """Return this machine's address. has_others: other machines must find it, so its name where it has a loop's."""
+    name = socket.gethostname()
+    address = socket.gethostbyname(name)
+    return name if has_others and address.startswith("127.") else address  # as Debian's /etc/hosts has it
 
 
 def _address() -> str:

@@ -180,3 +180,14 @@ def test_a_wrong_run_file_fails_the_job_with_2(lab: SlurmLab, run_file: Path) ->
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), output
     assert output.count("num_layers") >= 1
     assert output.count("ConfigError") == 1, "one message, from one rank"
+
+
+def test_a_batch_script_that_forgets_srun_fails_with_2(lab: SlurmLab, run_file: Path, tmp_path: Path) -> None:
+    script = tmp_path / "forgotten.sbatch"
+    command = f"python {REPOSITORY}/raptr_ds/pretrain.py --deepspeed_config {run_file}"
+    script.write_text(f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n{command}\n")
+    job = lab.submit(str(script), env=ENV)
+    ended = lab.wait_for(job, seconds=PATIENCE)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), lab.output(job)
+    assert "the Slurm job has 2 tasks, and this process is none of them" in lab.output(job)
+    assert not (run_file.parent / "run").exists()

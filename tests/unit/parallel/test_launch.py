@@ -4,12 +4,14 @@ import os
 import secrets
 import socket
 import stat
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.parallel.launch import Launch, detect_launch, free_port, prepare_imports
+from raptr_ds.parallel.launch import Launch, detect_launch, environment_of_run, free_port, prepare_imports
 
 _READ_OR_SET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
@@ -85,13 +87,39 @@ def test_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_srun_with_an_address_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "4000"}
-    assert launch(monkeypatch, **slurm) == Launch(0, 0, 2, "node1", 4000, "srun")
+    assert launch(monkeypatch, **slurm, SLURM_STEP_NODELIST="node[1-2]") == Launch(0, 0, 2, "node1", 4000, "srun")
 
 
 def test_srun_without_scontrol_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="Set MASTER_ADDR"):
-        launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_JOB_NODELIST="node1")
+        launch(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_STEP_NODELIST="node1")
+
+
+def test_a_batch_script_that_forgets_srun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as task 0, and the others would never come (tests/slurm/test_pretrain.py has the real one)."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]", "MASTER_ADDR": "node1"}
+    with pytest.raises(ConfigError, match=r"the Slurm job has 2 tasks, and this process is none of them.*Put srun"):
+        launch(monkeypatch, **slurm)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert "SLURM_PROCID" not in environment_of_run()
+    assert environment_of_run()["SLURM_NTASKS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("address", "local_size", "wanted"),
+    [("127.0.1.1", 4, "127.0.1.1"), ("127.0.1.1", 2, "node7"), ("10.0.0.7", 2, "10.0.0.7")],
+)
+def test_mpirun_on_several_machines_meets_at_no_loopback(
+    monkeypatch: pytest.MonkeyPatch, address: str, local_size: int, wanted: str
+) -> None:
+    world = SimpleNamespace(rank=0, size=4, bcast=lambda value, root: value)
+    world.Split_type = lambda kind: SimpleNamespace(rank=0, size=local_size)
+    mpi = SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED=1, Finalize=lambda: None)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
+    assert launch(monkeypatch, OMPI_COMM_WORLD_RANK="0").master_addr == wanted
 
 
 @pytest.mark.parametrize("by_pmi", [{}, {"PMI_SIZE": "1", "PMI_RANK": "0"}], ids=["plain", "pmi"])
@@ -109,7 +137,8 @@ def test_ranks_of_deepspeed_win_inside_an_allocation(monkeypatch: pytest.MonkeyP
 
 
 def test_deepspeed_finds_the_variables_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch(monkeypatch, SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_NTASKS="2", MASTER_ADDR="n", MASTER_PORT="5")
+    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n"}
+    launch(monkeypatch, **slurm, MASTER_ADDR="n", MASTER_PORT="5")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["1", "0", "2", "n", "5"]
 
