@@ -94,7 +94,7 @@ def tidy(folder: Path) -> list[str]:
                 continue
         if path.name.startswith((_UNFINISHED, _REPLACED, _DELETED)):
             try:
-                shutil.rmtree(path)
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
             except OSError as error:
                 done.append(f"{path} cannot be removed: {error.strerror or error}")
                 continue

@@ -226,8 +226,8 @@ class Checkpoints:
         return error, num_bytes, max(write.seconds for write in writes)
 
     def has(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is one of this run's."""
-        return checkpoint.resolve().parent == self.folder.resolve()
+        """Return whether a checkpoint is one of this run's, also by a link, to it or in its place."""
+        return self.folder.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
     def release(self, step: int) -> None:
         """Hold a step's checkpoint no longer: delete it if newer ones have taken its place; not collective."""
