@@ -21,6 +21,7 @@ from raptr_ds.hf.twins import TWINS
 from raptr_ds.model.stage import build_stage
 from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.runtime.identity import IDENTITY
+from raptr_ds.runtime.method import LAYERS
 from raptr_ds.runtime.state import OPTIMIZER, RunState
 from raptr_ds.sentencepiece_model import read_sentencepiece_model
 from raptr_ds.user_paths import exists, is_file, is_folder
@@ -53,7 +54,7 @@ def import_folder(folder: Path, output: Path, optimizer: str) -> Imported:
         raise ConfigError(f"--optimizer {optimizer} must be one of {', '.join(OPTIMIZERS)}{guess}")
     kind, model, weights = read_exported(folder)
     tokenizer = _tokenizer_in(folder, model)
-    state = {**asdict(RunState()), OPTIMIZER: known}
+    state = {**asdict(RunState()), OPTIMIZER: known, LAYERS: list(range(model.num_layers))}
     if tokenizer is not None:
         state |= {IDENTITY: {"tokenizer": tokenizer.digest}}
     _write(output, model, weights, state)

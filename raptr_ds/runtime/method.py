@@ -1,7 +1,10 @@
 """From a run's configuration to its path method, and the numbers that the method's costs follow from."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,10 +12,17 @@ from raptr_ds.config.derive import balanced_layers
 from raptr_ds.config.path_sections import AnyPathSection, RandomSection
 from raptr_ds.config.run import RunConfig
 from raptr_ds.data.loader import predictions_per_sequence
+from raptr_ds.errors import CheckpointError
 from raptr_ds.paths import PathMethod, Phase, build_path_method
 from raptr_ds.paths.balance import BalancedStages
 from raptr_ds.paths.cost import StepFlops, head_cost_in_layers
 from raptr_ds.paths.stages import stage_layers
+
+if TYPE_CHECKING:  # engines import megatron-core, which the planner does not need
+    from raptr_ds.checkpoint.manager import RestoredState
+
+LAYERS = "layers"
+"""The key in a checkpoint's run state of the layers that its model has; earlier versions did not record them."""
 
 
 def path_method_of(config: RunConfig, path: AnyPathSection | None = None) -> PathMethod:
@@ -43,6 +53,30 @@ def micro_batches_of(config: RunConfig, method: PathMethod) -> tuple[int, ...]:
     return (config.batch.micro_batch,) * (num_phases - len(sizes)) + sizes
 
 
+def existing_layers(method: PathMethod, step: int) -> list[int]:
+    """Return the layers that the model has after `step` steps."""
+    return list(method.model_at(max(0, step - 1)).layers)
+
+
+def check_layers(restored: RestoredState, method: PathMethod) -> None:
+    """Check that the model in a checkpoint has the layers that it has at this step of the run.
+
+    Raises: CheckpointError if a growth would come again, over layers that are trained, or would be left out.
+    """
+    here = existing_layers(method, restored.step)
+    there = restored.run_state.get(LAYERS, here)
+    if there == here:
+        return
+    has_all = len(there) == method.num_layers
+    on = "To train on with all of them, set raptr_ds.path.method to full" if has_all else "Set these keys back"
+    raise CheckpointError(
+        f"the model in {restored.folder} has layers {_ranges(there)} after step {restored.step}, and by this run file "
+        f"it would have layers {_ranges(here)} there: raptr_ds.path and raptr_ds.train.steps decide when a model "
+        "grows, and new layers would replace trained ones, or would never be made. "
+        f"{on}, or start anew with raptr_ds.checkpoint.load=none."
+    )
+
+
 def left_out_layers(method: PathMethod) -> list[str]:
     """Return a line for each set of layers of the model that is never active in some phases, with the reason."""
     phases_of: dict[tuple[tuple[int, ...], bool], list[Phase]] = {}
@@ -59,8 +93,7 @@ def _left_out(layers: Sequence[int], phases: Sequence[Phase], is_drawn: bool) ->
     numbers = ", ".join(str(phase.index) for phase in phases)
     lengths = ", ".join(dict.fromkeys(str(phase.path_length) for phase in phases))
     where = f"phase{'s' * (len(phases) > 1)} {numbers} (paths of {lengths})"
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
-    names = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    names = _ranges(layers)
     if is_drawn:
         why = "raptr_ds.path.fixed_layers and the head leave no room in their stage"
         fix = "Lengthen the phase, fix fewer layers, or lower raptr_ds.path.balance_stages"
@@ -68,6 +101,11 @@ def _left_out(layers: Sequence[int], phases: Sequence[Phase], is_drawn: bool) ->
         why, fix = "raptr_ds.path.fixed_layers fill them", "Lengthen the phase or fix fewer layers to draw from all"
     subject = f"layer {names} is" if len(layers) == 1 else f"layers {names} are"
     return f"{subject} never active in {where}: {why}. {fix}."
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
 
 
 def balanced_stages_of(config: RunConfig, section: AnyPathSection) -> BalancedStages | None:

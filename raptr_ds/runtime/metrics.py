@@ -57,9 +57,9 @@ class Metrics:
     """Records training steps and evaluations of a run; on ranks other than 0 (`folder` None) it does nothing.
 
     folder: the run's folder. resume_step: the last step of the checkpoint that training continues from, 0 for a new
-    run. interval: steps between training lines; the last step always has one. peak: FLOP/s of one device, None if not
-    known. flops_left(step): FLOPs expected after a 1-based step, for the time left. sinks: where lines go besides
-    metrics.jsonl.
+    run; corpus: the digest of that checkpoint's tokens. interval: steps between training lines; the last step always
+    has one. peak: FLOP/s of one device, None if not known. flops_left(step): FLOPs expected after a 1-based step, for
+    the time left. sinks: where lines go besides metrics.jsonl.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Metrics:
         *,
         num_steps: int,
         resume_step: int = 0,
+        corpus: str | None = None,
         interval: int = 1,
         sinks: Sequence[Sink] = (),
         progress: Progress | None = None,
@@ -81,7 +82,7 @@ class Metrics:
         self._num_devices, self._peak, self._flops_left = num_devices, peak, flops_left
         self._last_steps: deque[TrainingStep] = deque(maxlen=_NUM_TIMED)
         self._is_delayed = False
-        self._sinks: list[Sink] = [] if folder is None else [MetricsFile(folder / METRICS, resume_step), *sinks]
+        self._sinks: list[Sink] = [] if folder is None else [MetricsFile(folder / METRICS, resume_step, corpus), *sinks]
 
     def record_step(self, step: TrainingStep) -> None:
         """Record one training step."""

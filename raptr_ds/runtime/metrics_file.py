@@ -4,7 +4,8 @@
   damaged, as a run may be writing it or may have died in it: readers ignore it, a resume removes it.
 - A training line has `loss`; an evaluation's line has `eval_loss` and `path_length`; a line with `tasks` has the scores
   of the export of its step, and stands behind those of later steps.
-- A resume removes the lines after its step; a rollback moves them to metrics.rolled_back.jsonl. Of several lines for
+- A resume removes the lines after its step, and that of another corpus of a start from there which saved nothing; a
+  rollback moves them to metrics.rolled_back.jsonl. Of several lines for
   one step (and path length, for evaluations) the last counts.
 """
 
@@ -45,17 +46,18 @@ def to_line(record: Mapping[str, Any]) -> str:
 class MetricsFile(LinesFile):
     """A run's metrics.jsonl; the first of its sinks.
 
-    resume_step: the step that training continues after; later lines and damaged ones are removed. 0 begins a new run:
-    files of an earlier run in the same folder are renamed to metrics.1.jsonl, metrics.2.jsonl, ..., never deleted.
+    resume_step: the step that training continues after; later lines and damaged ones are removed, and those of that
+    step about another corpus than `corpus`, its checkpoint's. 0 begins a new run: files of an earlier run in the same
+    folder are renamed to metrics.1.jsonl, metrics.2.jsonl, ..., never deleted.
     Raises: PathError or StorageError if the folder cannot be written.
     """
 
     is_part_of_run = True
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, corpus: str | None = None) -> None:
         with writing(path):
             if resume_step:
-                drop_lines_after(path, resume_step)
+                drop_lines_after(path, resume_step, corpus)
             else:
                 _set_aside(path)
                 _set_aside(path.with_name(ROLLED_BACK))
@@ -83,15 +85,21 @@ class MetricsFile(LinesFile):
         self.close()  # the file has been replaced: the next line opens it
 
 
-def drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int, corpus: str | None = None) -> None:
     """Remove the lines after a 1-based step, and damaged lines, from a metrics file; a missing one has none.
 
+    corpus: the digest of what the step was trained on, if lines of this step that name another one go too.
     A crash leaves the old file or the new one.
     """
     if not path.exists():
         return
+
+    def stays(record: dict[str, Any]) -> bool:
+        is_of_corpus = corpus is None or record.get("corpus", corpus) == corpus
+        return record["step"] < step or (record["step"] == step and is_of_corpus)
+
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (record := _record_of(line)) is not None and record["step"] <= step]
+    kept = [line for line in lines if (record := _record_of(line)) is not None and stays(record)]
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))
 

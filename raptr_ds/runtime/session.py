@@ -22,6 +22,7 @@ from raptr_ds.paths.cost import StepFlops
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.lost_ranks import ending_alone
+from raptr_ds.runtime.method import LAYERS, existing_layers
 from raptr_ds.runtime.metrics import Metrics, TrainingStep
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.signal_lead import SignalLead
@@ -132,7 +133,8 @@ class Session:
         self.long_work_ahead("saving", SAVE_SECONDS)
         self.saved = state
         self.metrics.sync()
-        recorded = {**asdict(state), **self.recorded, **self.exports.mark(state.step)}
+        layers = {LAYERS: existing_layers(self.method, state.step)}
+        recorded = {**asdict(state), **self.recorded, **layers, **self.exports.mark(state.step)}
         self.checkpoints.save(self.engine, state.step, self.config.model, recorded)
 
     def agree_to_stop(self) -> bool:

@@ -38,7 +38,7 @@ from raptr_ds.runtime.export_check import ExportCheck
 from raptr_ds.runtime.exports import Exports
 from raptr_ds.runtime.identity import IDENTITY, Changes, Identity, changes_since
 from raptr_ds.runtime.introduction import device_peak, introduce, standing
-from raptr_ds.runtime.method import micro_batches_of, path_method_of, step_cost_of
+from raptr_ds.runtime.method import check_layers, micro_batches_of, path_method_of, step_cost_of
 from raptr_ds.runtime.metrics import Metrics
 from raptr_ds.runtime.metrics_file import METRICS, read_metrics
 from raptr_ds.runtime.out_of_memory import memory_errors_explained
@@ -122,7 +122,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
             engine = build_engine(config, groups)
         times.done("engine")
         identity = on_first_rank(groups, lambda: Identity.of(config, tokenizer))
-        begun = _begin(config, launch, checkpoints, engine, identity, progress.say)
+        begun = _begin(config, launch, checkpoints, engine, method, identity, progress.say)
         state = begun.state
         together(groups, check.finish)
         times.done("checkpoint")
@@ -137,6 +137,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
                 written,
                 num_steps=config.train.steps,
                 resume_step=begun.own_step,
+                corpus=identity.corpus if begun.changes.corpus is None else begun.changes.corpus[0],
                 interval=config.log.interval,
                 sinks=_open_sinks(config.log, folder, begun.own_step) if groups.rank == 0 else (),
                 progress=progress,
@@ -263,6 +264,7 @@ def _begin(
     launch: Launch,
     checkpoints: Checkpoints,
     engine: Engine,
+    method: PathMethod,
     identity: Identity,
     report: Callable[[str], None],
 ) -> _Begun:
@@ -274,6 +276,7 @@ def _begin(
     def check(restored: RestoredState) -> None:
         run_state_of(restored, config)
         changes_since(restored.run_state, identity, restored.folder)
+        check_layers(restored, method)
 
     restored = checkpoints.restore(engine, load, config.model, check=check)
     if restored is None:

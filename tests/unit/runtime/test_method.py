@@ -1,12 +1,15 @@
 """From a configuration to its path method: what balanced paths depend on, and expected predictions."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from raptr_ds.checkpoint.manager import RestoredState
 from raptr_ds.config.load import load_run_config
 from raptr_ds.data.loader import predictions_per_sequence
-from raptr_ds.runtime.method import balanced_stages_of, left_out_layers, path_method_of
+from raptr_ds.errors import CheckpointError
+from raptr_ds.runtime.method import LAYERS, balanced_stages_of, check_layers, left_out_layers, path_method_of
 
 P, R = "raptr_ds.path.", "raptr_ds.parallel."
 
@@ -96,3 +99,29 @@ def test_expected_predictions_are_the_objectives(load):
     mixture = f'raptr_ds.objective.denoisers=[{{"name":"c","kind":"causal"}},{prefix}]'
     assert predictions_per_sequence(load(ul2, mixture)) == (65 + 3 * 16) / 4
     assert predictions_per_sequence(load(ul2)) > 10
+
+
+@pytest.mark.parametrize(
+    ("keys", "step", "layers", "expected"),
+    [
+        ((), 50, range(6), None),  # the growth is yet to come
+        ((), 51, range(12), None),
+        ((), 100, range(12), None),
+        (("train.steps=1000",), 100, range(12), "has layers 0-11 after step 100, .* 0-5 there: .*path.method to full"),
+        (("train.steps=60",), 40, range(6), "has layers 0-5 after step 40, .* 0-11 there: .* Set these keys back"),
+        (("path.schedule=3-12",), 40, range(6), "layers 0-5 .* layers 0-2 "),
+        (("path={}",), 40, range(6), "layers 0-5 .* layers 0-11 "),
+        (('path={"method": "full"}',), 100, range(12), None),
+        ((), 0, range(12), "layers 0-11 after step 0, .* 0-5 there"),  # imported
+    ],
+)
+def test_a_model_neither_grows_twice_nor_misses_a_growth(load, keys, step, layers, expected):
+    path = f'{P[:-1]}={{"method": "stacking", "schedule": "6-12"}}'
+    method = path_method_of(load(path, *(f"raptr_ds.{key}" for key in keys)))
+    restored = RestoredState(step, {LAYERS: list(layers)}, Path("run/checkpoints/step"))
+    check_layers(RestoredState(step, {}, restored.folder), method)  # of an earlier version
+    if expected is None:
+        check_layers(restored, method)
+    else:
+        with pytest.raises(CheckpointError, match=expected):
+            check_layers(restored, method)

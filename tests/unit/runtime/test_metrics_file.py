@@ -69,6 +69,17 @@ def test_nothing_to_drop_leaves_the_file_alone(tmp_path):
     assert path.stat().st_ino == before
 
 
+def test_another_corpus_of_a_start_that_saved_nothing_is_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    changes = [("a", "b"), ("b", "c")]  # the checkpoint of step 2 was written again on b; c was a mistake
+    records = [{"step": 2, "loss": 0.5}, *({"step": 2, "corpus": now, "corpus_before": old} for old, now in changes)]
+    path.write_text("".join(map(to_line, records)))
+    metrics = MetricsFile(path, 2, "b")
+    metrics.rewind(2)
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+
+
 def test_a_new_run_sets_old_metrics_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for loss in (1.0, 2.0, 3.0):
