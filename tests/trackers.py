@@ -2,8 +2,8 @@
 
 For what the packages do not do without a network: being away, or slow. The signatures are those of
 https://docs.wandb.ai/ref/python/ (init, Run.log, Run.define_metric, Run.finish) and
-https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri, set_experiment, start_run, log_metrics,
-end_run).
+https://mlflow.org/docs/latest/python_api/mlflow.html (set_tracking_uri, get_tracking_uri, set_experiment, start_run,
+log_metrics, end_run).
 """
 
 import sys
@@ -86,6 +86,7 @@ def fake_mlflow(server: Server) -> ModuleType:
         server.take("log", step, dict(metrics))
 
     module.set_tracking_uri = lambda uri: server.take("set_tracking_uri", uri)
+    module.get_tracking_uri = lambda: "http://user:secret@tracking:5000"  # as the environment has it
     module.set_experiment = lambda experiment_name: server.take("set_experiment", experiment_name)
     module.start_run, module.log_metrics = start_run, log_metrics
     module.end_run = lambda status="FINISHED": server.take("end_run", status)

@@ -309,7 +309,7 @@ class MlflowSection(Section):
     experiment: Text
     """The experiment that the run belongs to; made if there is none of this name."""
     tracking_uri: Text | None = None
-    """The server; left out: MLflow's environment variable MLFLOW_TRACKING_URI, or a local folder."""
+    """The server; left out: MLflow's environment variable MLFLOW_TRACKING_URI, or MLflow's own default."""
     name: Text | None = None
     """Name of the run; left out: that of the run's folder."""
 

