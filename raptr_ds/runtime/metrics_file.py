@@ -5,8 +5,8 @@
 - A training line has `loss`; an evaluation's line has `eval_loss` and `path_length`; a line with `tasks` has the scores
   of the export of its step, and stands behind those of later steps.
 - A resume removes the lines after its step, and that of another corpus of a start from there which saved nothing; a
-  rollback moves them to metrics.rolled_back.jsonl. Of several lines for
-  one step (and path length, for evaluations) the last counts.
+  rollback moves those after its step to metrics.rolled_back.jsonl.
+- Of several lines for one step (and path length, for evaluations) the last counts.
 """
 
 import json
