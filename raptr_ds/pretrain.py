@@ -116,8 +116,7 @@ def train(session: Session) -> Exit:
         if must_recover(state, config.train.max_non_finite_steps):
             state = recover(session, state, result)
             continue
-        done = state.step == config.train.steps
-        is_evaluation_due = config.eval.due(state.step) or (done and config.eval.batches)
+        is_evaluation_due = config.eval.due(state.step) or (state.step == config.train.steps and config.eval.batches)
         if is_evaluation_due and not evaluate(session, state):
             session.save(state)
             return Exit.CONTINUE_LATER

@@ -75,7 +75,8 @@ def fine_tune_all(
         raise ConfigError(f"{output} holds the fine-tuning of one task. Name another folder with --output.")
     if is_first():
         for job in jobs:  # before the first is trained for hours, not after
-            _check_folder(output / job.task.name, _known_description(job, jobs, start or encoder, encoder))
+            if exists(folder := output / job.task.name):
+                _check_folder(folder, _known_description(job, jobs, start or encoder, encoder))
     models: dict[str, Path] = {}
     results = []
     for job in jobs:
@@ -216,7 +217,7 @@ def _check_folder(output: Path, description: dict[str, Any]) -> None:
     """Raise ConfigError for a folder that is not new and holds anything but this fine-tuning."""
     path = output / DESCRIPTION
     if not is_file(path):
-        others = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock") if exists(output) else []
+        others = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
         if others:
             raise ConfigError(f"{output} holds {others[0]}, which is no fine-tuning of one task. {_FIX}")
         return
