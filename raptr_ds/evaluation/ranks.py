@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from raptr_ds.parallel.launch import detect_launch
-from raptr_ds.runtime.lost_ranks import ending_alone, lost_ranks_explained
+from raptr_ds.runtime.lost_ranks import disconnect, ending_alone, lost_ranks_explained
 
 _Item = TypeVar("_Item")
 
@@ -59,6 +59,7 @@ def joined() -> Iterator[Ranks]:
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         with lost_ranks_explained(), ending_alone():
+            torch.distributed.barrier()  # nobody leaves while another still connects
             yield ranks
     finally:
-        torch.distributed.destroy_process_group()
+        disconnect()
