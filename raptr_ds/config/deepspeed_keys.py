@@ -86,7 +86,7 @@ PARTITIONED: Table = {
 }
 """Keys of stages 1 to 3."""
 
-zero_stage = whole(0, 3)
+zero_stage, loss_scale = whole(0, 3), number(0)
 ZERO: Table = {"stage": zero_stage, **PARTITIONED, **STAGES_1_AND_2, **STAGE_3_ONLY}
 
 ZERO_DEFAULTS: dict[str, bool | int] = {
@@ -101,6 +101,15 @@ ZERO_DEFAULTS: dict[str, bool | int] = {
 }
 """DeepSpeed's defaults, which run files made for it hold at any stage."""
 
+FP16_DEFAULTS: dict[str, bool | int] = {
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
+"""The same of a dynamic loss scale."""
+
 KNOWN: Table = {
     "train_batch_size": whole(1, MOST_COUNT),
     "train_micro_batch_size_per_gpu": whole(1, MOST_COUNT),
@@ -113,7 +122,7 @@ KNOWN: Table = {
     },
     "fp16": {
         "enabled": flag,
-        "loss_scale": number(0),
+        "loss_scale": loss_scale,
         "initial_scale_power": whole(0, 32),
         "loss_scale_window": whole(1),
         "hysteresis": whole(1, 1000),

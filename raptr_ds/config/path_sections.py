@@ -319,9 +319,9 @@ class LayerDropSection(DrawingSection):
     """layerdrop: each layer is dropped with one probability, independently of the others."""
 
     method: Literal["layerdrop"] = "layerdrop"
-    layerdrop: OpenFraction = derived_key()
+    layerdrop: OpenFraction = derived_key(le=0.999)
     """Probability of dropping a layer. Derived: paths have the derived constant_length on average, in models of a few
-    layers more, as a path without any is drawn again."""
+    layers more. At most 0.999, as a path without layers is drawn again."""
 
     def derived(self, sizes: RunSizes) -> dict[str, Any]:
         """The mean draw, empty ones included, has the constant length; of a single layer half is dropped."""

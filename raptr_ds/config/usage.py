@@ -8,11 +8,14 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from raptr_ds.config.deepspeed_keys import (
+    FP16_DEFAULTS,
     HARMLESS,
     PARTITIONED,
     STAGE_3_ONLY,
     STAGES_1_AND_2,
     ZERO_DEFAULTS,
+    Check,
+    loss_scale,
     zero_stage,
 )
 from raptr_ds.config.optimization import OPTIMIZERS, SCHEDULERS, canonical
@@ -21,10 +24,12 @@ from raptr_ds.config.path_sections import METHODS, PATH_SECTIONS
 from raptr_ds.config.sections import BY_ARCHITECTURE, field_of, keys_of
 
 METHOD, ARCHITECTURE = "raptr_ds.path.method", "raptr_ds.model.architecture"
-POSITION, STAGE = "raptr_ds.model.position_embedding", "zero_optimization.stage"
+POSITION = "raptr_ds.model.position_embedding"
+STAGE, LOSS_SCALE = "zero_optimization.stage", "fp16.loss_scale"
 _SAMPLING, _GROWTH_INIT = "raptr_ds.path.sampling", "raptr_ds.path.growth_init"
-_TENSOR, _CHECKPOINTING = (
-    f"raptr_ds.parallel.{key}" for key in ("tensor_model_parallel_size", "activation_checkpointing")
+_TENSOR, _STAGES, _CHECKPOINTING = (
+    f"raptr_ds.parallel.{key}"
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "activation_checkpointing")
 )
 _RATE, _PEAK = "optimizer.params.lr", "scheduler.params.warmup_max_lr"
 _EXPORTS, _TASKS = "raptr_ds.checkpoint.export_interval", "raptr_ds.eval.tasks"
@@ -111,9 +116,23 @@ USES = (
     *(_zero(key, 1, 2, 3) for key in PARTITIONED),
     *(_zero(key, 1, 2) for key in STAGES_1_AND_2),
     *(_zero(key, 3) for key in STAGE_3_ONLY),
+    Use(
+        "zero_optimization.overlap_comm",
+        _STAGES,
+        lambda size: size == 1,
+        "1",
+        why="DeepSpeed's pipeline engine turns it off",
+        idle=(False, "auto"),
+    ),
+    *(
+        Use(f"fp16.{key}", LOSS_SCALE, lambda scale: not scale, "0", "a scale that is given stays", (default, "auto"))
+        for key, default in FP16_DEFAULTS.items()
+    ),
     _one_of("communication_data_type", STAGE, 1, 2, 3, idle=("auto",)),
 )
 """A key that selects the use of others stands before them."""
+
+_DEEPSPEEDS: dict[str, Check] = {STAGE: zero_stage, LOSS_SCALE: loss_scale}
 
 RIVALS = (
     ("raptr_ds.path.full_warmup_steps", "raptr_ds.path.full_warmup_ratio"),
@@ -254,8 +273,8 @@ def _value_of(selector: str, tree: dict[str, Any]) -> Any:
     if selector == METHOD:
         value = METHODS[0] if value is None else value
         return value if value in METHODS else None
-    if field is None:  # ZeRO's stage
-        return (value or 0) if zero_stage(value or 0) is None else None
+    if field is None:  # DeepSpeed's, 0 by default
+        return (value or 0) if _DEEPSPEEDS[selector](value or 0) is None else None
     if value is None and selector == POSITION:
         value = BY_ARCHITECTURE.get(str(look_up(tree, ARCHITECTURE)), {}).get("position_embedding")
     if value is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raptr_ds.config.deepspeed_keys import INSTEAD, KNOWN, ZERO, ZERO_DEFAULTS
+from raptr_ds.config.deepspeed_keys import FP16_DEFAULTS, INSTEAD, KNOWN, ZERO, ZERO_DEFAULTS
 from raptr_ds.config.optimization import NOT_OFFERED, OPTIMIZERS, SCHEDULERS
 from raptr_ds.errors import ConfigError
 
@@ -166,14 +166,24 @@ def test_every_level_of_logging_is_deepspeeds(load, source, level):
     assert f'"{level}": logging.' in (source / "utils/logging.py").read_text(encoding="utf-8")
 
 
-def test_the_defaults_of_zero_are_deepspeeds(source):
-    tree = ast.parse((source / "runtime/zero/config.py").read_text(encoding="utf-8"))
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig")
-    theirs = {
+def defaults_of(file, name):
+    """Return the defaults of a class's fields, as they are written."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return {
         node.target.id: ast.unparse(node.value)
         for node in cls.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
     }
+
+
+def test_the_defaults_of_fp16_are_deepspeeds(source):
+    theirs = defaults_of(source / "runtime/precision_config.py", "DeepSpeedFP16Config")
+    assert {key: theirs[key] for key in FP16_DEFAULTS} == {key: str(value) for key, value in FP16_DEFAULTS.items()}
+
+
+def test_the_defaults_of_zero_are_deepspeeds(source):
+    theirs = defaults_of(source / "runtime/zero/config.py", "DeepSpeedZeroConfig")
     assert theirs["overlap_comm"] == "None"  # false at all stages but 3
     for key, default in ZERO_DEFAULTS.items():
         written = "False" if key == "overlap_comm" else theirs[key]

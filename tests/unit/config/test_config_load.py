@@ -171,7 +171,12 @@ def test_a_resolved_run_is_the_same_run(load, tmp_path, overrides):
             f"{P}method=stack",
             ["'stack'", "full, raptr, pld, constant, layerdrop, layer_dropout, stacking", "did you mean 'stacking'?"],
         ),
-        ('raptr_ds.path={"method": "layerdrop", "layerdrop": 1}', ["raptr_ds.path.layerdrop=1", "less than 1"]),
+        (
+            'raptr_ds.path={"method": "layerdrop", "layerdrop": 1}',
+            ["raptr_ds.path.layerdrop=1", "less than or equal to 0.999"],
+        ),
+        ('raptr_ds.path={"method": "layerdrop", "layerdrop": 0.9999}', ["less than or equal to 0.999."]),
+        ('raptr_ds.path={"method": "layer_dropout", "layer_dropout": 1}', ["layer_dropout=1", "less than 1."]),
         (
             'raptr_ds.path={"method": "stacking", "growth_optimizer_state": "new"}',
             ["growth_optimizer_state='new'", "copied, fresh"],

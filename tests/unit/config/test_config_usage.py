@@ -207,6 +207,42 @@ def test_keys_of_zero_are_for_the_stages_that_read_them(load, key, stage):
             load(*given)
 
 
+DYNAMIC_SCALE = {
+    "initial_scale_power": ("16", "12"),
+    "loss_scale_window": ("1000", "100"),
+    "hysteresis": ("2", "1"),
+    "consecutive_hysteresis": ("false", "true"),
+    "min_loss_scale": ("1", "2"),
+}
+
+
+@pytest.mark.parametrize("key", DYNAMIC_SCALE)
+def test_keys_of_a_dynamic_loss_scale_are_for_no_static_one(load, key):
+    default, other = (f"fp16.{key}={value}" for value in DYNAMIC_SCALE[key])
+    for static in (["fp16.loss_scale=128"], ["fp16.loss_scale=0.5"]):
+        with pytest.raises(ConfigError, match=rf"{other} .*has no use with fp16.loss_scale=.*set fp16.loss_scale to 0"):
+            load("fp16.enabled=true", *static, other)
+        assert key in load("fp16.enabled=true", *static, default).deepspeed["fp16"]
+    for dynamic in ([], ["fp16.loss_scale=0"]):
+        assert key in load("fp16.enabled=true", *dynamic, other).deepspeed["fp16"]
+    with pytest.raises(ConfigError, match=r"fp16.loss_scale=-1 .*must be a number, 0 or more") as error:
+        load("fp16.enabled=true", "fp16.loss_scale=-1", other)
+    assert "has no use" not in str(error.value)
+
+
+def test_a_static_loss_scale_of_the_command_line_leaves_the_files_dynamic_one_out(load, small_run):
+    small_run["fp16"] = {"enabled": True, "loss_scale_window": 100}
+    assert "loss_scale_window" not in load("fp16.loss_scale=128").deepspeed["fp16"]
+
+
+def test_overlapped_communication_is_for_no_pipeline(load):
+    stages, overlap = f"{R}pipeline_model_parallel_size=2", f"{Z}overlap_comm=true"
+    with pytest.raises(ConfigError, match=rf"{overlap} .*has no use with {stages}.*engine turns it off"):
+        load(f"{Z}stage=1", overlap, stages, world_size=2)
+    assert load(f"{Z}stage=1", f"{Z}overlap_comm=false", stages, world_size=2).zero["overlap_comm"] is False
+    assert load(f"{Z}stage=1", overlap, world_size=2).zero["overlap_comm"] is True
+
+
 def test_run_files_made_for_deepspeed_may_hold_its_defaults_at_any_stage(load, small_run):
     small_run["zero_optimization"] = {"stage": 0, "overlap_comm": False, "reduce_scatter": True}
     small_run["zero_optimization"] |= {"contiguous_gradients": True, "allgather_bucket_size": 5e8}
