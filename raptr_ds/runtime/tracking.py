@@ -36,7 +36,7 @@ class Tracker(ABC):
     """A tracking server's client; `connect`, `log` and `finish` may raise anything, and are called in one thread.
 
     section: the run file's. run_id: which run there this one is, kept in the run's folder with its `place`; None until
-    it has begun, and for a resumed run that was somewhere else.
+    it has begun, for a resumed run that was somewhere else, and in a copy of a run's folder.
     Raises: ConfigError if the package is missing.
     """
 
@@ -46,20 +46,29 @@ class Tracker(ABC):
     def __init__(self, section: Any, folder: Path, is_resumed: bool) -> None:
         self.library = _import(self.package)
         self.section, self.folder = section, folder
-        self._where = self.place()
-        self._file = folder / TRACKING.format(self.package)
-        try:
-            known: Any = parse_json(self._file.read_text())
-        except (OSError, ValueError):
-            known = None
-        is_known = is_resumed and isinstance(known, dict) and known.get("where") == self._where
-        self.run_id: str | None = known.get("id") if is_known else None
+        self._where, self._here = self.place(), str(folder.resolve())
+        known = self._kept_in(folder) if is_resumed else {}
+        is_continued = known.get("where") == self._where and not self._is_copy(known)
+        self.run_id: str | None = known.get("id") if is_continued else None
 
     def keep(self, run_id: str) -> None:
         """Keep the id for a resume; without a disk that takes it, the resume begins another run there."""
         self.run_id = run_id
+        kept = {"id": run_id, "where": self._where, "folder": self._here}
         with contextlib.suppress(OSError):
-            write_atomically(self._file, json.dumps({"id": run_id, "where": self._where}, indent=2) + "\n")
+            write_atomically(self.folder / TRACKING.format(self.package), json.dumps(kept, indent=2) + "\n")
+
+    def _kept_in(self, folder: Path) -> dict[str, Any]:
+        try:
+            known = parse_json((folder / TRACKING.format(self.package)).read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _is_copy(self, known: dict[str, Any]) -> bool:
+        """Return whether this is a copy of a run's folder, which is still there to continue that run."""
+        folder = known.get("folder", self._here)
+        return folder != self._here and self._kept_in(Path(str(folder))).get("id") == known.get("id")
 
     @abstractmethod
     def place(self) -> list[str | None]:
@@ -204,10 +213,8 @@ class MlflowTracker(Tracker):
         if section.tracking_uri is not None:  # else MLFLOW_TRACKING_URI, or MLflow's own default
             self.library.set_tracking_uri(section.tracking_uri)
         self.library.set_experiment(section.experiment)
-        if self.run_id is not None:
-            self.library.start_run(run_id=self.run_id)
-        else:
-            self.keep(self.library.start_run(run_name=section.name or self.folder.name).info.run_id)
+        named = {"run_name": section.name or self.folder.name} if self.run_id is None else {"run_id": self.run_id}
+        self.keep(self.library.start_run(**named).info.run_id)
 
     def log(self, scalars: Mapping[str, float], step: int, is_late: bool) -> None:
         """Record numbers of a step; a name that MLflow would refuse (exact_match,strict-match) with underscores."""

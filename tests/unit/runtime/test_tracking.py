@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -126,6 +127,29 @@ def test_a_resume_continues_the_same_run_and_a_new_run_does_not(kind: str, serve
         sink.close()
         ids.append(run_id(kind, server) or json.loads((tmp_path / f"tracking_{kind}.json").read_text())["id"])
     assert ids[0] == ids[1] == ids[2] != ids[3] == ids[4]
+
+
+@BOTH
+def test_a_folder_that_was_moved_is_its_run_and_a_copy_is_another(kind: str, server: Server, tmp_path: Path) -> None:
+    def resumed(folder: Path) -> str:
+        sink = sink_of(kind, folder, 5)
+        sink.record(line(6))
+        sink.close()
+        return json.loads((folder / f"tracking_{kind}.json").read_text())["id"]
+
+    first, moved, copy, later = (tmp_path / name for name in ("first", "moved", "copy", "later"))
+    first.mkdir()
+    begun = resumed(first)
+    first.rename(moved)
+    assert resumed(moved) == begun
+    shutil.copytree(moved, copy)
+    branch = resumed(copy)
+    assert branch != begun
+    assert (resumed(moved), resumed(copy)) == (begun, branch)
+    copy.rename(later)
+    first.mkdir()  # where the first one was, another has begun
+    assert resumed(first) not in (begun, branch)
+    assert (resumed(moved), resumed(later)) == (begun, branch)
 
 
 @BOTH
