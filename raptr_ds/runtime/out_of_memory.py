@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # the planner's process need not wait for megatron-core's imp
     from raptr_ds.parallel.groups import ProcessGroups
 
 # What is beside torch's allocator on GPUs (cuBLAS, NCCL, the driver, its allocator on CPUs) raises no class of its own.
-_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+_HOST_SIGN = "DefaultCPUAllocator: can't allocate memory"
+_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", _HOST_SIGN)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,17 @@ def planned_need(config: RunConfig, stage: int, num_processes: int, device: Devi
 
 def _explained(config: RunConfig, groups: ProcessGroups, trained: int, error: RuntimeError) -> DeviceMemoryError:
     when = f"after {trained} steps of this start" if trained else "before the end of the first step: nothing is trained"
-    lines = [
-        f"rank {groups.rank} ({groups.device}) ran out of memory {when}. {str(error).strip().splitlines()[0]}",
-        *planned_need(config, groups.pipeline_rank, groups.topology.world_size, DeviceMemory.of(groups.device)),
-    ]
+    reason = str(error).strip().splitlines()[0]
+    if groups.device.type == "cuda" and _HOST_SIGN in reason:
+        lines = [
+            f"rank {groups.rank}'s machine, not its GPU, ran out of memory {when}. {reason}",
+            "Give the job more memory (Slurm: --mem), or start fewer processes on a machine.",
+        ]
+    else:
+        lines = [
+            f"rank {groups.rank} ({groups.device}) ran out of memory {when}. {reason}",
+            *planned_need(config, groups.pipeline_rank, groups.topology.world_size, DeviceMemory.of(groups.device)),
+        ]
     if trained:
         lines.append("With a change that fits, start it again: the run goes on from its newest checkpoint, if any.")
     explained = DeviceMemoryError("\n".join(lines))

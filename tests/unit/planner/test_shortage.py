@@ -1,15 +1,18 @@
-"""A device with too little memory: what is printed before and after, in figures that hold."""
+"""A device with too little memory: what is printed before and after, in figures that hold; the host with too little."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from raptr_ds.config.load import load_run_config
+from raptr_ds.errors import DeviceMemoryError
+from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.planner.shortage import MemoryNeed, explanation, shortage
 from raptr_ds.runtime import planner_process
-from raptr_ds.runtime.out_of_memory import DeviceMemory, is_out_of_memory, planned_need
+from raptr_ds.runtime.out_of_memory import DeviceMemory, is_out_of_memory, memory_errors_explained, planned_need
 
 GIB = 1 << 30
 RUN_FILE = Path(__file__).parents[3] / "deepspeed_configs" / "ul2_1b_raptr.json"
@@ -116,3 +119,20 @@ def test_where_the_planner_fails_the_message_says_how_to_run_it(monkeypatch):
 )
 def test_which_errors_are_a_devices_want_of_memory(error, is_one):
     assert is_out_of_memory(error) is is_one
+
+
+def take_too_much_host_memory() -> None:
+    with lone_process_groups() as groups:
+        on_gpu = replace(groups, rank=3, device=torch.device("cuda", 3))
+        with memory_errors_explained(run(processes=4), on_gpu, lambda: 0):
+            torch.empty(1 << 58)
+
+
+def test_want_of_host_memory_is_no_matter_of_the_gpus_plan():
+    with pytest.raises(DeviceMemoryError) as caught:
+        take_too_much_host_memory()
+    assert caught.value.exit_code == 2
+    first, fix = str(caught.value).splitlines()
+    assert first.startswith("rank 3's machine, not its GPU, ran out of memory before the end of the first step")
+    assert "1152921504606846976 bytes" in first
+    assert fix == "Give the job more memory (Slurm: --mem), or start fewer processes on a machine."
