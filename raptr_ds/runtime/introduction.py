@@ -46,11 +46,14 @@ def introduce(config: RunConfig, groups: ProcessGroups, method: PathMethod, laun
     return progress
 
 
-def standing(config: RunConfig, folder: Path, step: int) -> str:
-    """Return what a restored run prints: that it continues, or that nothing is left to do, and how it ended."""
+def standing(config: RunConfig, folder: Path, step: int, is_own: bool) -> str:
+    """Return what a restored run prints: that it continues, or that nothing is left to do, and how it ended.
+
+    is_own: what lies in its folder is of this run.
+    """
     if step < config.train.steps:
         return f"continuing after step {step}"
-    evaluation = read_metrics(folder / METRICS).last_evaluation(config.model.num_layers, step)
+    evaluation = read_metrics(folder / METRICS).last_evaluation(config.model.num_layers, step) if is_own else None
     loss = "" if evaluation is None else f"; held-out loss {evaluation[1]:.4f} after step {evaluation[0]}"
     return (
         f"this run is complete: {step} of {config.train.steps} steps are trained{loss}. Raise "

@@ -128,7 +128,7 @@ def open_session(config: RunConfig, launch: Launch, signals: StopSignals) -> Ite
         times.done("checkpoint")
         on_first_rank(groups, lambda: _write_config(folder, config))
         if state.step:
-            progress.say(on_first_rank(groups, lambda: standing(config, folder, state.step)))
+            progress.say(on_first_rank(groups, lambda: standing(config, folder, state.step, begun.is_own)))
         cost = step_cost_of(config)
         num_predicted = together(groups, lambda: batches.validation(0).num_predictions) * groups.topology.data
         metrics = together(

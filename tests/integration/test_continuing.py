@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -291,6 +292,17 @@ def test_no_rank_of_a_finished_run_leaves_before_all_are_there(data_folder: Path
     assert "this run is complete" in again.stdout
     times = {(rank, what): float(at) for rank, what, at in re.findall(r"rank (\d) (made|left) (\S+)", again.stdout)}
     assert times["0", "left"] > times["1", "made"]
+
+
+def test_a_run_that_begins_at_its_end_does_not_print_another_ones_loss(data_folder: Path, tmp_path: Path) -> None:
+    """An earlier run of as many steps has left its metrics in the folder."""
+    run = run_with(tmp_path, data_folder, eval={"interval": 4, "batches": 1})
+    assert forked(run).returncode == 0
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "run" / "metrics.jsonl", tmp_path / "new")
+    begun = forked(run, f"raptr_ds.train.save={tmp_path / 'new'}", f"raptr_ds.checkpoint.load={tmp_path / 'run'}")
+    assert begun.returncode == 0, begun.stderr
+    assert "this run is complete: 12 of 12 steps are trained. Raise" in begun.stdout
 
 
 def test_metrics_of_a_finished_run_that_are_damaged_are_named_once(data_folder: Path, tmp_path: Path) -> None:
