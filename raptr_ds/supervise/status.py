@@ -122,7 +122,7 @@ def status_of(folder: Path, now: float | None = None) -> RunStatus:
         checkpoint_age=checkpoint_age,
         failed_saves=sum(event.get("event") == "checkpoint_failed" for event in since_start),
         slowest_rank=tuple(last[key] for key in _SLOWEST) if _SLOWEST[0] in last else None,  # type: ignore[arg-type]
-        starts=len(starts),
+        starts=_num_starts(starts),
         events=events,
     )
 
@@ -187,6 +187,14 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min"
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _num_starts(starts: Sequence[dict[str, Any]]) -> int:
+    """Return how often the folder's last run was started; earlier ones ended where a user began another at step 0."""
+    begins = [
+        index for index, start in enumerate(starts) if start.get("step") == 0 and not start.get("restart_count", 0)
+    ]
+    return len(starts) - (begins[-1] if begins else 0)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -47,10 +47,13 @@ def running(tmp_path: Path) -> Path:
     boolq = {"shots": 0, "acc": 0.625, "acc_stderr": 0.0123, "bits": 2.0, "bits_stderr": None}
     lines += [{"step": 150, "tasks": {"boolq": boolq}}, {"step": 100, "tasks": {"boolq": {"acc": 0.5}}}]
     events = [
-        {"event": "start", "step": 0},
+        {"event": "start", "step": 0, "restart_count": 0},
+        {"event": "start", "step": 80, "restart_count": 0},
+        {"event": "start", "step": 0, "restart_count": 0},  # another run, in the same folder
+        {"event": "start", "step": 0, "restart_count": 1},  # which crashed before its first checkpoint
         {"event": "checkpoint_failed", "step": 90, "error": "no room"},
         {"event": "restart", "cause": "fault", "node": "node3", "step": 150},
-        {"event": "start", "step": 150},
+        {"event": "start", "step": 150, "restart_count": 2},
         {"event": "checkpoint_failed", "step": 190, "error": "no room"},
     ]
     folder = write(tmp_path / "run", lines, events)
@@ -63,18 +66,18 @@ def running(tmp_path: Path) -> Path:
 def test_a_running_run(running: Path) -> None:
     status = status_of(running, NOW)
     assert (status.state, status.holder) == ("running", "process 7 on node5, Slurm job 77, since 2027-01-15 08:00:00")
-    assert (status.step, status.num_steps, status.phase, status.starts) == (200, 400, 1, 2)
+    assert (status.step, status.num_steps, status.phase, status.starts) == (200, 400, 1, 3)
     assert status.evaluation == (100, 7.25)  # of the full model
     assert (status.step_seconds, status.seconds_left, status.tokens_per_second) == (0.5, 100.0, 1000.0)
     assert (status.flops_saved, status.checkpoint_step, status.checkpoint_age) == (0.25, 150, 600.0)
     assert status.failed_saves == 1
-    lengths = [len(describe(status, num_events)) for num_events in (0, 1, 5, 8)]
-    assert [length - lengths[0] for length in lengths] == [0, 1, 5, 5]
+    lengths = [len(describe(status, num_events)) for num_events in (0, 1, 8, 9)]
+    assert [length - lengths[0] for length in lengths] == [0, 1, 8, 8]
     text = "\n".join(describe(status))
     for part in (
         "run: running (process 7 on node5",
         "last sign of life 4 s ago",
-        "step         200 of 400 (50.0%), phase 1, path 3/4; started 2 times",
+        "step         200 of 400 (50.0%), phase 1, path 3/4; started 3 times",
         "7.99 to 6.495",
         "held-out     7.2500 after step 100",
         "tasks        boolq acc 0.625 \u00b1 0.012, bits 2 after step 150",
@@ -126,7 +129,7 @@ def test_files_that_are_being_written_or_damaged_do_not_hide_the_rest(damage: st
     touch(running / "checkpoints" / "step-00000180" / "manifest.json", damage, 60)
     (running / "run.lock").write_text('{"beat')
     status = status_of(running, NOW)
-    assert (status.step, status.checkpoint_step, status.starts, status.state) == (200, 150, 2, "failed")
+    assert (status.step, status.checkpoint_step, status.starts, status.state) == (200, 150, 3, "failed")
 
 
 def test_failed_saves_are_shown_where_none_has_succeeded(running: Path) -> None:
