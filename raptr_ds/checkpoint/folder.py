@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Container
+from itertools import count
 from pathlib import Path
 
 from raptr_ds.atomic_file import write_atomically
@@ -130,8 +131,13 @@ def outdated(folder: Path, step: int, keep: int, held: Container[int] = ()) -> l
     Raises: OSError.
     """
     older = [path for path in _newest_first(folder, not_after=step)[keep:] if (step_of(path) or 0) not in held]
-    deleted = [path.rename(path.with_name(_DELETED + path.name)) for path in older]
-    return deleted + sorted(folder.glob(_REPLACED + "step-*"))
+    return [_marked_as_deleted(path) for path in (*older, *sorted(folder.glob(_REPLACED + "step-*")))]
+
+
+def _marked_as_deleted(path: Path) -> Path:
+    """Rename a checkpoint, so that its name is free and a crash while it is deleted leaves none that looks whole."""
+    names = (f"{_DELETED}{number}-{path.name}" for number in count())
+    return path.rename(next(free for name in names if not (free := path.with_name(name)).exists()))
 
 
 def set_aside(folder: Path, after: int) -> Path | None:

@@ -62,6 +62,10 @@ class _Lane:
         return [*([self.running[0]] if self.running else []), *self.waiting]
 
     def add(self, step: int) -> None:
+        """Have a step wait for its turn; one under way begins again, as what it reads has been replaced."""
+        if self.running is not None and self.running[0] == step:
+            self.running[1].stop()
+            self.running = None
         if step not in self.steps:
             insort(self.waiting, step)
 

@@ -105,16 +105,21 @@ def test_what_cannot_be_removed_is_left_to_the_next_start(tmp_path: Path, monkey
 def test_only_the_newest_up_to_a_step_stay(tmp_path: Path) -> None:
     make(tmp_path, 1, 2, 3, 4, 9)
     deleted = outdated(tmp_path, 4, keep=2)
-    assert sorted(path.name for path in deleted) == [".deleted-step-00000001", ".deleted-step-00000002"]
+    assert sorted(path.name for path in deleted) == [".deleted-0-step-00000001", ".deleted-0-step-00000002"]
     assert [int(path.name[5:]) for path in checkpoints_in(tmp_path)] == [9, 4, 3]
 
 
 def test_a_checkpoint_replaces_one_of_the_same_step(tmp_path: Path) -> None:
+    """Again and again, also where the one that was replaced before is still being deleted."""
     make(tmp_path, 3)
-    unfinished_folder(tmp_path, 3).mkdir()
-    publish(unfinished_folder(tmp_path, 3), step_folder(tmp_path, 3), b"new")
-    assert (step_folder(tmp_path, 3) / MANIFEST).read_text() == "new"
-    assert [path.name for path in outdated(tmp_path, 3, keep=1)] == [".replaced-step-00000003"]
+    for number in range(3):
+        unfinished_folder(tmp_path, 3).mkdir()
+        publish(unfinished_folder(tmp_path, 3), step_folder(tmp_path, 3), b"new %d" % number)
+        assert (step_folder(tmp_path, 3) / MANIFEST).read_text() == f"new {number}"
+        (deleted,) = outdated(tmp_path, 3, keep=1)
+        assert deleted.name == f".deleted-{number}-.replaced-step-00000003"
+    assert tidy(tmp_path) == []
+    assert names(tmp_path) == ["step-00000003"]
 
 
 def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

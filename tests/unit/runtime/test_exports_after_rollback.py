@@ -42,8 +42,9 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> dict[int, _Process]:
 
     def start(exports: Any, step: int) -> _Process:
         folder = exports._folder / f".unfinished-step-{step:08d}"
-        folder.mkdir()
-        return started.setdefault(step, _Process())
+        folder.mkdir(exist_ok=True)
+        started[step] = _Process()
+        return started[step]
 
     monkeypatch.setattr(Exports, "_start_export", start)
     return started
@@ -77,6 +78,25 @@ def test_a_checkpoint_that_is_written_again_still_records_its_export(tmp_path: P
     assert _save(exports, 2) == {"export": "plain"}
     assert (exports.pending, checkpoints.held) == ("the export of step 2", {2})
     assert _save(exports, 3) == {}
+
+
+def test_an_export_whose_checkpoint_is_written_again_begins_again(
+    tmp_path: Path, processes: dict[int, _Process]
+) -> None:
+    """It reads the folder that the new checkpoint replaces."""
+    exports, checkpoints = _exports(tmp_path)
+    _save(exports, 2)
+    reading = processes[2]
+    exports.go_back(2)
+    exports.poll()
+    assert not reading.is_stopped
+    _save(exports, 2)
+    assert reading.is_stopped
+    assert processes[2] is not reading
+    processes[2].end = Ended(1.0, None)
+    exports.poll()
+    assert (exports.pending, checkpoints.held) == ("", set())
+    assert (tmp_path / EXPORTS / "step-00000002").is_dir()
 
 
 def test_a_rollback_whose_checkpoint_is_not_written_leaves_its_export_alone(
