@@ -195,7 +195,8 @@ def _slurm_launch() -> Launch:
             "deepspeed or torchrun before the command, or ask for one task (--ntasks=1)."
         )
     address = env.get("MASTER_ADDR") or _first_slurm_host(env["SLURM_STEP_NODELIST"])
-    port = int(env.get("MASTER_PORT") or _DEFAULT_PORT + 1 + int(env.get("SLURM_JOB_ID", 0)) % 10_000)
+    # Below those that the kernel gives to outgoing connections (free_port), and another for each job.
+    port = int(env.get("MASTER_PORT") or _DEFAULT_PORT - 1 - int(env.get("SLURM_JOB_ID", 0)) % 10_000)
     return Launch(
         rank=int(env["SLURM_PROCID"]),
         local_rank=int(env.get("SLURM_LOCALID", 0)),

@@ -82,7 +82,9 @@ def test_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = launch(monkeypatch, **slurm, SLURM_JOB_ID="20123", SLURM_RESTART_COUNT="2")
     assert (found.rank, found.local_rank, found.world_size, found.launcher) == (3, 1, 4, "srun")
     assert (found.master_addr, found.restart_count, found.slurm_restarts, found.begun_by) == ("node7", 2, 2, "20123")
-    assert found.master_port == 29500 + 1 + 123  # another for each job, the same for all its tasks
+    assert found.master_port == 29500 - 1 - 123  # another for each job, the same for all its tasks
+    last = launch(monkeypatch, **slurm, SLURM_JOB_ID="29999", MASTER_PORT="").master_port
+    assert last == 29500 - 10_000  # all lie below 32768, from which Linux takes those of outgoing connections
 
 
 def test_srun_with_an_address_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
