@@ -83,8 +83,14 @@ def test_srun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (found.rank, found.local_rank, found.world_size, found.launcher) == (3, 1, 4, "srun")
     assert (found.master_addr, found.restart_count, found.slurm_restarts, found.begun_by) == ("node7", 2, 2, "20123")
     assert found.master_port == 29500 - 1 - 123  # another for each job, the same for all its tasks
-    last = launch(monkeypatch, **slurm, SLURM_JOB_ID="29999", MASTER_PORT="").master_port
-    assert last == 29500 - 10_000  # all lie below 32768, from which Linux takes those of outgoing connections
+
+
+@pytest.mark.parametrize(("job", "port"), [("20000", 29499), ("29999", 19500)])
+def test_srun_meets_below_the_ports_of_outgoing_connections(
+    job: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1", "SLURM_STEP_NODELIST": "node[1-2]"}
+    assert launch(monkeypatch, **slurm, SLURM_JOB_ID=job).master_port == port < 32768
 
 
 def test_srun_with_an_address_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
