@@ -10,6 +10,7 @@ import io
 import shlex
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,22 @@ def make_folder(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         raise path_error(folder, error) from error
+
+
+def check_output(file: Path | None, option: str, example: str) -> None:
+    """Make the folder of a file that an option names, before any work that could not be written there at its end.
+
+    file: None is none. example: a file's name.
+    Raises: ConfigError for a folder; PathError or StorageError if nothing can be written there.
+    """
+    if file is None:
+        return
+    if is_folder(file):
+        raise ConfigError(f"{option} {file} is a folder: name a file in it, such as {file / example}.")
+    with writing(file, f"Choose another {option}."):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
 
 
 def take_lock(file: IO, folder: Path) -> bool:

@@ -34,7 +34,7 @@ from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import Launch, detect_launch, prepare_imports
 from raptr_ds.plots.pictures import check_picture
 from raptr_ds.runtime.host_memory import keep_freed_memory, uncollected_imports
-from raptr_ds.user_paths import is_folder
+from raptr_ds.user_paths import check_output, is_folder
 
 if TYPE_CHECKING:  # torch and the other stacks take 7 s to import: check the command line before
     from raptr_ds.data.batch import StepBatch
@@ -156,6 +156,8 @@ def parse() -> argparse.Namespace:
     for layout in options.layouts:
         _sizes_of(layout)
     check_picture(options.plot, "--plot")
+    check_output(options.output, "--output", "report.md")
+    check_output(options.json, "--json", "rows.json")
     if options.tokenizer is not None and options.text is None:
         raise ConfigError("--tokenizer goes with --text.")
     return options

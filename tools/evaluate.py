@@ -26,7 +26,7 @@ from rich.console import Console
 from raptr_ds.atomic_file import write_atomically
 from raptr_ds.data.tokenizer import MODE_NAMES
 from raptr_ds.errors import FIRST_WORD_SECONDS, ConfigError, RaptrError
-from raptr_ds.user_paths import exists, is_folder, write_error
+from raptr_ds.user_paths import check_output, exists, is_folder, write_error
 
 
 def main() -> None:
@@ -83,14 +83,6 @@ def require_task_files(folder: Path | None) -> None:
         raise ConfigError(f"--task-files {folder}: there is no such folder. --fetch FOLDER makes one.")
 
 
-def require_output(file: Path | None) -> None:
-    """Raise ConfigError unless the results, if they are to be written, can be a file in a folder that is there."""
-    if file is not None and not is_folder(file.absolute().parent):
-        raise ConfigError(f"--output {file}: there is no such folder to write the file in. Make it first.")
-    if file is not None and is_folder(file):
-        raise ConfigError(f"--output {file} is a folder. Name a file in it, such as {file / 'results.json'}.")
-
-
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate on the launch's processes, the first of which prints; an error, the one that meets it first."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -121,7 +113,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Any) -> None:
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     is_first = ranks.rank == 0
     require_task_files(arguments.task_files)
-    require_output(arguments.output)
+    check_output(arguments.output, "--output", "results.json")
     device = arguments.device or ranks.device
     try:
         torch.empty(1, device=device)

@@ -5,32 +5,14 @@ option --tokenizer names.
 """
 
 import argparse
-import tempfile
 import time
-from pathlib import Path
 
 import _command_line
 from prepare_data import add_corpus_arguments, add_tokenizer_arguments, corpus_sources, given_path, tokenizer_settings
 from rich.console import Console
 
-from raptr_ds.errors import DataError
 from raptr_ds.prepare.tokenizer_training import train_tokenizer
-from raptr_ds.user_paths import is_folder, writing
-
-_FIX = "Choose another --output."
-
-
-def check_output(path: Path) -> None:
-    """Make the folder of the file to be written, before any work that could be lost.
-
-    Raises: DataError for a folder; PathError or StorageError if the file cannot be written there.
-    """
-    if is_folder(path):
-        raise DataError(f"--output {path} is a folder. Name the .model file to write.")
-    with writing(path, _FIX):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+from raptr_ds.user_paths import check_output, writing
 
 
 def main() -> None:
@@ -43,10 +25,10 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     settings = tokenizer_settings(arguments)
     sources = corpus_sources(arguments, _command_line.processors(), console)
-    check_output(arguments.output)
+    check_output(arguments.output, "--output", "tokenizer.model")
     begin = time.monotonic()
     tokenizer = train_tokenizer(sources, settings)
-    with writing(arguments.output, _FIX):
+    with writing(arguments.output, "Choose another --output."):
         tokenizer.save(arguments.output)
     console.print(
         f"{arguments.output}: {tokenizer.vocab_size:,} pieces, {len(tokenizer.sentinel_ids)} sentinels, "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.backend_bases import FigureCanvasBase
 
 from raptr_ds.errors import ConfigError
-from raptr_ds.user_paths import is_folder
+from raptr_ds.user_paths import check_output
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow; after these seven, five of another lightness.
 COLOURS = (
@@ -49,12 +49,9 @@ def literal(name: str) -> str:
 def check_picture(file: Path | None, option: str, formats: Sequence[str] = _FORMATS) -> None:
     """Check, before any work, that a picture can be written to a file that the user names; None is none.
 
-    Raises: ConfigError for a folder, and for a name whose ending is not a format's; PathError.
+    Raises: as `check_output`; ConfigError for a name whose ending is not a format's.
     """
-    if file is None:
-        return
-    if is_folder(file):
-        raise ConfigError(f"{option} {file} is a folder: name a file in it, such as {file / 'picture.png'}.")
-    if file.suffix.lower().removeprefix(".") not in formats:
+    check_output(file, option, "picture.png")
+    if file is not None and file.suffix.lower().removeprefix(".") not in formats:
         known = ", ".join(f".{name}" for name in formats)
         raise ConfigError(f"{option} {file}: a picture's file ends in {known}. Write {file.with_suffix('.png')}.")

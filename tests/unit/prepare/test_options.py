@@ -132,7 +132,7 @@ def test_no_more_workers_than_processors_that_may_be_used(
     ("output", "message"),
     [
         ("", "argument --output: the value is empty"),
-        (".", "is a folder. Name the .model file"),
+        (".", "is a folder: name a file in it, such as tokenizer.model"),
         ("text.txt/a.model", "text.txt/a.model cannot be written"),
         (TOO_LONG, "cannot be used: File name too long"),
     ],
