@@ -110,6 +110,8 @@ def check_output(file: Path | None, option: str, example: str) -> None:
         return
     if is_folder(file):
         raise ConfigError(f"{option} {file} is a folder: name a file in it, such as {file / example}.")
+    if exists(file) and not is_file(file):  # a terminal or a pipe
+        return
     with writing(file, f"Choose another {option}."):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):

@@ -18,14 +18,14 @@ from raptr_ds.data.indexed import open_indexed
 from raptr_ds.data.loader import are_prepared
 from raptr_ds.data.manifest import Manifest
 from raptr_ds.data.tokenizer import read_model_file
-from raptr_ds.errors import Exit, StorageError
+from raptr_ds.errors import ConfigError, Exit, StorageError
 from raptr_ds.hf.export import export
 from raptr_ds.lab import runner
 from raptr_ds.lab.file import load_experiment
 from raptr_ds.plots.curves import load_curves
 from raptr_ds.prepare.working_folder import working_folder
 from raptr_ds.theory.transitions import transitions_of
-from raptr_ds.user_paths import PathError, claimed, exists, is_file, is_folder, write_error
+from raptr_ds.user_paths import PathError, check_output, claimed, exists, is_file, is_folder, write_error
 from tests.unprivileged import closed
 
 TOO_LONG = Path("/", "a" * 300)
@@ -156,6 +156,21 @@ def test_a_full_or_failing_disk_is_not_the_users_mistake(number: int, code: Exit
     assert error.exit_code == code
     assert str(error).startswith(f"run/metrics.jsonl cannot be written: {os.strerror(number)}. ")
     assert ("Name another folder." in str(error)) == (code == Exit.USER_ERROR)
+
+
+def test_a_file_to_write_is_checked_and_its_folder_made(tmp_path: Path) -> None:
+    for file in (None, tmp_path / "new" / "one" / "x.json", Path("/dev/null")):
+        check_output(file, "--output", "x.json")
+    assert list((tmp_path / "new" / "one").iterdir()) == []
+    with pytest.raises(ConfigError, match=rf"--output {tmp_path} is a folder: .*such as {tmp_path}/x.json"):
+        check_output(tmp_path, "--output", "x.json")
+    with pytest.raises(PathError, match="Choose another --json"):
+        check_output(Path(__file__, "x.json"), "--json", "x.json")
+
+
+def test_a_file_to_write_in_a_closed_folder_is_refused(closed_folder: Path) -> None:
+    with pytest.raises(PathError, match="Permission denied"):
+        check_output(closed_folder / "x.json", "--output", "x.json")
 
 
 def test_a_run_prints_names_that_its_output_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
