@@ -35,13 +35,14 @@ class Snapshot:
     def take(self, fragments: Iterable[Fragment], rank: int) -> None:
         """Copy the fragments as fp32, which represents every state of the engines exactly."""
         fragments = list(fragments)
-        header = _header([fragment.data.numel() for fragment in fragments])
+        numels = [fragment.data.numel() for fragment in fragments]
+        header = _header(numels)
         on_gpu = any(fragment.data.is_cuda for fragment in fragments)
-        size = len(header) + _ELEMENT_BYTES * sum(fragment.data.numel() for fragment in fragments)
+        size = len(header) + _ELEMENT_BYTES * sum(numels)
         self._reserve(size, on_gpu)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         data = self._buffer[len(header) : size].view(torch.float32)
-        for fragment, target in zip(fragments, data.split([f.data.numel() for f in fragments]), strict=True):
+        for fragment, target in zip(fragments, data.split(numels), strict=True):
             target.copy_(fragment.data, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()

@@ -120,9 +120,7 @@ class MixtureOfDenoisers:
             max(map(num_spans, denoisers, self._lengths)),
             f"this mixture of denoisers at raptr_ds.model.seq_length={seq_length}",
         )
-        self._sentinels = tokenizer.sentinel_ids
-        self._mode_ids = tokenizer.mode_ids
-        self._eos_id = tokenizer.eos_id
+        self._tokenizer = tokenizer
         weights = np.array([denoiser.weight for denoiser in denoisers], np.float64)
         self._cumulative = np.cumsum(weights / weights.sum())[:-1]
 
@@ -139,15 +137,15 @@ class MixtureOfDenoisers:
 
     def corrupt(self, denoiser: Denoiser, text: np.ndarray, rng: np.random.Generator) -> Sample:
         """Corrupt all of `text` (at least two tokens, int64) with one denoiser."""
-        mode = np.array([] if denoiser.mode is None else [self._mode_ids[denoiser.mode]], np.int64)
+        mode = np.array([] if denoiser.mode is None else [self._tokenizer.mode_ids[denoiser.mode]], np.int64)
         if denoiser.kind == "causal":
             return _with_targets(np.concatenate([mode, text]), 1)
         if denoiser.kind == "prefix":
             prefix_length = len(mode) + len(text) - _num_hidden(denoiser, len(text))
             return _with_targets(np.concatenate([mode, text]), prefix_length)
         starts, lengths = random_spans(len(text), *count_spans(denoiser, len(text)), rng)
-        inputs, targets = replace_spans(text, starts, lengths, self._sentinels)
-        tokens = np.concatenate([mode, inputs, targets, [self._eos_id]])
+        inputs, targets = replace_spans(text, starts, lengths, self._tokenizer.sentinel_ids)
+        tokens = np.concatenate([mode, inputs, targets, [self._tokenizer.eos_id]])
         return _with_targets(tokens, len(mode) + len(inputs))
 
 

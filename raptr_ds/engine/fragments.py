@@ -92,12 +92,17 @@ def state_kinds(state: Mapping[str, Any], flat: torch.Tensor) -> list[str]:
     return [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.shape == flat.shape]
 
 
+def weight_and_states(tensor: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return a tensor that the optimizer steps, and its states of the same shape, by kind."""
+    state = optimizer.state.get(tensor, {})
+    return {WEIGHT: tensor.detach(), **{kind: state[kind] for kind in state_kinds(state, tensor)}}
+
+
 def fragments_of(holders: Iterable[Holder], optimizer: torch.optim.Optimizer) -> list[Fragment]:
     """Return the weights and states of the holders, one fragment for each piece and kind."""
     found = []
     for holder in holders:
-        state = optimizer.state.get(holder.flat, {})
-        tensors = {WEIGHT: holder.flat, **{kind: state[kind] for kind in state_kinds(state, holder.flat)}}
+        tensors = weight_and_states(holder.flat, optimizer)
         for piece in holder.pieces:
             for kind, tensor in tensors.items():
                 data = tensor.detach().view(-1).narrow(0, piece.start, piece.geometry.numel)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from raptr_ds.engine.fragments import WEIGHT, state_kinds
+from raptr_ds.engine.fragments import weight_and_states
 from raptr_ds.parallel.groups import ProcessGroups
 from raptr_ds.parallel.layers import pieces
 from raptr_ds.parallel.transfer import without_waiting
@@ -34,21 +34,15 @@ def idle_parts_kept(
     with torch.no_grad():
         for parameter, master, layer in parameters:
             if (idle := _idle_elements(parameter, layer, parts, groups)) is not None:
-                tensors = _tensors(optimizer, master)
+                tensors = weight_and_states(master, optimizer)
                 kept.append((master, *idle, {kind: tensor.index_select(*idle) for kind, tensor in tensors.items()}))
         yield
         for master, dim, elements, values in kept:
-            for kind, tensor in _tensors(optimizer, master).items():
+            for kind, tensor in weight_and_states(master, optimizer).items():
                 if kind in values:
                     tensor.index_copy_(dim, elements, values[kind])
                 else:
                     tensor.index_fill_(dim, elements, 0.0)
-
-
-def _tensors(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the weight and its states by kind."""
-    state = optimizer.state.get(master, {})
-    return {WEIGHT: master.detach(), **{kind: state[kind] for kind in state_kinds(state, master)}}
 
 
 def _idle_elements(

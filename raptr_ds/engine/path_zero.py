@@ -239,14 +239,10 @@ class PathZero3(PathZero, DeepSpeedZeroOptimizer_Stage3):
         """
         super().follow(path, freezes)
         if path.shares:
+            accumulated = vars(self)[_PRIVATE_3 + "param_id_to_grad_partition"]  # by DeepSpeed's number of a parameter
             for parameter, layer in self.layers.items():
                 if layer != NO_LAYER and not path.shares[0].is_active(layer):
-                    self._gradient_partitions[parameter.ds_id].zero_()  # type: ignore[attr-defined]
-
-    @property
-    def _gradient_partitions(self) -> dict[int, torch.Tensor]:
-        """The tensors in which ZeRO 3 accumulates gradients, by ds_id, DeepSpeed's number of a parameter."""
-        return vars(self)[_PRIVATE_3 + "param_id_to_grad_partition"]
+                    accumulated[parameter.ds_id].zero_()  # type: ignore[attr-defined]
 
     def follow_micro_batch(self, path: LayerPath) -> None:
         """Prefetch weights along `path` in the next micro batch."""

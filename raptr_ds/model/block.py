@@ -13,18 +13,14 @@ from raptr_ds.parallel.layers import ColumnLinear, GatedColumnLinear, RowLinear,
 from raptr_ds.parallel.sequence import sum_gradients
 
 
-def build_norm(kind: str, hidden_size: int, epsilon: float) -> nn.Module:
-    """Return a `layernorm` or an `rmsnorm` over the last dim of (..., hidden_size)."""
-    if kind == "rmsnorm":
-        return nn.RMSNorm(hidden_size, eps=epsilon)
-    return nn.LayerNorm(hidden_size, eps=epsilon)
+def build_norm(model: ModelSection) -> nn.Module:
+    """Return the model's norm, over the last dim of (..., hidden_size)."""
+    kind = nn.RMSNorm if model.normalization == "rmsnorm" else nn.LayerNorm
+    return kind(model.hidden_size, eps=model.norm_epsilon)
 
 
 class MLP(nn.Module):
-    """GELU or SwiGLU feed-forward; for SwiGLU, rows 2i and 2i + 1 of `expand` are gate and value of inner feature i.
-
-    That order keeps gate and value together on whichever tensor rank holds feature i.
-    """
+    """GELU or SwiGLU feed-forward; for SwiGLU `expand` has two rows for each inner feature (GatedColumnLinear)."""
 
     def __init__(self, model: ModelSection, groups: ProcessGroups) -> None:
         super().__init__()
@@ -61,9 +57,9 @@ class Block(nn.Module):
     def __init__(self, model: ModelSection, groups: ProcessGroups, attention_kernel: bool = False) -> None:
         super().__init__()
         self.dropout_rate = model.hidden_dropout
-        self.attention_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
+        self.attention_norm = build_norm(model)
         self.attention = Attention(model, groups, attention_kernel)
-        self.mlp_norm = build_norm(model.normalization, model.hidden_size, model.norm_epsilon)
+        self.mlp_norm = build_norm(model)
         self.mlp = MLP(model, groups)
         self.sequence_rank = groups.sequence_rank
         for norm in (self.attention_norm, self.mlp_norm):

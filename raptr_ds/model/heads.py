@@ -22,9 +22,9 @@ class Head(nn.Module):
         super().__init__()
         hidden, vocab_size, is_bert = model.hidden_size, model.vocab_size, model.architecture == "bert"
         self.vocab_size, self.groups = vocab_size, groups
-        self.norm = build_norm(model.normalization, hidden, model.norm_epsilon)
+        self.norm = build_norm(model)
         self.transform = nn.Linear(hidden, hidden) if is_bert else None
-        self.transform_norm = build_norm(model.normalization, hidden, model.norm_epsilon) if is_bert else None
+        self.transform_norm = build_norm(model) if is_bert else None
         self.output = None if model.tie_word_embeddings else WordEmbedding(vocab_size, hidden, groups)
         self.bias = vocab_bias(vocab_size, groups) if is_bert else None
 

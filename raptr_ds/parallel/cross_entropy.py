@@ -45,12 +45,11 @@ def cross_entropy(
     real_rows = max(0, min(len(weight), vocab_size - first_row))
     local = targets - first_row
     local = torch.where((local >= 0) & (local < real_rows), local, -1)  # -1: another rank has it
-    form = _ByKernel if _has_kernel(hidden, groups.tensor) else _InPieces
-    return form.apply(hidden, weight, bias, local, real_rows, groups.tensor)
+    return _CrossEntropy.apply(hidden, weight, bias, local, real_rows, groups.tensor)
 
 
-class _InPieces(torch.autograd.Function):
-    """Saves exponentials of the logits; its backward pass consumes them, so it runs once."""
+class _CrossEntropy(torch.autograd.Function):
+    """Saves the logits, or their exponentials; its backward pass overwrites them, so it runs once."""
 
     @staticmethod
     def forward(  # pyright: ignore
@@ -62,74 +61,89 @@ class _InPieces(torch.autograd.Function):
         real_rows: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        is_here, local = local >= 0, local.clamp(min=0)
-        logits = _logits(hidden, weight, bias)
-        if real_rows < len(weight):
-            logits[:, real_rows:] = -torch.inf
-        largest = logits.amax(1)
-        if group.size() > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        sums = _to_exponentials(logits, largest, local, is_here)
-        if group.size() > 1:
-            dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(hidden, weight, local, is_here, sums)
-        ctx.exponentials, ctx.has_bias = logits, bias is not None
-        return sums[0].log() - sums[1]
+        ctx.by_kernel, ctx.has_bias, ctx.real_rows = _has_kernel(hidden, group), bias is not None, real_rows
+        rows = None
+        if ctx.by_kernel:
+            rows = hidden.new_empty(len(hidden), -(-len(weight) // _ALIGNED) * _ALIGNED)[:, : len(weight)]
+        if bias is None:
+            ctx.logits = torch.mm(hidden, weight.t(), out=rows)
+        else:
+            ctx.logits = torch.addmm(bias, hidden, weight.t(), out=rows)
+        losses_of = _losses_by_kernel if ctx.by_kernel else _losses_in_pieces
+        losses, statistics = losses_of(ctx.logits, local, real_rows, group)
+        ctx.save_for_backward(hidden, weight, local, statistics)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
-        hidden, weight, local, is_here, (total, of_target) = ctx.saved_tensors
-        by_logits, ctx.exponentials = ctx.exponentials, None
+        hidden, weight, local, statistics = ctx.saved_tensors
+        by_logits, ctx.logits = ctx.logits, None
         assert by_logits is not None, "the backward pass of a cross-entropy runs once"
-        scale = gradients[0] / total
-        by_logits.mul_(scale.to(by_logits.dtype)[:, None])
-        # In fp32 from its parts: a probability near one, rounded to bf16, would leave nothing of the difference to one.
-        at_target = (scale * of_target.exp() - gradients[0]).to(by_logits.dtype)
-        elsewhere = by_logits.gather(1, local[:, None])
-        by_logits.scatter_(1, local[:, None], torch.where(is_here[:, None], at_target[:, None], elsewhere))
-        return _gradients(by_logits, hidden, weight, ctx.has_bias)
+        if ctx.by_kernel:
+            from raptr_ds.parallel.cross_entropy_kernel import overwrite_by_gradient
+
+            overwrite_by_gradient(by_logits, local, statistics, gradients[0].contiguous(), ctx.real_rows)
+        else:
+            _to_gradient(by_logits, local, statistics, gradients[0])
+        by_bias = by_logits.sum(0) if ctx.has_bias else None
+        return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None
 
 
-class _ByKernel(torch.autograd.Function):
-    """Saves the logits; its backward pass overwrites them, so it runs once."""
+def _losses_by_kernel(
+    logits: torch.Tensor, local: torch.Tensor, real_rows: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of logits (n, rows), and the logarithms of the sums of their exponentials, both (n,)."""
+    from raptr_ds.parallel.cross_entropy_kernel import statistics_of  # Triton is not there on every machine
 
-    @staticmethod
-    def forward(  # pyright: ignore
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        local: torch.Tensor,
-        real_rows: int,
-        group: dist.ProcessGroup,
-    ) -> torch.Tensor:
-        from raptr_ds.parallel.cross_entropy_kernel import statistics_of  # Triton is not there on every machine
+    statistics = statistics_of(logits, local, real_rows)
+    if group.size() > 1:
+        largest = statistics[0].clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        statistics[1] *= (statistics[0] - largest).exp()
+        statistics[0] = largest
+        dist.all_reduce(statistics[1:], group=group)
+    logarithms = statistics[0] + statistics[1].log()
+    return logarithms - statistics[2], logarithms
 
-        rows = hidden.new_empty(len(hidden), -(-len(weight) // _ALIGNED) * _ALIGNED)[:, : len(weight)]
-        logits = _logits(hidden, weight, bias, out=rows)
-        statistics = statistics_of(logits, local, real_rows)
-        if group.size() > 1:
-            largest = statistics[0].clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            statistics[1] *= (statistics[0] - largest).exp()
-            statistics[0] = largest
-            dist.all_reduce(statistics[1:], group=group)
-        logarithms = statistics[0] + statistics[1].log()
-        ctx.save_for_backward(hidden, weight, local, logarithms)
-        ctx.logits, ctx.real_rows, ctx.has_bias = logits, real_rows, bias is not None
-        return logarithms - statistics[2]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
-        from raptr_ds.parallel.cross_entropy_kernel import overwrite_by_gradient
+def _losses_in_pieces(
+    logits: torch.Tensor, local: torch.Tensor, real_rows: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn logits (n, rows) into exp(logit - the largest) in place.
 
-        hidden, weight, local, logarithms = ctx.saved_tensors
-        logits, ctx.logits = ctx.logits, None
-        assert logits is not None, "the backward pass of a cross-entropy runs once"
-        overwrite_by_gradient(logits, local, logarithms, gradients[0].contiguous(), ctx.real_rows)
-        return _gradients(logits, hidden, weight, ctx.has_bias)
+    Returns the losses (n,), and (2, n): the sums of all exponentials, and the targets' logits less the largest.
+    """
+    logits[:, real_rows:] = -torch.inf
+    largest = logits.amax(1)
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    is_here, local = local >= 0, local.clamp(min=0)
+    sums = torch.empty(2, len(logits), dtype=at_least_fp32(largest).dtype, device=logits.device)
+    piece = _CPU_PIECE_ELEMENTS if logits.device.type == "cpu" else _PIECE_ELEMENTS
+    for start in range(0, len(logits), max(1, piece // logits.shape[1])):
+        here = slice(start, start + max(1, piece // logits.shape[1]))
+        working = at_least_fp32(logits[here])  # the same memory in fp32 and fp64
+        working -= largest[here, None]
+        sums[1, here] = torch.where(is_here[here], working.gather(1, local[here, None])[:, 0], 0.0)
+        torch.sum(working.exp_(), 1, out=sums[0, here])
+        if working.dtype != logits.dtype:
+            logits[here] = working
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    return sums[0].log() - sums[1], sums
+
+
+def _to_gradient(exponentials: torch.Tensor, local: torch.Tensor, sums: torch.Tensor, by_loss: torch.Tensor) -> None:
+    """Turn the exponentials that `_losses_in_pieces` left into the logits' gradient, in place; sums: what it gave."""
+    is_here, local = local >= 0, local.clamp(min=0)[:, None]
+    total, of_target = sums
+    scale = by_loss / total
+    exponentials.mul_(scale.to(exponentials.dtype)[:, None])
+    # In fp32 from its parts: a probability near one, rounded to bf16, would leave nothing of the difference to one.
+    at_target = (scale * of_target.exp() - by_loss).to(exponentials.dtype)
+    elsewhere = exponentials.gather(1, local)
+    exponentials.scatter_(1, local, torch.where(is_here[:, None], at_target[:, None], elsewhere))
 
 
 def _has_kernel(hidden: torch.Tensor, group: dist.ProcessGroup) -> bool:
@@ -148,38 +162,6 @@ def all_have_triton(group: dist.ProcessGroup, device: torch.device) -> bool:
     everywhere = torch.tensor(float(runs), device=device)
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
     return bool(everywhere)
-
-
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-def _gradients(
-    by_logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, has_bias: bool
-) -> tuple[torch.Tensor | None, ...]:
-    by_bias = by_logits.sum(0) if has_bias else None
-    return by_logits @ weight, by_logits.t() @ hidden, by_bias, None, None, None
-
-
-def _to_exponentials(
-    logits: torch.Tensor, largest: torch.Tensor, local: torch.Tensor, is_here: torch.Tensor
-) -> torch.Tensor:
-    """Turn logits (n, rows) into exp(logits - largest) in place; return this rank's sums and targets' logits (2, n)."""
-    sums = torch.empty(2, len(logits), dtype=at_least_fp32(largest).dtype, device=logits.device)
-    piece = _CPU_PIECE_ELEMENTS if logits.device.type == "cpu" else _PIECE_ELEMENTS
-    for start in range(0, len(logits), max(1, piece // logits.shape[1])):
-        here = slice(start, start + max(1, piece // logits.shape[1]))
-        working = at_least_fp32(logits[here])  # the same memory in fp32 and fp64
-        working -= largest[here, None]
-        sums[1, here] = torch.where(is_here[here], working.gather(1, local[here, None])[:, 0], 0.0)
-        torch.sum(working.exp_(), 1, out=sums[0, here])
-        if working.dtype != logits.dtype:
-            logits[here] = working
-    return sums
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:

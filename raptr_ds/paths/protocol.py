@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from raptr_ds.config.path_sections import AnyPathSection, RunSizes
+from raptr_ds.config.path_sections import PathSection, RunSizes
 from raptr_ds.paths.growth import Growth
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.schedule import Phase, phase_at, phases_of
@@ -19,7 +19,7 @@ class PathMethod(ABC):
     Steps are 0-based, and every answer is a pure function of (seed, step).
     """
 
-    section: AnyPathSection
+    section: PathSection
     sizes: RunSizes
     seed: int
 

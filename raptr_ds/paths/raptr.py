@@ -7,13 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from raptr_ds.config.path_sections import (
-    ConstantSection,
-    LayerDropoutSection,
-    LayerDropSection,
-    PldSection,
-    RaptrSection,
-)
+from raptr_ds.config.path_sections import DrawingSection, RandomSection
 from raptr_ds.paths.balance import BalancedStages, balanced_marginals, draw_balanced
 from raptr_ds.paths.path import LayerPath
 from raptr_ds.paths.protocol import PathMethod
@@ -24,7 +18,7 @@ from raptr_ds.rng import stream
 class DrawnPaths(PathMethod):
     """Methods that draw the layers of each step."""
 
-    section: RaptrSection | ConstantSection | PldSection | LayerDropSection | LayerDropoutSection
+    section: DrawingSection
 
     @abstractmethod
     def draw(self, generator: np.random.Generator, step: int) -> tuple[int, ...]:
@@ -55,7 +49,7 @@ class RandomPaths(DrawnPaths):
     Source: Panigrahi et al., arXiv 2402.05913 (docs/ on what is open).
     """
 
-    section: RaptrSection | ConstantSection
+    section: RandomSection
     stages: BalancedStages | None = None
 
     def __post_init__(self) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raptr_ds.config.path_sections import (
-    AnyPathSection,
     ConstantSection,
     FullSection,
+    PathSection,
     RunSizes,
     ScheduledSection,
     WarmedUpSection,
@@ -49,7 +49,7 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
     return phases[bisect_right(phases, step, key=lambda phase: phase.first_step) - 1]
 
 
-def phases_of(section: AnyPathSection, sizes: RunSizes) -> tuple[Phase, ...]:
+def phases_of(section: PathSection, sizes: RunSizes) -> tuple[Phase, ...]:
     """Return the phases of a completed section's schedule, or a single one over all steps for methods without one.
 
     Together they cover the steps of the run exactly, in order.
