@@ -62,7 +62,7 @@ class _StartTimes:
     """The seconds of a start by part, in order; the first one, `imports`, began with the process."""
 
     def __init__(self) -> None:
-        began = int(stat_fields(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")  # ticks since the machine's start
+        began = int(stat_fields(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")  # starttime, in ticks since the boot
         self.seconds = {"imports": round(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 2)}
         self._last = time.monotonic()
 
