@@ -116,8 +116,7 @@ def train(session: Session) -> Exit:
         if must_recover(state, config.train.max_non_finite_steps):
             state = recover(session, state, result)
             continue
-        is_evaluation_due = config.eval.due(state.step) or (state.step == config.train.steps and config.eval.batches)
-        if is_evaluation_due and not evaluate(session, state):
+        if config.evaluates_after(state.step) and not evaluate(session, state):
             session.save(state)
             return Exit.CONTINUE_LATER
         if session.is_checkpoint_due(before, state):

@@ -135,8 +135,8 @@ class Checkpoints:
     def save(self, engine: Engine, step: int, model: ModelSection, run_state: dict[str, Any]) -> None:
         """Copy the state after `step` steps and begin to write it.
 
-        A save that is still being written is completed first. run_state: plain JSON, the same on all ranks. A later
-        `poll` or `wait` returns whether the checkpoint could be written.
+        A save that is still being written is completed first. run_state: plain JSON, of which rank 0's is written. A
+        later `poll` or `wait` returns whether the checkpoint could be written.
         """
         begin = time.perf_counter()
         self._conclude_when_written()

@@ -20,18 +20,18 @@ _betas = must(
 _share = must("a fraction of the steps, 0 or more and less than 1", _is_share)
 
 _RATE: dict[str, Check] = {"lr": number(0, above=True), "weight_decay": number(0)}
-_ADAM: dict[str, Check] = {**_RATE, "betas": _betas, "eps": number(0, above=True)}
 _TORCH_ONLY = ("foreach", "fused", "maximize", "amsgrad")
 _DEEPSPEED_ONLY = ("bias_correction", "set_grad_none")
-_ADAM_ALL: dict[str, Check] = {
-    **_ADAM,
-    "torch_adam": flag,
-    **dict.fromkeys((*_TORCH_ONLY, *_DEEPSPEED_ONLY), flag),
+_ADAM: dict[str, Check] = {
+    **_RATE,
+    "betas": _betas,
+    "eps": number(0, above=True),
+    **dict.fromkeys(("torch_adam", *_TORCH_ONLY, *_DEEPSPEED_ONLY, "adam_w_mode"), flag),
 }
 
 OPTIMIZERS: dict[str, dict[str, Check]] = {
-    "AdamW": {**_ADAM_ALL, "adam_w_mode": flag},
-    "Adam": {**_ADAM_ALL, "adam_w_mode": flag},
+    "AdamW": _ADAM,
+    "Adam": _ADAM,
     "Lion": {**_RATE, "betas": _betas},
     "SGD": {**_RATE, "momentum": number(0, 1), "dampening": number(0), "nesterov": flag},
 }

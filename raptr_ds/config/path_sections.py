@@ -67,15 +67,10 @@ class PathSection(Section):
         return section
 
 
-class _OnePath(PathSection):
-    """Methods that draw one path for each step, or none."""
-
-    paths_per_step: ClassVar[int] = 1
-
-
-class _NothingSkipped(PathSection):
+class _NothingDrawn(PathSection):
     """Methods that train all layers that the model has."""
 
+    paths_per_step: ClassVar[int] = 1
     skipped_update: ClassVar[str] = "freeze"
 
 
@@ -226,7 +221,7 @@ class WarmedUpSection(ScheduledSection):
             )
 
 
-class FullSection(_OnePath, _NothingSkipped):
+class FullSection(_NothingDrawn):
     """full: all layers, always."""
 
     method: Literal["full"] = "full"
@@ -342,7 +337,7 @@ class LayerDropoutSection(DrawingSection):
     time, to 0 at the end. A quarter of it is what the run saves of its layers' work."""
 
 
-class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
+class StackingSection(_NothingDrawn, ScheduledSection):
     """stacking: some layers alone, then new ones on top of them or in their middle."""
 
     default_schedule: ClassVar[str] = "gradual"
@@ -375,10 +370,11 @@ class StackingSection(_OnePath, _NothingSkipped, ScheduledSection):
             )
 
 
-class WidthSection(_OnePath, WarmedUpSection, SkippingSection):
+class WidthSection(WarmedUpSection, SkippingSection):
     """width: all layers, each with random attention heads and blocks of its MLP, whose number grows by phases."""
 
     parts: ClassVar[str] = "heads"
+    paths_per_step: ClassVar[int] = 1
 
     method: Literal["width"] = "width"
 

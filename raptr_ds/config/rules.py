@@ -5,6 +5,7 @@ Rules of the path section alone stand in path_sections.py, those of optimizer an
 
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 
 from raptr_ds.config.batch import divisors
 from raptr_ds.config.derive import loss_scale_search_steps
@@ -14,7 +15,8 @@ from raptr_ds.config.run import RunConfig
 from raptr_ds.config.section_types import MOST_COUNT
 from raptr_ds.config.usage import look_up
 
-_TENSOR = "parallel.tensor_model_parallel_size"
+_HEADS, _TENSOR = "model.num_attention_heads", "parallel.tensor_model_parallel_size"
+_EXPORTS = "checkpoint.export_interval"
 
 
 def check_rules(config: RunConfig) -> list[str]:
@@ -36,25 +38,25 @@ def check_rules(config: RunConfig) -> list[str]:
 
 def _model_rules(config: RunConfig) -> Iterator[str]:
     """Heads divide the width; rotary embedding turns pairs of channels; each process takes whole heads."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    heads = model.num_attention_heads
-    yield from _multiple("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
+    model = config.model
+    yield from _multiple(config, "model.hidden_size", _HEADS)
     if model.position_embedding == "rotary" and model.head_dim % 2:
         yield (
             f"raptr_ds.model.hidden_size / num_attention_heads = {model.head_dim} must be even for position_embedding "
             "'rotary'. Change one of the two, or set raptr_ds.model.position_embedding to 'learned'."
         )
-    yield from _multiple("model.num_attention_heads", heads, _TENSOR, tensor, ": each process takes whole heads")
-    yield from _multiple("model.ffn_hidden_size", model.ffn_hidden_size, _TENSOR, tensor)
+    yield from _multiple(config, _HEADS, _TENSOR, ": each process takes whole heads")
+    yield from _multiple(config, "model.ffn_hidden_size", _TENSOR)
 
 
 def _layout_rules(config: RunConfig) -> Iterator[str]:
     """sequence_parallel splits sequences into equal parts, and every pipeline stage has layers."""
     model, parallel = config.model, config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
     if parallel.sequence_parallel:
-        why = ": raptr_ds.parallel.sequence_parallel=true splits it"
-        yield from _multiple("model.seq_length", model.seq_length, _TENSOR, tensor, why)
+        yield from _multiple(
+            config, "model.seq_length", _TENSOR, ": raptr_ds.parallel.sequence_parallel=true splits it"
+        )
     if stages > model.num_layers:
         yield (
             f"raptr_ds.parallel.pipeline_model_parallel_size={stages} needs at least {stages} layers, one for each "
@@ -72,11 +74,11 @@ def _layout_rules(config: RunConfig) -> Iterator[str]:
 
 def _width_rules(config: RunConfig) -> Iterator[str]:
     """Layers that run in parts have as many blocks of the MLP as heads, in whole tensors, and are not compiled."""
-    model, data, cause = config.model, config.batch.data_parallel, config.narrowed_by
+    data, cause = config.batch.data_parallel, config.narrowed_by
     if cause is None:
         return
-    heads, why = model.num_attention_heads, f": {cause} cuts the MLP into as many blocks as there are heads"
-    yield from _multiple("model.ffn_hidden_size", model.ffn_hidden_size, "model.num_attention_heads", heads, why)
+    why = f": {cause} cuts the MLP into as many blocks as there are heads"
+    yield from _multiple(config, "model.ffn_hidden_size", _HEADS, why)
     # Parts of a tensor can be frozen where a process has all of its optimizer state.
     is_whole = config.zero_stage == 0 or (config.zero_stage < 3 and data == 1)
     if config.path.skipped_update == "freeze" and not is_whole:
@@ -233,23 +235,21 @@ def _export_rules(config: RunConfig) -> Iterator[str]:
             f"Set interval to {export}, or a number that divides it."
         )
     elif export:
-        why = ": checkpoints are exported"
-        yield from _multiple("checkpoint.export_interval", export, "checkpoint.interval", interval, why)
+        yield from _multiple(config, _EXPORTS, "checkpoint.interval", ": checkpoints are exported")
 
 
 def _task_rules(config: RunConfig) -> Iterator[str]:
     """Each task is scored once, on exports."""
-    tasks, export = config.eval.tasks, config.checkpoint.export_interval
+    tasks = config.eval.tasks
     if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
         yield f"raptr_ds.eval.tasks={list(tasks)} names {', '.join(twice)} twice. Name each task once."
     elif tasks:
-        why = ": exports are scored"
-        interval = config.eval.task_interval
-        yield from _multiple("eval.task_interval", interval, "checkpoint.export_interval", export, why)
+        yield from _multiple(config, "eval.task_interval", _EXPORTS, ": exports are scored")
 
 
-def _multiple(key: str, value: int, divisor_key: str, divisor: int, why: str = "") -> Iterator[str]:
-    """Yield the message for a value that must be a multiple of another and is not, with what would fit."""
+def _multiple(config: RunConfig, key: str, divisor_key: str, why: str = "") -> Iterator[str]:
+    """Yield the message for a key whose value must be a multiple of another's and is not, with what would fit."""
+    value, divisor = attrgetter(key, divisor_key)(config)
     if value % divisor:
         name, divisor_name = (dotted.rpartition(".")[2] for dotted in (key, divisor_key))
         fits = max(number for number in divisors(value) if number <= divisor)

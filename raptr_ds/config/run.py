@@ -112,6 +112,10 @@ class RunConfig:
             return self.train.compile
         return on_gpu and self.zero_stage <= 2 and self.narrowed_by is None
 
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether the run evaluates after `step` steps: at intervals and, if it evaluates at all, at its end."""
+        return self.eval.due(step) or (step == self.train.steps and self.eval.batches > 0)
+
     @property
     def narrowed_by(self) -> str | None:
         """What lets layers run with some of their heads and MLP blocks, as a message names it; None: nothing."""

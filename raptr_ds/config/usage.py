@@ -238,10 +238,8 @@ def look_up(tree: dict[str, Any], dotted: str) -> Any:
 
 
 def without(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
-    """Return a copy of `tree` without the value at a dotted key."""
+    """Return a copy of `tree` without the value at a dotted key, which it has."""
     head, _, rest = dotted.partition(".")
-    if head not in tree:
-        return tree
     if not rest:
         return {key: value for key, value in tree.items() if key != head}
     return {**tree, head: without(tree[head], rest)}

@@ -33,7 +33,7 @@ from raptr_ds.errors import RaptrError
 from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.events import EventLog
 from raptr_ds.runtime.metrics import Metrics
-from raptr_ds.runtime.metrics_file import METRICS, read_metrics
+from raptr_ds.runtime.metrics_file import METRICS, Scores, read_metrics
 from raptr_ds.runtime.side_process import Ended, SideProcess
 from raptr_ds.user_paths import exists, is_folder, make_folder, writing
 
@@ -43,9 +43,6 @@ TASKS = "tasks.json"
 _EXPORT = "export"  # in a checkpoint's run state, if it is due: _PLAIN or _SCORED
 _PLAIN, _SCORED = "plain", "scored"
 _EXPORT_SECONDS = 3600.0
-
-Scores = dict[str, dict[str, float | None]]
-"""Numbers by task and metric, as lm-evaluation-harness names them; None for one that is not finite."""
 
 
 @dataclass
@@ -93,8 +90,7 @@ class _Lane:
 class Exports:
     """The exports of a run.
 
-    folder: the run's; None on ranks other than 0, which only count. Its methods are called on all ranks, with the same
-    steps.
+    folder: the run's; None on ranks other than 0, where its methods, which all ranks call, do nothing.
     """
 
     def __init__(
@@ -122,9 +118,9 @@ class Exports:
 
         Raises: PathError or StorageError if the folder cannot be written.
         """
-        self._last_save = step
         if not self._is_working:
             return
+        self._last_save = step
         with writing(self._folder):
             self._set_aside(step if is_own else -1)
             if self._config.checkpoint.export_interval:
@@ -135,6 +131,8 @@ class Exports:
 
     def mark(self, step: int) -> dict[str, str]:
         """Return what the checkpoint that is about to be written records about an export, and hold it if it is due."""
+        if not self._is_working:
+            return {}
         interval, since = self._config.checkpoint.export_interval, self._last_save
         is_end, self._last_save = step == self._config.train.steps, step
         if step in self._marks:  # the run has rolled back to it
@@ -154,7 +152,7 @@ class Exports:
             self._last_save = min(self._last_save, self._marks[report.step][1])
             if report.step not in self._exporting.steps:  # else an earlier checkpoint of this step is being exported
                 self._let_go(report.step)
-        elif self._is_working:
+        else:
             self._queue(report.step)
 
     def poll(self) -> None:
@@ -164,6 +162,8 @@ class Exports:
 
     def go_back(self, step: int) -> None:
         """Abandon what is later than a step: the run has rolled back to it."""
+        if not self._is_working:
+            return
         self._last_save = step - 1  # its checkpoint is written once more
         for later in [marked for marked in self._marks if marked > step]:
             self._let_go(later)
@@ -206,18 +206,16 @@ class Exports:
                 self._scoring.add(step)
 
     def _set_aside(self, after: int) -> None:
-        if self._is_working and is_folder(self._folder) and (moved := set_aside(self._folder, after)):
+        if is_folder(self._folder) and (moved := set_aside(self._folder, after)):
             self._metrics.say(f"exports that this run does not continue from were moved to {moved}")
 
     def _hold(self, step: int, mark: str, since: int) -> None:
         self._marks[step] = mark, since
-        if self._is_working:
-            self._checkpoints.held.add(step)
+        self._checkpoints.held.add(step)
 
     def _let_go(self, step: int) -> None:
         self._marks.pop(step, None)
-        if self._is_working:
-            self._checkpoints.release(step)
+        self._checkpoints.release(step)
 
     def _queue(self, step: int) -> None:
         try:

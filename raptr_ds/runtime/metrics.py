@@ -24,7 +24,7 @@ from typing import Any
 
 from raptr_ds import paths
 from raptr_ds.engine.protocol import StepResult
-from raptr_ds.runtime.metrics_file import METRICS, MetricsFile, task_words
+from raptr_ds.runtime.metrics_file import METRICS, MetricsFile, Scores, task_words
 from raptr_ds.runtime.progress import Progress, short_number, short_time
 from raptr_ds.runtime.ranks import Ranks
 from raptr_ds.runtime.sinks import Sink
@@ -99,7 +99,7 @@ class Metrics:
         self._record({"step": step, "eval_loss": eval_loss, "path_length": path_length})
         self._progress.say(f"step {step}/{self._num_steps}  eval loss {eval_loss:.4f}  path {path_length}")
 
-    def record_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float | None]]) -> None:
+    def record_tasks(self, step: int, tasks: Scores) -> None:
         """Record the scores of the model after a 1-based step, which may be long ago, by task and metric."""
         self._record({"step": step, "tasks": tasks})
         self._progress.say(f"tasks after step {step}: {task_words(tasks)}")

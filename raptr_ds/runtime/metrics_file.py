@@ -30,6 +30,9 @@ NOT_SCORES = {"shots"}
 """What stands beside the metrics of a task."""
 ROLLED_BACK = "metrics.rolled_back.jsonl"
 
+Scores = dict[str, dict[str, float | None]]
+"""Numbers by task and metric, as lm-evaluation-harness names them; None for one that is not finite."""
+
 
 def to_line(record: Mapping[str, Any]) -> str:
     """Return a record as one line of JSON; floats with all their digits, so that reading gives the same number.
@@ -109,12 +112,12 @@ class RunMetrics:
     """The whole lines of a metrics file.
 
     training: the line of each step, in the file's order. evaluations: the loss by (step, path length), None where it
-    was not finite. tasks: by step, task and metric, the scores on downstream tasks.
+    was not finite. tasks: the scores on downstream tasks by step.
     """
 
     training: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[tuple[int, int], float | None] = field(default_factory=dict)
-    tasks: dict[int, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+    tasks: dict[int, Scores] = field(default_factory=dict)
 
     def last_evaluation(self, path_length: int | None, until: float = math.inf) -> tuple[int, float] | None:
         """Return (step, loss) of the newest finite evaluation up to a step; None without one.
@@ -162,7 +165,7 @@ def score_names(scores: Mapping[str, float | None]) -> list[str]:
     ]
 
 
-def task_words(tasks: Mapping[str, Mapping[str, float | None]]) -> str:
+def task_words(tasks: Scores) -> str:
     """Return the scores of tasks for people, with their standard errors."""
     parts = []
     for task, scores in tasks.items():

@@ -20,7 +20,7 @@ from raptr_ds.atomic_file import write_atomically
 from raptr_ds.errors import ConfigError, Exit
 from raptr_ds.json_text import parse_json
 from raptr_ds.parallel.launch import Launch
-from raptr_ds.runtime.signals import exit_now
+from raptr_ds.runtime.signals import exit_now, stat_fields
 from raptr_ds.user_paths import make_folder, writing
 
 LOCK = "run.lock"
@@ -204,9 +204,5 @@ def _machine() -> str:
 
 def _start_of(process: int) -> str:
     """Return when a process of this machine started, an empty string if there is none of this number."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    state, *fields = stat.rpartition(")")[2].split()
-    return "" if state == "Z" else fields[18]
+    fields = stat_fields(process)
+    return fields[19] if fields and fields[0] != "Z" else ""

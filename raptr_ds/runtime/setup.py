@@ -46,7 +46,7 @@ from raptr_ds.runtime.ranks import NUM_REPORTED, Ranks
 from raptr_ds.runtime.run_lock import RunLock
 from raptr_ds.runtime.session import Session
 from raptr_ds.runtime.signal_lead import SignalLead
-from raptr_ds.runtime.signals import StopSignals
+from raptr_ds.runtime.signals import StopSignals, stat_fields
 from raptr_ds.runtime.sinks import Sink
 from raptr_ds.runtime.state import OPTIMIZER, RunState, run_state_of
 from raptr_ds.runtime.tensorboard_sink import TensorBoardSink
@@ -62,8 +62,7 @@ class _StartTimes:
     """The seconds of a start by part, in order; the first one, `imports`, began with the process."""
 
     def __init__(self) -> None:
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5), field 22, in ticks since the machine's start
+        began = int(stat_fields(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")  # starttime, in ticks since the boot
         self.seconds = {"imports": round(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 2)}
         self._last = time.monotonic()
 
@@ -224,12 +223,11 @@ def _where_from(
             continue
         if manifest.run_state.get(_ORIGIN, unrecorded) != origin:
             break
-        if load == "none":
-            return "auto"
-        report(
-            f"this run was begun from {load} and has come to step {manifest.step} since: it continues there. To begin "
-            "again from that checkpoint, set another raptr_ds.train.save"
-        )
+        if load != "none":
+            report(
+                f"this run was begun from {load} and has come to step {manifest.step} since: it continues there. To "
+                "begin again from that checkpoint, set another raptr_ds.train.save"
+            )
         return "auto"
     return load
 
@@ -332,8 +330,7 @@ def _record_start(
 
 
 def _has_open_evaluation(config: RunConfig, method: PathMethod, folder: Path, state: RunState) -> bool:
-    is_due = config.eval.due(state.step) or (state.step == config.train.steps and config.eval.batches > 0)
-    if not state.step or not is_due:
+    if not state.step or not config.evaluates_after(state.step):
         return False
     key = (state.step, method.model_at(state.step - 1).length)
     return key not in read_metrics(folder / METRICS).evaluations

@@ -37,14 +37,23 @@ def launcher_chain() -> list[tuple[int, int]]:
     return chain
 
 
+def stat_fields(process: int) -> list[str]:
+    """Return what Linux says of a process in /proc/PROCESS/stat, from its third field, the state, on (proc(5)).
+
+    Nothing if there is no such process, or on another system.
+    """
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return stat.rpartition(")")[2].split()
+
+
 def _parent_of(process: int) -> int:
     if process == os.getpid():
         return os.getppid()
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # gone, or a system without /proc
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
+    fields = stat_fields(process)
+    return int(fields[1]) if fields else 0
 
 
 def _command_of(process: int) -> bytes:

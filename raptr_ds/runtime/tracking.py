@@ -227,11 +227,8 @@ class MlflowTracker(Tracker):
 
 def open_trackers(log: LogSection, folder: Path, resume_step: int) -> list[TrackerSink]:
     """Return a sink for each tracker that the run file asks for. Raises: ConfigError if its package is missing."""
-    trackers: list[Tracker] = []
-    if log.wandb is not None:
-        trackers.append(WandbTracker(log.wandb, folder, resume_step > 0))
-    if log.mlflow is not None:
-        trackers.append(MlflowTracker(log.mlflow, folder, resume_step > 0))
+    wanted = ((WandbTracker, log.wandb), (MlflowTracker, log.mlflow))
+    trackers = [kind(section, folder, resume_step > 0) for kind, section in wanted if section is not None]
     return [TrackerSink(tracker) for tracker in trackers]
 
 

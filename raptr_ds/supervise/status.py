@@ -13,7 +13,7 @@ from typing import Any
 from raptr_ds.errors import DataError, Exit
 from raptr_ds.json_text import parse_json
 from raptr_ds.runtime.events import EVENTS, read_events
-from raptr_ds.runtime.metrics_file import METRICS, read_metrics, task_words
+from raptr_ds.runtime.metrics_file import METRICS, Scores, read_metrics, task_words
 from raptr_ds.runtime.run_lock import LOCK, holder_in
 from raptr_ds.supervise.record import complete_checkpoints
 from raptr_ds.user_paths import is_file, is_folder
@@ -61,7 +61,7 @@ class RunStatus:
     num_layers: int | None
     losses: list[float | None] = field(repr=False)
     evaluation: tuple[int, float] | None
-    tasks: tuple[int, dict[str, dict[str, float | None]]] | None
+    tasks: tuple[int, Scores] | None
     tokens_per_second: float | None
     step_seconds: float | None
     mfu: float | None
