@@ -54,12 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def together(nodeid: str) -> str:
     """Return a name that a test shares with those that are to run on the same worker.
 
-    A file's tests share fixtures, all of Slurm's a cluster, and those that compile find what others have compiled. Any
-    other distributed test has processes of its own.
+    A file's tests share fixtures, all of Slurm's a cluster, those of evaluation a model and the list of its tasks, and
+    those that compile find what others have compiled. Any other distributed test has processes of its own.
     """
     file = Path(nodeid.split("::", maxsplit=1)[0])
     if file.name == "test_compile.py":
         return "compile"
     if file.parts[1] == "dist":
         return nodeid
+    if file.parts[1:3] == ("unit", "evaluation"):
+        return "evaluation"
     return "slurm" if file.parts[1] == "slurm" else str(file)

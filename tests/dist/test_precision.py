@@ -80,7 +80,7 @@ def test_growth_and_widths_stay_in_their_band(
 )
 def test_three_paths_a_step_are_accumulated_in_fp32(world_size: int, changes: dict[str, int]) -> None:
     """A layer that only some micro batches have taken has a gradient beside the working weights all the same."""
-    alone = Case(paths_per_step=3, schedule="2-4-5")
+    alone = RUNS["bert-3-paths"]
     expected = reference(alone)
     case = replace(alone, precision="bf16", accumulate_in_fp32=True, **changes)
     found = run_distributed(run_case, world_size, case)[0]

@@ -116,7 +116,7 @@ def test_weights_are_fetched_ahead_along_every_path(world_size: int, case: Case)
 @pytest.mark.parametrize("lengths", [(3, 6), (6, 4)], ids=["keeping first", "recomputing first"])
 def test_steps_that_recompute_and_steps_that_do_not_take_turns(lengths: tuple[int, int]) -> None:
     """Each kind of step is recorded once; changing between them forgets nothing."""
-    case = Case(zero=3, num_layers=6, schedule="6", steps=10, micro_batch=3, recompute=True, keep_activations_up_to=4)
+    case = Case(zero=3, num_layers=6, schedule="6", steps=6, micro_batch=3, recompute=True, keep_activations_up_to=4)
     for seen in run_distributed(count_fetches, 2, case, lengths):
         assert seen.restarts == 0
         assert min(seen.late[:2]) > 20
@@ -147,7 +147,7 @@ def test_no_more_than_asked_for_is_whole_at_once() -> None:
 
 def test_a_wrong_order_is_recorded_anew() -> None:
     """A path that was not known beforehand is trained all the same: DeepSpeed fetches when needed and records anew."""
-    case = Case(zero=3, micro_batch=6)
+    case = Case(zero=3, micro_batch=6, steps=6)
     losses, restarts = run_distributed(train_untold, 2, case)[0]
     known = run_distributed(train_untold, 2, replace(case, recompute=True))[0]
     assert restarts > 0

@@ -21,7 +21,7 @@ from raptr_ds.parallel.groups import lone_process_groups
 from raptr_ds.parallel.launch import Launch
 from raptr_ds.runtime import side_process
 from tests import export_tools
-from tests.integration.conftest import PATIENCE, forked, lines_of, tiny_run, training_lines
+from tests.integration.conftest import PATIENCE, REPOSITORY, forked, lines_of, tiny_run, training_lines
 
 UL2 = {"architecture": "ul2"}
 TASKS = {"tasks": ["boolq"], "task_limit": 7, "task_shots": 1, "task_files": "files"}
@@ -125,10 +125,13 @@ def test_what_cannot_be_exported_is_refused_before_training(data_folder: Path, t
     assert not lines_of(tmp_path / "run")
 
 
-def test_tasks_that_nobody_knows_are_refused_before_training(data_folder: Path, tmp_path: Path) -> None:
+def test_tasks_that_nobody_knows_are_refused_before_training(data_folder: Path, tmp_path: Path, tools: Path) -> None:
     (tmp_path / "files").mkdir()
+    (tools / "evaluate.py").unlink()  # the real one, beside a stand-in for the export
+    (tools / "evaluate.py").symlink_to(REPOSITORY / "tools" / "evaluate.py")
     evaluation = {**TASKS, "tasks": ["bolq"], "task_files": str(tmp_path / "files")}
-    done = forked(run_with(tmp_path, data_folder, model=UL2, eval=evaluation), processes=2)
+    run = run_with(tmp_path, data_folder, model=UL2, eval=evaluation)
+    done = forked(run, processes=2, spoil=partial(use, tools=tools))
     assert done.returncode == 2
     assert done.stderr.count("ConfigError") == 1
     assert "raptr_ds.eval.tasks=['bolq']: " in done.stderr

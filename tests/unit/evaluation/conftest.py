@@ -1,10 +1,14 @@
 """What the tests of evaluation share: a small model, exported, and task files."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
+from raptr_ds.evaluation import catalogue
 from raptr_ds.hf.export import export
 from raptr_ds.hf.load import PrefixModel, load_prefix_model
 from raptr_ds.parallel.groups import lone_process_groups
@@ -17,6 +21,18 @@ def _own_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def make_harness() -> Callable[[], TaskManager]:
+    """What lists the harness's tasks when it is first called; it parses 14,000 files."""
+    return cache(TaskManager)
+
+
+@pytest.fixture(autouse=True)
+def _listed_once(make_harness: Callable[[], TaskManager], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the same list to every catalogue that wants it."""
+    monkeypatch.setattr(catalogue, "TaskManager", make_harness)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Tasks by name, their files, and what is printed where either is not there."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -49,10 +50,12 @@ def test_groups_tags_and_patterns_of_the_harness(catalogue: Catalogue) -> None:
 
 
 @pytest.mark.slow
-def test_names_are_found_as_the_harness_finds_them(catalogue: Catalogue) -> None:
+def test_names_are_found_as_the_harness_finds_them(
+    catalogue: Catalogue, make_harness: Callable[[], TaskManager]
+) -> None:
     """Without its list of all tasks, which takes it ten seconds."""
     names = catalogue.expand([*GROUPS, *(PACKAGED_TASKS.keys() - READY_TASKS.keys())])
-    index = TaskManager().task_index
+    index = make_harness().task_index
     assert {name: catalogue._paths[name] for name in names} == {name: index[name].yaml_path for name in names}
 
 
