@@ -20,8 +20,8 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 
 # What launchers, and `detect_launch`, set for a rank; libraries that find it wait for the other ranks.
 _OF_A_RANK = (
-    *("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "WORLD_SIZE", "CROSS_"),
-    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "DS_ACCELERATOR"),
+    *("RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_"),
+    *("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "DS_ACCELERATOR"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
 
@@ -115,6 +115,10 @@ def prepare_imports(has_gpu: bool) -> None:
         # Paths change in length, and blocks cut for one do not fit the next. torch reads this when it first allocates
         # on a GPU (c10/cuda/CUDAAllocatorConfig.h, instance), not when it is imported.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if not has_gpu:
+        # deepspeed 0.19.8, accelerator/cpu_accelerator.py, device_count: without it each of ZeRO 3's reductions starts
+        # numactl to count NUMA nodes. Only quantized gradients, which are not supported here, use the number.
+        os.environ.setdefault("LOCAL_SIZE", "1")
     _keep_compiled_code_private()
     # deepspeed 0.19.8, autotuning/autotuner.py: imports it if it is installed, a second and a thread at every start.
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # runtime/tracking.py takes it back

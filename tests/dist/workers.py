@@ -79,8 +79,6 @@ def _run_case(
     from raptr_ds.parallel.launch import Launch
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    # As DeepSpeed's launcher does; without, DeepSpeed looks for numactl in each of ZeRO 3's reductions.
-    os.environ["LOCAL_SIZE"] = str(world_size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         launch = Launch(rank, rank, world_size, "127.0.0.1", port, "tests")

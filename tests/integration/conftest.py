@@ -137,7 +137,7 @@ def _command_line(launch: Launch, words: list[str], spoil: Callable[[Launch], No
         if child == 0:
             os.chdir(REPOSITORY)
             if launch.world_size == 1:  # as without a launcher
-                for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                     del os.environ[name]
             for stream, file in ((sys.stdout, stdout), (sys.stderr, stderr)):
                 stream.flush()

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megatron.core import parallel_state
@@ -169,6 +170,16 @@ def loaded_after(*codes: str) -> list[frozenset[str]]:
 def test_deepspeed_makes_groups_without_a_time_out() -> None:
     """Fixed: start_deepspeed_comm need not replace new_group."""
     assert run_distributed(timeout_of_a_new_group, 1)[0] == 30.0  # torch's for gloo
+
+
+def test_deepspeed_starts_numactl_whenever_it_counts_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed: prepare_imports need not set LOCAL_SIZE."""
+    asked: list[list[str]] = []
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setattr(subprocess, "check_output", lambda words: asked.append(words) or b"available: 0 nodes\n")
+    for _ in range(2):
+        assert CPU_Accelerator().device_count() == 1
+    assert asked == [["numactl", "--hardware"]] * 2
 
 
 def test_importing_megatron_core_loads_the_inductor() -> None:

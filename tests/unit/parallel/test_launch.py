@@ -16,7 +16,7 @@ from raptr_ds.parallel.launch import Launch, detect_launch, environment_of_run, 
 _READ_OR_SET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
     *("OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"),
-    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "DS_ACCELERATOR", "LOCAL_SIZE"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
     *(
         "SLURM_STEP_NODELIST",
@@ -167,6 +167,16 @@ def test_memory_of_a_gpu_is_kept_in_segments_that_grow(monkeypatch: pytest.Monke
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     prepare_imports(has_gpu=True)
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_deepspeed_does_not_count_numa_nodes_unless_its_launcher_counts_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_imports(has_gpu=True)
+    assert "LOCAL_SIZE" not in os.environ
+    prepare_imports(has_gpu=False)
+    assert os.environ["LOCAL_SIZE"] == "1"
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    prepare_imports(has_gpu=False)
+    assert os.environ["LOCAL_SIZE"] == "4"
 
 
 def test_the_signals_lead_reaches_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
