@@ -95,8 +95,8 @@ def kept_bytes(stage: Stage, micro: MicroBatch, path_length: int, width: int | N
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = stage(micro.tokens, micro, path, streams)
     node: Any = losses.grad_fn
-    assert len(node.exponentials) == PREDICTED * BATCH  # the cross-entropy's own, which no hook sees
-    return node.exponentials.untyped_storage().nbytes() + sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert len(node.logits) == PREDICTED * BATCH  # the cross-entropy's own, which no hook sees
+    return node.logits.untyped_storage().nbytes() + sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
 def kept_by_a_layer(groups: ProcessGroups, architecture: str, rate: float, is_compiled: bool) -> float:
