@@ -108,7 +108,7 @@ FP16_DEFAULTS: dict[str, bool | int] = {
     "consecutive_hysteresis": False,
     "min_loss_scale": 1,
 }
-"""The same of a dynamic loss scale."""
+"""DeepSpeed's defaults of a dynamic loss scale, which run files made for it hold beside a static one."""
 
 KNOWN: Table = {
     "train_batch_size": whole(1, MOST_COUNT),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raptr_ds.config.deepspeed_keys import FP16_DEFAULTS
 from raptr_ds.config.sections import ParallelSection, TrainSection
 
 _MAX_NON_FINITE_STEPS = 20
@@ -55,4 +56,5 @@ def loss_scale_search_steps(fp16: Mapping[str, Any]) -> int:
     """
     if not fp16.get("enabled", False) or fp16.get("loss_scale", 0):
         return 0
-    return int(fp16.get("initial_scale_power", 16)) + int(fp16.get("hysteresis", 2)) - 1
+    scale = {**FP16_DEFAULTS, **fp16}
+    return int(scale["initial_scale_power"]) + int(scale["hysteresis"]) - 1

@@ -132,7 +132,7 @@ USES = (
 )
 """A key that selects the use of others stands before them."""
 
-_DEEPSPEEDS: dict[str, Check] = {STAGE: zero_stage, LOSS_SCALE: loss_scale}
+_DEEPSPEED_SELECTORS: dict[str, Check] = {STAGE: zero_stage, LOSS_SCALE: loss_scale}
 
 RIVALS = (
     ("raptr_ds.path.full_warmup_steps", "raptr_ds.path.full_warmup_ratio"),
@@ -272,7 +272,7 @@ def _value_of(selector: str, tree: dict[str, Any]) -> Any:
         value = METHODS[0] if value is None else value
         return value if value in METHODS else None
     if field is None:  # DeepSpeed's, 0 by default
-        return (value or 0) if _DEEPSPEEDS[selector](value or 0) is None else None
+        return (value or 0) if _DEEPSPEED_SELECTORS[selector](value or 0) is None else None
     if value is None and selector == POSITION:
         value = BY_ARCHITECTURE.get(str(look_up(tree, ARCHITECTURE)), {}).get("position_embedding")
     if value is None:
