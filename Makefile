@@ -26,7 +26,7 @@ inside = PATH="$(abspath $(VENV))/bin:$$PATH"
 threads = $$(n=$$(($$(getconf _NPROCESSORS_ONLN) / $(PROCESSES))); echo $$((n > 0 ? n : 1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-gpu test-oldest-torch soak check format environment environment-dev system-packages hooks clean
+.PHONY: help quickstart compare test test-gpu test-oldest-torch soak soak-layouts check format environment environment-dev system-packages hooks clean
 
 help:
 	@sed -n 's/^# \{0,1\}//;1,9p' Makefile
@@ -59,6 +59,10 @@ test-gpu: environment-dev
 # SOAK_ARGS=--slurm on a Slurm of three logical nodes.
 soak: environment-dev data
 	$(inside) python -m tests.soak --data $(DATA) $(SOAK_ARGS)
+
+# By hand too: run files at random, each in layouts at random, and whether they come to what one process comes to.
+soak-layouts: environment-dev data
+	$(inside) python -m tests.soak.layouts --data $(DATA) $(SOAK_ARGS)
 
 # What torch compiles, on the oldest torch that is supported: an environment of its own, of some 5 GB.
 test-oldest-torch:

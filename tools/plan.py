@@ -148,8 +148,11 @@ def _micro_batches(arguments: argparse.Namespace) -> str:
     """
     key = "raptr_ds.parallel.micro_batches"
     config, _ = _load(arguments.run_file, [*arguments.set, f"{key}=null"], arguments.processes)
-    ones = [1] * len(scheduled_lengths(config))  # which fit any batch, so that a run file with them is refused only
-    _load(arguments.run_file, [*arguments.set, f"{key}={ones}"], arguments.processes)  # where no sizes may be given
+    ones = [1] * len(scheduled_lengths(config))  # which fit any batch: a run file with them is refused
+    try:
+        _load(arguments.run_file, [*arguments.set, f"{key}={ones}"], arguments.processes)
+    except ConfigError as error:  # where no sizes may be given; nobody wrote the ones
+        raise ConfigError(f"--micro-batches: {error}".replace(f"{ones} (from --set)", f"{ones}")) from error
     sizes = list(proposed_micro_batches(config, arguments.device == "gpu"))
     return f"micro_batches: {sizes}  # in raptr_ds.parallel, or --set '{key}={sizes}'"
 
@@ -161,11 +164,8 @@ def _speeds(device: Device, measured: bool) -> str:
             f"predicted at {device.flops_per_second / 1e12:g} effective TFLOP/s a device (--tflops; --measure tries "
             f"this machine) and {network}"
         )
-    links = (
-        f"{device.machine_bytes_per_second / 1e9:.3g} GB/s between its devices, "
-        if device.ranks_per_machine > 1
-        else ""
-    )
+    between = f"{device.machine_bytes_per_second / 1e9:.3g} GB/s between its devices, "
+    links = between if device.ranks_per_machine > 1 else ""
     return (
         f"predicted at {device.flops_per_second / 1e12:.3g} effective TFLOP/s a device, its memory at "
         f"{device.memory_bytes_per_second / 1e9:.3g} GB/s, {links}as measured on this machine with "

@@ -21,7 +21,8 @@ from raptr_ds.engine.fragments import Geometry
 from raptr_ds.errors import CheckpointError
 from raptr_ds.json_text import parse_json
 
-FORMAT = 1
+FORMAT = 2
+"""1 had the same fields, and other contents in one case: `_is_misnamed`."""
 CHUNK_BYTES = 64 << 20
 
 # Fields that may change when a run is continued; all others change what the weights mean.
@@ -89,10 +90,17 @@ class Manifest:
             raise DamagedCheckpointError(f"{MANIFEST} is not a manifest ({type(error).__name__})") from error
         if not is_intact:
             raise DamagedCheckpointError(f"{MANIFEST} does not match its own checksum")
-        if content.pop("format") != FORMAT:
+        written = content.pop("format")
+        if written not in {1, FORMAT}:
             raise CheckpointError(
-                f"the format of {MANIFEST} is not {FORMAT}, the only one that this version of raptr_ds reads. "
+                f"the format of {MANIFEST} is {written}, and this version of raptr_ds reads 1 and {FORMAT}. "
                 "Continue the run with the version that wrote it."
+            )
+        if written == 1 and _is_misnamed(content):
+            raise CheckpointError(
+                f"{MANIFEST} is of an earlier version of raptr_ds, which under zero_optimization.round_robin_gradients="
+                "true wrote weights and optimizer states under each other's names. Continue the run with the version "
+                "that wrote it, in the same layout, or start it anew with raptr_ds.checkpoint.load=none."
             )
         if content.pop("missed_steps", None):
             raise CheckpointError(
@@ -160,6 +168,16 @@ def _entry(content: dict[str, Any]) -> Entry:
     geometry: dict[str, Any] = content["geometry"]
     shapes = {key: tuple(geometry[key]) for key in ("full_shape", "local_shape")}
     return Entry(**{**content, "geometry": Geometry(**{**geometry, **shapes})})
+
+
+def _is_misnamed(content: dict[str, Any]) -> bool:
+    """Return whether a checkpoint of format 1 was written by ZeRO 1 or 2 under round_robin_gradients, on several ranks.
+
+    Its pieces of a layer are in another order than it says (PathZero12.holders of engine/path_zero.py).
+    """
+    zero = content["run_state"].get("identity", {}).get("config", {}).get("zero_optimization", {})
+    shares = content["layout"].get("data", 1) > 1 and zero.get("stage") in {1, 2}
+    return shares and bool(zero.get("round_robin_gradients"))
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

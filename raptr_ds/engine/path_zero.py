@@ -209,17 +209,22 @@ class PathZero12(PathZero, DeepSpeedZeroOptimizer):
                 self.stale.add(number)
 
     def holders(self: Any, names: Mapping[nn.Parameter, str]) -> list[Holder]:
-        """Return where weights and states lie: a flat fp32 partition for each group, laid out by _hp_mapping."""
+        """Return where weights and states lie: a flat fp32 partition for each group, of its parameters in a row.
+
+        Not by DeepSpeed's _hp_mapping, which is of another order under round_robin_gradients (deepspeed 0.19.8,
+        stage_1_and_2.py, _link_all_hp_params): weights and states would be saved and copied under each other's names.
+        """
         holders = []
         for index, group in enumerate(self.optimizer.param_groups):
+            size = self.partition_size[index]
+            begin = size * dist.get_rank(group=self.real_dp_process_group[index])
             pieces = []
-            for parameter in self.bit16_groups[index]:
-                mapping = parameter._hp_mapping
-                if mapping is None:
-                    continue
-                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                geometry = Geometry.of_run(parameter, parameter.shape, low.start, high.numel)
-                pieces.append(Piece(names[parameter], geometry, high.start))
+            placed = zip(self.round_robin_bit16_groups[index], self.round_robin_bit16_offsets[index], strict=True)
+            for parameter, offset in placed:
+                first, end = max(offset, begin), min(offset + parameter.numel(), begin + size)
+                if first < end:
+                    geometry = Geometry.of_run(parameter, parameter.shape, first - offset, end - first)
+                    pieces.append(Piece(names[parameter], geometry, first - begin))
             flat = self.single_partition_of_fp32_groups[index]
             holders.append(Holder(flat, group, tuple(group["names"]), tuple(pieces)))
         return holders

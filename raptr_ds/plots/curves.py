@@ -9,6 +9,7 @@ import numpy as np
 
 from raptr_ds.errors import DataError
 from raptr_ds.json_text import parse_json
+from raptr_ds.runtime.events import read_events
 from raptr_ds.runtime.metrics_file import METRICS, STDERR, RunMetrics, read_metrics, score_names
 from raptr_ds.user_paths import is_file
 
@@ -49,7 +50,8 @@ class Curves:
     width: np.ndarray
     """The share of each active layer that runs: 1 but where layers run in part."""
     seconds: np.ndarray
-    """Spent in steps since the start; a step without a line takes as long as the next one with a line."""
+    """Spent in the run's own steps since its start, from another run's checkpoint too; a step without a line takes as
+    long as the next one with a line."""
     paths: tuple[tuple[tuple[int, ...], ...], ...]
     eval_step: np.ndarray
     eval_loss: np.ndarray
@@ -166,7 +168,7 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
         step=steps,
         **{key: _column(lines, key) for key in _COLUMNS},
         width=np.array([1.0 if width is None else width / num_heads for width in widths]),
-        seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=0)),
+        seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=_first_step(folder))),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),
         eval_loss=np.array([_number(evaluations[key]) for key in evaluated]),
@@ -184,6 +186,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     begins = np.maximum(0, ends - window)
     number = counts[ends] - counts[begins]
     return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
+
+
+def _first_step(folder: Path) -> int:
+    """Return the step that a run began after: another run's if it began from its checkpoint; 0 without events.jsonl."""
+    return min((event["step"] for event in read_events(folder) if event["event"] == "start"), default=0)
 
 
 def _task_curves(metrics: RunMetrics) -> Iterator[TaskCurve]:

@@ -37,7 +37,7 @@ LAYOUTS = {
     "dp2-zero3": (2, Case(zero=3)),
     "tp2": (2, Case(tensor=2, micro_batch=4)),
     "tp2-sp-zero3": (2, Case(tensor=2, sequence_parallel=True, zero=3, micro_batch=4)),
-    "pp2-zero1": (4, Case(pipeline=2, zero=1)),
+    "pp2-zero1-round-robin": (4, Case(pipeline=2, zero=1, round_robin=True)),
     "tp2-pp2": (4, Case(tensor=2, pipeline=2, micro_batch=4)),
 }
 
@@ -109,7 +109,7 @@ def resume(launch: Launch, case: Case, folder: str, save_at: int) -> Resumed:
         ("dp2-zero3", "bf16", 4),
         ("tp2", "fp32", 4),
         ("tp2-sp-zero3", "bf16", 4),
-        ("pp2-zero1", "bf16", 4),
+        ("pp2-zero1-round-robin", "bf16", 4),
     ],
 )
 def test_resume_is_bitwise(layout: str, precision: str, save_at: int, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_resume_is_bitwise(layout: str, precision: str, save_at: int, tmp_path: 
         assert result.different == []
 
 
-@pytest.mark.parametrize("layout", ["dp2-zero0", "dp2-zero1", "dp2-zero2", "dp2-zero3", "pp2-zero1"])
+@pytest.mark.parametrize("layout", ["dp2-zero0", "dp2-zero1", "dp2-zero2", "dp2-zero3", "pp2-zero1-round-robin"])
 def test_resume_is_bitwise_where_skipped_layers_move(layout: str, tmp_path: Path) -> None:
     world_size, case = LAYOUTS[layout]
     case = dataclasses.replace(case, skipped_update="zero_grad")
@@ -166,7 +166,7 @@ def test_a_run_continues_in_any_layout(skipped_update: str, tmp_path: Path) -> N
         "dp2-zero1",
         "tp2",
         "dp2-zero3",
-        "pp2-zero1",
+        "pp2-zero1-round-robin",
         "dp2-zero2",
         "tp2-pp2",
         "tp2-sp-zero3",

@@ -78,6 +78,8 @@ LAYOUTS = {
         2,
         {"zero": 2, "overlap": True, "micro_batch": 1, "micro_batches": (3, 2, 1)},
     ),
+    "DP2 ZeRO 1, round robin": (2, {"zero": 1, "round_robin": True}),
+    "DP3 ZeRO 2, round robin": (3, {"zero": 2, "micro_batch": 4, "round_robin": True}),
     "DP2 ZeRO 3, small buckets": (2, {"zero": 3, "reduce_bucket": 5000}),
     "DP2 ZeRO 3": (2, {"zero": 3, "micro_batch": 3}),
     "DP2 ZeRO 3, three micro batches": (2, {"zero": 3}),
@@ -125,7 +127,7 @@ LONG_LAYOUTS = {
 FEW = ("DP2 ZeRO 1", "DP2 ZeRO 3", "TP2", "TP2 SP DP2 ZeRO 3", "PP2 DP2 ZeRO 1, recompute", "PP2 TP2 SP", "PP4")
 
 # Where growth copies between ranks, or between parts that are cut in another way.
-GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
+GROWING = (*FEW, "DP3 ZeRO 3", "DP2 ZeRO 2", "DP3 ZeRO 2, round robin", "TP2 DP2 ZeRO 3", "PP2", "PP2 DP2 ZeRO 1")
 
 # Where gradients accumulate in another way; there must be a multiple of three micro batches.
 SEVERAL_PATHS = {

@@ -49,6 +49,7 @@ class Case:
     pipeline_layers: tuple[int, ...] | None = None
     reduce_bucket: int = 0
     overlap: bool = False
+    round_robin: bool = False
     zero_3_options: tuple[tuple[str, int], ...] = ()
     # the run itself, which a layout must not change
     architecture: str = "bert"
@@ -176,6 +177,8 @@ def build_engine(case: Case, groups: ProcessGroups) -> Engine:
         config["zero_optimization"]["reduce_bucket_size"] = case.reduce_bucket
     if case.overlap:
         config["zero_optimization"]["overlap_comm"] = True
+    if case.round_robin:
+        config["zero_optimization"]["round_robin_gradients"] = True
     if case.zero == 3:
         # Norms and small biases stay whole; by DeepSpeed's default all of so small a model would.
         options = {"param_persistence_threshold": HIDDEN, **dict(case.zero_3_options)}

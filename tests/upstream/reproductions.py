@@ -217,3 +217,19 @@ def timeout_of_a_new_group(launch: Launch) -> float:
     start(launch, timedelta(minutes=7))
     group: Any = deepspeed.comm.new_group([0])
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
+
+
+def misread_weights(launch: Launch, stage: int, round_robin: bool) -> list[str]:
+    """Return the names of the parameters of which DeepSpeed reads other fp32 weights than they have."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    start(launch)
+    model = Chain(3)
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    initialize(model, stage, zero_optimization={"stage": stage, "round_robin_gradients": round_robin})
+    misread = []
+    for name, parameter in model.named_parameters():
+        read = safe_get_full_fp32_param(parameter)
+        if read is None or not torch.equal(read, expected[name]):
+            misread.append(name)
+    return misread

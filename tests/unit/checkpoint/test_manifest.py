@@ -71,25 +71,58 @@ def test_every_torn_end_is_seen(manifest: Manifest) -> None:
 
 
 def test_another_format_is_refused_and_not_called_damage(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raptr_ds.checkpoint.manifest.FORMAT", 2)
+    monkeypatch.setattr("raptr_ds.checkpoint.manifest.FORMAT", 3)
     raw = manifest.encode()
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format") as caught:
         Manifest.decode(raw)
     assert not isinstance(caught.value, DamagedCheckpointError)
-    assert json.loads(raw)["format"] == 2
+    assert json.loads(raw)["format"] == 3
 
 
 def test_steps_that_an_earlier_version_put_off_are_not_lost_silently(manifest: Manifest) -> None:
-    assert Manifest.decode(with_missed_steps(manifest, {})) == manifest
+    assert Manifest.decode(written_earlier(manifest, missed_steps={})) == manifest
     with pytest.raises(CheckpointError, match=r"missed_steps.*the version that wrote it") as caught:
-        Manifest.decode(with_missed_steps(manifest, {"3": [0.1, 0.2]}))
+        Manifest.decode(written_earlier(manifest, missed_steps={"3": [0.1, 0.2]}))
     assert not isinstance(caught.value, DamagedCheckpointError)
 
 
-def with_missed_steps(manifest: Manifest, missed_steps: dict[str, list[float]]) -> bytes:
-    """Return the manifest as a version wrote it that put off the optimizer steps of skipped layers."""
-    content = {**json.loads(manifest.encode()), "missed_steps": missed_steps}
+@pytest.mark.parametrize(
+    ("zero", "data", "is_refused"),
+    [
+        ({"stage": 1, "round_robin_gradients": True}, 2, True),
+        ({"stage": 2, "round_robin_gradients": True}, 3, True),
+        ({"stage": 2, "round_robin_gradients": True}, 1, False),
+        ({"stage": 2, "round_robin_gradients": False}, 2, False),
+        ({"stage": 2}, 2, False),
+        ({"stage": 0}, 2, False),
+    ],
+)
+def test_weights_that_format_1_has_under_other_names_are_refused(
+    manifest: Manifest, zero: dict[str, object], data: int, is_refused: bool
+) -> None:
+    made = {
+        "layout": {**manifest.layout, "data": data},
+        "run_state": {"identity": {"config": {"zero_optimization": zero}}},
+    }
+    now = dataclasses.replace(manifest, **made)  # type: ignore[arg-type]
+    assert Manifest.decode(now.encode()) == now
+    raw = written_earlier(now, format=1)
+    if not is_refused:
+        assert Manifest.decode(raw) == now
+        return
+    with pytest.raises(CheckpointError, match=r"round_robin_gradients.*checkpoint\.load=none") as caught:
+        Manifest.decode(raw)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def test_format_1_is_read(manifest: Manifest) -> None:
+    assert Manifest.decode(written_earlier(manifest, format=1)) == manifest
+
+
+def written_earlier(manifest: Manifest, **changes: object) -> bytes:
+    """Return the manifest as an earlier version wrote it."""
+    content = {**json.loads(manifest.encode()), **changes}
     del content["checksum"]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode() + b"\n").hexdigest()
     return json.dumps({**content, "checksum": digest}, sort_keys=True).encode() + b"\n"

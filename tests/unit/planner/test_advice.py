@@ -227,6 +227,7 @@ def test_the_tool_prints_the_micro_batches_for_the_run_file(monkeypatch, capsys)
         (["--tflops", "-1"], "must be above 0"),
         (["--processes", "7"], "must be a multiple"),
         (["--micro-batches", "--processes", "2", "--set", f"{PIPELINE}=2"], "Set pipeline_model_parallel_size to 1"),
+        (["--micro-batches", "--set", 'raptr_ds.path={"method": "pld"}'], "micro_batches=[1] has no use with"),
     ],
 )
 def test_mistakes_end_with_one_message_and_code_2(monkeypatch, capsys, arguments, message):

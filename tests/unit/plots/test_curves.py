@@ -147,3 +147,13 @@ def test_activity_is_exact_for_few_steps_and_a_mean_for_many(folder):
 def test_smooth_is_a_moving_mean_of_what_is_known():
     values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, np.nan, np.nan])
     np.testing.assert_allclose(smooth(values, 2), [1, 2, 3, 5, 5, np.nan, np.nan])
+
+
+def test_seconds_are_those_of_the_runs_own_steps(folder):
+    """A step without a line counts as the next one; steps of the run whose checkpoint it began from do not count."""
+    lines = [{**training_line(step), "step_seconds": seconds} for step, seconds in ((2, 0.5), (4, 1.0), (5, 2.0))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_curves(folder).seconds.tolist() == [1.0, 3.0, 5.0]
+    starts = [{"event": "start", "step": step} for step in (1, 3)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in starts))
+    assert load_curves(folder).seconds.tolist() == [0.5, 2.5, 4.5]
