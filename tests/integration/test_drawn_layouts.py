@@ -10,7 +10,7 @@ from tests.soak.layouts import Case
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", ["A", "B", "C"])
+@pytest.mark.parametrize("seed", ["B", "H", "S"])
 def test_a_drawn_run_comes_to_the_same_in_drawn_layouts(data_folder: Path, tmp_path: Path, seed: str) -> None:
     case = Case(seed, tmp_path, data_folder)
     assert case.differences() == [], case

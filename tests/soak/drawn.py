@@ -165,6 +165,7 @@ class Draw:
             **_in("zero_optimization", self._zero(stage)),
             **_in("raptr_ds.parallel", split),
             **self.some(0.3, {"raptr_ds.data.num_workers": self.one(0, 2)}),
+            **self.some(0.04, {"raptr_ds.train.compile": True}),  # a case of these takes as long as ten others
             **self.some(0.1, {"steps_per_print": 1, "wall_clock_breakdown": True, "memory_breakdown": True}),
         }
         return Layout(tensor * pipeline * data, keys)
