@@ -29,7 +29,8 @@ RIVALS = [
 ]
 _FOLDER = Path(__file__).parents[3] / "experiments"
 EXPERIMENTS = sorted([*_FOLDER.glob("*.json"), *_FOLDER.glob("*/*.json")])
-ONE_SEED = {"quickstart_twins", "ul2_125m", "bert_base_raptr"}  # for minutes, or a GPU's
+ONE_SEED = {"quickstart_twins", "ul2_125m", "bert_base_raptr", "ul2_3m_shallow_fp32"}
+"""For minutes, or a GPU's; or a further seed of another comparison, in another precision."""
 
 
 def summed_flops(lab, settings):
