@@ -168,7 +168,7 @@ def curves_of(folder: Path, metrics: RunMetrics) -> Curves:
         step=steps,
         **{key: _column(lines, key) for key in _COLUMNS},
         width=np.array([1.0 if width is None else width / num_heads for width in widths]),
-        seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=_first_step(folder))),
+        seconds=np.cumsum(_column(lines, "step_seconds") * np.diff(steps, prepend=_begun_after(folder))),
         paths=paths,
         eval_step=np.array([step for step, _ in evaluated]),
         eval_loss=np.array([_number(evaluations[key]) for key in evaluated]),
@@ -188,7 +188,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
 
 
-def _first_step(folder: Path) -> int:
+def _begun_after(folder: Path) -> int:
     """Return the step that a run began after: another run's if it began from its checkpoint; 0 without events.jsonl."""
     return min((event["step"] for event in read_events(folder) if event["event"] == "start"), default=0)
 

@@ -17,9 +17,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from raptr_ds.checkpoint.folder import CHECKPOINTS
+from raptr_ds.checkpoint.folder import CHECKPOINTS, step_folder
 from raptr_ds.config.load import load_run_config
 from raptr_ds.errors import ConfigError
 from tests.integration.conftest import forked_ranks, lines_of
@@ -33,7 +32,7 @@ _CLOSE = {
 }
 """How far apart values may be, relative, by precision."""
 
-_LAYOUT_FREE: Keys = {"zero_optimization.stage": 0, "train_micro_batch_size_per_gpu": 1}
+_ALONE = Layout(1, {"zero_optimization.stage": 0, "train_micro_batch_size_per_gpu": 1})
 _RECOMPUTES = "raptr_ds.parallel.activation_checkpointing"
 
 Lines = dict[tuple[int, bool], Keys]
@@ -49,7 +48,7 @@ class Case:
         common = {"raptr_ds.data.path": str(data), "raptr_ds.log.tensorboard": False, "raptr_ds.log.progress": "plain"}
         draw = Draw(seed)
         self.run = {**common, **draw.run()}
-        while not self._is_accepted(Layout(1, _LAYOUT_FREE)):
+        while not self._is_accepted(_ALONE):
             self.run = {**common, **draw.run()}
         self.layouts: list[Layout] = []
         while len(self.layouts) < 2:
@@ -61,13 +60,13 @@ class Case:
 
     def differences(self) -> list[str]:
         """Train in all layouts and return what differs; `apart` then says how far values were. Raises: RuntimeError."""
-        expected = self._train("alone", Layout(1, _LAYOUT_FREE), {})
+        expected = self._train("alone", _ALONE, {})
         first, second = self.layouts
         if self.handover is None:
             return self._compared("first", first, expected, self._train("first", first, {}))
         saving = {"raptr_ds.checkpoint.interval": self.handover, "raptr_ds.checkpoint.keep": 9}
         wrong = self._compared("first", first, expected, self._train("first", first, saving))
-        origin = self.folder / "first" / CHECKPOINTS / f"step-{self.handover:08d}"
+        origin = step_folder(self.folder / "first" / CHECKPOINTS, self.handover)
         found = self._train("second", second, {"raptr_ds.checkpoint.load": str(origin)})
         # A run that begins from another's step evaluates there too, as its metrics do not have that yet.
         rest, found = ({key: of[key] for key in of if key[0] > self.handover} for of in (expected, found))
@@ -160,7 +159,7 @@ def main() -> int:
     return int(bool(wrong_cases))
 
 
-def tried(case: Case) -> list[Any]:
+def tried(case: Case) -> list[str]:
     """Return what is wrong with a case: differences, or how it failed."""
     try:
         return case.differences()[:8]
