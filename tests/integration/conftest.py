@@ -167,9 +167,9 @@ def _end_with(words: list[str], launch: Launch, spoil: Callable[[Launch], None] 
         os._exit(code)
 
 
-def lines_of(save: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl."""
-    path = save / "metrics.jsonl"
+def lines_of(save: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, or of another file of such lines."""
+    path = save / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -85,15 +85,22 @@ class Draw:
         kind = self.one("AdamW", "AdamW", "Adam", "SGD")
         params: Keys = {"lr": 0.05, **self.some(0.5, {"momentum": 0.9})}
         if kind != "SGD":
-            params = {"lr": 1e-3, "torch_adam": True, **self.some(0.3, {"amsgrad": True, "betas": [0.8, 0.95]})}
+            # With an eps of 1e-8 the rounding of a gradient near zero moves its weight, by up to a percent of the rate.
+            params = {
+                "lr": 1e-3,
+                "torch_adam": True,
+                "eps": 1e-6,
+                **self.some(0.3, {"amsgrad": True, "betas": [0.8, 0.95]}),
+            }
         params |= self.some(0.5, {"weight_decay": self.one(0.0, 0.1)})
-        keys: Keys = {"optimizer.type": kind, "optimizer.params": params}
-        scheduler = self.one(
-            None, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "WarmupInverseSqrtLR", "WarmupStableDecayLR"
-        )
-        if scheduler:
-            keys |= {"scheduler.type": scheduler, "scheduler.params": {"warmup_num_steps": self.one(0, 2, 3)}}
-        return keys
+        return {"optimizer.type": kind, "optimizer.params": params, **self._scheduler()}
+
+    def _scheduler(self) -> Keys:
+        kinds = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "WarmupInverseSqrtLR", "WarmupStableDecayLR")
+        scheduler = self.one(None, *kinds)
+        if scheduler is None:
+            return {}
+        return {"scheduler.type": scheduler, "scheduler.params": {"warmup_num_steps": self.one(0, 2, 3)}}
 
     def _precision(self) -> Keys:
         precision = self.one(*["fp32"] * 8, "bf16", "fp16")
@@ -138,6 +145,40 @@ class Draw:
             "stacking": self.some(0.4, grown),
         }.get(method, {})
 
+    def change(self, run: Keys) -> Keys:
+        """Return what such a run's user changes before it goes on; None for a key that is taken out."""
+        layers, heads = run["raptr_ds.model.num_layers"], run["raptr_ds.model.num_attention_heads"]
+        architecture = run["raptr_ds.model.architecture"]
+        parts: list[Keys] = [
+            {"train_batch_size": self.one(4, 6, 8, 12)},
+            {"optimizer.params": {**run["optimizer.params"], **self.one({"lr": 3e-3}, {"weight_decay": 0.05})}},
+            {"gradient_clipping": self.one(0.05, 0.5)},
+            {"scheduler.type": None, "scheduler.params": None, **self._scheduler()},
+            {key: None for key in run if key.startswith(("bf16.", "fp16.", "data_types."))} | self._precision(),
+            {key: None for key in run if key.startswith("raptr_ds.path.")}
+            | _in("raptr_ds.path", self._path(layers, heads)),
+            {key: None for key in run if key.startswith("raptr_ds.objective.")}
+            | _in("raptr_ds.objective", self._objective(architecture)),
+            _in("raptr_ds.model", {"hidden_dropout": self.one(0.0, 0.2), "attention_dropout": self.one(0.0, 0.2)}),
+            {"raptr_ds.data.packing": self.one(True, False)},
+            {"raptr_ds.train.steps": run["raptr_ds.train.steps"] + self.random.randint(-2, 4)},
+            {"raptr_ds.train.seed": self.random.randint(0, 1000)},
+            {"raptr_ds.eval.interval": self.one(0, 1, 2)},
+        ]
+        changed: Keys = {}
+        for part in self.random.sample(parts, self.one(1, 1, 2, 3)):
+            changed |= part
+        return changed
+
+    def recovery(self) -> Keys:
+        """Return what a run does about numbers that are not finite, and its checkpoints."""
+        return {
+            "raptr_ds.train.on_non_finite": self.one("rollback", "rollback", "stop"),
+            "raptr_ds.train.max_non_finite_steps": self.one(0, 1, 2, 3, 12),
+            "raptr_ds.checkpoint.interval": self.one(1, 2, 3),
+            "raptr_ds.checkpoint.keep": self.one(1, 2),
+        }
+
     def _schedule(self, parts: int, least: int) -> str:
         shorter = {self.random.randint(least, parts) for _ in range(self.random.randint(0, 3))}
         return "-".join(map(str, sorted({*shorter, parts})))
@@ -169,6 +210,16 @@ class Draw:
             **self.some(0.1, {"steps_per_print": 1, "wall_clock_breakdown": True, "memory_breakdown": True}),
         }
         return Layout(tensor * pipeline * data, keys)
+
+    def resized(self, run: Keys, layout: Layout) -> Layout:
+        """Return the layout on another number of processes that can share such a run, if there is one."""
+        parallel = "raptr_ds.parallel.{}_model_parallel_size"
+        tensor, pipeline = (layout.keys[parallel.format(kind)] for kind in ("tensor", "pipeline"))
+        total, paths = run["train_batch_size"], run.get("raptr_ds.path.paths_per_step", 1)
+        sizes = range(1, 4 // (tensor * pipeline) + 1)
+        fits = [data for data in sizes if total % data == 0 and total // data % paths == 0]
+        others = [data for data in fits if data * tensor * pipeline != layout.processes]
+        return Layout(self.one(*(others or fits)) * tensor * pipeline, layout.keys)
 
     def _zero(self, stage: int) -> Keys:
         keys: Keys = {}
@@ -206,9 +257,11 @@ def _in(section: str, keys: Keys) -> Keys:
 
 
 def write_run(file: Path, keys: Keys) -> None:
-    """Write a run file."""
+    """Write a run file without the keys that are None."""
     tree: Keys = {}
     for dotted, value in keys.items():
+        if value is None:
+            continue
         *parents, last = dotted.split(".")
         inner = tree
         for name in parents:
