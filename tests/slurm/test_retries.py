@@ -135,7 +135,8 @@ def stand_in_job(folder: Path, lab: SlurmLab) -> Job:
     """Return a stand-in repository with a run file whose run goes to `run`, and with what shortens the tests."""
     job = Job(folder, lab)
     (folder / "run.json").write_text('{"raptr_ds": {"train": {"save": "elsewhere"}}}')
-    job.env |= {"RAPTR_CONFIG": "run.json", "RAPTR_ARGS": "--set raptr_ds.train.save=run", "SLURM_WAIT": "1"}
+    # A task that ends at once must not end another one that a busy machine has not begun yet.
+    job.env |= {"RAPTR_CONFIG": "run.json", "RAPTR_ARGS": "--set raptr_ds.train.save=run", "SLURM_WAIT": "10"}
     return job
 
 
