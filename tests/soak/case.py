@@ -46,7 +46,7 @@ class Case:
         self.apart: dict[str, float] = {}
         common = {"raptr_ds.data.path": str(data), "raptr_ds.log.tensorboard": False, "raptr_ds.log.progress": "plain"}
         self.run: Keys = {}
-        self.run = self._accepted(lambda: {**common, **draw.run()}, lambda: [_ALONE])
+        self.run = self._accepted(lambda: {**common, **draw.run()}, _ALONE)
         self.layouts = [self._accepted_layout(draw) for _ in range(self.num_layouts)]
         self.step = draw.random.randint(1, self.run["raptr_ds.train.steps"] - 1)
         self.keys: Keys = {}
@@ -63,11 +63,11 @@ class Case:
         self._train("first", self.layouts[0], {})
         return self._compared("alone", "first", self.layouts[0])
 
-    def _accepted(self, drawn: Callable[[], Keys], layouts: Callable[[], list[Layout]]) -> Keys:
+    def _accepted(self, drawn: Callable[[], Keys], *layouts: Layout) -> Keys:
         """Return the first drawn keys with which the run is accepted in all these layouts."""
         while True:
             keys = drawn()
-            if all(self._is_accepted(keys, layout) for layout in layouts()):
+            if all(self._is_accepted(keys, layout) for layout in layouts):
                 return keys
 
     def _accepted_layout(self, draw: Draw) -> Layout:
@@ -173,7 +173,7 @@ class Changed(Continued):
     """As that, with other keys from there on; one process does the same."""
 
     def draw(self, draw: Draw) -> None:
-        self.keys = self._accepted(lambda: draw.change(self.run), lambda: [_ALONE, *self.layouts])
+        self.keys = self._accepted(lambda: draw.change(self.run), _ALONE, *self.layouts)
 
     def differences(self) -> list[str]:
         self._train("alone", _ALONE, self._saving)
@@ -181,9 +181,7 @@ class Changed(Continued):
         wrong = self._compared("alone", "first", self.layouts[0])
         expected = self._ends("changed", _ALONE, {**self.keys, **self._loading("alone")})
         found = self._ends("second", self.layouts[1], {**self.keys, **self._loading("first")})
-        if _codes(expected) != _codes(found) or not _codes(found) <= {Exit.DONE, Exit.USER_ERROR}:
-            raise RuntimeError("\n".join(_failure(*each) for each in (("changed", expected), ("second", found))))
-        if _codes(found) == {Exit.USER_ERROR}:
+        if _common_code(expected, found, Exit.USER_ERROR) == Exit.USER_ERROR:
             one, other = (
                 ended[0].stderr.strip().splitlines()[-1].replace(str(self.folder / origin), "")
                 for ended, origin in ((expected, "alone"), (found, "first"))
@@ -238,14 +236,13 @@ class Overflowing(Case):
 
     def draw(self, draw: Draw) -> None:
         self.overflow = partial(overflow, draw.one(20, 40, 80))
-        self.keys = self._accepted(draw.recovery, lambda: self.layouts)
+        self.keys = self._accepted(draw.recovery, *self.layouts)
 
     def differences(self) -> list[str]:
         expected = self._ends("alone", _ALONE, self.keys, self.overflow)
         found = self._ends("first", self.layouts[0], self.keys, self.overflow)
-        if _codes(expected) != _codes(found) or not _codes(found) <= {Exit.DONE, Exit.FAULT}:
-            raise RuntimeError("\n".join(_failure(*each) for each in (("alone", expected), ("first", found))))
-        wrong = self._compared("alone", "first", *self.layouts, weights=_codes(found) == {Exit.DONE})
+        is_done = _common_code(expected, found, Exit.FAULT) == Exit.DONE
+        wrong = self._compared("alone", "first", *self.layouts, weights=is_done)
         return wrong + self._compared("alone", "first", *self.layouts, file=ROLLED_BACK, weights=False)
 
     def __str__(self) -> str:
@@ -261,6 +258,14 @@ def drawn_case(seed: str, folder: Path, data: Path) -> Case:
 
 def _codes(ended: Ended) -> set[int]:
     return {rank.returncode for rank in ended}
+
+
+def _common_code(expected: Ended, found: Ended, allowed: Exit) -> Exit:
+    """Return the exit code of all ranks of both. Raises: RuntimeError if it is not one, DONE or `allowed`."""
+    codes = _codes(expected) | _codes(found)
+    if len(codes) > 1 or not codes <= {Exit.DONE, allowed}:
+        raise RuntimeError(f"{_failure('one process', expected)}\n{_failure('the layout', found)}")
+    return Exit(codes.pop())
 
 
 def _failure(name: str, ended: Ended) -> str:
