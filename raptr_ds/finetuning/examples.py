@@ -186,8 +186,10 @@ def _question(question: str, context: str, answers: Any, place: str) -> Example:
             '{"text": [...], "answer_start": [...]}, with as many places (in characters) as texts.'
         ) from error
     for text, start in pairs:
+        if not str(text).strip():
+            raise DataError(f"{place} has the answer {text!r}, without a character. A question without one has [].")
         there = "" if start < 0 else context[start : start + len(str(text))]
-        if not there or text != there:
+        if text != there:
             raise DataError(f"{place} has the answer {text!r} at character {start}, where the text has {there!r}.")
     return Example(question, context, start=starts[0] if starts else 0, answers=tuple(texts))
 

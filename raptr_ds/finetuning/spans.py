@@ -55,15 +55,23 @@ def windows_of(
 
 
 def _beginning(text: str, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> str:
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return text if len(offsets) <= num_tokens else text[: offsets[num_tokens - 1][1]]
+    """Return the characters that `num_tokens` tokens hold whole: one character may be many (bytes, or normalized)."""
+
+    def tokens(of: str) -> list[tuple[int, int]]:
+        return tokenizer(of, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+
+    while len(offsets := tokens(text)) > num_tokens:
+        text = text[: min(offsets[num_tokens][0], len(text) - 1)]
+    return text
 
 
 def positions_of(window: Window, example: Example) -> tuple[int, int]:
     """Return the first and last token of the answer, or (0, 0), the first token, where the window does not hold it."""
     if not example.answers:
         return 0, 0
-    begin, end = example.start, example.start + len(example.answers[0])
+    answer = example.answers[0]
+    begin = example.start + len(answer) - len(answer.lstrip())  # no token need hold the spaces around it
+    end = begin + len(answer.strip())
     starts, ends = window.offsets.T
     inside = np.flatnonzero((starts != OUTSIDE) & (ends > begin) & (starts < end) & (ends > starts))
     in_context = np.flatnonzero(starts != OUTSIDE)

@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from raptr_ds.data.tokenizer import Tokenizer
 from raptr_ds.finetuning.spans import OUTSIDE, Window, best_answers, positions_of, windows_of
@@ -111,3 +112,33 @@ def test_windows_cover_the_context_and_a_long_question_is_cut(tokenizer: Tokeniz
     for one, other in pairwise(windows):
         shared = set(map(tuple, one.offsets.tolist())) & set(map(tuple, other.offsets.tolist()))
         assert len(shared - {(OUTSIDE, OUTSIDE)}) == pytest.approx(8, abs=1)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_question_of_any_characters_leaves_room(tokenizer: Tokenizer, normalized: bool) -> None:
+    """A character may be several tokens, of bytes or as it is normalized; cut between them, none counts in full."""
+    theirs = tokenizer_to_hugging_face(tokenizer, "bert", 64)
+    if normalized:
+        theirs.backend_tokenizer.normalizer = normalizers.NFKC()
+    characters = st.one_of(st.sampled_from("ab \t漢😀ﷺ"), st.characters(codec="utf-8"))
+
+    @given(st.text(characters, max_size=30), st.text(characters, max_size=60), st.integers(8, 64))
+    @example("é", "one two", 8)
+    @example("😀ﷺ", "one two three four", 8)
+    def check(question: str, context: str, max_length: int) -> None:
+        for window in windows_of([Example(question, context)], theirs, max_length):
+            assert len(window.inputs["input_ids"]) <= max_length
+            beside = np.count_nonzero(window.offsets[:, 0] == OUTSIDE)
+            assert beside <= max_length // 4 + 3
+
+    check()
+
+
+@pytest.mark.parametrize("answer", [" one", "one ", " two ", " three", "three ", " one two three ", "two"])
+def test_spaces_around_an_answer_do_not_hide_it(tokenizer: Tokenizer, answer: str) -> None:
+    theirs = tokenizer_to_hugging_face(tokenizer, "bert", 32)
+    context = " one two three "
+    question = Example("which", context, start=context.index(answer), answers=(answer,))
+    (window,) = windows_of([question], theirs, 32)
+    first, last = positions_of(window, question)
+    assert context[window.offsets[first, 0] : window.offsets[last, 1]].strip() == answer.strip()
