@@ -1,5 +1,7 @@
 """What the tools share: running from a clone without installation, and how a user's mistake ends."""
 
+import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +22,35 @@ def package_cache() -> Path:
 def processors() -> int:
     """Return how many processors this process may use: of a shared machine, those of its job."""
     return len(os.sched_getaffinity(0))
+
+
+def whole_number(least: int = 1, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return argparse's type of a whole number. most: by default what no machine has of anything."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {least} to {most}")
+        return value
+
+    return read
+
+
+COUNT = whole_number()
+
+
+def above_zero(text: str) -> float:
+    """Return a number of the command line: argparse's type of one that is finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
 
 
 def quiet_transformers() -> None:

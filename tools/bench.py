@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import _command_line
 import numpy as np
+from _command_line import COUNT
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
@@ -130,7 +131,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="run file (default: bert_quickstart)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
-    parser.add_argument("--repetitions", type=int, default=9, help="rounds that count (default 9)")
+    parser.add_argument("--repetitions", type=COUNT, default=9, help="rounds that count (default 9)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the run file's")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time, for a busy machine"
@@ -141,7 +142,7 @@ def parse() -> argparse.Namespace:
         help="build, measure and free each stack before the next (default: if the GPU cannot hold all)",
     )
     parser.add_argument("--compile-others", action="store_true", help="compile Hugging Face's model too")
-    parser.add_argument("--random-tokens", type=int, metavar="VOCAB_SIZE", help="instead of prepared data")
+    parser.add_argument("--random-tokens", type=COUNT, metavar="VOCAB_SIZE", help="instead of prepared data")
     parser.add_argument(
         "--layouts", nargs="+", action="extend", default=[], metavar="LAYOUT", help="also measured: TP2, PP2, TP2PP2"
     )
@@ -151,8 +152,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw the rows as a PNG")
     parser.add_argument("--json", type=Path, help="write the rows, with every sample")
     options = parser.parse_args()
-    if options.repetitions < 1:
-        raise ConfigError(f"--repetitions {options.repetitions}: at least one round must count.")
     for layout in options.layouts:
         _sizes_of(layout)
     check_picture(options.plot, "--plot")

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import _command_line
+from _command_line import COUNT
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a run, a checkpoint, an exported folder")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared held-out text (default: the run's own)")
     parser.add_argument(
-        "--sequences", type=int, metavar="N", default=SEQUENCES, help=f"of that text (default {SEQUENCES})"
+        "--sequences", type=COUNT, metavar="N", default=SEQUENCES, help=f"of that text (default {SEQUENCES})"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     parser.add_argument(

@@ -21,6 +21,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read as tqdm i
 import _command_line
 import numpy as np
 import torch
+from _command_line import COUNT, whole_number
 from rich.console import Console
 
 from raptr_ds.atomic_file import write_atomically
@@ -189,13 +190,8 @@ def write(path: Path | None, content: object) -> None:
 
 def numbers(text: str) -> list[int]:
     """Return the numbers of examples in an option. Raises: argparse.ArgumentTypeError for what is none."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be numbers of examples, such as 0,1,5") from error
-    if min(found) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: no number of examples is below 0")
-    return list(dict.fromkeys(found))
+    number = whole_number(0)
+    return list(dict.fromkeys(number(part) for part in text.split(",")))
 
 
 def names(text: str) -> list[str]:
@@ -204,13 +200,6 @@ def names(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError("name at least one task, such as boolq,cb")
     return found
-
-
-def at_least_one(text: str) -> int:
-    """Return a number. Raises: argparse.ArgumentTypeError if it is below 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
 
 
 def parse() -> argparse.Namespace:
@@ -225,15 +214,15 @@ def parse() -> argparse.Namespace:
         help="superglue, qa, and any task, group, tag or pattern of lm-evaluation-harness",
     )
     add("--shots", type=numbers, default=[0], metavar="N,...", help="examples before each question (default 0)")
-    add("--limit", type=at_least_one, metavar="N", help="the first N documents of each task (default all)")
+    add("--limit", type=COUNT, metavar="N", help="the first N documents of each task (default all)")
     add("--causal", action="store_true", help="score contexts left to right too, in a second column")
     add("--mode", choices=[*MODE_NAMES, "none"], default="S2S", help="UL2's mode token (default S2S)")
-    add("--batch-size", type=at_least_one, default=16, metavar="N", help="contexts at once (default 16)")
+    add("--batch-size", type=COUNT, default=16, metavar="N", help="contexts at once (default 16)")
     add("--device", metavar="D", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)")
     add("--task-files", type=Path, metavar="FOLDER", help="read all tasks from here, and nothing from the hub")
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
-    add("--bootstrap-iters", type=at_least_one, default=1000, metavar="N", help="for standard errors without a formula")
+    add("--bootstrap-iters", type=COUNT, default=1000, metavar="N", help="for standard errors without a formula")
     add("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     add(
         "--fetch",

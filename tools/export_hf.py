@@ -16,6 +16,7 @@ from pathlib import Path
 
 import _command_line
 import torch
+from _command_line import COUNT
 
 from raptr_ds.checkpoint.weights import TrainedModel
 from raptr_ds.depth.held_out import SEQUENCES, read_held_out
@@ -53,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", metavar="N|LIST|best:N", help="a shallower model: see above (default: all layers)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="held-out text for best (default: the run's own)")
-    parser.add_argument("--sequences", type=int, metavar="N", help=f"of that text (default {SEQUENCES})")
+    parser.add_argument("--sequences", type=COUNT, metavar="N", help=f"of that text (default {SEQUENCES})")
     arguments = parser.parse_args()
     choice = None if arguments.layers is None else parse_layers(arguments.layers)
     for option in ("data", "sequences"):

@@ -15,12 +15,12 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import _command_line
+from _command_line import COUNT, above_zero
 from rich.console import Console
 from rich.table import Table
 
@@ -41,20 +41,6 @@ MAX_LENGTH = 256
 Say = Callable[[str], None]
 
 
-def above_zero(kind: Callable[[str], Any], text: str) -> Any:
-    """Return a number of the command line. Raises: argparse.ArgumentTypeError unless it is finite and above 0."""
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from error
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
-
-
-COUNT, NUMBER = partial(above_zero, int), partial(above_zero, float)
-
-
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is learned from."""
     group = parser.add_argument_group("the task")
@@ -64,7 +50,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--validation", type=Path, metavar="FILE", help="validation rows for your own FILE")
     group.add_argument(
-        "--validation-fraction", type=NUMBER, metavar="F", help="or the share of FILE that is held out (default 0.1)"
+        "--validation-fraction",
+        type=above_zero,
+        metavar="F",
+        help="or the share of FILE that is held out (default 0.1)",
     )
     group.add_argument("--kind", choices=KINDS, help="of your own task (default: by its columns)")
     group.add_argument("--text-column", metavar="NAME", help="default: sentence1, sentence, text, premise or question")
@@ -84,9 +73,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training (default: the task's recipe)")
     add = group.add_argument
     add("--seeds", type=COUNT, metavar="N", help="seeds 1 to N")
-    add("--epochs", type=NUMBER, metavar="N")
+    add("--epochs", type=above_zero, metavar="N")
     add("--batch-size", type=COUNT, metavar="N", help="sequences of a step, over all processes")
-    add("--learning-rate", type=NUMBER, metavar="RATE")
+    add("--learning-rate", type=above_zero, metavar="RATE")
     add("--weight-decay", type=float, metavar="W", help="as torch's AdamW has it")
     add("--max-length", type=COUNT, metavar="N", help=f"tokens (default {MAX_LENGTH}, or what the model takes)")
     add("--early-stopping", type=COUNT, metavar="PATIENCE", help="stop after so many evaluations without a better one")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import _command_line
 import torch
+from _command_line import COUNT, above_zero
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.path_sections import RandomSection, RaptrSection, ScheduledSection
@@ -47,14 +48,14 @@ def main() -> None:
     """Parse the command line, plan and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", type=Path, help="run file, as for training")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the launch (default 1)")
+    parser.add_argument("--processes", type=COUNT, default=1, metavar="N", help="processes of the launch (default 1)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as for training")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
-        "--tflops", type=float, default=DEFAULT_TFLOPS, help="effective TFLOP/s of one device (default 400)"
+        "--tflops", type=above_zero, default=DEFAULT_TFLOPS, help="effective TFLOP/s of one device (default 400)"
     )
     speed.add_argument("--measure", action="store_true", help="measure what devices and links reach on this machine")
-    parser.add_argument("--network", type=float, default=40.0, help="GB/s between machines, for a device (default 40)")
+    parser.add_argument("--network", type=above_zero, default=40.0, help="GB/s of a device to others (default 40)")
     parser.add_argument(
         "--device",
         choices=("gpu", "cpu"),
@@ -62,7 +63,11 @@ def main() -> None:
         help="what a layer keeps depends on it (--measure: this one's)",
     )
     parser.add_argument(
-        "--device-memory", "--memory", type=float, metavar="GIB", help="memory of a device: print whether the run fits"
+        "--device-memory",
+        "--memory",
+        type=above_zero,
+        metavar="GIB",
+        help="memory of a device: print whether the run fits",
     )
     parser.add_argument(
         "--micro-batches", action="store_true", help="print raptr_ds.parallel.micro_batches for the run file instead"
@@ -74,12 +79,6 @@ def main() -> None:
         "--tokens", metavar="N", help="--save best: tokens of a standard run, such as 20e9 (default: the run file's)"
     )
     arguments = parser.parse_args()
-    if arguments.processes < 1:
-        raise ConfigError(f"--processes {arguments.processes}: a run has at least one process.")
-    if not (arguments.tflops > 0 and arguments.network > 0):
-        raise ConfigError(f"--tflops {arguments.tflops} --network {arguments.network}: speeds must be above 0.")
-    if arguments.device_memory is not None and not 0 < arguments.device_memory < math.inf:
-        raise ConfigError(f"--device-memory {arguments.device_memory:g} must be the GiB of one device: 80.")
     device = Device(
         flops_per_second=arguments.tflops * 1e12,
         network_bytes_per_second=arguments.network * 1e9,

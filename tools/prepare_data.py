@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import _command_line
+from _command_line import COUNT
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -44,19 +45,10 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose what to read, and how."""
     corpus = parser.add_argument_group("what to read (at least one)")
     corpus.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=given_path,
-        metavar="PATH",
-        help="files or folders",
+        "--input", nargs="+", action="extend", default=[], type=given_path, metavar="PATH", help="files or folders"
     )
     corpus.add_argument(
-        "--dataset",
-        type=given_text,
-        metavar="NAME",
-        help="a dataset of the Hugging Face hub, or a folder it can load",
+        "--dataset", type=given_text, metavar="NAME", help="a dataset of the Hugging Face hub, or a folder it can load"
     )
     corpus.add_argument("--dataset-config", metavar="NAME", help="configuration of the dataset")
     corpus.add_argument("--dataset-split", metavar="NAME", help="default: train")
@@ -194,7 +186,7 @@ def main() -> None:
         help="use this sentencepiece model instead of training one; special tokens that it lacks are added at its end",
     )
     parser.add_argument(
-        "--workers", type=int, default=_command_line.processors(), metavar="N", help="default: one for each processor"
+        "--workers", type=COUNT, default=_command_line.processors(), metavar="N", help="default: one for each processor"
     )
     parser.add_argument(
         "--validation-fraction", type=float, default=PreparationSettings.validation_fraction, metavar="F"
@@ -208,8 +200,6 @@ def main() -> None:
                 f"--{option.replace('_', '-')} is for training a tokenizer, and --tokenizer names one that is trained. "
                 "Give one of them."
             )
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers} must be at least 1")
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     settings = PreparationSettings(tokenizer_settings(arguments), arguments.tokenizer, arguments.validation_fraction)
     sources = corpus_sources(arguments, arguments.workers, console)

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import _command_line
+from _command_line import COUNT
 
 from raptr_ds.config.derive import derive_pipeline_layers
 from raptr_ds.config.sections import ModelSection
@@ -39,11 +40,9 @@ UL2_PREDICTED, UL2_BATCH, UL2_LENGTH, RANKS = 355.0, 512, 16, (8, 16, 32, 64, 12
 def main() -> None:
     """Simulate, write and say where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paths", type=int, default=200, help="random paths behind each number (default 200)")
+    parser.add_argument("--paths", type=COUNT, default=200, help="random paths behind each number (default 200)")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="Markdown file with the two marks")
     arguments = parser.parse_args()
-    if arguments.paths < 1:
-        raise ConfigError(f"--paths {arguments.paths}: at least one path is needed.")
     text = arguments.document.read_text(encoding="utf-8") if arguments.document.exists() else f"{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ConfigError(f"{arguments.document} lacks the marks {BEGIN} and {END}, or has them twice. Add them.")

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import _command_line
+from _command_line import COUNT, whole_number
 from rich.console import Console
 from rich.text import Text
 
@@ -21,7 +22,6 @@ from raptr_ds.depth.network import open_network
 from raptr_ds.depth.removal import DepthRow
 from raptr_ds.depth.showing import shown_depths, shown_sentences
 from raptr_ds.depth.source import ModelSource, open_model
-from raptr_ds.errors import ConfigError
 
 SEQUENCES = 32
 NEWLINE = "\u21b5"
@@ -33,16 +33,14 @@ def main() -> None:
     """Parse the command line, run the model and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or an exported folder")
-    parser.add_argument("--sentences", type=int, default=5, metavar="N", help="how many (default 5)")
+    parser.add_argument("--sentences", type=whole_number(0), default=5, metavar="N", help="how many (default 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of their choice (default 0)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared held-out text (default: the run's own)")
     parser.add_argument(
-        "--sequences", type=int, metavar="N", default=SEQUENCES, help=f"of it for the loss (default {SEQUENCES})"
+        "--sequences", type=COUNT, metavar="N", default=SEQUENCES, help=f"of it for the loss (default {SEQUENCES})"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that lies outside of its run")
     arguments = parser.parse_args()
-    if arguments.sentences < 0:
-        raise ConfigError(f"--sentences {arguments.sentences}: give a number of sentences, at least 0.")
     source = open_model(arguments.run, arguments.tokenizer)
     held_out = read_held_out(source, arguments.data, arguments.sequences)
     console = Console(highlight=False)

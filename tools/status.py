@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import _command_line
+from _command_line import whole_number
 
 from raptr_ds.supervise.status import describe, status_of
 
@@ -20,14 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="a run's folder (raptr_ds.train.save)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each run")
-    parser.add_argument("--events", type=int, default=8, metavar="N", help="how many of the last events (default 8)")
+    parser.add_argument(
+        "--events", type=whole_number(0), default=8, metavar="N", help="how many of the last events (default 8)"
+    )
     arguments = parser.parse_args()
     found = [status_of(folder) for folder in arguments.runs]
     for status in found:
         if arguments.json:
             print(json.dumps(status.to_dict()))
         else:
-            print("\n".join(describe(status, max(0, arguments.events))))
+            print("\n".join(describe(status, arguments.events)))
     sys.stdout.flush()
     if any(status.state in {"failed", "silent"} for status in found):
         sys.exit(1)

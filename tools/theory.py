@@ -14,8 +14,8 @@ from pathlib import Path
 import _command_line
 import numpy as np
 import torch
+from _command_line import COUNT
 
-from raptr_ds.errors import ConfigError
 from raptr_ds.parallel.launch import prepare_imports
 from raptr_ds.plots.pictures import check_picture
 from raptr_ds.plots.studies import plot_polynomials, plot_stability, plot_transitions
@@ -85,21 +85,17 @@ def main() -> None:
             command.add_argument(
                 "run", type=Path, metavar="RUN", help="folder of a run with checkpoints at its transitions"
             )
-            command.add_argument("--paths", type=int, default=16, help="paths of each phase (default: %(default)s)")
-            command.add_argument("--batches", type=int, default=4, help="held-out batches (default: %(default)s)")
+            command.add_argument("--paths", type=COUNT, default=16, help="paths of each phase (default: %(default)s)")
+            command.add_argument("--batches", type=COUNT, default=4, help="held-out batches (default: %(default)s)")
             continue
-        command.add_argument("--seeds", type=int, help="repetitions (default: 1 of polynomials, 8 of stability)")
-        command.add_argument("--steps", type=int, help="training steps (default: 1000 and 200)")
+        command.add_argument("--seeds", type=COUNT, help="repetitions (default: 1 of polynomials, 8 of stability)")
+        command.add_argument("--steps", type=COUNT, help="training steps (default: 1000 and 200)")
         if function is polynomials:
             command.add_argument("--schedule", default=PolynomialSettings.schedule, help="default: %(default)s")
         else:
             branches = ("linear", "mlp")
             command.add_argument("--branch", choices=branches, default="linear", help="a layer (default: %(default)s)")
     arguments = parser.parse_args()
-    for option in ("seeds", "steps", "paths", "batches"):
-        value = getattr(arguments, option, None)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{option} {value} must be at least 1.")
     check_picture(arguments.plot, "--plot")
     torch.set_num_threads(1)  # the networks are small: more threads would wait for each other
     begin = time.process_time()

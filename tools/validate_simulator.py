@@ -13,6 +13,7 @@ from statistics import median
 
 import _command_line
 import numpy as np
+from _command_line import COUNT, above_zero
 
 from raptr_ds.config.load import load_run_config
 from raptr_ds.config.run import RunConfig
@@ -31,16 +32,16 @@ SAMPLINGS = ("uniform", "bernoulli", "balanced")
 def main() -> None:
     """Run the steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24, help="layers of the model (default 24)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="micro batches of a step (default 8)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 16, 20], help="path lengths (default 12 16 20)")
-    parser.add_argument("--steps", type=int, default=4, help="paths of each length and sampling (default 4)")
-    parser.add_argument("--repetitions", type=int, default=3, help="steps along each path; the best counts (default 3)")
+    parser.add_argument("--layers", type=COUNT, default=24, help="layers of the model (default 24)")
+    parser.add_argument("--micro-batches", type=COUNT, default=8, help="micro batches of a step (default 8)")
+    parser.add_argument("--lengths", type=COUNT, nargs="+", default=[12, 16, 20], help="of paths (default 12 16 20)")
+    parser.add_argument("--steps", type=COUNT, default=4, help="paths of each length and sampling (default 4)")
+    parser.add_argument("--repetitions", type=COUNT, default=3, help="steps of each path; the best counts (default 3)")
     parser.add_argument(
-        "--layer-ms", type=float, default=10.0, help="forward of a sleeping layer, backward 2x (default 10)"
+        "--layer-ms", type=above_zero, default=10.0, help="forward of a sleeping layer, backward 2x (default 10)"
     )
     parser.add_argument("--compute", action="store_true", help="let the layers compute")
-    parser.add_argument("--hidden-size", type=int, default=256, help="width of layers that compute (default 256)")
+    parser.add_argument("--hidden-size", type=COUNT, default=256, help="width of layers that compute (default 256)")
     arguments = parser.parse_args()
     launch = detect_launch()
     if launch.world_size < 2:

@@ -50,8 +50,6 @@ def read_held_out(source: ModelSource, folder: Path | None = None, num_sequences
     one in its metrics. folder: another data folder, prepared with the same tokenizer.
     Raises: ConfigError if it is not known which; DataError if that cannot be used.
     """
-    if num_sequences < 1:
-        raise ConfigError(f"--sequences {num_sequences}: give a number of sequences of held-out text, at least 1.")
     data, objective = _sections(source, folder)
     try:
         tokenizer = loader.load_tokenizer(data)

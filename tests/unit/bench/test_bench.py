@@ -149,7 +149,7 @@ def test_a_layout_that_runs_out_of_memory_has_a_row(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--repetitions", "0"], "at least one round"),
+        (["--repetitions", "0"], "--repetitions: '0' must be"),
         (["--layouts", "DP2"], "written as TP2, PP4 or TP2PP2"),
         (["--layouts", "TP0"], "written as TP2, PP4 or TP2PP2"),
         (["--layout", "TP2"], "unrecognized arguments: --layout TP2"),

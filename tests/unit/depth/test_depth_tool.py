@@ -135,7 +135,9 @@ def test_mistakes(make_run: MakeRun, tool: Tool, tmp_path: Path) -> None:
     source, _ = make_run("bert")
     config = source.folder / "config.json"
     assert is_refused(tool("depth.py", tmp_path / "nothing"), "there is no such folder")
-    assert is_refused(tool("depth.py", source.folder, "--sequences", 0), "--sequences 0")
+    done = tool("depth.py", source.folder, "--sequences", 0)
+    assert done.code == 2
+    assert "--sequences: '0' must be a whole number" in done.error
     (tmp_path / "folder.png").mkdir()
     for name, why in (("folder.png", "is a folder"), ("depth.xyz", "ends in"), ("depth", "ends in")):
         assert is_refused(

@@ -97,9 +97,9 @@ def test_tasks_that_cannot_be_run(
     [
         ((), "give MODEL and --tasks, or --fetch FOLDER"),
         (("--tasks", ","), "name at least one task"),
-        (("--tasks", "boolq", "--shots", "0,x"), "must be numbers of examples"),
-        (("--tasks", "boolq", "--shots", "-1"), "no number of examples is below 0"),
-        (("--tasks", "boolq", "--limit", "0"), "'0' must be a whole number, at least 1"),
+        (("--tasks", "boolq", "--shots", "0,x"), "'x' must be a whole number"),
+        (("--tasks", "boolq", "--shots", "-1"), "'-1' must be a whole number, 0 to"),
+        (("--tasks", "boolq", "--limit", "0"), "'0' must be a whole number, 1 to"),
         (("--tasks", "boolq", "--fetch", "x"), "--fetch needs no MODEL"),
     ],
 )

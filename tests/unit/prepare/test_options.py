@@ -83,8 +83,8 @@ def test_both_commands_refuse(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--workers 0", "--workers 0 must be at least 1"),
-        ("--workers -2", "--workers -2 must be at least 1"),
+        ("--workers 0", "--workers: '0' must be a whole number, 1 to"),
+        ("--workers -2", "--workers: '-2' must be a whole number"),
         ("--tokenizer=", "argument --tokenizer: the value is empty"),
         ("--tokenizer t.model --vocab-size 0", "--vocab-size is for training a tokenizer"),
         ("--tokenizer t.model --model-type bpe", "--model-type is for training a tokenizer"),
