@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def _tables(path: Path, text: str) -> Iterator[Row]:
     ending = path.suffix.lower()
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, **_TABLES[ending])
     try:
+        if twice := [name for name, count in Counter(lines.fieldnames or ()).items() if count > 1]:
+            raise DataError(f"{path} names the column {twice[0]!r} twice in its first line. Rename or remove one.")
         for row in lines:
             if None in row or None in row.values():
                 fix = "Quote fields that hold commas." if ending == ".csv" else "A field cannot hold a tab."

@@ -174,6 +174,7 @@ def test_validation_that_does_not_fit(tmp_path: Path) -> None:
         ("a.jsonl", "\n", ["no rows"]),
         ("a.csv", "text,label\na,b,c\n", ["line 2", "another number of fields", "commas"]),
         ("a.tsv", "text\tlabel\na\tb\tc\n", ["line 2", "another number of fields", "tab"]),
+        ("a.csv", "text,label,label\na,1,2\n", ["column 'label' twice"]),
         ("a.csv", 'text,label\n"a\n', ["no CSV"]),
         ("a.txt", "text", [".jsonl"]),
     ],
