@@ -54,9 +54,9 @@ def _objects(path: Path, text: str) -> Iterator[Row]:
 
 def _parsed(path: Path, text: str, place: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, keys_once=True)
     except ValueError as error:
-        raise DataError(f"{path}{place} is not JSON: {error}.") from error
+        raise DataError(f"{path}{place} cannot be read as JSON: {error}.") from error
 
 
 def _tables(path: Path, text: str) -> Iterator[Row]:

@@ -168,9 +168,11 @@ def test_validation_that_does_not_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"text": 1}\n{"text"\n', ["line 2", "not JSON"]),
+        ("a.jsonl", '{"text": 1}\n{"text"\n', ["line 2", "cannot be read as JSON"]),
         ("a.jsonl", "[1, 2]", ["row 1", "object"]),
         ("a.jsonl", "3\n", ["line 1", "object"]),
+        ("a.jsonl", '{"text": "a", "label": 0, "label": 1}\n', ["line 1", "'label' stands twice"]),
+        ("a.json", '[{"text": "a", "label": 0, "label": 1}]', ["'label' stands twice"]),
         ("a.jsonl", "\n", ["no rows"]),
         ("a.csv", "text,label\na,b,c\n", ["line 2", "another number of fields", "commas"]),
         ("a.tsv", "text\tlabel\na\tb\tc\n", ["line 2", "another number of fields", "tab"]),
