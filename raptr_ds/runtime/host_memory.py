@@ -36,8 +36,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory, unless the user's environment has settings of its own.
 
     Each step frees its activations and gradients and allocates as much again. glibc returns large pieces to the system,
-    which then clears and maps every page anew: a tenth of a step and more (docs/performance.md, which also has what long
-    runs then hold). Other C libraries stay as they are.
+    which then clears and maps every page anew: a tenth of a step and more. docs/performance.md has what long runs then
+    hold. Other C libraries stay as they are.
     """
     if sys.platform != "linux" or has_own_malloc_settings():
         return
