@@ -132,7 +132,7 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
     ([{**QA, "answers": "the mat"}] * 2, {}, ["answer_start"]),
     ([{**QA, "answers": {"text": ["mat"], "answer_start": [-4]}}] * 2, {}, ["'mat'", "character -4", "has ''"]),
     ([{**QA, "answers": {"text": [5], "answer_start": [0]}}] * 2, {}, ["answer 5", "'A'"]),
-    ([{**QA, "answers": {"text": [" "], "answer_start": [5]}}] * 2, {}, ["' '", "without a character"]),
+    ([{**QA, "answers": {"text": [" "], "answer_start": [5]}}] * 2, {}, ["blank answer, ' '"]),
     ([{"text": "a", "choices": ["x", None], "label": 0}] * 9, {}, ["None in column 'choices'", "a text"]),
     ([{"text": "a", "choice1": "x", "choice2": {}, "label": 0}] * 9, {}, ["{} in column 'choice2'", "a text"]),
     ([*sentences(9), {"text": float("nan"), "label": "no"}], {}, ["row 10", "nan in column 'text'", "a text"]),

@@ -116,7 +116,7 @@ def test_windows_cover_the_context_and_a_long_question_is_cut(tokenizer: Tokeniz
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_question_of_any_characters_leaves_room(tokenizer: Tokenizer, normalized: bool) -> None:
-    """A character may be several tokens, of bytes or as it is normalized; cut between them, none counts in full."""
+    """A character may be several tokens (its bytes, or what it is normalized to), and a question is cut before it."""
     theirs = tokenizer_to_hugging_face(tokenizer, "bert", 64)
     if normalized:
         theirs.backend_tokenizer.normalizer = normalizers.NFKC()
