@@ -187,7 +187,7 @@ def _question(question: str, context: str, answers: Any, place: str) -> Example:
         ) from error
     for text, start in pairs:
         if not str(text).strip():
-            raise DataError(f"{place} has a blank answer, {text!r}. A question without an answer has an empty list of them.")
+            raise DataError(f"{place} has a blank answer, {text!r}. A question without one has an empty list.")
         there = "" if start < 0 else context[start : start + len(str(text))]
         if text != there:
             raise DataError(f"{place} has the answer {text!r} at character {start}, where the text has {there!r}.")
